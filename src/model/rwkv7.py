@@ -1,0 +1,136 @@
+"""RWKV-7 "Goose" (x070): time mixing by the generalised delta rule and squared-ReLU channel mixing.
+
+Names, shapes and order of operations follow RWKV-LM (RWKV-v7/train_temp/src/model.py) and arXiv 2503.14456.
+Legend: B batch, T tokens, C width, A attention width, H heads, N head size, S packed segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.layers.linear import Linear
+from src.model.sizes import Sizes
+from src.model.state import LayerState, carry
+from src.ops.pointwise7 import delta_keys, gated_norm, relu_squared, token_mix, value_gate
+from src.ops.wkv7 import wkv7
+
+LN_X_EPS = 64e-5  # the tradition's constant for every head size
+ATT_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+
+
+def normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm over the width in the dtype of `x`, whatever the dtype of its weights (float32 masters)."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, between=None) -> Tensor:
+    """x (B, T, C) -> up(between(down(x))), both matrices cast to the dtype of `x`."""
+    inner = x @ down.to(x.dtype)
+    return (inner if between is None else between(inner)) @ up.to(x.dtype)
+
+
+class TimeMix(nn.Module):
+    """The attention half of a block."""
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        C, A, N, rank = sizes.n_embd, sizes.dim_att, sizes.head_size, sizes.low_rank
+        self.head_size, self.heads = N, A // N
+        for name in ATT_MIXES:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
+        for name, kind in (("w", "w"), ("a", "a"), ("v", "v")):
+            if name == "v" and layer == 0:
+                continue  # block 0 is where v_first comes from
+            setattr(self, f"{name}0", nn.Parameter(torch.empty(1, 1, A)))
+            setattr(self, f"{name}1", nn.Parameter(torch.empty(C, rank[kind])))
+            setattr(self, f"{name}2", nn.Parameter(torch.empty(rank[kind], A)))
+        self.g1 = nn.Parameter(torch.empty(C, rank["g"]))
+        self.g2 = nn.Parameter(torch.empty(rank["g"], A))
+        self.k_k = nn.Parameter(torch.empty(1, 1, A))
+        self.k_a = nn.Parameter(torch.empty(1, 1, A))
+        self.r_k = nn.Parameter(torch.empty(self.heads, N))
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.output = Linear(A, C)
+        self.ln_x = nn.GroupNorm(self.heads, A, eps=LN_X_EPS)
+
+    def forward(
+        self,
+        x: Tensor,
+        v_first: Tensor | None,
+        shift: Tensor | None,
+        wkv_state: Tensor | None,
+        starts: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> (output (B, T, C), v_first (B, T, A), wkv state (B or S, H, N, N))."""
+        B, T, _ = x.shape
+        mixes = torch.cat([getattr(self, name) for name in ATT_MIXES]).squeeze(1)  # (6, C)
+        xr, xw, xk, xv, xa, xg = token_mix(x, shift, starts, mixes)
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (B, T, A)
+        w = self.w0.to(x.dtype) + low_rank(xw, self.w1, self.w2, torch.tanh)
+        if v_first is None:
+            v_first = v
+        else:
+            v = value_gate(v, v_first, self.v0.flatten(), low_rank(xv, self.v1, self.v2))
+        a12 = low_rank(xa, self.a1, self.a2)
+        g = low_rank(xg, self.g1, self.g2, torch.sigmoid)
+        k, minus_kk, kk_a = delta_keys(k, self.k_k.flatten(), self.k_a.flatten(), self.a0.flatten(), a12, self.heads)
+
+        def split(t: Tensor) -> Tensor:
+            return t.view(B, T, self.heads, self.head_size)
+
+        y, wkv_state = wkv7(
+            split(r), split(w), split(k), split(v), split(minus_kk), split(kk_a), wkv_state, starts, backend
+        )
+        y = gated_norm(y, r, k, v, self.r_k, self.ln_x.weight, self.ln_x.bias, g, LN_X_EPS)
+        return self.output(y), v_first, wkv_state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half of a block."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.x_k = nn.Parameter(torch.empty(1, 1, sizes.n_embd))
+        self.key = Linear(sizes.n_embd, sizes.dim_ffn)
+        self.value = Linear(sizes.dim_ffn, sizes.n_embd)
+
+    def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        (xk,) = token_mix(x, shift, starts, self.x_k.view(1, -1))
+        return self.value(relu_squared(self.key(xk)))
+
+
+class Block(nn.Module):
+    """ln1 -> time mixing -> ln2 -> channel mixing, each added to the residual stream. Block 0 owns ln0."""
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(sizes.n_embd)
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
+        self.att = TimeMix(sizes, layer)
+        self.ffn = ChannelMix(sizes)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """ln0 after the embedding (block 0 only)."""
+        return normalise(x, self.ln0)
+
+    def forward(
+        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor, LayerState]:
+        """x (B, T, C), `carried` = v_first of block 0 (None in block 0) -> (x, carried, new state)."""
+        att_in = normalise(x, self.ln1)
+        att_shift = state.att_shift if state is not None else None
+        y, carried, wkv = self.att(att_in, carried, att_shift, state.wkv if state is not None else None, starts, backend)
+        x = x + y
+        ffn_in = normalise(x, self.ln2)
+        ffn_shift = state.ffn_shift if state is not None else None
+        x = x + self.ffn(ffn_in, ffn_shift, starts)
+        after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
+        return x, carried, after
