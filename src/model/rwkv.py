@@ -53,7 +53,7 @@ class RWKV(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
-        x = self.emb(tokens).to(self.compute_dtype)
+        x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state
         x = self.blocks[0].embedded(x)

@@ -1,0 +1,103 @@
+"""The LightningModule: a batch becomes scores, scores become one number, every optimizer step becomes one record."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from src.config import Config
+from src.data.batch import PairBatch, TextBatch
+from src.losses import LOSSES, step_loss
+from src.model.rwkv import RWKV
+from src.plan import Plan
+from src.training.forward import pair_hidden, text_hidden
+from src.training.optimizer import OPTIMIZERS, parameter_groups
+from src.training.schedule import Schedule
+
+PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
+
+
+class Trainee(pl.LightningModule):
+    """Trains `model` with the loss that `config` names.
+
+    A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
+    loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean.
+    """
+
+    def __init__(self, model: RWKV, plan: Plan, config: Config, schedule: Schedule) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.config = config
+        self.schedule = schedule
+        self.loss = LOSSES[config.loss]
+        self.records: list[dict[str, Any]] = []  # one per optimizer step, drained by the callbacks
+        self.pref_percentage = 0.5
+        self._sums: dict[str, float] = defaultdict(float)
+        self._total = 1.0
+        self._tokens = 0
+        self._clock = time.perf_counter()
+        self.grad_norm = 0.0
+
+    def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor:
+        """One micro-batch -> its share of the optimizer step's loss."""
+        hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
+        value, metrics = step_loss(self.loss, self.model.head, hidden, batch, self.config)
+        self._total = batch.total
+        self._tokens += batch.tokens_run
+        for name, amount in metrics.items():
+            self._sums[name] += float(amount)
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {float(value)} at optimizer step {self.trainer.global_step} (micro-batch {index}): "
+                "lower --lr_init, raise --warmup_steps or use --precision fp32; nothing of this step was saved"
+            )
+        world = self.trainer.world_size
+        return value * (world * self.trainer.accumulate_grad_batches / batch.total)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer that --optim names, over the profile's groups."""
+        c = self.config
+        groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
+        return OPTIMIZERS[c.optim](groups, (c.beta1, c.beta2), c.adam_eps)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.grad_norm = float(norm)
+        if 0 < self.config.grad_clip < self.grad_norm:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every group the rate of this very step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.trainer.global_step, group["lr_init"], group["lr_final"])
+
+    def on_train_start(self) -> None:
+        """Start the clock of the first step when everything is loaded."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        """Close the record of an optimizer step when its last micro-batch is done."""
+        if (index + 1) % self.trainer.accumulate_grad_batches:
+            return
+        now = time.perf_counter()
+        means = {name: amount / self._total for name, amount in self._sums.items()}
+        groups = self.trainer.optimizers[0].param_groups
+        widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
+        record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
+        record |= {"tokens": self._tokens, "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
+        record |= {"grad_norm": self.grad_norm}
+        if "accuracy" in means:
+            self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
+            record["pref_percentage"] = self.pref_percentage
+        self.records.append(record | means)
+        self._sums.clear()
+        self._tokens, self._clock = 0, now

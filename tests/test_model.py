@@ -1,0 +1,174 @@
+"""The model against independent runners: a user's merged file must mean the same elsewhere as it does here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from src.model import VERSIONS
+from src.model.initial import initial_tensors
+from src.model.rwkv import RWKV
+from src.model.sizes import sizes_of
+from src.model.state import State
+
+RUNNER = """
+import json, sys, torch
+from rwkv.model import RWKV
+model = RWKV(model=sys.argv[1], strategy='cpu fp32')
+tokens = json.loads(sys.argv[2])
+torch.save(model.forward(tokens, None, full_output=True)[0], sys.argv[3])
+"""
+
+
+def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1):
+    """A checkpoint in which no tensor is zero, so that every path of the model shows in the logits."""
+    tensors = initial_tensors(version, n_layer, n_embd, vocab_size, head_size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in tensors.items():
+        noise = torch.randn(value.shape, generator=generator)
+        if name == "emb.weight":
+            tensors[name] = noise
+        elif name == "head.weight":
+            tensors[name] = noise / n_embd**0.5
+        elif value.dim() == 2 and "r_k" not in name:
+            tensors[name] = value + noise * 0.5 / max(value.shape) ** 0.5
+        else:
+            tensors[name] = value + noise * 0.1
+    return tensors
+
+
+def build(tensors, dtype=torch.float32, **settings):
+    model = RWKV(sizes_of(tensors), compute_dtype=dtype, **settings)
+    model.load_state_dict({k: v for k, v in tensors.items() if k in model.state_dict()})
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return random_tensors()
+
+
+TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_logits_agree_with_the_rwkv_package(version, tmp_path):
+    """If this breaks, models trained here behave differently in every other RWKV program."""
+    tensors = random_tensors(version, head_size=64, n_embd=128)
+    torch.save(tensors, tmp_path / "model.pth")
+    environment = {**os.environ, "RWKV_V7_ON": "1" if version == "x070" else "0", "RWKV_JIT_ON": "0"}
+    out = tmp_path / "logits.pt"
+    arguments = [sys.executable, "-c", RUNNER, str(tmp_path / "model"), json.dumps(TOKENS), str(out)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(out)
+    model = build(tensors)
+    with torch.no_grad():
+        ours = model.head(model(torch.tensor([TOKENS]))[0])[0]
+    spread = theirs.max() - theirs.min()
+    assert float((ours - theirs).abs().max() / spread) <= 1e-4
+
+
+def test_carried_state_equals_one_long_pass(tensors):
+    """If this breaks, chunked context and chat drift away from what was trained."""
+    model = build(tensors, torch.float64)
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    whole, end = model(tokens)
+    first, state = model(tokens[:, :5])
+    second, end_of_two = model(tokens[:, 5:], state)
+    assert torch.allclose(torch.cat([first, second], 1), whole, atol=1e-10)
+    for one, two in zip(end, end_of_two):
+        assert all(torch.allclose(x, y, atol=1e-10) for x, y in zip(one, two))
+
+
+def test_packed_documents_do_not_see_each_other(tensors):
+    """If this breaks, packing leaks one document into the next, in values or in gradients."""
+    model = build(tensors, torch.float64)
+    starts = torch.tensor([0, 4, 4, 9, 12])  # the second document is empty
+    packed, state = model(torch.tensor([TOKENS]), None, starts)
+    weights = torch.randn(packed.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (packed * weights).sum().backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for segment, (begin, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist())):
+        if begin == end:
+            assert all(not part[segment].any() for layer in state for part in layer)
+            continue
+        alone, own_state = model(torch.tensor([TOKENS[begin:end]]))
+        assert torch.allclose(packed[:, begin:end], alone, atol=1e-10)
+        for layer, own in zip(state, own_state):
+            assert all(torch.allclose(x[segment], y[0], atol=1e-10) for x, y in zip(layer, own))
+        (alone * weights[:, begin:end]).sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(together[name], p.grad, atol=1e-9), name
+
+
+def test_forked_state_carries_both_gradients_back(tensors):
+    """If this breaks, running a prompt once for both answers of a pair trains something else."""
+    model = build(tensors, torch.float64)
+    prompt, chosen, reject = TOKENS[:5], TOKENS[5:9], TOKENS[8:]
+
+    def loss(hidden):
+        return (hidden * torch.linspace(-1, 1, hidden.shape[1], dtype=torch.float64)[:, None]).sum()
+
+    _, state = model(torch.tensor([prompt]))
+    answers = torch.tensor([chosen + reject])
+    starts = torch.tensor([0, len(chosen), len(chosen) + len(reject)])
+    hidden, _ = model(answers, state.index(torch.tensor([0, 0])), starts)
+    (loss(hidden[:, : len(chosen)]) + 2 * loss(hidden[:, len(chosen) :])).backward()
+    forked = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    one = model(torch.tensor([prompt + chosen]))[0][:, len(prompt) :]
+    two = model(torch.tensor([prompt + reject]))[0][:, len(prompt) :]
+    (loss(one) + 2 * loss(two)).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(forked[name], p.grad, atol=1e-9), name
+
+
+@pytest.mark.parametrize("frozen_embedding", [False, True])
+def test_recomputed_blocks_give_the_same_gradient(tensors, frozen_embedding):
+    """If this breaks, --grad_cp 1 changes what is learned, or loses a block's gradient under a frozen embedding."""
+    gradients = []
+    for grad_cp in (False, True):
+        model = build(tensors, torch.float64, grad_cp=grad_cp)
+        model.emb.weight.requires_grad_(not frozen_embedding)
+        model(torch.tensor([TOKENS]))[0].pow(2).sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 30
+    for name, value in gradients[0].items():
+        assert torch.allclose(value, gradients[1][name], atol=1e-12), name
+
+
+def test_no_tokens_leave_the_state_alone(tensors):
+    """If this breaks, pairs whose prompt is a single token crash."""
+    model = build(tensors)
+    _, state = model(torch.tensor([TOKENS]))
+    hidden, same = model(torch.zeros(1, 0, dtype=torch.long), state, torch.tensor([0, 0]))
+    assert hidden.shape == (1, 0, 64)
+    assert isinstance(same, State) and same is state
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_initial_values_are_the_traditions(version):
+    """If this breaks, training from zero starts somewhere nobody has tried."""
+    tensors = initial_tensors(version, 2, 64, 200, 32, seed=3)
+    again = initial_tensors(version, 2, 64, 200, 32, seed=3)
+    assert all(torch.equal(tensors[name], again[name]) for name in tensors)
+    assert tensors["emb.weight"].abs().max() <= 1e-4
+    head = tensors["head.weight"]  # orthogonal columns with gain 0.5 sqrt(V / C)
+    assert torch.allclose(head.T @ head, torch.eye(64) * 0.25 * 200 / 64, atol=1e-5)
+    assert not tensors["blocks.0.att.output.weight"].any() and not tensors["blocks.1.ffn.value.weight"].any()
+    key = tensors["blocks.1.att.key.weight"]
+    assert torch.allclose(key @ key.T, torch.eye(64) * 0.01, atol=1e-6)
+    assert torch.allclose(tensors["blocks.0.att.ln_x.weight"], torch.full((64,), 0.5**0.7))
+    if version == "x070":
+        assert float(tensors["blocks.0.att.w0"][0, 0, 0]) == pytest.approx(-6 + 0.5 - 2.5)
+        assert float(tensors["blocks.1.att.w0"][0, 0, -1]) == pytest.approx(0 + 0.5 + 2.5)
+        assert torch.all(tensors["blocks.0.att.k_a"] == 1.02) and torch.all(tensors["blocks.1.att.r_k"] == -0.04)
+        assert tensors["blocks.0.att.w1"].shape == (64, 32) and tensors["blocks.0.att.g1"].shape == (64, 32)
