@@ -16,7 +16,8 @@ PAIR_LOSSES = ("dpo", "orpo", "simpo", "cpo", "wpo", "rm")
 LOSSES = ("sft", "dpo", "orpo", "simpo", "cpo", "kto", "wpo", "distillation", "rm", "ppo", "grpo")
 ADAPTERS = ("lora", "pissa", "bone", "dora", "miss")
 PEFTS = ("full", "state", *ADAPTERS)
-STRATEGIES = ("auto", "ddp", "fsdp") + tuple(f"deepspeed_stage_{s}{o}" for s in (1, 2, 3) for o in ("", "_offload"))
+DEEPSPEED = tuple(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload"))
+STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
 
 
 def setting(
@@ -54,9 +55,7 @@ class Config:
     head_size: int = setting(64, "channels per head (read from the checkpoint if there is one)", at_least=1)
     dim_att: int = setting(0, "width of attention; 0 = n_embd", at_least=0)
     dim_ffn: int = setting(0, "width of the feed-forward part; 0 = what the version uses", at_least=0)
-    train_stage: int = setting(
-        0, "0 train; 1 write P/rwkv-init.pth and stop; 3 go on from P's newest", choices=(0, 1, 3)
-    )
+    train_stage: int = setting(0, "0 train; 1 write rwkv-init.pth and stop; 3 go on from the newest", choices=(0, 1, 3))
     random_seed: int = setting(-1, "seed of all that is random; -1 = seed 0, so that runs repeat", at_least=-1)
 
     # --- run
@@ -142,9 +141,7 @@ class Config:
 
     # --- loss
     loss: str = setting("", "what is learnt; absent = next tokens of {data_file}", choices=("", *LOSSES))
-    smoothing: float | None = setting(
-        None, "label smoothing (0.001 with {sft} and {distillation})", at_least=0, below=1
-    )
+    smoothing: float | None = setting(None, "label smoothing (0.001 with {sft}, {distillation})", at_least=0, below=1)
     l2wrap: bool | None = setting(None, "penalty on large logits; absent = on for text, off for preferences")
     train_on_prompt: bool = setting(False, "chats: train on all turns, not only the assistant's")
     dpo_alpha: float | None = setting(None, "DPO: weight of the chosen answer's cross-entropy (0.1)", at_least=0)
@@ -244,7 +241,7 @@ class Config:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one mini-epoch: its micro-batches rounded up to whole steps (SPEC section 2)."""
+        """Optimizer steps in one mini-epoch: its micro-batches rounded up to whole steps."""
         return math.ceil(self.epoch_steps / self.accumulate_grad_batches)
 
     @property

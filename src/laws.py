@@ -1,0 +1,204 @@
+"""What must hold between settings: the range of each one, and the combinations that make no sense.
+
+Sentences write `{name}` for the flag of a field and `{name=}` for the flag with its value; the command line spells
+them.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from src.config import ADAPTERS, PAIR_LOSSES, Config, settings
+
+# settings that mean something with one loss only
+SETTINGS_OF = {
+    "dpo": ("dpo_alpha", "dpo_beta", "dpo_loss", "dpo_logp", "dpo_label_smoothing", "dpo_general_corpus_ratio"),
+    "orpo": ("orpo_alpha", "orpo_mode"),
+    "simpo": ("simpo_alpha", "simpo_beta", "simpo_gamma"),
+    "cpo": ("cpo_alpha", "cpo_beta"),
+    "kto": ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight"),
+    "wpo": ("wpo_alpha", "wpo_beta"),
+    "distillation": ("temperature", "top_k", "alpha", "kd", "kd_tail", "teacher_model"),
+    "rm": ("rm_margin", "rm_centring"),
+    "ppo": (
+        *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "target_kl"),
+        *("early_stopping", "reward_baseline", "output_max_length", "save_freq"),
+    ),
+    "grpo": (
+        *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta"),
+        "reward_funcs",
+    ),
+}
+PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
+PARTS = ("att", "ffn", "ln", "time")
+
+
+class Law(NamedTuple):
+    """A combination that is refused: when it holds, and what to say."""
+
+    broken: Callable[[Config], bool]
+    sentence: str
+
+
+def trains(config: Config) -> bool:
+    """Whether this run takes training data: not for rwkv-init.pth, evaluation alone or the doctor."""
+    return config.train_stage != 1 and not config.eval_only and not config.doctor
+
+
+LAWS = (
+    Law(
+        lambda c: c.eval_only and not c.val_file,
+        "{eval_only} 1 needs {val_file}, the text or pairs to score",
+    ),
+    Law(
+        lambda c: c.train_stage == 1 and bool(c.load_model),
+        "{train_stage} 1 writes a new model, so {load_model} must be 0, not {load_model!}",
+    ),
+    Law(
+        lambda c: c.train_stage == 1 and c.version is None,
+        "{train_stage} 1 needs {version}, the RWKV version to make: x040, x052, x060 or x070",
+    ),
+    Law(
+        lambda c: c.train_stage == 1 and c.vocab_size == 0,
+        "{train_stage} 1 needs {vocab_size}, e.g. 65536 for the World vocabulary",
+    ),
+    Law(
+        lambda c: c.train_stage == 1 and c.n_embd % c.head_size != 0,
+        "{n_embd=} is not a multiple of {head_size=}",
+    ),
+    Law(
+        lambda c: c.train_stage == 0 and not c.doctor and not c.load_model,
+        "{load_model} is missing: give a checkpoint, or 0 with {train_stage} 1 (new model) or 3 (newest in {proj_dir})",
+    ),
+    Law(
+        lambda c: trains(c) and not c.loss and bool(c.pair_file),
+        "{pair_file=} needs a loss: {dpo} 1, {orpo} 1 or another one on preference pairs",
+    ),
+    Law(
+        lambda c: trains(c) and c.loss in (*PAIR_LOSSES, "kto", "ppo", "grpo") and not c.pair_file,
+        "{loss=} needs {pair_file}, the file of preference pairs",
+    ),
+    Law(
+        lambda c: trains(c) and c.loss in ("sft", "distillation") and not c.data_file,
+        "{loss=} needs {data_file}, the text to train on",
+    ),
+    Law(
+        lambda c: trains(c) and not c.loss,
+        "nothing to train on: give {data_file} (text), or {pair_file} with {dpo} 1, {orpo} 1 or another loss",
+    ),
+    Law(
+        lambda c: c.loss == "dpo" and c.dpo_general_corpus_ratio > 0 and not c.data_file,
+        "{dpo_general_corpus_ratio=} needs {data_file}, the general text",
+    ),
+    Law(
+        lambda c: c.dpo_label_smoothing > 0 and c.dpo_loss in ("ipo", "hinge"),
+        "{dpo_label_smoothing=} has no meaning with {dpo_loss=}; it belongs to sigmoid and robust",
+    ),
+    Law(
+        lambda c: c.loss == "dpo" and c.dpo_loss == "ipo" and c.dpo_logp == "sum" and "dpo_logp" in c.given,
+        "{dpo_logp=} with {dpo_loss=}: IPO is defined on mean log-probabilities",
+    ),
+    Law(
+        lambda c: c.loss == "ppo" and not c.reward_model,
+        "{ppo} 1 needs {reward_model}",
+    ),
+    Law(
+        lambda c: c.loss == "grpo" and not c.reward_model and not c.reward_funcs,
+        "{grpo} 1 needs {reward_model} or {reward_funcs}",
+    ),
+    Law(
+        lambda c: bool(c.layer_profile) and "peft" in c.given,
+        "{layer_profile=} and {peft=}: the profile already says what each layer learns; give one of the two",
+    ),
+    Law(
+        lambda c: bool(c.val_file) and c.val_split > 0,
+        "{val_file=} and {val_split=}: give one of the two",
+    ),
+    Law(
+        lambda c: c.infctx and c.state_cp,
+        "{infctx} 1 with {chunk_ctx} and {state_cp} 1 with {ctx_parts} say the same twice; give one of the two",
+    ),
+    Law(
+        lambda c: c.ctx_parts > c.ctx_len,
+        "{ctx_parts=} is more than {ctx_len=}",
+    ),
+    Law(
+        lambda c: c.initial_ctx_len > c.ctx_len,
+        "{initial_ctx_len=} is more than {ctx_len=}",
+    ),
+    Law(
+        lambda c: "ctx_warmup_steps" in c.given and c.initial_ctx_len == 0,
+        "{ctx_warmup_steps=} needs {initial_ctx_len}, the length to start from",
+    ),
+    Law(
+        lambda c: c.state_shift and not c.state,
+        "{state_shift} 1 needs {state} 1",
+    ),
+    Law(
+        lambda c: not set(c.lora_parts.split(",")) <= set(PARTS),
+        "{lora_parts=}: must be a comma list of att, ffn, ln, time",
+    ),
+)
+
+
+def say(sentence: str, config: Config) -> str:
+    """`sentence` with `{name=}` as `{name} value` and `{name!}` as the value; `{name}` stays for the command line."""
+
+    def filled(match: re.Match[str]) -> str:
+        name, sign = match[1], match[2]
+        if name == "loss":
+            return f"{{{config.loss}}} 1"
+        value = getattr(config, name)
+        text = str(int(value) if isinstance(value, bool) else value)
+        return text if sign == "!" else f"{{{name}}} {text}"
+
+    return re.sub(r"\{(\w+)([=!])\}", filled, sentence)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, one sentence with the flag, its value and what is legal, for the first law that is broken."""
+    for name, field in settings().items():
+        value, legal = getattr(config, name), field.metadata
+        if value is None:
+            continue
+        if legal["choices"] and value not in legal["choices"]:
+            words = ", ".join(str(choice) for choice in legal["choices"] if choice != "")
+            raise ValueError(f"{{{name}}} {value}: must be one of {words}")
+        for limit, broken, words in (
+            ("at_least", lambda v, x: v < x, ">="),
+            ("above", lambda v, x: v <= x, ">"),
+            ("at_most", lambda v, x: v > x, "<="),
+            ("below", lambda v, x: v >= x, "<"),
+        ):
+            if limit in legal and broken(value, legal[limit]):
+                raise ValueError(f"{{{name}}} {value}: must be {words} {legal[limit]}")
+    for law in LAWS:
+        if law.broken(config):
+            raise ValueError(say(law.sentence, config))
+    if config.peft not in ADAPTERS:
+        for name in PLAN_FLAGS:
+            if name in config.given:
+                why = "{layer_profile} has its own columns" if config.layer_profile else "it needs {lora} or {peft}"
+                raise ValueError(say(f"{{{name}=}} has no effect: {why}", config))
+
+
+def notices(config: Config) -> list[str]:
+    """What deserves one sentence before training, though it is legal."""
+    said = []
+    if config.loss == "orpo" and config.orpo_mode == "mean" and 0 < config.orpo_alpha < 0.005:
+        said.append(
+            say("{orpo_alpha=} is small for mean scores; alphas such as 0.0004 go with {orpo_mode} sum", config)
+        )
+    if config.loss == "dpo" and config.data_file and config.dpo_general_corpus_ratio == 0:
+        said.append(say("{data_file} is not read, because {dpo_general_corpus_ratio} is 0", config))
+    if trains(config) and config.epoch_steps % config.accumulate_grad_batches:
+        whole = config.steps_per_epoch * config.accumulate_grad_batches
+        said.append(
+            say(f"{{epoch_steps=}} is rounded up to {whole}, whole steps of {{accumulate_grad_batches=}}", config)
+        )
+    useless = [
+        name for loss, names in SETTINGS_OF.items() if loss != config.loss for name in names if name in config.given
+    ]
+    if useless:
+        said.append("no effect with this loss: " + ", ".join(f"{{{name}}}" for name in useless))
+    return said

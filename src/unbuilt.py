@@ -1,0 +1,163 @@
+"""What the command line understands but the program cannot do yet: one table, which later work empties.
+
+A command that asks for one of these stops with exit status 2 and the sentence beside it, instead of doing something
+else in silence. Each sentence says what to use meanwhile, where there is something.
+"""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from src.config import Config
+from src.laws import say
+
+
+class Missing(NamedTuple):
+    """A part that is not built: when a run asks for it, and what to say."""
+
+    wanted: Callable[[Config], bool]
+    sentence: str
+
+
+def ends(config: Config, *suffixes: str) -> bool:
+    """Whether one of the data files has one of the suffixes."""
+    return any(path.lower().endswith(suffixes) for path in (config.data_file, config.pair_file, config.val_file))
+
+
+BUILT_MODES = ("full", "freeze", "lora")
+
+NOT_BUILT = (
+    Missing(
+        lambda c: c.version in ("x040", "x052", "x060"),
+        "{version=}: of the RWKV versions only x070 (RWKV-7) is built yet",
+    ),
+    Missing(
+        lambda c: c.loss not in ("", "sft", "dpo", "orpo"),
+        "{loss=}: this loss is not built yet; {sft}, {dpo} and {orpo} are",
+    ),
+    Missing(
+        lambda c: c.dpo_general_corpus_ratio > 0,
+        "{dpo_general_corpus_ratio=}: mixing general text into DPO is not built yet; leave it 0",
+    ),
+    Missing(
+        lambda c: c.strategy != "auto",
+        "{strategy=}: strategies for several devices are not built yet; use {strategy} auto",
+    ),
+    Missing(
+        lambda c: c.devices > 1,
+        "{devices=}: training on several devices is not built yet; use {devices} 1",
+    ),
+    Missing(
+        lambda c: c.num_nodes > 1,
+        "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
+    ),
+    Missing(
+        lambda c: c.infctx,
+        "{infctx} 1: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
+    ),
+    Missing(
+        lambda c: c.state_cp or c.ctx_parts > 1,
+        "{ctx_parts=}: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
+    ),
+    Missing(
+        lambda c: c.initial_ctx_len > 0,
+        "{initial_ctx_len=}: growing sample lengths are not built yet; leave it 0",
+    ),
+    Missing(
+        lambda c: c.infctx_dataset_multiplier > 1,
+        "{infctx_dataset_multiplier=}: joining documents to one sample is not built yet; use 1",
+    ),
+    Missing(
+        lambda c: c.state_offload or c.bptt != "exact",
+        "{state_offload} and {bptt}: infinite context is not built yet",
+    ),
+    Missing(
+        lambda c: not c.reset_state,
+        "{reset_state} 0: carrying the state over document borders is not built yet; use 1",
+    ),
+    Missing(
+        lambda c: c.state or c.state_shift,
+        "{state} 1: state tuning is not built yet; {peft} lora trains a small part of the model",
+    ),
+    Missing(
+        lambda c: c.peft not in ("full", "lora"),
+        "{peft=}: this adapter is not built yet; full and lora are",
+    ),
+    Missing(
+        lambda c: c.rslora,
+        "{rslora} 1: this scaling is not built yet; {lora_alpha} or the Alpha column scales the update",
+    ),
+    Missing(
+        lambda c: c.storage in ("int8", "fp8"),
+        "{quant_mode=}: this storage is not built yet; nf4, fp4 and none are",
+    ),
+    Missing(
+        lambda c: c.precision == "fp16",
+        "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
+    ),
+    Missing(
+        lambda c: c.optim != "adamw",
+        "{optim=}: this optimizer is not built yet; adamw is",
+    ),
+    Missing(
+        lambda c: c.weight_decay_final >= 0,
+        "{weight_decay_final=}: a schedule of the weight decay is not built yet; leave it -1",
+    ),
+    Missing(
+        lambda c: c.dropout > 0,
+        "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
+    ),
+    Missing(
+        lambda c: c.wkv_backend not in ("auto", "naive", "cpu"),
+        "{wkv_backend=}: this kernel is not built yet; auto, naive and cpu are",
+    ),
+    Missing(
+        lambda c: c.compile,
+        "{compile} 1: compiling the model is not built yet; leave it 0",
+    ),
+    Missing(
+        lambda c: c.data_type == "h5" or ends(c, ".h5", ".hdf5"),
+        "h5 files are not read yet; use .jsonl or binidx for text and .csv, .jsonl or .save for pairs",
+    ),
+    Missing(
+        lambda c: ends(c, ".parquet"),
+        "parquet files are not read yet; use .csv, .jsonl or .save",
+    ),
+    Missing(
+        lambda c: bool(c.load_cold_adapter),
+        "{load_cold_adapter}: merging an adapter while loading is not built yet; run merge.py first",
+    ),
+    Missing(
+        lambda c: bool(c.resume),
+        "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
+    ),
+    Missing(
+        lambda c: c.doctor,
+        "{doctor} 1: examining the machine is not built yet",
+    ),
+    Missing(
+        lambda c: c.report,
+        "{report} 1: report.html is not built yet; metrics.jsonl holds the numbers",
+    ),
+    Missing(
+        lambda c: c.val_split > 0,
+        "{val_split=}: splitting off a held-out part is not built yet; give one as {val_file}",
+    ),
+    Missing(
+        lambda c: c.early_stop > 0,
+        "{early_stop=}: early stopping is not built yet; leave it 0",
+    ),
+)
+
+
+def refuse_unbuilt(config: Config, modes: Collection[str] = (), version: str | None = None) -> None:
+    """Raises ValueError with the sentence of the first missing part that the run asks for.
+
+    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says, once it is read.
+    """
+    for part in NOT_BUILT:
+        if part.wanted(config):
+            raise ValueError(say(part.sentence, config))
+    for mode in sorted(set(modes) - set(BUILT_MODES)):
+        raise ValueError(say(f"{{layer_profile=}}: mode {mode} is not built yet; {', '.join(BUILT_MODES)} are", config))
+    if version not in (None, "x070"):
+        raise ValueError(say(f"{{load_model=}} is an RWKV model of version {version}; only x070 is built yet", config))
