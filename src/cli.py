@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, prog: str | None = None) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        usage = "%(prog)s --flag value ..."
+        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False)
         version = f"RWKV-LM-RLHF {record.PROGRAM_VERSION}"
         self.add_argument("--version", action="version", version=version, help="print the version and stop")
         self.add_switch("--debug", help="show the traceback of an error")
@@ -86,7 +87,7 @@ def flag_of(name: str) -> str:
 
 def spelled(text: str) -> str:
     """`text` with every `{name}` of a setting or a loss replaced by its flag; other braces stay."""
-    known = {*record.settings(), *LOSS_FLAGS}
+    known = {*record.settings(), *LOSS_FLAGS, "lora"}
     return re.sub(r"\{(\w+)\}", lambda m: flag_of(m[1]) if m[1] in known else m[0], text)
 
 
@@ -264,12 +265,16 @@ def wants_debug(words: Sequence[str]) -> bool:
 
 
 def as_flags(config: Config) -> list[str]:
-    """The settings that differ from their defaults as command-line words, for logs and reports."""
+    """The settings that differ from their defaults as words of the command line, for logs and reports."""
     words = []
     for name, field in record.settings().items():
         value = getattr(config, name)
-        if name == "loss":
-            words += [f"--{value}", "1"] if value else []
-        elif value != field.default:
-            words += [flag_of(name), str(int(value) if isinstance(value, bool) else value)]
+        if value == field.default or (name not in config.given and (name == "loss" or field.default is None)):
+            continue
+        words += [f"--{value}", "1"] if name == "loss" else [flag_of(name), as_word(value)]
     return words
+
+
+def as_word(value: Any) -> str:
+    """A value as the command line writes it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
