@@ -3,10 +3,13 @@
 B batch, T tokens, H heads, N head size (N_v value index = rows, N_k key index = columns of the state), S segments
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from src.ops.select import choose
+from src.ops.wkv7_cpu import wkv7_cpu
 from src.ops.wkv7_naive import wkv7_naive
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
@@ -54,7 +57,7 @@ def segment_lengths(starts: Tensor, batch: int, tokens: int) -> list[int]:
     if batch != 1:
         raise ValueError(f"starts needs packed rows with batch size 1, but the batch size is {batch}")
     edges = starts.tolist()
-    lengths = [end - begin for begin, end in zip(edges, edges[1:], strict=False)]
+    lengths = [end - begin for begin, end in itertools.pairwise(edges)]
     if edges[0] != 0 or edges[-1] != tokens or min(lengths) < 0:
         raise ValueError(f"starts must rise from 0 to the {tokens} tokens without a step back, not {edges}")
     return lengths
@@ -90,4 +93,4 @@ def _initial_state(state: Tensor | None, shape: tuple[int, ...], r: Tensor) -> T
     return state.to(dtype)
 
 
-RUN = {"naive": wkv7_naive}
+RUN = {"cpu": wkv7_cpu, "naive": wkv7_naive}

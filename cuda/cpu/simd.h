@@ -1,0 +1,137 @@
+// Vectors of float as the compiler's own vector types: one source for AVX-512, AVX2, SSE2 and NEON, by GCC or clang.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace rwkv {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // lanes of one register
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+typedef uint16_t hvec __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+template <typename To, typename From>
+INLINE To bit_copy(const From& x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    std::memcpy(&y, &x, sizeof(y));
+    return y;
+}
+
+INLINE vec splat(float x) { return x - vec{}; }
+
+INLINE vec load(const float* p) {
+    vec x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+INLINE vec load(const bf16* p) {
+    hvec x;
+    std::memcpy(&x, p, sizeof(x));
+    return bit_copy<vec>(__builtin_convertvector(x, uvec) << 16);
+}
+
+INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof(x)); }
+
+// Round to nearest, ties to even; a NaN stays a (quiet) NaN.
+INLINE void store(bf16* p, vec x) {
+    uvec u = bit_copy<uvec>(x);
+    uvec rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    uvec quiet = (u >> 16) | 0x40;
+    ivec is_number = (x == x);
+    uvec chosen = bit_copy<uvec>(is_number) & rounded;
+    chosen |= ~bit_copy<uvec>(is_number) & quiet;
+    hvec y = __builtin_convertvector(chosen, hvec);
+    std::memcpy(p, &y, sizeof(y));
+}
+
+// exp within 2 ulp; results beyond e^+-87 are held there, NaN stays NaN.
+INLINE vec exp(vec x) {
+    x = x > 87.f ? splat(87.f) : x;
+    x = x < -87.f ? splat(-87.f) : x;
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+    vec shifted = x * 1.44269504088896f + magic;
+    vec n = shifted - magic;
+    vec f = x - n * 0.693359375f;
+    f = f + n * 2.12194440e-4f;
+    vec p = splat(1.f / 5040);
+    for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = p * f + c;
+    uvec power = (bit_copy<uvec>(shifted) - bit_copy<uint32_t>(magic) + 127) << 23;
+    return p * bit_copy<vec>(power);
+}
+
+// Exchange blocks of D lanes: low = a's even blocks between b's, high = the odd ones. D = W/2, W/4 ... 1 in turn,
+// over rows W/2, W/4 ... 1 apart, transposes a W x W tile.
+template <int D>
+INLINE void interleave(vec a, vec b, vec& low, vec& high) {
+#define PICK(i) ((((i) / D) & 1) ? W + (i) - D : (i))
+#if defined(__AVX512F__)
+    low = __builtin_shufflevector(a, b, PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7), PICK(8),
+                                  PICK(9), PICK(10), PICK(11), PICK(12), PICK(13), PICK(14), PICK(15));
+    high = __builtin_shufflevector(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5),
+                                   D + PICK(6), D + PICK(7), D + PICK(8), D + PICK(9), D + PICK(10), D + PICK(11),
+                                   D + PICK(12), D + PICK(13), D + PICK(14), D + PICK(15));
+#elif defined(__AVX__)
+    low = __builtin_shufflevector(a, b, PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7));
+    high = __builtin_shufflevector(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5),
+                                   D + PICK(6), D + PICK(7));
+#else
+    low = __builtin_shufflevector(a, b, PICK(0), PICK(1), PICK(2), PICK(3));
+    high = __builtin_shufflevector(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3));
+#endif
+#undef PICK
+}
+
+// Lane i of the result is the sum of the lanes of x[i]; x[0..W) is overwritten.
+template <int D = W / 2>
+INLINE vec row_sums(vec* x) {
+    if constexpr (D == 0) {
+        return x[0];
+    } else {
+        for (int i = 0; i < D; ++i) {
+            vec low, high;
+            interleave<D>(x[i], x[i + D], low, high);
+            x[i] = low + high;
+        }
+        return row_sums<D / 2>(x);
+    }
+}
+
+template <int D = W / 2>
+INLINE void transpose_registers(vec* x) {
+    if constexpr (D > 0) {
+        for (int block = 0; block < W; block += 2 * D)
+            for (int i = block; i < block + D; ++i) interleave<D>(x[i], x[i + D], x[i], x[i + D]);
+        transpose_registers<D / 2>(x);
+    }
+}
+
+// to[c][r] = from[r][c] for rows x cols, both multiples of W.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int rows, int cols) {
+    for (int r = 0; r < rows; r += W)
+        for (int c = 0; c < cols; c += W) {
+            vec x[W];
+            for (int i = 0; i < W; ++i) x[i] = load(from + (r + i) * from_stride + c);
+            transpose_registers(x);
+            for (int i = 0; i < W; ++i) store(to + (c + i) * to_stride + r, x[i]);
+        }
+}
+
+}  // namespace rwkv

@@ -1,0 +1,496 @@
+// WKV-7 on the CPU, forward and backward (recurrence and gradients: RWKV-7 "Goose", arXiv 2503.14456; src/ops/wkv7.py).
+//
+// Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS.
+//
+// Decay without multiplying the state: inside a block of BLOCK tokens let P_t = d_1 * ... * d_t (per key). With
+//     S~ = S / P,   r~_t = P_t r_t,   k~_t = k_t / P_t,   b~_t = b_t / P_t,   a~_t = P_{t-1} a_t
+// the recurrence has no decay: S~_t = S~_{t-1} + sa_t b~_t^T + v_t k~_t^T, sa_t = S~_{t-1} a~_t, y_t = S~_t r~_t, and so has
+// the gradient G^ = G * P. An old entry is small against a new one by the same factor as before, so rounding is that of the
+// plain form; 1 / P <= 0.5452^-16 = 16400. It is no back-stepping: states only run forwards, from checkpoints.
+//
+// Forward keeps S by [key][value], so both sums over keys are plain vector sums. Backward keeps S and G by [value][key]:
+// five of its seven sums are over values, and rows need nothing of each other, so it works through RV rows at a time and
+// the states of a whole checkpoint interval fit the second-level cache.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <omp.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "simd.h"
+
+namespace rwkv {
+namespace {
+
+constexpr int BLOCK = 16;     // tokens that share one origin of the cumulative decay
+constexpr int INTERVAL = 64;  // tokens between checkpoints; a multiple of BLOCK
+constexpr int RV = 32;        // value rows that backward handles together; a multiple of W
+constexpr float RATE = 0.60653066f;
+constexpr int MAX_VB = W == 16 ? 4 : 2;  // registers of values per forward sweep
+constexpr int KB = W == 16 ? 2 : 1;      // registers of keys per backward sweep
+
+template <typename T>
+struct Inputs {
+    const T *r, *w, *k, *v, *a, *b;
+};
+
+// One (row, head): `tokens` tokens, each `stride` elements after the last.
+struct Run {
+    int64_t first, stride, tokens;  // first: offset of the first element in the (tokens, H, N) inputs
+    int64_t state, checkpoint;      // offsets in the states and in the checkpoints (key by value, one per interval)
+};
+
+// The rows of a batch, or the packed segments: where each one and its checkpoints begin.
+struct Rows {
+    const int64_t* starts;
+    int64_t count, heads, size;
+    std::vector<int64_t> checkpoints;
+    std::vector<int64_t> order;  // longest first, so that the last ones to finish are short
+
+    Rows(const at::Tensor& starts_, int64_t heads_, int64_t size_)
+        : starts(starts_.const_data_ptr<int64_t>()), count(starts_.numel() - 1), heads(heads_), size(size_) {
+        checkpoints.push_back(0);
+        for (int64_t i = 0; i < count; ++i) {
+            checkpoints.push_back(checkpoints.back() + (starts[i + 1] - starts[i] + INTERVAL - 1) / INTERVAL);
+            order.push_back(i);
+        }
+        std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
+            return starts[x + 1] - starts[x] > starts[y + 1] - starts[y];
+        });
+    }
+
+    Run run(int64_t task) const {
+        const int64_t row = order[task / heads], head = task % heads;
+        return {(starts[row] * heads + head) * size, heads * size, starts[row + 1] - starts[row],
+                (row * heads + head) * size * size, (checkpoints[row] * heads + head) * size * size};
+    }
+};
+
+// exp(z) for z in [-RATE, RATE], by its series about the nearer half.
+INLINE vec exp_small(vec z) {
+    vec p = splat(1.f / 362880);
+    for (float c : {1.f / 40320, 1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = p * z + c;
+    return p;
+}
+
+// The rescaled inputs of up to BLOCK tokens.
+template <int N>
+struct Prepared {
+    float *r, *k, *b;  // [token][N]
+    float* a_next;     // [token][N]: a~ of the following token in this block's scale; zeros after the last token
+    float *P, *inverse, *slope;  // backward only: P_t, 1 / P_t, d(log decay)/dw
+};
+
+// Fill `out` for tokens first .. first + n of a run; returns P after them in P_end.
+template <int N, bool BACKWARD, typename T>
+INLINE void prepare(const Inputs<T>& x, const Run& run, int64_t first, int n, const Prepared<N>& out, float* P_end) {
+    for (int j = 0; j < N; j += W) {
+        vec P = splat(1.f), inverse = splat(1.f);
+        int64_t at = run.first + first * run.stride + j;
+        for (int t = 0; t < n; ++t, at += run.stride) {
+            const vec s = 1.f / (1.f + exp(-load(x.w + at)));
+            P *= exp_small(-RATE * s);
+            inverse *= exp_small(RATE * s);
+            const int to = t * N + j;
+            store(out.r + to, load(x.r + at) * P);
+            store(out.k + to, load(x.k + at) * inverse);
+            store(out.b + to, load(x.b + at) * inverse);
+            store(out.a_next + to, first + t + 1 < run.tokens ? load(x.a + at + run.stride) * P : splat(0.f));
+            if constexpr (BACKWARD) {
+                store(out.P + to, P);
+                store(out.inverse + to, inverse);
+                store(out.slope + to, -RATE * s * (1.f - s));
+            }
+        }
+        store(P_end + j, P);
+    }
+}
+
+// ---------------------------------------------------------------- forward
+
+// One token for VB * W values: updates S [key][value], returns y and sa of the next token.
+template <int N, int VB>
+INLINE void forward_sweep(float* S, int width, const float* r, const float* k, const float* b, const float* a_next,
+                          const vec* v, vec* sa, vec* y) {
+    constexpr int LANES = VB >= 4 ? 1 : 4 / VB;  // partial sums enough to hide the latency of an addition
+    vec y_part[LANES][VB] = {}, sa_part[LANES][VB] = {};
+    for (int j = 0; j < N; j += LANES) {
+#pragma GCC unroll 4
+        for (int lane = 0; lane < LANES; ++lane) {
+            const vec rj = splat(r[j + lane]), kj = splat(k[j + lane]);
+            const vec bj = splat(b[j + lane]), aj = splat(a_next[j + lane]);
+#pragma GCC unroll 4
+            for (int u = 0; u < VB; ++u) {
+                float* at = S + (j + lane) * width + u * W;
+                const vec s = load(at) + sa[u] * bj + v[u] * kj;
+                store(at, s);
+                y_part[lane][u] += s * rj;
+                sa_part[lane][u] += s * aj;
+            }
+        }
+    }
+    for (int u = 0; u < VB; ++u) {
+        y[u] = y_part[0][u];
+        sa[u] = sa_part[0][u];
+        for (int lane = 1; lane < LANES; ++lane) {
+            y[u] += y_part[lane][u];
+            sa[u] += sa_part[lane][u];
+        }
+    }
+}
+
+// One run, for the values [value, value + width) of its head. sa and checkpoints may be null (nothing is kept then).
+template <int N, int VB, typename T>
+void forward_run(const Inputs<T>& x, const Run& run, int64_t heads, int value, int width, const float* state, T* y,
+                 float* state_out, float* sa_out, float* checkpoints) {
+    alignas(64) float S[N * N], r[BLOCK * N], k[BLOCK * N], b[BLOCK * N], a_next[BLOCK * N], P[N], sa_now[N] = {};
+    transpose(state + run.state + value * N, N, S, width, width, N);
+    if (run.tokens > 0)
+        for (int j = 0; j < N; j += W) {
+            alignas(64) float a[W];
+            store(a, load(x.a + run.first + j));
+            for (int lane = 0; lane < W; ++lane)
+                for (int i = 0; i < width; i += W)
+                    store(sa_now + i, load(sa_now + i) + a[lane] * load(S + (j + lane) * width + i));
+        }
+    const Prepared<N> block{r, k, b, a_next, nullptr, nullptr, nullptr};
+    for (int64_t first = 0; first < run.tokens; first += BLOCK) {
+        if (checkpoints && first % INTERVAL == 0)
+            for (int j = 0; j < N; ++j)
+                std::memcpy(checkpoints + run.checkpoint + first / INTERVAL * heads * N * N + j * N + value,
+                            S + j * width, width * sizeof(float));
+        const int n = std::min<int64_t>(BLOCK, run.tokens - first);
+        prepare<N, false>(x, run, first, n, block, P);
+        for (int i = 0; i < width; i += VB * W) {
+            vec sa[VB], v[VB], out[VB];
+            for (int u = 0; u < VB; ++u) sa[u] = load(sa_now + i + u * W);
+            for (int t = 0; t < n; ++t) {
+                const int64_t at = run.first + (first + t) * run.stride + value + i;
+                for (int u = 0; u < VB; ++u) v[u] = load(x.v + at + u * W);
+                if (sa_out)
+                    for (int u = 0; u < VB; ++u) store(sa_out + at + u * W, sa[u]);
+                forward_sweep<N, VB>(S + i, width, r + t * N, k + t * N, b + t * N, a_next + t * N, v, sa, out);
+                for (int u = 0; u < VB; ++u) store(y + at + u * W, out[u]);
+            }
+            for (int u = 0; u < VB; ++u) store(sa_now + i + u * W, sa[u]);
+        }
+        for (int j = 0; j < N; ++j)
+            for (int i = 0; i < width; i += W) store(S + j * width + i, load(S + j * width + i) * P[j]);
+    }
+    transpose(S, width, state_out + run.state + value * N, N, N, width);
+}
+
+// ---------------------------------------------------------------- backward
+
+// Everything one thread needs for one interval of one run. Index t counts from 1; 0 is the state before the interval.
+template <int N>
+struct Interval {
+    static constexpr int ROWS = INTERVAL + 2;
+    alignas(64) float r[ROWS * N], k[ROWS * N], b[ROWS * N], a_next[ROWS * N];  // rescaled; [0] zero but for a_next
+    alignas(64) float P[ROWS * N], inverse[ROWS * N], slope[ROWS * N];
+    alignas(64) float v[ROWS * N], dy[ROWS * N], sa[ROWS * N], dv[ROWS * N];                   // [0] zero
+    alignas(64) float dr[ROWS * N], dk[ROWS * N], db[ROWS * N], da[ROWS * N], decay[ROWS * N];  // sums over values
+    alignas(64) float S[(INTERVAL + 1) * RV * N];                                              // [t][RV][N]
+    alignas(64) float G[N * N], S0[N * N], dsa[RV];
+};
+
+// S[t], t = 1 .. n, of RV value rows from S[0].
+template <int N>
+INLINE void recompute_states(Interval<N>& m, int row, int n) {
+    constexpr int KEYS = N / W < 4 ? N / W : 4, GROUP = W == 16 ? 4 : 2;
+    for (int i = 0; i < RV; i += GROUP)
+        for (int j = 0; j < N; j += KEYS * W) {
+            vec s[GROUP][KEYS];
+            for (int g = 0; g < GROUP; ++g)
+                for (int u = 0; u < KEYS; ++u) s[g][u] = load(m.S + (i + g) * N + j + u * W);
+            for (int t = 1; t <= n; ++t) {
+                if (t > 1 && t % BLOCK == 1)
+                    for (int u = 0; u < KEYS; ++u) {
+                        const vec P = load(m.P + (t - 1) * N + j + u * W);
+                        for (int g = 0; g < GROUP; ++g) s[g][u] *= P;
+                    }
+                const float *k = m.k + t * N + j, *b = m.b + t * N + j;
+                const float *v = m.v + t * N + row + i, *sa = m.sa + t * N + row + i;
+                float* to = m.S + (t * RV + i) * N + j;
+#pragma GCC unroll 4
+                for (int g = 0; g < GROUP; ++g)
+#pragma GCC unroll 4
+                    for (int u = 0; u < KEYS; ++u) {
+                        s[g][u] += sa[g] * load(b + u * W) + v[g] * load(k + u * W);
+                        store(to + g * N + u * W, s[g][u]);
+                    }
+            }
+        }
+}
+
+// Token t of RV value rows, with S_t at hand: what needs S_t of token t + 1 (decay, a, and its share of G), then token t.
+template <int N>
+INLINE void backward_sweep(Interval<N>& m, int row, int t) {
+    const int here = t * N, next = (t + 1) * N;
+    const float *S = m.S + t * RV * N, *dy = m.dy + here + row, *v = m.v + here + row, *sa = m.sa + here + row;
+    float* G = m.G + row * N;
+    vec dv_part[RV], dsa_part[RV];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; j += KB * W) {
+        vec a[KB], r[KB], k[KB], b[KB], decay[KB], da[KB], dr[KB], dk[KB], db[KB];
+#pragma GCC unroll 2
+        for (int u = 0; u < KB; ++u) {
+            const int c = j + u * W;
+            a[u] = load(m.a_next + here + c), r[u] = load(m.r + here + c);
+            k[u] = load(m.k + here + c), b[u] = load(m.b + here + c);
+            decay[u] = load(m.decay + next + c), da[u] = load(m.da + next + c);
+            dr[u] = load(m.dr + here + c), dk[u] = load(m.dk + here + c), db[u] = load(m.db + here + c);
+        }
+        for (int tile = 0; tile < RV; tile += W) {
+            for (int i = tile; i < tile + W; ++i) {
+                const vec dsa_i = splat(m.dsa[i]), dy_i = splat(dy[i]), v_i = splat(v[i]), sa_i = splat(sa[i]);
+                vec dv_i, dsa_new;
+#pragma GCC unroll 2
+                for (int u = 0; u < KB; ++u) {
+                    const int c = i * N + j + u * W;
+                    const vec s = load(S + c);
+                    vec g = load(G + c);
+                    decay[u] += g * s;
+                    da[u] += s * dsa_i;
+                    dr[u] += s * dy_i;
+                    g += dsa_i * a[u] + dy_i * r[u];
+                    store(G + c, g);
+                    dk[u] += g * v_i;
+                    db[u] += g * sa_i;
+                    dv_i = u ? dv_i + g * k[u] : g * k[u];
+                    dsa_new = u ? dsa_new + g * b[u] : g * b[u];
+                }
+                dv_part[i] = j ? dv_part[i] + dv_i : dv_i;
+                dsa_part[i] = j ? dsa_part[i] + dsa_new : dsa_new;
+            }
+            if (j + KB * W == N) {
+                store(m.dv + here + row + tile, row_sums(dv_part + tile));
+                store(m.dsa + tile, row_sums(dsa_part + tile));
+            }
+        }
+#pragma GCC unroll 2
+        for (int u = 0; u < KB; ++u) {
+            const int c = j + u * W;
+            store(m.decay + next + c, decay[u]), store(m.da + next + c, da[u]);
+            store(m.dr + here + c, dr[u]), store(m.dk + here + c, dk[u]), store(m.db + here + c, db[u]);
+        }
+    }
+}
+
+// Load and rescale tokens first + 1 .. first + n of the run (counted from 1) and clear the sums.
+template <int N, typename T>
+void open_interval(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t first, int n, const T* dy,
+                   const float* sa) {
+    alignas(64) float P_end[N];
+    for (float* p : {m.r, m.k, m.b, m.v, m.dy, m.sa}) std::memset(p, 0, N * sizeof(float));
+    for (float* p : {m.dr, m.dk, m.db, m.da, m.decay}) std::memset(p, 0, (n + 2) * N * sizeof(float));
+    for (int j = 0; j < N; j += W) {
+        store(m.P + j, splat(1.f));
+        store(m.a_next + j, load(x.a + run.first + first * run.stride + j));
+    }
+    for (int t = 0; t < n; t += BLOCK) {
+        const int to = (t + 1) * N;
+        const Prepared<N> block{m.r + to, m.k + to, m.b + to, m.a_next + to, m.P + to, m.inverse + to, m.slope + to};
+        prepare<N, true>(x, run, first + t, std::min(BLOCK, n - t), block, P_end);
+    }
+    std::memset(m.a_next + n * N, 0, N * sizeof(float));  // the next interval has seen to its first token itself
+    for (int t = 1; t <= n; ++t)
+        for (int i = 0; i < N; i += W) {
+            const int64_t at = run.first + (first + t - 1) * run.stride + i;
+            store(m.v + t * N + i, load(x.v + at));
+            store(m.dy + t * N + i, load(dy + at));
+            store(m.sa + t * N + i, load(sa + at));
+        }
+}
+
+// Undo the rescaling and write the gradients of tokens first + 1 .. first + n.
+template <int N, typename T>
+void close_interval(const Interval<N>& m, const Run& run, int64_t first, int n, const std::array<T*, 6>& out) {
+    for (int t = 1; t <= n; ++t)
+        for (int j = 0; j < N; j += W) {
+            const int64_t at = run.first + (first + t - 1) * run.stride + j;
+            const int c = t * N + j;
+            // a~ of a block's first token is in the scale of the block before it, whose last P is P[t - 1] as well
+            const vec inverse = load(m.inverse + c);
+            store(out[0] + at, load(m.dr + c) * load(m.P + c));
+            store(out[1] + at, load(m.decay + c) * load(m.slope + c));
+            store(out[2] + at, load(m.dk + c) * inverse);
+            store(out[3] + at, load(m.dv + c));
+            store(out[4] + at, load(m.da + c) * load(m.P + c - N));
+            store(out[5] + at, load(m.db + c) * inverse);
+        }
+}
+
+template <int N, typename T>
+void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t heads, const float* sa,
+                  const float* checkpoints, const T* dy, const float* dstate_out, const std::array<T*, 6>& out,
+                  float* dstate) {
+    std::memcpy(m.G, dstate_out + run.state, sizeof(m.G));
+    for (int64_t first = (run.tokens - 1) / INTERVAL * INTERVAL; run.tokens && first >= 0; first -= INTERVAL) {
+        const int n = std::min<int64_t>(INTERVAL, run.tokens - first);
+        open_interval<N>(m, x, run, first, n, dy, sa);
+        transpose(checkpoints + run.checkpoint + first / INTERVAL * heads * N * N, N, m.S0, N, N, N);
+        for (int row = 0; row < N; row += RV) {
+            std::memcpy(m.S, m.S0 + row * N, RV * N * sizeof(float));
+            std::memset(m.dsa, 0, sizeof(m.dsa));
+            recompute_states<N>(m, row, n);
+            for (int t = n; t >= 0; --t) {
+                if (t > 0 && (t == n || t % BLOCK == 0))  // G enters this block's scale
+                    for (int i = row; i < row + RV; ++i)
+                        for (int j = 0; j < N; j += W)
+                            store(m.G + i * N + j, load(m.G + i * N + j) * load(m.P + t * N + j));
+                backward_sweep<N>(m, row, t);
+            }
+        }
+        close_interval<N>(m, run, first, n, out);
+    }
+    std::memcpy(dstate + run.state, m.G, sizeof(m.G));
+}
+
+// ---------------------------------------------------------------- tensors
+
+using Six = std::array<at::Tensor, 6>;
+
+template <typename T>
+T* pointer(const at::Tensor& x) {
+    return reinterpret_cast<T*>(x.data_ptr());
+}
+
+template <typename T>
+Inputs<T> inputs(const Six& x) {
+    return {pointer<T>(x[0]), pointer<T>(x[1]), pointer<T>(x[2]), pointer<T>(x[3]), pointer<T>(x[4]), pointer<T>(x[5])};
+}
+
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+template <int N, typename T>
+void forward_all(const Six& x, const Rows& rows, const at::Tensor& state, const at::Tensor& y, const at::Tensor& last,
+                 const at::Tensor& sa, const at::Tensor& checkpoints) {
+    const Inputs<T> in = inputs<T>(x);
+    const int64_t tasks = rows.count * rows.heads;
+    int width = N;  // with fewer heads than threads, several threads share a head's values
+    while (tasks * (N / width) < threads() && width > W) width /= 2;
+    const int parts = N / width, registers = std::min(MAX_VB, width / W);
+    const auto run_task = [&](auto vb, int64_t task) {
+        forward_run<N, decltype(vb)::value, T>(in, rows.run(task / parts), rows.heads, task % parts * width, width,
+                                              pointer<float>(state), pointer<T>(y), pointer<float>(last),
+                                              sa.numel() ? pointer<float>(sa) : nullptr,
+                                              checkpoints.numel() ? pointer<float>(checkpoints) : nullptr);
+    };
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads())
+    for (int64_t task = 0; task < tasks * parts; ++task) {
+        if (registers >= 4)
+            run_task(std::integral_constant<int, std::min(4, N / W)>{}, task);
+        else if (registers == 2)
+            run_task(std::integral_constant<int, 2>{}, task);
+        else
+            run_task(std::integral_constant<int, 1>{}, task);
+    }
+}
+
+template <int N, typename T>
+void backward_all(const Six& x, const Rows& rows, const at::Tensor& sa, const at::Tensor& checkpoints,
+                  const at::Tensor& dy, const at::Tensor& dlast, const Six& out, const at::Tensor& dstate) {
+    const Inputs<T> in = inputs<T>(x);
+    std::array<T*, 6> grads;
+    for (int i = 0; i < 6; ++i) grads[i] = pointer<T>(out[i]);
+    const int64_t tasks = rows.count * rows.heads;
+    const int team = std::min<int64_t>(threads(), std::max<int64_t>(tasks, 1));
+    std::vector<std::unique_ptr<Interval<N>>> scratch(team);
+    for (auto& m : scratch) m.reset(new Interval<N>);  // here: nothing may throw inside the parallel loop
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+    for (int64_t task = 0; task < tasks; ++task)
+        backward_run<N, T>(*scratch[omp_get_thread_num()], in, rows.run(task), rows.heads, pointer<float>(sa),
+                           pointer<float>(checkpoints), pointer<T>(dy), pointer<float>(dlast), grads,
+                           pointer<float>(dstate));
+}
+
+template <typename F>
+void dispatch(const at::Tensor& r, F&& f) {
+    const auto with_dtype = [&](auto n) {
+        r.scalar_type() == at::kBFloat16 ? f(n, bf16{}) : f(n, float{});
+    };
+    switch (r.size(-1)) {
+        case 32: return with_dtype(std::integral_constant<int, 32>{});
+        case 64: return with_dtype(std::integral_constant<int, 64>{});
+        case 128: return with_dtype(std::integral_constant<int, 128>{});
+    }
+    TORCH_CHECK(false, "head size ", r.size(-1), " is not one of 32, 64, 128");
+}
+
+// Dense copies of r, w, k, v, a, b (tokens, H, N), after checking what wrong offsets would turn into bad memory accesses.
+Six dense(const Six& x, const at::Tensor& starts, const at::Tensor& state) {
+    Six y;
+    for (int i = 0; i < 6; ++i) {
+        TORCH_CHECK(x[i].dim() == 3 && x[i].sizes() == x[0].sizes() && x[i].scalar_type() == x[0].scalar_type() &&
+                        (x[i].scalar_type() == at::kFloat || x[i].scalar_type() == at::kBFloat16),
+                    "r, w, k, v, a, b must be (tokens, heads, head size), all float32 or all bfloat16");
+        y[i] = x[i].contiguous();
+    }
+    const int64_t h = x[0].size(1), n = x[0].size(2), rows = starts.numel() - 1;
+    TORCH_CHECK(starts.scalar_type() == at::kLong && starts.is_contiguous() && rows >= 0, "bad starts");
+    const int64_t* s = starts.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < rows; ++i) TORCH_CHECK(s[i] <= s[i + 1], "starts must not fall");
+    TORCH_CHECK(s[0] == 0 && s[rows] == x[0].size(0), "starts must run from 0 to the number of tokens");
+    TORCH_CHECK(state.scalar_type() == at::kFloat && state.sizes() == at::IntArrayRef({rows, h, n, n}), "bad state");
+    return y;
+}
+
+// -> y, final state, and when `keep`: sa (tokens, H, N) and checkpoints (intervals, H, N_key, N_value), both float32.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& r, const at::Tensor& w,
+                                                                   const at::Tensor& k, const at::Tensor& v,
+                                                                   const at::Tensor& a, const at::Tensor& b,
+                                                                   const at::Tensor& state, const at::Tensor& starts,
+                                                                   bool keep) {
+    const Six x = dense({r, w, k, v, a, b}, starts, state);
+    const int64_t h = r.size(1), n = r.size(2);
+    const Rows rows(starts, h, n);
+    const auto options = r.options().dtype(at::kFloat);
+    const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), options);
+    const at::Tensor sa = at::empty(keep ? r.sizes() : at::IntArrayRef({0}), options);
+    const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, h, n, n}, options);
+    const at::Tensor start = state.contiguous();
+    dispatch(r, [&](auto size, auto element) {
+        forward_all<decltype(size)::value, decltype(element)>(x, rows, start, y, last, sa, checkpoints);
+    });
+    return {y, last, sa, checkpoints};
+}
+
+// -> gradients of r, w, k, v, a, b in their dtype and of the initial state in float32.
+std::vector<at::Tensor> backward(const at::Tensor& r, const at::Tensor& w, const at::Tensor& k, const at::Tensor& v,
+                                 const at::Tensor& a, const at::Tensor& b, const at::Tensor& starts,
+                                 const at::Tensor& sa, const at::Tensor& checkpoints, const at::Tensor& dy,
+                                 const at::Tensor& dlast) {
+    const Six x = dense({r, w, k, v, a, b}, starts, dlast);
+    const Rows rows(starts, r.size(1), r.size(2));
+    TORCH_CHECK(sa.sizes() == r.sizes() && checkpoints.size(0) == rows.checkpoints.back(), "forward kept nothing");
+    TORCH_CHECK(dy.sizes() == r.sizes() && dy.scalar_type() == r.scalar_type(), "bad dy");
+    Six out;
+    for (auto& grad : out) grad = at::empty_like(x[0]);
+    const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
+    const at::Tensor dy_dense = dy.contiguous(), dlast_dense = dlast.contiguous();
+    dispatch(r, [&](auto size, auto element) {
+        backward_all<decltype(size)::value, decltype(element)>(x, rows, sa, checkpoints, dy_dense, dlast_dense, out,
+                                                              dstate);
+    });
+    return {out[0], out[1], out[2], out[3], out[4], out[5], dstate};
+}
+
+}  // namespace
+}  // namespace rwkv
+
+TORCH_LIBRARY(rwkv_wkv7, m) {
+    m.def("forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor starts, bool keep)"
+          " -> (Tensor, Tensor, Tensor, Tensor)");
+    m.def("backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor starts, Tensor sa,"
+          " Tensor checkpoints, Tensor dy, Tensor dlast) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(rwkv_wkv7, CPU, m) {
+    m.impl("forward", &rwkv::forward);
+    m.impl("backward", &rwkv::backward);
+}
