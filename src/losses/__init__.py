@@ -1,0 +1,32 @@
+"""Losses: per-token scores from the chunked head, then one small pure function each.
+
+To add a loss: one file with a subclass of `TextLoss` or `PairLoss`, and one line in `LOSSES`.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from src.losses.dpo import DPO
+from src.losses.kinds import Loss
+from src.losses.orpo import ORPO
+from src.losses.sft import SFT
+
+# By the name of the setting `loss`; "" is next-token training on plain text.
+LOSSES: dict[str, Loss] = {
+    "": SFT(),
+    "sft": SFT(),
+    "dpo": DPO(),
+    "orpo": ORPO(),
+}
+
+
+def step_loss(loss: Loss, head: nn.Module, hidden: Tensor, batch: Any, config: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Hidden states of one micro-batch -> (objective, metrics), both sums over its trained tokens or pairs.
+
+    `hidden` (T,C) belongs to `batch.targets` (T,). `config` has the attributes `head_chunk`, `l2wrap` (None: the loss's
+    own default) and those that `loss.settings` names. The caller divides by the optimizer step's total.
+    """
+    l2wrap = loss.l2wrap if config.l2wrap is None else bool(config.l2wrap)
+    settings = {name: getattr(config, name) for name in loss.settings}
+    return loss.from_hidden(head, hidden, batch, chunk=config.head_chunk, l2wrap=l2wrap, **settings)

@@ -1,0 +1,80 @@
+"""What every loss has in common: where its scores come from, and the penalty on large logits (L2Wrap).
+
+L2Wrap (BlinkDL's RWKV-LM): 0.5e-4 * max_logit^2, averaged over the trained positions. Its gradient is the tradition's,
+1e-4 * max_logit at the largest logit of each position; as a part of the loss it follows accumulation and loss scaling.
+It is a metric of its own and never part of the logged loss.
+
+Legend: T tokens, n pairs, A answer tokens, C width.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from src.losses.pairs import pair_scores, segment_sums
+from src.losses.tokens import IGNORE, L2WRAP, token_scores
+
+Metrics = dict[str, Tensor]
+
+
+class Loss:
+    """A loss as the training loop sees it.
+
+    Attributes:
+        kind: "text" (sums over trained tokens) or "pairs" (sums over pairs).
+        needs_reference: whether the batch must carry the reference's log-probabilities.
+        l2wrap: whether the penalty on large logits is on unless the user says otherwise.
+        settings: names of the settings that `__call__` takes as keywords.
+    """
+
+    kind: ClassVar[str]
+    needs_reference: ClassVar[bool] = False
+    l2wrap: ClassVar[bool] = False
+    settings: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, scores: Any, batch: Any, **settings: Any) -> tuple[Tensor, Metrics]:
+        """Scores -> (sum over trained tokens or pairs, detached sums by name; "loss" is what is logged as the loss)."""
+        raise NotImplementedError
+
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
+    ) -> tuple[Tensor, Metrics]:
+        """As `__call__`, from hidden states (T,C) through the chunked head; with `l2wrap` the objective, but not the
+        metric "loss", includes the penalty."""
+        raise NotImplementedError
+
+
+class TextLoss(Loss):
+    """A sum over the trained tokens of packed text; `__call__` takes `TokenScores`."""
+
+    kind = "text"
+    l2wrap = True
+
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
+    ) -> tuple[Tensor, Metrics]:
+        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_mean=True, want_max=l2wrap)
+        value, metrics = self(scores, batch, **settings)
+        if l2wrap:
+            penalty = L2WRAP * scores.max_logit.square().sum()
+            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
+        return value, metrics
+
+
+class PairLoss(Loss):
+    """A sum over preference pairs; `__call__` takes `PairScores`. L2Wrap averages over both answers of a pair."""
+
+    kind = "pairs"
+
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
+    ) -> tuple[Tensor, Metrics]:
+        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_max=l2wrap)
+        pairs = pair_scores(scores.logp, batch.targets, batch.starts)
+        value, metrics = self(pairs, batch, **settings)
+        if l2wrap:
+            squares = segment_sums(scores.max_logit.square(), batch.starts[::2])
+            counts = segment_sums((batch.targets != IGNORE).to(squares.dtype), batch.starts[::2])
+            penalty = (L2WRAP * squares / counts.clamp_min(1)).sum()
+            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
+        return value, metrics
