@@ -1,7 +1,7 @@
 """Which tensor learns, how, and with which learning rate: a row per layer, from a layer profile (CSV) or from flags.
 
-A tensor belongs to the row `emb` (emb, ln0), to its block's number, or to `head` (head, ln_out). No torch here: the plan
-speaks of names only. Sentences write `{name}` for the flag of a setting; the command line spells them.
+A tensor belongs to the row `emb` (emb, ln0), to its block's number, or to `head` (head, ln_out). No torch here: the
+plan speaks of names only. Sentences write `{name}` for the flag of a setting; the command line spells them.
 """
 
 import csv
@@ -37,7 +37,7 @@ MULTIPLIERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one layer does. Learning rates go from `init` to `final`; `reject` holds substrings of names that stay frozen."""
+    """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen."""
 
     layer: str
     mode: str
