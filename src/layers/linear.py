@@ -3,25 +3,65 @@
 Legend: B batch, T tokens, C width, V vocabulary.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from src.layers.adaptation import Adaptation
+from src.layers.stores import Store, store_class
+
+
+@dataclass(frozen=True)
+class Placement:
+    """In what form a matrix is taken: `store` packs it, `dtype` is that of a dense one, `master` that of adapters.
+
+    `generator` draws the adapter's first values. With `share` a dense matrix that already fits is not copied.
+    """
+
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+    store: str = "none"
+    master: torch.dtype = torch.float32
+    generator: torch.Generator | None = None
+    share: bool = False
+
+    def dense(self, weight: Tensor) -> nn.Parameter:
+        """`weight` as a frozen parameter in this form."""
+        placed = weight.detach().to(device=self.device, dtype=self.dtype, copy=not self.share)
+        return nn.Parameter(placed, requires_grad=False)
+
 
 class Linear(nn.Module):
     """y = x W^T without bias. `weight` is (out, in), or None when the matrix lives packed in `store`."""
+
+    adaptation: Adaptation | None = None
+    enabled = True  # False: an adapter leaves the base matrix alone (`placing.adapters_off`)
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.store = None
+        self.store: Store | None = None
+
+    def take(self, weight: Tensor, placement: Placement) -> None:
+        """Hold the matrix `weight` (out, in) as `placement` says, frozen. Adapters also start their own tensors."""
+        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        store = store_class(placement.store)
+        if store is None:
+            self.store, self.weight = None, placement.dense(weight)
+        else:
+            self.store, self.weight = store.pack(weight.detach().to(placement.device)), None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The frozen or trained matrix as (out, in), without any adapter; unpacked when it is packed."""
-        weight = self.weight if self.store is None else self.store.unpack()
-        return weight if dtype is None else weight.to(dtype)
+        """The stored matrix as (out, in), without any adapter; unpacked when it is packed."""
+        if self.store is not None:
+            return self.store.unpack(dtype or torch.float32)
+        return self.weight if dtype is None else self.weight.to(dtype)
 
     def merged(self) -> Tensor:
         """The matrix that this layer applies, (out, in) float32. The only definition of merging."""
@@ -43,13 +83,22 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` (V, C) by token number."""
+    """Rows of `weight` (V, C) by token number. A table is never packed: only the rows of a batch are read."""
+
+    adaptation: Adaptation | None = None
+    enabled = True  # False: an adapter leaves the base matrix alone (`placing.adapters_off`)
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None) -> None:
         super().__init__()
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+
+    def take(self, weight: Tensor, placement: Placement) -> None:
+        """Hold the table `weight` (V, C) as `placement` says, frozen. Adapters also start their own tensors."""
+        assert weight.shape == (self.num_embeddings, self.embedding_dim), weight.shape
+        assert placement.store == "none"
+        self.weight = placement.dense(weight)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table (V, C) without any adapter."""
@@ -60,7 +109,7 @@ class Embedding(nn.Module):
         return self.dense(torch.float32).detach()
 
     def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """tokens (..., ) int64 -> (..., C) in `dtype`, or in the table's own; rows are gathered before the cast."""
+        """tokens (...,) int64 -> (..., C) in `dtype`, or in the table's own; rows are gathered before the cast."""
         rows = F.embedding(tokens, self.weight)
         return rows if dtype is None else rows.to(dtype)
 

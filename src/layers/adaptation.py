@@ -1,0 +1,38 @@
+"""How one matrix is adapted, and how its adapter's random numbers are drawn. Sidecars store exactly this record.
+
+Legend: r rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """`mode` is a key of ADAPTERS; the update is multiplied by `scaling` (alpha / rank, or alpha / sqrt(rank))."""
+
+    mode: str
+    rank: int
+    alpha: float
+    scaling: float
+    dropout: float = 0.0
+
+    @classmethod
+    def make(cls, mode: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> Adaptation:
+        """From what a profile row says. `rslora` scales as arXiv 2312.03732."""
+        return cls(mode, rank, alpha, alpha / (math.sqrt(rank) if rslora else rank), dropout)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that depends on the seed and the tensor's name only: the order of creation changes nothing."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,0 +1,193 @@
+"""Which matrix gets which adapter and which storage, and the walk that puts them there from outside the model.
+
+`plan_layout` turns a layer profile into a `Layout`, a sidecar holds one too; `replace` swaps the layers of a model that
+is still on the meta device and `place` then takes one tensor after the other, so that no more than one dense matrix
+lies beside the packed model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from src.layers import ADAPTERS
+from src.layers.adaptation import Adaptation, seeded
+from src.layers.linear import Embedding, Linear, Placement
+from src.layers.stores import store_class
+
+if TYPE_CHECKING:
+    from src.plan import Plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What becomes of each tensor of a model.
+
+    `adapted`: adapter by layer name ("blocks.0.att.key"). `packed`: names of the layers whose matrix is kept as `store`
+    says. `trained`: names of the base model's own parameters that train (adapters always do). `unmatched`: rows of the
+    profile that found nothing to do.
+    """
+
+    adapted: Mapping[str, Adaptation] = field(default_factory=dict)
+    packed: frozenset[str] = frozenset()
+    trained: frozenset[str] = frozenset()
+    store: str = "none"
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What a model was made of: its layout, its numbers of parameters, and the dtypes that the base file has."""
+
+    layout: Layout
+    trained: int = 0
+    frozen: int = 0
+    packed: int = 0
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The report in sentences."""
+        text = [
+            f"parameters: {self.trained:,} train, {self.frozen:,} are frozen, "
+            f"of which {self.packed:,} are packed as {self.layout.store}"
+        ]
+        if self.layout.unmatched:
+            text.append(f"rows of the layer profile that matched nothing: {', '.join(self.layout.unmatched)}")
+        return text
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
+    """Every layer that can be adapted or packed, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | Embedding):
+            yield name, module
+
+
+def plan_layout(model: nn.Module, plan: Plan, *, quant: str = "none", limited: bool = False, rslora: bool = False):
+    """The `Layout` that a profile means for a plain model (real or on the meta device).
+
+    Packed are the frozen matrices of rows that are not `full`, the embedding never. Raises ValueError for an unknown
+    storage, an adapter that does not exist, or one that a table cannot have.
+    """
+    store_class(quant)
+    version = model.sizes.version
+    trained = {name for name, _ in model.named_parameters() if plan.trains(name, version, limited)}
+    adapted, packed = {}, set()
+    for name, layer in matrices(model):
+        row = plan.adapts(name)
+        if row is not None:
+            adapted[name] = Adaptation.make(row.mode, row.rank, row.alpha, row.dropout, rslora)
+            _adapter_class(layer, name, row.mode)
+            trained.discard(f"{name}.weight")
+        frozen = f"{name}.weight" not in trained
+        if quant != "none" and isinstance(layer, Linear) and frozen and plan.row_of(f"{name}.weight").mode != "full":
+            packed.add(name)
+    busy = {plan.row_of(name).layer for name in (*trained, *(f"{name}.weight" for name in adapted))}
+    idle = [layer for layer, row in plan.rows.items() if row.mode != "freeze" and row.layer not in busy]
+    return Layout(adapted, frozenset(packed), frozenset(trained), quant, tuple(str(layer) for layer in idle))
+
+
+def frozen_layout(model: nn.Module, quant: str = "none") -> Layout:
+    """Nothing trains; with `quant` every linear layer is packed. For running a model, not training it."""
+    store_class(quant)
+    packed = frozenset(name for name, layer in matrices(model) if quant != "none" and isinstance(layer, Linear))
+    return Layout(packed=packed, store=quant)
+
+
+def _adapter_class(layer: Linear | Embedding, name: str, mode: str) -> type[Linear] | type[Embedding]:
+    if mode not in ADAPTERS:
+        raise ValueError(f"layer {name}: mode {mode} is not one of the adapters {', '.join(ADAPTERS)}")
+    found = ADAPTERS[mode].linear if isinstance(layer, Linear) else ADAPTERS[mode].embedding
+    if found is None:
+        raise ValueError(f"layer {name}: mode {mode} has no form for an embedding")
+    return found
+
+
+def replace(model: nn.Module, layout: Layout) -> None:
+    """Swap each adapted layer for its adapter (on the meta device until `place`), in the plain `model`."""
+    for name, layer in list(matrices(model)):
+        if name in layout.adapted:
+            adaptation = layout.adapted[name]
+            adapter = _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, adapter)
+
+
+def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement: Placement, seed: int = 0) -> None:
+    """Give the base tensor `name` to the replaced `model`: trained = float32 master, frozen = dense or packed.
+
+    `placement.store` is ignored: the layout says which matrices are packed. An adapter's first values depend on `seed`
+    and the layer's name only.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    trains = name in layout.trained
+    if trains:
+        placement = changed(placement, dtype=placement.master, share=False)
+    if isinstance(module, Linear | Embedding):
+        store = layout.store if module_name in layout.packed else "none"
+        module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name)))
+        if trains:
+            module.weight.requires_grad_(True)
+    else:
+        assert leaf in module._parameters, name
+        parameter = placement.dense(tensor)
+        setattr(module, leaf, parameter.requires_grad_(trains))
+
+
+def report_of(model: nn.Module, layout: Layout) -> Report:
+    """Counts of a model that has been placed."""
+    report = Report(layout)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            report.trained += parameter.numel()
+        else:
+            report.frozen += parameter.numel()
+    report.packed = sum(layer.store.shape.numel() for name, layer in matrices(model) if name in layout.packed)
+    report.frozen += report.packed
+    return report
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    quant: str = "none",
+    compute_dtype: torch.dtype,
+    limited: bool = False,
+    rslora: bool = False,
+    seed: int = 0,
+) -> Report:
+    """Adapt, pack and freeze a plain model that already has its numbers, as `plan` says. Raises as `plan_layout`."""
+    layout = plan_layout(model, plan, quant=quant, limited=limited, rslora=rslora)
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    replace(model, layout)
+    for name in list(tensors):
+        tensor = tensors.pop(name)
+        place(model, name, tensor, layout, placement_for(compute_dtype, tensor.device), seed)
+    return report_of(model, layout)
+
+
+def placement_for(compute_dtype: torch.dtype, device: torch.device | str = "cpu", share: bool = False) -> Placement:
+    """Frozen tensors in the compute dtype, trained ones in float32 (float64 in float64 runs)."""
+    master = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    return Placement(compute_dtype, device, master=master, share=share)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, every adapter of `model` is silent and its base matrix works alone."""
+    switched = [layer for _, layer in matrices(model) if layer.enabled]
+    for layer in switched:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in switched:
+            layer.enabled = True
