@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +24,17 @@ from src.training.schedule import Schedule
 PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
 
 
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+def tokens_run(batch: TextBatch | PairBatch) -> int:
+    """Tokens that go through the model: prompts once, every answer."""
+    if isinstance(batch, PairBatch):
+        return batch.prompts.numel() + batch.answers.numel()
+    return batch.tokens.numel()
+
+
 class Trainee(pl.LightningModule):
     """Trains `model` with the loss that `config` names.
 
@@ -36,7 +49,8 @@ class Trainee(pl.LightningModule):
         self.config = config
         self.schedule = schedule
         self.loss = LOSSES[config.loss]
-        self.records: list[dict[str, Any]] = []  # one per optimizer step, drained by the callbacks
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
+        self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
         self._sums: dict[str, float] = defaultdict(float)
         self._total = 1.0
@@ -49,13 +63,13 @@ class Trainee(pl.LightningModule):
         hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
         value, metrics = step_loss(self.loss, self.model.head, hidden, batch, self.config)
         self._total = batch.total
-        self._tokens += batch.tokens_run
+        self._tokens += tokens_run(batch)
         for name, amount in metrics.items():
             self._sums[name] += float(amount)
         if not torch.isfinite(value):
-            raise FloatingPointError(
-                f"the loss is {float(value)} at optimizer step {self.trainer.global_step} (micro-batch {index}): "
-                "lower --lr_init, raise --warmup_steps or use --precision fp32; nothing of this step was saved"
+            raise NonFiniteLoss(
+                f"the loss is {float(value)} at optimizer step {self.trainer.global_step} (micro-batch {index}): lower "
+                "--lr_init, raise --warmup_steps or use --precision fp32; the checkpoints written so far are intact"
             )
         world = self.trainer.world_size
         return value * (world * self.trainer.accumulate_grad_batches / batch.total)
@@ -71,6 +85,11 @@ class Trainee(pl.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.grad_norm = float(norm)
+        if not math.isfinite(self.grad_norm):
+            raise NonFiniteLoss(
+                f"the gradient's norm is {self.grad_norm} at optimizer step {self.trainer.global_step}: lower --lr_init or "
+                "use --precision fp32; the checkpoints written so far are intact"
+            )
         if 0 < self.config.grad_clip < self.grad_norm:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
@@ -98,6 +117,8 @@ class Trainee(pl.LightningModule):
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
             record["pref_percentage"] = self.pref_percentage
-        self.records.append(record | means)
+        self.last_record = record | means
+        for listener in self.listeners:
+            listener(self.last_record)
         self._sums.clear()
         self._tokens, self._clock = 0, now

@@ -1,0 +1,120 @@
+"""What happens around the steps: records, progress bar, validation, saves, and a save when the run is stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from src.training.folder import RunFolder
+from src.training.module import Trainee
+from src.training.records import append_json, log_epoch
+from src.training.report import write_report
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[], dict[str, Any]]
+
+
+SHOWN = ("loss", "lr", "tokens_per_s", "pref_percentage", "accuracy")
+
+
+def shown(record: dict[str, Any]) -> str:
+    """The numbers that a person watches."""
+    return ", ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar with the numbers of the last optimizer step."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: Trainee) -> dict[str, str]:
+        """What stands to the right of the bar."""
+        return {name: f"{module.last_record[name]:.4g}" for name in SHOWN if name in module.last_record}
+
+
+class Log(pl.Callback):
+    """Appends metrics.jsonl per optimizer step and train_log.txt per mini-epoch.
+
+    With `spoken` (no progress bar to look at) it also says a line every few seconds.
+    """
+
+    PAUSE = 10.0  # seconds between two lines
+
+    def __init__(self, folder: Path, every: int, epoch_begin: int, spoken: bool) -> None:
+        self.spoken = spoken
+        self._said = 0.0
+        self.metrics = folder / "metrics.jsonl"
+        self.text = folder / "train_log.txt"
+        self.every = every
+        self.epoch_begin = epoch_begin
+        self._losses: list[float] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Listen to the module's records."""
+        pl_module.listeners.append(self.record)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._losses.append(record["loss"])
+        if record["step"] % self.every == 0:
+            append_json(self.metrics, {"event": "train"} | record)
+        if self.spoken and time.monotonic() - self._said >= self.PAUSE:
+            self._said = time.monotonic()
+            log.info("step %d: %s", record["step"], shown(record))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Close the mini-epoch with its mean loss."""
+        if self._losses:
+            mean = sum(self._losses) / len(self._losses)
+            log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, pl_module.last_record["lr"])
+        self._losses.clear()
+
+
+class Validate(pl.Callback):
+    """Scores --val_file after each mini-epoch and keeps the best checkpoint as rwkv-best."""
+
+    def __init__(self, evaluate: Evaluate, folder: RunFolder) -> None:
+        self.evaluate = evaluate
+        self.folder = folder
+        self.best: float | None = None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Lower loss is better; for pairs higher accuracy, then higher margin."""
+        record = {"event": "val", "step": trainer.global_step} | self.evaluate()
+        append_json(self.folder.folder / "metrics.jsonl", record)
+        log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
+        merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
+        if self.best is None or merit > self.best:
+            self.best = merit
+            self.folder.save("best")
+
+
+class Save(pl.Callback):
+    """Numbered checkpoints every --epoch_save mini-epochs, the last one always, rwkv-last when stopped."""
+
+    def __init__(self, folder: RunFolder, epoch_begin: int, epoch_save: int, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.epoch_begin = epoch_begin
+        self.epoch_save = epoch_save
+        self.settings = settings
+        self.stopped = False
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Save when the mini-epoch's turn has come."""
+        epoch = trainer.current_epoch
+        if epoch % self.epoch_save == 0 or epoch + 1 == trainer.max_epochs:
+            self.folder.save_numbered(self.epoch_begin + epoch)
+            write_report(self.folder.folder, self.settings)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Trainee, exception: BaseException) -> None:
+        """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            self.stopped = isinstance(exception, KeyboardInterrupt)
+            self.folder.save("last")
+            write_report(self.folder.folder, self.settings)

@@ -1,0 +1,123 @@
+"""Scores of held-out text and pairs, without training. Documents are never cut: the state carries them on.
+
+Legend: T tokens, n pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from src.losses.tokens import token_scores
+from src.model.rwkv import RWKV
+from src.training.forward import pair_sums, text_hidden
+
+ROW = 8192  # tokens run together; a longer document runs alone, carried from piece to piece
+PIECE = 4096
+
+
+def _rows(examples: Iterable[TextExample]) -> Iterator[list[TextExample]]:
+    """Neighbouring documents together up to ROW tokens."""
+    row: list[TextExample] = []
+    held = 0
+    for example in examples:
+        if row and held + len(example.tokens) > ROW:
+            yield row
+            row, held = [], 0
+        row.append(example)
+        held += len(example.tokens)
+    if row:
+        yield row
+
+
+@torch.no_grad()
+def _long_document(model: RWKV, example: TextExample, chunk: int) -> tuple[float, int]:
+    """(summed log-probability, scored tokens) of one document of any length."""
+    batch = pack_texts([example]).to(next(model.parameters()).device)
+    state, total, count = None, 0.0, 0
+    for begin in range(0, batch.tokens.numel(), PIECE):
+        hidden, state = model(batch.tokens[None, begin : begin + PIECE], state)
+        targets = batch.targets[begin : begin + PIECE]
+        total += float(token_scores(model.head, hidden[0], targets, chunk=chunk).logp.double().sum())
+        count += int((targets >= 0).sum())
+    return total, count
+
+
+@torch.no_grad()
+def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> dict[str, Any]:
+    """Token-weighted plain negative log-likelihood: no smoothing, no L2Wrap. Keys loss, perplexity, tokens."""
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for row in _rows(examples):
+        if len(row) == 1 and len(row[0].tokens) > ROW:
+            logp, scored = _long_document(model, row[0], chunk)
+        else:
+            batch = pack_texts(row).to(device)
+            scores = token_scores(model.head, text_hidden(model, batch), batch.targets, chunk=chunk)
+            logp, scored = float(scores.logp.double().sum()), int((batch.targets >= 0).sum())
+        total += logp
+        count += scored
+    if count == 0:
+        raise ValueError("--val_file has no token to score: every document is shorter than two tokens")
+    loss = -total / count
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
+
+
+@torch.no_grad()
+def score_pairs(model: RWKV, pairs: Sequence[PairExample], chunk: int, progress: Any = None) -> tuple[Tensor, Tensor]:
+    """(n, 2) float32 summed log-probabilities and (n, 2) token counts of (chosen, reject).
+
+    Pairs run in file order, packed up to ROW tokens: the reference and the policy of a run see the same arithmetic.
+    `progress` is called with the number of pairs done.
+    """
+    device = next(model.parameters()).device
+    sums, counts = [], []
+    row: list[PairExample] = []
+    held = 0
+
+    def run() -> None:
+        if row:
+            scores = pair_sums(model, pack_pairs(row).to(device), chunk)
+            sums.append(torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu())
+            counts.append(torch.stack([scores.chosen_count, scores.reject_count], 1).cpu())
+            if progress is not None:
+                progress(len(row))
+
+    for pair in pairs:
+        size = len(pair.prompt) + len(pair.chosen) + len(pair.reject)
+        if row and held + size > ROW:
+            run()
+            row, held = [], 0
+        row.append(pair)
+        held += size
+    run()
+    return torch.cat(sums), torch.cat(counts)
+
+
+def pair_metrics(sums: Tensor, counts: Tensor, reference: Tensor | None) -> dict[str, Any]:
+    """What `--eval_only` prints of pairs, from (n, 2) sums and counts of (chosen, reject).
+
+    loss is the token-weighted negative log-likelihood of the chosen answers; margin (nats, mean over pairs) and
+    accuracy are against `reference` (n, 2) if there is one; a margin of 0 counts one half.
+    """
+    margin = sums[:, 0] - sums[:, 1]
+    if reference is not None:
+        margin = margin - (reference[:, 0] - reference[:, 1])
+    right = (margin > 0).float().masked_fill(margin.abs() < 1e-6, 0.5)
+    tokens = int(counts[:, 0].sum())
+    loss = -float(sums[:, 0].double().sum()) / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": tokens,
+        "pairs": len(sums),
+        "accuracy": float(right.mean()),
+        "margin": float(margin.mean()),
+        "chosen_logp": float(sums[:, 0].mean()),
+        "reject_logp": float(sums[:, 1].mean()),
+    }

@@ -1,0 +1,127 @@
+"""One training run: batches in order, Lightning's loop, saves and logs around it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.config import Config
+from src.data.batch import PairBatch, TextBatch
+from src.data.sampler import Steps
+from src.training.callbacks import Bar, Log, Save, Validate
+from src.training.folder import RunFolder
+from src.training.module import Trainee
+from src.training.records import log_new_run
+from src.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class MicroBatches(Dataset):
+    """Micro-batch k of this rank, counted from the very start of training."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, k: int) -> TextBatch | PairBatch:
+        return self.steps.micro_batch(k)
+
+
+class EpochPositions(Sampler[int]):
+    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`."""
+
+    def __init__(self, per_epoch: int, first_epoch: int) -> None:
+        self.per_epoch = per_epoch
+        self.first_epoch = first_epoch
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is over mini-epoch `epoch` of this run."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        begin = (self.first_epoch + self.epoch) * self.per_epoch
+        return iter(range(begin, begin + self.per_epoch))
+
+
+def micro_batches_per_epoch(config: Config) -> int:
+    """--epoch_steps rounded up to whole optimizer steps, said once when that changes it."""
+    rounded = config.steps_per_epoch * config.accumulate_grad_batches
+    if rounded != config.epoch_steps:
+        log.info(
+            "a mini-epoch is %d micro-batches: --epoch_steps %d rounded up to whole steps of %d",
+            rounded,
+            config.epoch_steps,
+            config.accumulate_grad_batches,
+        )
+    return rounded
+
+
+def schedule_of(config: Config) -> Schedule:
+    """The whole run in optimizer steps; --epoch_begin counts as done."""
+    per_epoch = config.steps_per_epoch
+    return Schedule(
+        warmup=config.warmup_steps,
+        total=per_epoch * config.epoch_count,
+        kind=config.lr_schedule,
+        offset=per_epoch * config.epoch_begin,
+    )
+
+
+def fit(
+    trainee: Trainee,
+    steps: Steps,
+    config: Config,
+    run: RunFolder,
+    settings: dict[str, Any],
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+) -> bool:
+    """Train to the end; True when Ctrl+C stopped it (rwkv-last is written then)."""
+    folder: Path = run.folder
+    # Lightning's advice is about data loaders and loggers that this program does not have
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    log_new_run(folder / "train_log.txt", settings)
+    save = Save(run, config.epoch_begin, config.epoch_save, settings)
+    bar = config.enable_progress_bar and sys.stdout.isatty()
+    callbacks: list[pl.Callback] = [Log(folder, config.log_every, config.epoch_begin, spoken=not bar)]
+    if evaluate is not None:
+        callbacks.append(Validate(evaluate, run))
+    callbacks.append(save)
+    if bar:
+        callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    device = next(trainee.parameters()).device
+    trainer = pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=1,
+        max_epochs=config.epoch_count,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        logger=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(folder),
+    )
+    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin)
+    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions)
+    try:
+        trainer.fit(trainee, loader)
+    except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
+        if not save.stopped:
+            raise
+    if not save.stopped:
+        run.save("final")
+    return save.stopped

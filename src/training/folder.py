@@ -1,0 +1,99 @@
+"""The project folder of a run: checkpoints with sidecars, logs, curves. Every write is atomic or an append.
+
+A checkpoint holds what trains under the tradition's names: adapters and small tensors float32, whole matrices in the
+base file's dtype. `rwkv-{n}.pth` counts mini-epochs, `rwkv-final`, `rwkv-last` (Ctrl+C) and `rwkv-best` say the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.model.checkpoint import write_atomic
+
+log = logging.getLogger(__name__)
+
+NUMBERED = re.compile(r"^rwkv-(\d+)\.(pth|safetensors)$")
+WHOLE_MATRIX = (".weight",)  # saved in the base's dtype unless --save_dtype fp32
+NORMS = (".ln0.", ".ln1.", ".ln2.", ".ln_x.", "ln_out.")
+
+
+def open_folder(path: str) -> Path:
+    """Make the project folder and prove that it can be written. Raises ValueError in one sentence if not."""
+    folder = Path(path)
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--proj_dir {path} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The numbered checkpoint with the largest number, else rwkv-init.pth. Raises ValueError when there is neither."""
+    numbered = {int(m[1]): entry for entry in folder.iterdir() if (m := NUMBERED.match(entry.name))}
+    if numbered:
+        return numbered[max(numbered)]
+    initial = folder / "rwkv-init.pth"
+    if not initial.exists():
+        raise ValueError(
+            f"--load_model 0 found neither rwkv-<n>.pth nor rwkv-init.pth in {folder}: run --train_stage 1 first"
+        )
+    return initial
+
+
+def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dtype: str) -> dict[str, Tensor]:
+    """Every parameter that trains, on the CPU, in its dtype on disk; `dtypes` are those of the base file."""
+    kept = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = name.endswith(WHOLE_MATRIX) and not any(norm in f".{name}" for norm in NORMS)
+        dtype = dtypes.get(name, torch.float32) if whole and save_dtype == "base" else torch.float32
+        kept[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    return kept
+
+
+class RunFolder:
+    """Writes checkpoints of one run. `describe` gives the sidecar of the moment as a function that writes it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Callable[[], dict[str, Tensor]],
+        write_sidecar: Callable[[Path], Any],
+        suffix: str = ".pth",
+        keep: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.tensors = tensors
+        self.write_sidecar = write_sidecar
+        self.suffix = suffix
+        self.keep = keep
+        self._numbered: list[Path] = []
+
+    def save(self, name: str) -> Path:
+        """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot."""
+        path = self.folder / f"rwkv-{name}{self.suffix}"
+        write_atomic(self.tensors(), path)
+        self.write_sidecar(path)
+        log.info("saved %s", path)
+        return path
+
+    def save_numbered(self, number: int) -> Path:
+        """Write `rwkv-{number}` and forget the oldest of this run beyond --keep."""
+        path = self.save(str(number))
+        self._numbered.append(path)
+        while 0 < self.keep < len(self._numbered):
+            oldest = self._numbered.pop(0)
+            oldest.unlink(missing_ok=True)
+            oldest.with_suffix(".json").unlink(missing_ok=True)
+        return path

@@ -1,0 +1,188 @@
+"""What a run reads: training examples with their order, held-out examples, and the reference scores of pairs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.config import Config
+from src.data import kind_of, open_pairs, open_slices, open_text
+from src.data.pairs import Pairs
+from src.data.report import DataReport
+from src.data.sampler import MagicPrime, Order, RandomSlices, Sequential, Shuffled, Steps, check_magic_prime
+from src.data.text import Texts, text_type
+from src.data.tokenizer import Tokenizer, load_tokenizer
+from src.losses import LOSSES
+from src.training.evaluate import evaluate_text, pair_metrics, score_pairs
+from src.training.reference import reference_scores
+from src.training.start import Start
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def counted(total: int, label: str, shown: bool):
+    """A progress bar over `total` things; gives the function that says how many more are done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, disable=not shown or total < 2, file=sys.stderr, leave=False) as bar:
+        yield bar.update
+
+
+class Inputs:
+    """Opens the files that `config` names, for the model of `start`. Every reader raises ValueError with file:line."""
+
+    def __init__(self, config: Config, start: Start, folder: Path) -> None:
+        self.config = config
+        self.start = start
+        self.folder = folder
+        self.reports: list[DataReport] = []
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The World vocabulary, or --vocab_file."""
+        return load_tokenizer(self.start.sizes.vocab_size, self.config.vocab_file or None)
+
+    def _pairs(self, path: str, *, cap: bool) -> Pairs:
+        c = self.config
+        pairs = open_pairs(
+            path,
+            self.tokenizer,
+            template=c.template,
+            max_len=c.rlhf_max_corpus_len if cap else 0,
+            ctx_len=c.ctx_len if cap else 0,
+            skip_bad=c.skip_bad,
+        )
+        self.reports.append(pairs.report)
+        return pairs
+
+    def _texts(self, path: str, *, cut: bool, data_type: str = "") -> Texts:
+        c = self.config
+        texts = open_text(
+            path,
+            self.tokenizer,
+            ctx_len=c.ctx_len if cut else 0,
+            data_type=data_type,
+            template=c.template,
+            train_on_prompt=c.train_on_prompt,
+            skip_bad=c.skip_bad,
+        )
+        self.reports.append(texts.report)
+        return texts
+
+    def training(self, score: bool = True) -> Steps:
+        """The training examples as optimizer steps; pairs with their reference scores if `score`."""
+        c = self.config
+        if LOSSES[c.loss].kind == "pairs":
+            examples: Any = self._pairs(c.pair_file, cap=True)
+            if score and LOSSES[c.loss].needs_reference:
+                examples = examples.with_reference(self.reference(examples).tolist())
+            order = self._shuffled(len(examples))
+        elif text_type(c.data_file, c.data_type) == "binidx":
+            examples, order = self._corpus()
+        else:
+            examples = self._texts(c.data_file, cut=True, data_type=c.data_type)
+            order = self._shuffled(len(examples))
+        for line in self.reports[-1].lines():
+            log.info(line)
+        return Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches)
+
+    def _shuffled(self, n: int) -> Order:
+        return Shuffled(n, self.config.seed) if self.config.random_mode else Sequential(n)
+
+    def _corpus(self) -> tuple[Any, Order]:
+        """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
+        c = self.config
+        stateless = c.train_stage == 3 or c.magic_prime > 0
+        slices, report = open_slices(c.data_file, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1)
+        self.reports.append(report)
+        if not c.random_mode:
+            return slices, Sequential(len(slices))
+        if not stateless:
+            return slices, RandomSlices(len(slices), c.seed)
+        prime = check_magic_prime(c.magic_prime, report.trained + 1, c.ctx_len)
+        log.info("magic prime %d: %d slices of %d tokens, each once per pass", prime, prime, c.ctx_len)
+        return slices, MagicPrime(prime)
+
+    def reference(self, pairs: Pairs) -> Tensor:
+        """(n, 2) summed log-probabilities under the start model, or the file's own where they may be trusted."""
+        c = self.config
+        known = all(pair.reference is not None for pair in pairs)
+        about = pairs.sidecar or {}
+        if known and (c.trust_reference or self._same_reference(about)):
+            log.info("reference scores of %d pairs: from %s", len(pairs), c.pair_file)
+            return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
+        if c.trust_reference:
+            raise ValueError(f"--trust_reference 1: {c.pair_file} does not hold reference scores for every pair")
+        if c.reference_model:
+            return self._foreign_reference(pairs)
+        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+            return reference_scores(
+                self.start.model,
+                pairs,
+                model_hash=self.start.hash,
+                folder=self.folder,
+                chunk=c.head_chunk,
+                progress=done,
+            )
+
+    def _same_reference(self, about: dict) -> bool:
+        """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
+        return (
+            about.get("reference") == "sum"
+            and about.get("model") == self.start.hash
+            and about.get("precision") == self.config.precision
+            and about.get("storage", "none") == self.config.storage
+        )
+
+    def _foreign_reference(self, pairs: Pairs) -> Tensor:
+        """Scores under --reference_model, loaded, run and forgotten."""
+        from src.data.files import file_hash
+        from src.model.checkpoint import load_model
+
+        c, path = self.config, self.config.reference_model
+        model, _ = load_model(path, compute_dtype=self.start.model.compute_dtype)
+        if model.sizes.vocab_size != self.start.sizes.vocab_size:
+            raise ValueError(
+                f"--reference_model {path} has vocabulary {model.sizes.vocab_size}, the model {self.start.sizes.vocab_size}"
+            )
+        model = model.to(next(self.start.model.parameters()).device)
+        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+            return reference_scores(
+                model, pairs, model_hash=file_hash(path), folder=self.folder, chunk=c.head_chunk, progress=done
+            )
+
+    def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]]:
+        """--val_file as a function that scores it under the model of the moment.
+
+        Pairs are compared with their reference scores, taken now, if `reference`; otherwise the preference is raw.
+        """
+        c, model = self.config, self.start.model
+        if kind_of(c.val_file) == "text":
+            texts = self._texts(c.val_file, cut=False)
+            return lambda: self._evaluating(lambda: evaluate_text(model, texts, c.head_chunk))
+        pairs = self._pairs(c.val_file, cap=False)
+        base = self.reference(pairs) if reference else None
+
+        def score() -> dict[str, Any]:
+            sums, counts = score_pairs(model, pairs, c.head_chunk)
+            return pair_metrics(sums, counts, base)
+
+        return lambda: self._evaluating(score)
+
+    def _evaluating(self, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        model = self.start.model
+        training = model.training
+        model.eval()
+        try:
+            return score()
+        finally:
+            model.train(training)

@@ -1,0 +1,120 @@
+"""`--dry_run 1`: what would be trained, on what, for how long and in how much memory; nothing is trained.
+
+Legend: T tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from src.config import Config
+from src.data.batch import IGNORE, PairBatch
+from src.losses import LOSSES
+from src.training.inputs import Inputs
+from src.training.start import Start
+
+SAMPLES = 3
+SHOWN = 200  # tokens of a sample
+MIB = 1 << 20
+
+
+def memory_by_part(config: Config, start: Start, tokens: int) -> dict[str, int]:
+    """Estimated bytes at the peak of a step over `tokens` tokens, by what they are for.
+
+    Weights are counted; moments and gradients follow from what trains; activations use about 30 values of the width
+    per token and layer (one with --grad_cp 1, plus one layer being recomputed).
+    """
+    width = {"bf16": 2, "fp32": 4, "fp64": 8}[config.precision]
+    sizes = start.sizes
+    trained = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
+    dense = sum(p.numel() * p.element_size() for p in start.model.parameters())
+    packed = sum(b.numel() * b.element_size() for b in start.model.buffers())
+    per_layer = 30 * tokens * sizes.n_embd * width
+    layers = per_layer + (sizes.n_layer - 1) * tokens * sizes.n_embd * width
+    rows = min(tokens, config.head_chunk)
+    state = sizes.n_layer * sizes.n_embd * sizes.head_size * 4
+    return {
+        "weights": dense + packed,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": layers if config.grad_cp else per_layer * sizes.n_layer,
+        "states": 2 * state * config.micro_bsz * (2 if LOSSES[config.loss].kind == "pairs" else 1),
+        "head": 2 * rows * sizes.vocab_size * width,
+    }
+
+
+def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
+    """(room, trainable, frozen) parameters: emb, attention, feed-forward, norms, head; packed matrices are frozen."""
+    train: Counter[str] = Counter()
+    frozen: Counter[str] = Counter()
+    for name, parameter in start.model.named_parameters():
+        part = next((room for room in ("emb", "head", ".att.", ".ffn.") if room in name), "norms").strip(".")
+        (train if parameter.requires_grad else frozen)[part] += parameter.numel()
+    for room in dict.fromkeys([*train, *frozen]):
+        yield room, train[room], frozen[room]
+
+
+def coloured(tokens: list[int], trained: list[bool], decode) -> Text:
+    """The text of `tokens`, what is trained on in green, the rest dim."""
+    text = Text()
+    run: list[int] = []
+    for at, token in enumerate(tokens[:SHOWN]):
+        run.append(token)
+        if at + 1 == min(len(tokens), SHOWN) or trained[at + 1] != trained[at]:
+            text.append(decode(run), style="bold green" if trained[at] else "dim")
+            run = []
+    return text
+
+
+def samples(inputs: Inputs, steps) -> Iterator[Text]:
+    """Three samples as they are trained: the pair's chosen answer, or the text."""
+    for k in range(SAMPLES):
+        batch = steps.micro_batch(k)
+        end = int(batch.starts[1])
+        if isinstance(batch, PairBatch):
+            prompt = batch.prompts[: int(batch.prompt_starts[1])].tolist()
+            first, targets = [*prompt, int(batch.answers[0])], batch.targets[:end].tolist()
+            trained = [False] * len(first) + [True] * len(targets)
+        else:
+            first, targets = [int(batch.tokens[0])], batch.targets[:end]
+            trained = [False, *(targets != IGNORE).tolist()]
+            targets = [*batch.tokens[1:end].tolist(), int(targets[-1].clamp(min=0))]
+        yield coloured(first + targets, trained, inputs.tokenizer.decode)
+
+
+def dry_run(config: Config, folder: Path, start: Start) -> None:
+    """Print the plan of the run and stop. Reference scores are not computed."""
+    console = Console(stderr=False)
+    inputs = Inputs(config, start, folder)
+    steps = inputs.training(score=False)
+    for report in inputs.reports:
+        console.print("\n".join(report.lines()), markup=False, highlight=False)
+    for text in samples(inputs, steps):
+        console.rule("what is trained on (green)")
+        console.print(text)
+    console.rule("parameters")
+    for room, train, frozen in rooms(start):
+        console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
+    console.print("\n".join(start.report.lines()), markup=False, highlight=False)
+    console.rule("memory (estimate)")
+    longest = max((max(report.lengths, default=0) for report in inputs.reports), default=0)
+    tokens = config.micro_bsz * min(longest, config.ctx_len)
+    parts = memory_by_part(config, start, tokens)
+    for part, size in {**parts, "in all": sum(parts.values())}.items():
+        console.print(f"{part:12} {size / MIB:12,.1f} MiB", highlight=False)
+    console.rule("run")
+    total = config.steps_per_epoch * config.epoch_count
+    mean = sum(sum(r.lengths) / max(1, len(r.lengths)) for r in inputs.reports[:1])
+    seen = total * config.accumulate_grad_batches * config.micro_bsz
+    saves = -(-config.epoch_count // config.epoch_save) + 1
+    disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
+    console.print(
+        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {seen:,} samples, "
+        f"about {int(seen * min(mean, config.ctx_len)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
+        highlight=False,
+    )

@@ -1,0 +1,56 @@
+"""Reference scores of preference pairs: what the start model thinks of exactly what is trained on.
+
+They are computed on the training kernel before the first step, when the policy still is the start model (adapters at
+zero, dense tensors at their first values), so no second model is ever in memory; then cached by the hashes of model,
+data and arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.data.batch import PairExample
+from src.model.checkpoint import write_atomic
+from src.model.rwkv import RWKV
+from src.training.evaluate import score_pairs
+
+log = logging.getLogger(__name__)
+
+
+def reference_key(model_hash: str, pairs: Sequence[PairExample], arithmetic: str) -> str:
+    """Hash of everything that the scores depend on: the base file, every token of every pair, the arithmetic."""
+    digest = hashlib.sha256(f"{model_hash} {arithmetic} {len(pairs)}".encode())
+    for pair in pairs:
+        for part in (pair.prompt, pair.chosen, pair.reject):
+            digest.update(torch.tensor([len(part), *part], dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def reference_scores(
+    model: RWKV, pairs: Sequence[PairExample], *, model_hash: str, folder: Path, chunk: int, progress: Any = None
+) -> Tensor:
+    """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
+
+    Read from `folder/cache` when the same scores were computed there before.
+    """
+    weights = sorted({str(p.dtype) for p in model.parameters()})
+    key = reference_key(model_hash, pairs, f"{model.compute_dtype} {model.wkv_backend} {weights}")
+    path = folder / "cache" / f"reference-{key}.pth"
+    if path.exists():
+        log.info("reference scores of %d pairs: from %s", len(pairs), path)
+        return torch.load(path, weights_only=True)["sums"]
+    log.info("reference scores of %d pairs: computing", len(pairs))
+    training = model.training
+    model.eval()
+    sums, _ = score_pairs(model, pairs, chunk, progress)
+    model.train(training)
+    path.parent.mkdir(exist_ok=True)
+    write_atomic({"sums": sums}, path)
+    return sums

@@ -1,0 +1,66 @@
+"""The rooms in the order that a run walks through them; train.py reads as the list of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from src.config import Config
+from src.model.checkpoint import load_adapter
+from src.training.fit import fit, schedule_of
+from src.training.folder import RunFolder, trained_tensors
+from src.training.inputs import Inputs
+from src.training.module import Trainee
+from src.training.records import append_json
+from src.training.sidecar import write_sidecar
+from src.training.start import Start
+
+log = logging.getLogger(__name__)
+
+
+def settings_of(config: Config) -> dict[str, object]:
+    """Every setting that differs from its default, for logs."""
+    fields = (field for field in dataclasses.fields(config) if field.name != "given")
+    return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
+
+
+def evaluate(config: Config, folder: Path, start: Start) -> None:
+    """--eval_only 1: score --val_file, print one line, append one object to metrics.jsonl."""
+    inputs = Inputs(config, start, folder)
+    compared = bool(config.load_adapter or config.reference_model)
+    score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
+    if config.load_adapter:
+        load_adapter(start.model, config.load_adapter, base_hash=start.hash)
+    result = score()
+    append_json(folder / "metrics.jsonl", {"event": "eval"} | result)
+    numbers = (f"{name} {value:.6g}" for name, value in result.items())
+    log.info("%s: %s", config.val_file, ", ".join(numbers))
+
+
+def train(config: Config, folder: Path, start: Start) -> bool:
+    """Train; True when Ctrl+C stopped it. Reference scores are taken before an adapter is resumed."""
+    inputs = Inputs(config, start, folder)
+    steps = inputs.training()
+    held_out = inputs.held_out(reference=True) if config.val_file else None
+    if config.load_adapter:
+        load_adapter(start.model, config.load_adapter, base_hash=start.hash)
+    for line in start.report.lines():
+        log.info(line)
+    trainee = Trainee(start.model, start.plan, config, schedule_of(config))
+    return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
+
+
+def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
+    """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
+
+    def write(path: Path) -> None:
+        write_sidecar(path, start.report, sizes=start.sizes, base=start.path, base_hash=start.hash, plan=start.plan)
+
+    return RunFolder(
+        folder,
+        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
+        write,
+        suffix=f".{config.save_format}",
+        keep=config.keep,
+    )

@@ -1,0 +1,96 @@
+"""What explains a checkpoint, saved beside it as `rwkv-{n}.json`, so that merging needs no retyped rank or alpha."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from src.config import PROGRAM_VERSION
+from src.layers.adaptation import Adaptation
+from src.layers.placing import Layout
+from src.model.checkpoint import write_atomic
+from src.plan import Plan
+
+STATE_LAYOUT = "value x key"  # of every (H, N, N) state that this program writes
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """Everything that a checkpoint of training does not say itself.
+
+    `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
+    `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
+    """
+
+    version: str
+    base_file: str = ""
+    base_sha256: str = ""
+    quant_mode: str = "none"
+    packed: tuple[str, ...] = ()
+    adapted: Mapping[str, Adaptation] = field(default_factory=dict)
+    plan: tuple[dict[str, Any], ...] = ()
+    state_layout: str = STATE_LAYOUT
+    program_version: str = PROGRAM_VERSION
+    format: int = FORMAT
+
+    def layout(self, trained: Iterable[str]) -> Layout:
+        """The layout of the trained model; `trained` are the names of the base model's own tensors in the checkpoint."""
+        return Layout(dict(self.adapted), frozenset(self.packed), frozenset(trained), self.quant_mode)
+
+
+def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path | None, sha256: str = "") -> Sidecar:
+    """The sidecar of a run that started from the file `base` (None = from zero); hashes it unless `sha256` is given."""
+    rows = tuple(dataclasses.asdict(row) for row in plan.rows.values()) if plan else ()
+    return Sidecar(
+        version=version,
+        base_file=Path(base).name if base else "",
+        base_sha256=sha256 or (file_sha256(base) if base else ""),
+        quant_mode=layout.store,
+        packed=tuple(sorted(layout.packed)),
+        adapted=dict(layout.adapted),
+        plan=rows,
+    )
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sidecar_path(checkpoint: str | Path) -> Path:
+    """`rwkv-3.pth` -> `rwkv-3.json` in the same folder."""
+    return Path(checkpoint).with_suffix(".json")
+
+
+def write_sidecar(sidecar: Sidecar, checkpoint: str | Path) -> Path:
+    """Write `sidecar` beside `checkpoint`; raises ValueError when it cannot be written."""
+    path = sidecar_path(checkpoint)
+    write_atomic(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n", path)
+    return path
+
+
+def read_sidecar(checkpoint: str | Path) -> Sidecar | None:
+    """The sidecar beside `checkpoint`, None when there is no such file (checkpoints of older programs).
+
+    Fields that this program does not know are ignored. Raises ValueError when the file is not a sidecar.
+    """
+    path = sidecar_path(checkpoint)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] > FORMAT:
+            raise ValueError(f"{path} has format {content['format']}, this program reads up to {FORMAT}: update it")
+        known = {f.name: content[f.name] for f in dataclasses.fields(Sidecar) if f.name in content}
+        known["adapted"] = {name: Adaptation(**entry) for name, entry in content["adapted"].items()}
+        known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
+        return Sidecar(**known)
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a sidecar of this program ({type(error).__name__}: {error})") from error

@@ -1,0 +1,31 @@
+"""Train an RWKV language model: pre-training, SFT, DPO, ORPO, by layer profile. `--help` lists every flag."""
+
+import sys
+from collections.abc import Sequence
+
+from src.cli import INTERRUPTED, parse, run
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
+    config = parse(argv)
+
+    from src.training.folder import open_folder
+    from src.training.plan_report import dry_run
+    from src.training.run import evaluate, train
+    from src.training.start import start, write_initial
+
+    folder = open_folder(config.proj_dir)
+    if config.train_stage == 1:
+        write_initial(config, folder)
+        return None
+    ready = start(config, folder)
+    if config.eval_only:
+        return evaluate(config, folder, ready)
+    if config.dry_run:
+        return dry_run(config, folder, ready)
+    return INTERRUPTED if train(config, folder, ready) else None
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
