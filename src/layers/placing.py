@@ -109,12 +109,19 @@ def _adapter_class(layer: Linear | Embedding, name: str, mode: str) -> type[Line
     return found
 
 
+def adapter_for(name: str, layer: Linear | Embedding, layout: Layout) -> Linear | Embedding | None:
+    """The adapter that `layout` has for the plain `layer`, on the meta device, or None. Raises ValueError."""
+    if name not in layout.adapted:
+        return None
+    adaptation = layout.adapted[name]
+    return _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+
+
 def replace(model: nn.Module, layout: Layout) -> None:
     """Swap each adapted layer for its adapter (on the meta device until `place`), in the plain `model`."""
     for name, layer in list(matrices(model)):
-        if name in layout.adapted:
-            adaptation = layout.adapted[name]
-            adapter = _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+        adapter = adapter_for(name, layer, layout)
+        if adapter is not None:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, adapter)
 
@@ -123,7 +130,7 @@ def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement
     """Give the base tensor `name` to the replaced `model`: trained = float32 master, frozen = dense or packed.
 
     `placement.store` is ignored: the layout says which matrices are packed. An adapter's first values depend on `seed`
-    and the layer's name only.
+    and the layer's name only. With `placement.share` frozen matrices stay as they come, in their dtype.
     """
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
@@ -132,6 +139,8 @@ def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement
         placement = changed(placement, dtype=placement.master, share=False)
     if isinstance(module, Linear | Embedding):
         store = layout.store if module_name in layout.packed else "none"
+        if placement.share:
+            placement = changed(placement, dtype=tensor.dtype)
         module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name)))
         if trains:
             module.weight.requires_grad_(True)

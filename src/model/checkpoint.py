@@ -158,9 +158,10 @@ def build_model(
     """A model from base tensors: adapters and storage by `plan` (or a ready `layout`), else all frozen.
 
     Trained tensors become float32 masters, frozen ones the compute dtype or packed, one after the other. With `share`
-    dense tensors that already fit are used as they are. `reopen`, if given, yields the tensors anew for each block, so
-    that pages of the file that were read can be let go; `tensors` may then be on the meta device. `options` go to
-    RWKV's constructor. Raises ValueError with the key diff unless names and shapes are exactly those of the model.
+    frozen matrices are used as they lie in `tensors`, in their own dtype, and cast when they are applied. `reopen`, if
+    given, yields the tensors anew for each block, so that pages of the file that were read can be let go; `tensors` may
+    then be on the meta device. `options` go to RWKV's constructor. Raises ValueError with the key diff unless names and
+    shapes are exactly those of the model.
     """
     sizes = _sizes(tensors, source)
     model = plain_model(sizes, compute_dtype=compute_dtype, **options)
@@ -212,7 +213,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], path: str | Path) -> None:
     """Copy `tensors` into the parameters `wanted` of `model`. Raises ValueError with the key diff unless all match."""
-    difference = key_diff(tensors, wanted)
+    difference = key_diff(tensors, wanted, OPTIONAL - wanted.keys())
     if difference:
         raise ValueError(f"{path} is not an adapter of this model and plan: {difference}")
     with torch.no_grad():

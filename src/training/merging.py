@@ -6,6 +6,7 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,14 @@ def _contradictions(sidecar: Sidecar, mode: str | None, scaling: float | None, a
     said = {"--type": (mode, "mode"), "--lora_scaling": (scaling, "scaling"), "--lora_alpha": (alpha, "alpha")}
     for flag, (typed, name) in said.items():
         known = sorted({getattr(how, name) for how in sidecar.adapted.values()})
-        if typed is not None and known and known != [typed]:
+        if typed is not None and known and not all(_same(typed, value) for value in known):
             raise ValueError(
                 f"{flag} {typed} contradicts the sidecar, which has {name} {', '.join(map(str, known))}: leave it out"
             )
+
+
+def _same(typed: str | float, known: str | float) -> bool:
+    return typed == known if isinstance(typed, str) else math.isclose(typed, known, rel_tol=1e-4)
 
 
 def _guessed(
@@ -151,12 +156,16 @@ def combined_model(
     layout: Layout,
     *,
     compute_dtype: torch.dtype,
-    source: str | Path,
+    source: str | Path = "the adapter",
+    base_source: str | Path = "the base model",
     **build: Any,
 ) -> tuple[RWKV, Report]:
-    """Base and checkpoint as they ran in training, ready to run. Raises ValueError with the key diff."""
+    """Base and checkpoint as they ran in training. `build` goes to `build_model`. Raises ValueError, with key diffs.
+
+    What trained still asks for a gradient. `source` and `base_source` name the two in messages.
+    """
     _check_names(base, adapter, layout, source)
-    model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, **build)
+    model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
     fill(model, adapter, trainable(model), source)
     return model, report
 
@@ -181,9 +190,8 @@ def load_combined(
     quant = chosen_quant(sidecar, quant, force=force)
     adapter = read_tensors(checkpoint)
     layout = layout_of(adapter, sidecar, scaling=scaling, alpha=alpha, quant=quant)
-    model, report = combined_model(
-        read_tensors(base), adapter, layout, compute_dtype=compute_dtype, source=checkpoint, **build
-    )
+    build |= {"source": checkpoint, "base_source": base, "reopen": lambda: read_tensors(base)}
+    model, report = combined_model(read_tensors(base), adapter, layout, compute_dtype=compute_dtype, **build)
     return model.requires_grad_(False).eval(), report
 
 
@@ -248,7 +256,7 @@ def check_merged(
     Both run in float32. Returns (largest difference relative to the range of the logits, what rounding allows).
     """
     vocab_size = sizes_of(base).vocab_size
-    model, _ = combined_model(base, adapter, layout, compute_dtype=torch.float32, source="the adapter", share=True)
+    model, _ = combined_model(base, adapter, layout, compute_dtype=torch.float32, share=True)
     before = probe_logits(model, vocab_size)
     del model
     model, _ = build_model(merged, compute_dtype=torch.float32, share=True)

@@ -40,7 +40,7 @@ class Sidecar:
     format: int = FORMAT
 
     def layout(self, trained: Iterable[str]) -> Layout:
-        """The layout of the trained model; `trained` are the names of the base model's own tensors in the checkpoint."""
+        """The layout of the trained model; `trained` names the base model's own tensors in the checkpoint."""
         return Layout(dict(self.adapted), frozenset(self.packed), frozenset(trained), self.quant_mode)
 
 
