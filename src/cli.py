@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
+READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
 # what an open() or a mkdir() says of a path that the user gave
 PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -167,7 +168,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
         values[name], source[name] = value, flag
-    given = set(source)
+    given = {name for name in source if values[name] is not None and not (name in READ_SIZES and values[name] == 0)}
     if loss:
         values["loss"] = loss
         given.add("loss")
@@ -237,7 +238,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     except KeyboardInterrupt:
         status = report_error("stopped by Ctrl+C", words, INTERRUPTED)
     except PATH_ERRORS as mistake:
-        status = report_error(f"{mistake.filename}: {mistake.strerror}", words, MISTAKE)
+        text = f"{mistake.filename}: {mistake.strerror}" if mistake.filename else str(mistake)
+        status = report_error(text, words, MISTAKE)
     except ValueError as mistake:
         status = report_error(str(mistake), words, MISTAKE)
     except Exception as failure:  # the last resort: a message and a status instead of a traceback
