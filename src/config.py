@@ -203,7 +203,7 @@ class Config:
     pair_file: str = setting("", "preference pairs: .csv, .jsonl, .save, .h5")
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
-    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")
+    template: str = setting("world", "prompt template: world, mixed, g1 or plain")
     random_mode: bool = setting(True, "text in random order; 0 = as in the file")
     magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
     skip_bad: bool = setting(False, "count and skip bad rows instead of stopping")
