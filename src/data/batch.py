@@ -1,0 +1,155 @@
+"""Examples and the packed batches made of them: many rows laid end to end, with the starts where states reset.
+
+T tokens, P prompt tokens, A answer tokens, S segments, n pairs. Targets that carry no loss hold IGNORE; token 0 is a
+token like any other. All token tensors are int64.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import numpy as np
+import torch
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """tokens (L,) integers; mask (L,) bool or None: which tokens are trained as targets (the first never is)."""
+
+    tokens: np.ndarray
+    mask: np.ndarray | None = None
+
+    def trained(self) -> int:
+        """How many targets carry a loss."""
+        if self.mask is None:
+            return max(0, len(self.tokens) - 1)
+        return int(np.count_nonzero(self.mask[1:]))
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known."""
+
+    prompt: list[int]
+    chosen: list[int]
+    reject: list[int]
+    reference: tuple[float, float] | None = None
+
+
+class _Movable:
+    def to(self, device: torch.device | str) -> Self:
+        """The batch with every tensor on `device`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+
+
+@dataclass(frozen=True)
+class TextBatch(_Movable):
+    """Packed text.
+
+    Attributes:
+        tokens: (T,) inputs. targets: (T,) the next token of each, IGNORE where not trained.
+        starts: (S+1,) cumulative lengths of the segments.
+        total: trained tokens of the whole optimizer step, over micro-batches and ranks.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    starts: torch.Tensor
+    total: float
+
+
+@dataclass(frozen=True)
+class PairBatch(_Movable):
+    """Packed preference pairs: each prompt runs once, its final state is forked to both answers.
+
+    Attributes:
+        prompts: (P,) every prompt without its last token. prompt_starts: (n+1,); a segment may be empty.
+        answers: (A,) inputs, segments chosen_0, reject_0, chosen_1, ...: the prompt's last token, then the answer
+            without its own last. targets: (A,) the answers. starts: (2n+1,).
+        reference: (n, 2) float32 summed log-probabilities (chosen, reject), or None when any pair lacks them.
+        total: pairs of the whole optimizer step, over micro-batches and ranks.
+    """
+
+    prompts: torch.Tensor
+    prompt_starts: torch.Tensor
+    answers: torch.Tensor
+    targets: torch.Tensor
+    starts: torch.Tensor
+    reference: torch.Tensor | None
+    total: float
+
+
+def _starts(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int64)
+
+
+def _flat(parts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Lists of ids end to end, (sum of lengths,) int64."""
+    return torch.tensor([number for part in parts for number in part], dtype=torch.int64)
+
+
+def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> TextBatch:
+    """Packs texts: inputs are tokens[:-1] of each, targets tokens[1:]; an example of one token adds an empty segment.
+
+    Args:
+        total: trained tokens of the whole step; the batch's own count when None.
+    """
+    lengths = [max(0, len(e.tokens) - 1) for e in examples]
+    tokens = np.empty(sum(lengths), dtype=np.int64)
+    targets = np.empty_like(tokens)
+    at = 0
+    for example, length in zip(examples, lengths):
+        here = slice(at, at + length)
+        tokens[here] = example.tokens[:length]
+        targets[here] = example.tokens[1 : length + 1]
+        if example.mask is not None:
+            targets[here][~example.mask[1 : length + 1]] = IGNORE
+        at += length
+    total = float(sum(e.trained() for e in examples)) if total is None else float(total)
+    return TextBatch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(lengths), total)
+
+
+def glue(examples: Sequence[TextExample]) -> TextExample:
+    """Documents end to end as one row without a reset between them (the tradition's `--reset_state 0`)."""
+    tokens = np.concatenate([np.asarray(e.tokens, dtype=np.int64) for e in examples])
+    if all(e.mask is None for e in examples):
+        return TextExample(tokens)
+    masks = [np.ones(len(e.tokens), dtype=bool) if e.mask is None else e.mask for e in examples]
+    return TextExample(tokens, np.concatenate(masks))
+
+
+def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> PairBatch:
+    """Packs pairs; `total` is the step's number of pairs, the batch's own when None.
+
+    Raises:
+        ValueError: an empty prompt or answer (the readers refuse them with file and line before).
+    """
+    for example in examples:
+        if not (example.prompt and example.chosen and example.reject):
+            raise ValueError("a preference pair needs a prompt and two answers of at least one token")
+    prompts = [e.prompt[:-1] for e in examples]
+    inputs, targets = [], []
+    for e in examples:
+        for answer in (e.chosen, e.reject):
+            inputs.append([e.prompt[-1], *answer[:-1]])
+            targets.append(answer)
+    known = bool(examples) and all(e.reference is not None for e in examples)
+    return PairBatch(
+        prompts=_flat(prompts),
+        prompt_starts=_starts([len(p) for p in prompts]),
+        answers=_flat(inputs),
+        targets=_flat(targets),
+        starts=_starts([len(t) for t in targets]),
+        reference=torch.tensor([e.reference for e in examples], dtype=torch.float32) if known else None,
+        total=float(len(examples) if total is None else total),
+    )
+
+
+def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> TextBatch | PairBatch:
+    """Packs examples of either kind (one kind at a time)."""
+    if isinstance(examples[0], PairExample):
+        return pack_pairs(examples, total)
+    return pack_texts(examples, total)

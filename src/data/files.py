@@ -1,0 +1,108 @@
+"""Files as this program treats them: written whole or not at all, read as UTF-8, never over their own input."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+def _create(path: Path) -> tuple[Path, BinaryIO]:
+    """Opens a new file beside `path`, under a name that no other process uses."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    if path.is_dir():
+        raise ValueError(f"{path}: cannot be written, it is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return temporary, open(temporary, "wb")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); name a folder that you may write to"
+        ) from error
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Gives a binary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
+
+    The bytes go to a temporary file in the same folder (made if it does not exist), are flushed to disk, and renamed.
+    When the block raises, the temporary file is removed.
+
+    Raises:
+        ValueError: the folder cannot be written to, `path` is a folder, or the disk is full.
+    """
+    path = Path(path)
+    temporary, file = _create(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ValueError(f"{path}: the disk is full; the file was not written") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself last; some file systems do not offer it, and then the rename is as good as it gets."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises ValueError at once when `path` could not be written later, so that no long work is lost at its end."""
+    temporary, file = _create(Path(path))
+    file.close()
+    temporary.unlink()
+
+
+def refuse_same_file(source: str | os.PathLike, target: str | os.PathLike, flag: str) -> None:
+    """Raises ValueError, naming `flag`, when `target` is the input file `source`."""
+    same = os.path.realpath(source) == os.path.realpath(target)
+    if not same and os.path.exists(source) and os.path.exists(target):
+        same = os.path.samefile(source, target)
+    if same:
+        raise ValueError(f"{flag} {target} is the input file itself; give another name")
+
+
+def check_readable(path: str | os.PathLike) -> None:
+    """Raises ValueError with one sentence when a file is missing, a folder, or not readable."""
+    try:
+        with open(path, "rb"):
+            return
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The whole file; ValueError with one sentence when it is missing, a folder, or not readable."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
