@@ -127,7 +127,9 @@ class Block(nn.Module):
         """x (B, T, C), `carried` = v_first of block 0 (None in block 0) -> (x, carried, new state)."""
         att_in = normalise(x, self.ln1)
         att_shift = state.att_shift if state is not None else None
-        y, carried, wkv = self.att(att_in, carried, att_shift, state.wkv if state is not None else None, starts, backend)
+        y, carried, wkv = self.att(
+            att_in, carried, att_shift, state.wkv if state is not None else None, starts, backend
+        )
         x = x + y
         ffn_in = normalise(x, self.ln2)
         ffn_shift = state.ffn_shift if state is not None else None

@@ -152,7 +152,8 @@ class Inputs:
         model, _ = load_model(path, compute_dtype=self.start.model.compute_dtype)
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(
-                f"--reference_model {path} has vocabulary {model.sizes.vocab_size}, the model {self.start.sizes.vocab_size}"
+                f"--reference_model {path} has a vocabulary of {model.sizes.vocab_size}, "
+                f"the model one of {self.start.sizes.vocab_size}"
             )
         model = model.to(next(self.start.model.parameters()).device)
         with counted(len(pairs), "reference", c.enable_progress_bar) as done:

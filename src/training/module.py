@@ -87,8 +87,8 @@ class Trainee(pl.LightningModule):
         self.grad_norm = float(norm)
         if not math.isfinite(self.grad_norm):
             raise NonFiniteLoss(
-                f"the gradient's norm is {self.grad_norm} at optimizer step {self.trainer.global_step}: lower --lr_init or "
-                "use --precision fp32; the checkpoints written so far are intact"
+                f"the gradient's norm is {self.grad_norm} at optimizer step {self.trainer.global_step}: "
+                "lower --lr_init or use --precision fp32; the checkpoints written so far are intact"
             )
         if 0 < self.config.grad_clip < self.grad_norm:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

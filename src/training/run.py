@@ -7,14 +7,13 @@ import logging
 from pathlib import Path
 
 from src.config import Config
-from src.model.checkpoint import load_adapter
 from src.training.fit import fit, schedule_of
 from src.training.folder import RunFolder, trained_tensors
 from src.training.inputs import Inputs
 from src.training.module import Trainee
 from src.training.records import append_json
-from src.training.sidecar import write_sidecar
-from src.training.start import Start
+from src.training.sidecar import sidecar_of, write_sidecar
+from src.training.start import Start, resume_adapter
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def evaluate(config: Config, folder: Path, start: Start) -> None:
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
     if config.load_adapter:
-        load_adapter(start.model, config.load_adapter, base_hash=start.hash)
+        resume_adapter(config, start)
     result = score()
     append_json(folder / "metrics.jsonl", {"event": "eval"} | result)
     numbers = (f"{name} {value:.6g}" for name, value in result.items())
@@ -44,7 +43,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
     steps = inputs.training()
     held_out = inputs.held_out(reference=True) if config.val_file else None
     if config.load_adapter:
-        load_adapter(start.model, config.load_adapter, base_hash=start.hash)
+        resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
     trainee = Trainee(start.model, start.plan, config, schedule_of(config))
@@ -54,13 +53,11 @@ def train(config: Config, folder: Path, start: Start) -> bool:
 def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
     """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
 
-    def write(path: Path) -> None:
-        write_sidecar(path, start.report, sizes=start.sizes, base=start.path, base_hash=start.hash, plan=start.plan)
-
+    sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.hash)
     return RunFolder(
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
-        write,
+        lambda path: write_sidecar(sidecar, path),
         suffix=f".{config.save_format}",
         keep=config.keep,
     )

@@ -12,12 +12,13 @@ import torch
 from src.config import Config
 from src.data.files import file_hash
 from src.layers.placing import Layout, Report
-from src.model.checkpoint import file_sizes, load_model, write_atomic
+from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tensors, write_atomic
 from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, make_plan, read_profile
 from src.training.folder import newest_checkpoint
+from src.training.merging import check_base, chosen_quant, layout_of
 from src.training.sidecar import read_sidecar
 from src.unbuilt import refuse_unbuilt
 
@@ -117,9 +118,17 @@ def start(config: Config, folder: Path) -> Start:
 
 
 def adapter_layout(config: Config) -> Layout | None:
-    """What the sidecar of --load_adapter says, where the user evaluates and gave no plan; else None (the plan rules)."""
+    """For --eval_only without a plan: what --load_adapter itself says was trained; else None (the plan rules)."""
     planned = {"layer_profile", "peft"} & config.given
     if not (config.eval_only and config.load_adapter) or planned:
         return None
     sidecar = read_sidecar(config.load_adapter)
-    return None if sidecar is None else sidecar.layout
+    alpha = config.lora_alpha if sidecar is None else None
+    quant = chosen_quant(sidecar, config.storage if "quant_mode" in config.given else None)
+    return layout_of(read_tensors(config.load_adapter), sidecar, alpha=alpha, quant=quant)
+
+
+def resume_adapter(config: Config, start: Start) -> None:
+    """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
+    check_base(read_sidecar(config.load_adapter), start.path)
+    load_adapter(start.model, config.load_adapter)
