@@ -1,0 +1,129 @@
+// delta_keys: removal keys of unit length per head, and the keys that replace them.
+#pragma once
+
+#include "pointwise7_common.h"
+
+namespace {
+
+constexpr float kNormEps = 1e-12f;  // as F.normalize
+
+// kk = k * k_k of one head before it is normalised; returns max(its length, eps).
+template <class T>
+float scaled_key(const T* k, const float* k_k, int n, float* kk) {
+  float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+  for (int j = 0; j < n; ++j) {
+    kk[j] = widen(k[j]) * k_k[j];
+    square += kk[j] * kk[j];
+  }
+  return std::max(std::sqrt(square), kNormEps);
+}
+
+struct KeyInputs {
+  Tensor k, k_k, k_a, a0, a12;
+  int64_t rows, width, size;
+
+  KeyInputs(const Tensor& k_, const Tensor& k_k_, const Tensor& k_a_, const Tensor& a0_, const Tensor& a12_, int64_t heads)
+      : k(k_.contiguous()), k_k(k_k_.contiguous()), k_a(k_a_.contiguous()), a0(a0_.contiguous()),
+        a12(a12_.contiguous()), rows(rows_of(k_)), width(width_of(k_)), size(width / heads) {
+    check_like(k, {a12});
+    check_vectors(width, {k_k, k_a, a0});
+    TORCH_CHECK(size * heads == width, "heads must divide the width");
+  }
+};
+
+template <class T, int N>
+void key_rows(const KeyInputs& in, Tensors& outs) {
+  const int64_t C = in.width;
+  const int n = N ? N : static_cast<int>(in.size);
+  Chunks(in.rows).run(C, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<float> scratch(n);
+    float* kk = scratch.data();
+    for (int64_t at = begin * C; at < end * C; at += n) {
+      const int64_t c = at % C;
+      const T *k = input<T>(in.k) + at, *low = input<T>(in.a12) + at;
+      const float *k_a = input<float>(in.k_a) + c, *a0 = input<float>(in.a0) + c;
+      const float inverse = 1.0f / scaled_key(k, input<float>(in.k_k) + c, n, kk);
+      T* replaced = static_cast<T*>(outs[0].data_ptr()) + at;
+      T* minus_kk = static_cast<T*>(outs[1].data_ptr()) + at;
+      T* kk_a = static_cast<T*>(outs[2].data_ptr()) + at;
+#pragma omp simd
+      for (int j = 0; j < n; ++j) {
+        const float rate = sigmoid(a0[j] + widen(low[j])), unit = kk[j] * inverse;
+        put(replaced + j, widen(k[j]) * (1.0f + (rate - 1.0f) * k_a[j]));
+        put(minus_kk + j, -unit);
+        put(kk_a + j, unit * rate);
+      }
+    }
+  });
+}
+
+Tensors delta_keys(const Tensor& k, const Tensor& k_k, const Tensor& k_a, const Tensor& a0, const Tensor& a12,
+                   int64_t heads) {
+  const KeyInputs in(k, k_k, k_a, a0, a12, heads);
+  Tensors outs{at::empty_like(in.k), at::empty_like(in.k), at::empty_like(in.k)};
+  by_type(k, [&](auto zero) {
+    by_head(in.size, [&](auto head) { key_rows<decltype(zero), decltype(head)::value>(in, outs); });
+  });
+  return outs;
+}
+
+template <class T, int N>
+Tensors key_rows_backward(const Tensors& grads, const KeyInputs& in, const Needs<5>& need) {
+  const int64_t C = in.width;
+  const int n = N ? N : static_cast<int>(in.size);
+  const Chunks chunks(in.rows);
+  ColumnSums sums(chunks, 3, C);
+  const Output<T> dk(in.k, need[0]), dlow(in.k, need[4]);
+  chunks.run(2 * C, [&](int64_t chunk, int64_t begin, int64_t end) {
+    std::vector<float> scratch(3 * n);
+    std::vector<T> unwanted(2 * C);
+    float *kk = scratch.data(), *rate = kk + n, *dkk = rate + n;
+    float* totals = sums.begin(chunk);
+    for (int64_t at = begin * C; at < end * C; at += n) {
+      const int64_t c = at % C, row = at / C;
+      const T *k = input<T>(in.k) + at, *low = input<T>(in.a12) + at;
+      const T *d0 = input<T>(grads[0]) + at, *d1 = input<T>(grads[1]) + at, *d2 = input<T>(grads[2]) + at;
+      const float *k_k = input<float>(in.k_k) + c, *k_a = input<float>(in.k_a) + c, *a0 = input<float>(in.a0) + c;
+      float *dk_k = totals + c, *dk_a = totals + C + c, *da0 = totals + 2 * C + c;
+      T *to_k = dk.row(row, C, unwanted.data()) + c, *to_low = dlow.row(row, C, unwanted.data() + C) + c;
+      const float length = scaled_key(k, k_k, n, kk), inverse = 1.0f / length;
+      float along = 0.0f;  // of dkk in the direction kk, which normalising removes
+#pragma omp simd reduction(+ : along)
+      for (int j = 0; j < n; ++j) {
+        rate[j] = sigmoid(a0[j] + widen(low[j]));
+        kk[j] *= inverse;
+        dkk[j] = widen(d2[j]) * rate[j] - widen(d1[j]);
+        along += dkk[j] * kk[j];
+      }
+      if (length <= kNormEps) along = 0.0f;  // there the divisor is a constant
+#pragma omp simd
+      for (int j = 0; j < n; ++j) {
+        const float key = widen(k[j]), d = widen(d0[j]), a = rate[j];
+        const float scaled = (dkk[j] - kk[j] * along) * inverse;
+        const float gate = (widen(d2[j]) * kk[j] + d * key * k_a[j]) * a * (1.0f - a);
+        put(to_k + j, d * (1.0f + (a - 1.0f) * k_a[j]) + scaled * k_k[j]);
+        put(to_low + j, gate);
+        dk_k[j] += scaled * key;
+        dk_a[j] += d * key * (a - 1.0f);
+        da0[j] += gate;
+      }
+    }
+  });
+  const Tensor total = need[1] || need[2] || need[3] ? sums.total() : Tensor();
+  auto vector = [&](int i) { return need[1 + i] ? total[i] : Tensor(); };
+  return {dk.tensor, vector(0), vector(1), vector(2), dlow.tensor};
+}
+
+Tensors delta_keys_backward(const Grads& grads, const Tensor& k, const Tensor& k_k, const Tensor& k_a, const Tensor& a0,
+                            const Tensor& a12, int64_t heads, Needs<5> need) {
+  const KeyInputs in(k, k_k, k_a, a0, a12, heads);
+  const Tensors given{grad_at(grads, 0, in.k), grad_at(grads, 1, in.k), grad_at(grads, 2, in.k)};
+  return by_type(k, [&](auto zero) {
+    return by_head(in.size, [&](auto head) {
+      return key_rows_backward<decltype(zero), decltype(head)::value>(given, in, need);
+    });
+  });
+}
+
+}  // namespace
