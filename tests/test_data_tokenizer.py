@@ -26,8 +26,8 @@ def test_ids_agree_with_the_rwkv_package(world):
     """The package's own trie is the judge, on text of many scripts, code and long runs."""
     judge = TRIE_TOKENIZER(str(world_vocabulary_file()))
     texts = [
-        "RWKV は RNN です。\r\n\t",
-        "naïve café — 42%",
+        "RWKV \u306f RNN \u3067\u3059\u3002\r\n\t",
+        "na\u00efve caf\u00e9 \u2014 42%",
         " " * 300 + "-" * 200,
         "x = {'a': [1, 2]}\n" * 3,
         "\x00\x7f\U0001f600",
@@ -48,7 +48,7 @@ def test_any_string_can_be_encoded_and_any_id_decoded(world):
     assert world.decode(world.encode("a\x00b")) == "a\x00b"
     assert world.decode_bytes(world.encode("\ud800")) == b"\xed\xa0\x80"
     assert world.decode([0, 65535, 24281]) == "User"
-    assert world.decode(world.encode("é")[:1]) in ("é", "\ufffd")
+    assert world.decode(world.encode("\u00e9")[:1]) in ("\u00e9", "\ufffd")
     assert load_tokenizer(65536) is world
 
 

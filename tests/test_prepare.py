@@ -13,6 +13,7 @@ import PrepareOrpoDataset
 from src.data.binidx import Corpus
 from src.data.sampler import magic_prime
 from src.data.tokenizer import load_tokenizer
+from src.model.initial import initial_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = "prompt,chosen,reject\nHi,Hello.,Go away.\nTwo?,2,Three\n"
@@ -43,12 +44,13 @@ def test_prepare_orpo(tmp_path):
     assert (tmp_path / "a.save").read_bytes() == (tmp_path / "b.save").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["PrepareOrpoDataset.py", "rlhf_generate_save.py"])
-def test_mistakes_end_with_status_2_and_leave_files_alone(tmp_path, name):
-    """Both names of the script: one sentence on stderr, no traceback, no file."""
+def test_mistakes_end_with_status_2_and_leave_files_alone(tmp_path):
+    """The script under its other name: one sentence on stderr, no traceback, no file."""
     source = tmp_path / "in.csv"
     source.write_text("prompt,answer,reject\na,b,c\n")
-    done = script(name, "--input_csv", str(source), "--output_save", str(tmp_path / "out" / "a.save"))
+    done = script(
+        "rlhf_generate_save.py", "--input_csv", str(source), "--output_save", str(tmp_path / "out" / "a.save")
+    )
     assert done.returncode == 2
     assert "in.csv:1: the column chosen is missing" in done.stderr
     assert "Traceback" not in done.stderr
@@ -72,6 +74,16 @@ def test_the_vocabulary_comes_from_the_model(tmp_path):
     words = ["--input_csv", str(source), "--output_save", str(tmp_path / "a.save"), "--load_model"]
     with pytest.raises(ValueError, match=r"none\.pth"):
         PrepareOrpoDataset.main([*words, str(tmp_path / "none.pth")])
+    model, vocabulary = str(tmp_path / "m.pth"), tmp_path / "v.txt"
+    torch.save(initial_tensors("x070", 1, 64, 300, 64, 0), model)
+    with pytest.raises(ValueError, match=r"vocab_size 300 .*--vocab_file"):
+        PrepareOrpoDataset.main([*words, model])
+    with pytest.raises(ValueError, match=r"--vocab_size 65536, but .*m\.pth has a vocabulary of 300"):
+        PrepareOrpoDataset.main([*words, model, "--vocab_size", "65536"])
+    vocabulary.write_text("".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256)))
+    PrepareOrpoDataset.main([*words, model, "--vocab_file", str(vocabulary), "--target_pair_count", "1"])
+    record = torch.load(tmp_path / "a.save", weights_only=True)[0]
+    assert bytes(i - 1 for i in record[0]).endswith(b"Assistant:")
 
 
 def test_make_binidx(tmp_path):

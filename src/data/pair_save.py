@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,11 @@ def _load(path: str | os.PathLike) -> object:
     """What torch.load gives with weights_only; ValueError in one sentence for everything else."""
     check_readable(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # on a bare pickle torch asks for an issue report; the error below says enough
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
         if found:
