@@ -69,7 +69,9 @@ def matrices(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
             yield name, module
 
 
-def plan_layout(model: nn.Module, plan: Plan, *, quant: str = "none", limited: bool = False, rslora: bool = False):
+def plan_layout(
+    model: nn.Module, plan: Plan, *, quant: str = "none", limited: bool = False, rslora: bool = False
+) -> Layout:
     """The `Layout` that a profile means for a plain model (real or on the meta device).
 
     Packed are the frozen matrices of rows that are not `full`, the embedding never. Raises ValueError for an unknown

@@ -77,10 +77,14 @@ class FourBit(Store):
 
 
 class NF4(FourBit):
+    """Levels at the quantiles of a normal distribution."""
+
     mode = "nf4"
 
 
 class FP4(FourBit):
+    """Levels of a 4-bit float: sign, two bits of exponent, one of mantissa."""
+
     mode = "fp4"
 
 
