@@ -1,5 +1,6 @@
 """Train an RWKV language model: pre-training, SFT, DPO, ORPO, by layer profile. `--help` lists every flag."""
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str]) -> int | None:
         return None
     ready = start(config, folder)
     if config.eval_only:
-        return evaluate(config, folder, ready)
+        print(json.dumps(evaluate(config, folder, ready)))
+        return None
     if config.dry_run:
         return dry_run(config, folder, ready)
     return INTERRUPTED if train(config, folder, ready) else None

@@ -108,7 +108,8 @@ class Save(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
-        if epoch % self.epoch_save == 0 or epoch + 1 == trainer.max_epochs:
+        last = epoch + 1 == trainer.max_epochs or trainer.global_step >= trainer.max_steps
+        if last or epoch % self.epoch_save == 0:
             self.folder.save_numbered(self.epoch_begin + epoch)
             write_report(self.folder.folder, self.settings)
 
@@ -118,3 +119,22 @@ class Save(pl.Callback):
             self.stopped = isinstance(exception, KeyboardInterrupt)
             self.folder.save("last")
             write_report(self.folder.folder, self.settings)
+
+
+class WandB(pl.Callback):
+    """Sends the record of each optimizer step to Weights & Biases: only with --wandb does anything leave the machine."""
+
+    def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(f"--wandb {project} needs the package wandb: pip install wandb") from error
+        self.run = wandb.init(project=project, dir=str(folder), config=settings, name=folder.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Listen to the module's records."""
+        pl_module.listeners.append(lambda record: self.run.log(record, step=record["step"]))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Close the run there too."""
+        self.run.finish()

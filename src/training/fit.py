@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.config import Config
 from src.data.batch import PairBatch, TextBatch
 from src.data.sampler import Steps
-from src.training.callbacks import Bar, Log, Save, Validate
+from src.training.callbacks import Bar, Log, Save, Validate, WandB
 from src.training.folder import RunFolder
 from src.training.module import Trainee
 from src.training.records import log_new_run
@@ -67,12 +68,21 @@ def micro_batches_per_epoch(config: Config) -> int:
     return rounded
 
 
+def optimizer_steps(config: Config) -> int:
+    """Optimizer steps of the whole run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it."""
+    steps = config.steps_per_epoch * config.epoch_count
+    if config.my_exit_tokens > 0:
+        per_step = config.ctx_len * config.micro_bsz * config.accumulate_grad_batches
+        steps = min(steps, math.ceil(config.my_exit_tokens / per_step))
+    return steps
+
+
 def schedule_of(config: Config) -> Schedule:
     """The whole run in optimizer steps; --epoch_begin counts as done."""
     per_epoch = config.steps_per_epoch
     return Schedule(
         warmup=config.warmup_steps,
-        total=per_epoch * config.epoch_count,
+        total=optimizer_steps(config),
         kind=config.lr_schedule,
         offset=per_epoch * config.epoch_begin,
     )
@@ -99,6 +109,8 @@ def fit(
     if evaluate is not None:
         callbacks.append(Validate(evaluate, run))
     callbacks.append(save)
+    if config.wandb:
+        callbacks.append(WandB(config.wandb, folder, settings))
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
     device = next(trainee.parameters()).device
@@ -106,6 +118,7 @@ def fit(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1,
         max_epochs=config.epoch_count,
+        max_steps=optimizer_steps(config),
         accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
         enable_checkpointing=False,

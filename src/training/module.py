@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,11 +18,14 @@ from torch import Tensor
 from src.config import Config
 from src.data.batch import PairBatch, TextBatch
 from src.losses import LOSSES, step_loss
+from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
 from src.training.forward import pair_hidden, text_hidden
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
 
@@ -42,12 +48,15 @@ class Trainee(pl.LightningModule):
     loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean.
     """
 
-    def __init__(self, model: RWKV, plan: Plan, config: Config, schedule: Schedule) -> None:
+    def __init__(self, model: RWKV, plan: Plan, config: Config, schedule: Schedule, folder: Path) -> None:
         super().__init__()
         self.model = model
         self.plan = plan
         self.config = config
         self.schedule = schedule
+        self.folder = folder
+        self.bad_steps = 0
+        self._bad = False  # something in the running optimizer step was not a number
         self.loss = LOSSES[config.loss]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.last_record: dict[str, Any] = {}
@@ -58,8 +67,8 @@ class Trainee(pl.LightningModule):
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
 
-    def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor:
-        """One micro-batch -> its share of the optimizer step's loss."""
+    def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
+        """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
         hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
         value, metrics = step_loss(self.loss, self.model.head, hidden, batch, self.config)
         self._total = batch.total
@@ -67,12 +76,28 @@ class Trainee(pl.LightningModule):
         for name, amount in metrics.items():
             self._sums[name] += float(amount)
         if not torch.isfinite(value):
-            raise NonFiniteLoss(
-                f"the loss is {float(value)} at optimizer step {self.trainer.global_step} (micro-batch {index}): lower "
-                "--lr_init, raise --warmup_steps or use --precision fp32; the checkpoints written so far are intact"
-            )
+            self._skip(f"the loss is {float(value)}", batch)
+            return None
         world = self.trainer.world_size
         return value * (world * self.trainer.accumulate_grad_batches / batch.total)
+
+    def _skip(self, what: str, batch: TextBatch | PairBatch | None) -> None:
+        """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
+        step = self.trainer.global_step
+        self._bad = True
+        self.bad_steps += 1
+        rows = ""
+        if batch is not None:
+            path = self.folder / f"bad-step-{step}.pth"
+            write_atomic({f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}, path)
+            rows = f", its rows are in {path}"
+        sentence = f"{what} at optimizer step {step}{rows}"
+        if self.bad_steps > self.config.max_bad_steps:
+            raise NonFiniteLoss(
+                f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use --precision "
+                "fp32. The checkpoints written so far are intact"
+            )
+        log.warning("%s: the step is left out", sentence)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""
@@ -85,11 +110,11 @@ class Trainee(pl.LightningModule):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.grad_norm = float(norm)
-        if not math.isfinite(self.grad_norm):
-            raise NonFiniteLoss(
-                f"the gradient's norm is {self.grad_norm} at optimizer step {self.trainer.global_step}: "
-                "lower --lr_init or use --precision fp32; the checkpoints written so far are intact"
-            )
+        if not self._bad and not math.isfinite(self.grad_norm):
+            self._skip(f"the gradient's norm is {self.grad_norm}", None)
+        if self._bad:
+            optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
+            return
         if 0 < self.config.grad_clip < self.grad_norm:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
@@ -108,6 +133,11 @@ class Trainee(pl.LightningModule):
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
         now = time.perf_counter()
+        if self._bad:
+            self._bad = False
+            self._sums.clear()
+            self._tokens, self._clock = 0, now
+            return
         means = {name: amount / self._total for name, amount in self._sums.items()}
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 PANELS = (
     ("loss", ("loss",), ("loss",)),
     ("preference accuracy", ("pref_percentage",), ("accuracy",)),
-    ("margin", ("margin",), ("margin",)),
+    ("margin of rewards", ("margin",), ()),
     ("learning rate", ("lr",), ()),
     ("tokens per second", ("tokens_per_s",), ()),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from src.config import Config
 from src.training.fit import fit, schedule_of
@@ -24,17 +25,16 @@ def settings_of(config: Config) -> dict[str, object]:
     return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
 
 
-def evaluate(config: Config, folder: Path, start: Start) -> None:
-    """--eval_only 1: score --val_file, print one line, append one object to metrics.jsonl."""
+def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
+    """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
     inputs = Inputs(config, start, folder)
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
     if config.load_adapter:
         resume_adapter(config, start)
-    result = score()
-    append_json(folder / "metrics.jsonl", {"event": "eval"} | result)
-    numbers = (f"{name} {value:.6g}" for name, value in result.items())
-    log.info("%s: %s", config.val_file, ", ".join(numbers))
+    result = {"event": "eval"} | score()
+    append_json(folder / "metrics.jsonl", result)
+    return result
 
 
 def train(config: Config, folder: Path, start: Start) -> bool:
@@ -46,7 +46,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    trainee = Trainee(start.model, start.plan, config, schedule_of(config))
+    trainee = Trainee(start.model, start.plan, config, schedule_of(config), folder)
     return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
 
 

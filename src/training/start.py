@@ -16,7 +16,7 @@ from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tens
 from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
-from src.plan import Plan, make_plan, read_profile
+from src.plan import Plan, plan_for
 from src.training.folder import newest_checkpoint
 from src.training.merging import check_base, chosen_quant, layout_of
 from src.training.sidecar import read_sidecar
@@ -77,30 +77,13 @@ def base_path(config: Config, folder: Path) -> Path:
     return newest_checkpoint(folder) if config.load_model in ("", "0") else Path(config.load_model)
 
 
-def plan_of(config: Config, sizes: Sizes) -> Plan:
-    """The layer profile, or one plan for all blocks from --peft."""
-    rates = {"lr_init": config.lr_init, "lr_final": config.lr_final, "weight_decay": config.weight_decay}
-    if config.layer_profile:
-        return read_profile(config.layer_profile, sizes.n_layer, **rates)
-    return make_plan(
-        config.peft,
-        sizes.n_layer,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        parts=config.lora_parts,
-        layers=config.lora_layers,
-        **rates,
-    )
-
-
 def start(config: Config, folder: Path) -> Start:
     """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files."""
     path = base_path(config, folder)
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
-    plan = plan_of(config, sizes)
-    refuse_unbuilt(config, {row.mode for row in plan.rows.values()}, sizes.version)
+    plan = plan_for(config, sizes.n_layer)
+    refuse_unbuilt(config, plan.modes, sizes.version)
     model, report = load_model(
         path,
         compute_dtype=DTYPES[config.precision],
