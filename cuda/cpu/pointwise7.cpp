@@ -19,11 +19,13 @@ Tensors value_gate(const Tensor& v_, const Tensor& first_, const Tensor& v0_, co
   Tensor out = at::empty_like(v);
   by_type(v, [&](auto zero) {
     using T = decltype(zero);
+    const T *all_v = input<T>(v), *all_first = input<T>(first), *all_low = input<T>(v12);
+    const float* bias = input<float>(v0);
+    T* all_out = output<T>(out);
     Chunks(rows_of(v)).run(C, [&](int64_t, int64_t begin, int64_t end) {
-      const float* bias = input<float>(v0);
       for (int64_t row = begin; row < end; ++row) {
-        const T *a = input<T>(v) + row * C, *b = input<T>(first) + row * C, *z = input<T>(v12) + row * C;
-        T* to = static_cast<T*>(out.data_ptr()) + row * C;
+        const T *a = all_v + row * C, *b = all_first + row * C, *z = all_low + row * C;
+        T* to = all_out + row * C;
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
           const float value = widen(a[c]);
@@ -47,15 +49,15 @@ Tensors value_gate_backward(const Grads& grads, const Tensor& v_, const Tensor& 
   return by_type(v, [&](auto zero) -> Tensors {
     using T = decltype(zero);
     const Output<T> dv(v, need[0]), dfirst(v, need[1]), dlow(v, need[3]);
+    const T *all_v = input<T>(v), *all_first = input<T>(first), *all_low = input<T>(v12), *all_g = input<T>(g);
+    const float* bias = input<float>(v0);
     chunks.run(C, [&](int64_t chunk, int64_t begin, int64_t end) {
-      std::vector<T> unwanted(3 * C);
-      const float* bias = input<float>(v0);
+      Buffers<T> unwanted(3, C);
       float* dbias = sums.begin(chunk);
       for (int64_t row = begin; row < end; ++row) {
-        const T *a = input<T>(v) + row * C, *b = input<T>(first) + row * C, *z = input<T>(v12) + row * C;
-        const T* dy = input<T>(g) + row * C;
-        T *da = dv.row(row, C, unwanted.data()), *db = dfirst.row(row, C, unwanted.data() + C);
-        T* dz = dlow.row(row, C, unwanted.data() + 2 * C);
+        const T *a = all_v + row * C, *b = all_first + row * C, *z = all_low + row * C, *dy = all_g + row * C;
+        T *da = dv.row(row, C, unwanted[0]), *db = dfirst.row(row, C, unwanted[1]);
+        T* dz = dlow.row(row, C, unwanted[2]);
 #pragma omp simd
         for (int64_t c = 0; c < C; ++c) {
           const float d = widen(dy[c]), s = sigmoid(bias[c] + widen(z[c]));
@@ -83,9 +85,9 @@ Tensor for_elements(const Tensor& a_, const Tensor& b_, const F& f) {
   check_like(a, {b});
   by_type(a, [&](auto zero) {
     using T = decltype(zero);
+    const T *x = input<T>(a), *y = input<T>(b);
+    T* to = output<T>(out);
     Chunks((n + kBlock - 1) / kBlock).run(kBlock, [&](int64_t, int64_t begin, int64_t end) {
-      const T *x = input<T>(a), *y = input<T>(b);
-      T* to = static_cast<T*>(out.data_ptr());
       const int64_t right = std::min(n, end * kBlock);
 #pragma omp simd
       for (int64_t i = begin * kBlock; i < right; ++i) put(to + i, f(widen(x[i]), widen(y[i])));

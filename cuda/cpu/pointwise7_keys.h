@@ -32,21 +32,31 @@ struct KeyInputs {
   }
 };
 
+template <class T>
+struct KeyPointers {
+  const T *k, *a12;
+  const float *k_k, *k_a, *a0;
+
+  explicit KeyPointers(const KeyInputs& in)
+      : k(input<T>(in.k)), a12(input<T>(in.a12)), k_k(input<float>(in.k_k)), k_a(input<float>(in.k_a)),
+        a0(input<float>(in.a0)) {}
+};
+
 template <class T, int N>
 void key_rows(const KeyInputs& in, Tensors& outs) {
   const int64_t C = in.width;
   const int n = N ? N : static_cast<int>(in.size);
+  const KeyPointers<T> from(in);
+  T *all_replaced = output<T>(outs[0]), *all_minus = output<T>(outs[1]), *all_scaled = output<T>(outs[2]);
   Chunks(in.rows).run(C, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> scratch(n);
-    float* kk = scratch.data();
+    Buffers<float> scratch(1, n);
+    float* kk = scratch[0];
     for (int64_t at = begin * C; at < end * C; at += n) {
       const int64_t c = at % C;
-      const T *k = input<T>(in.k) + at, *low = input<T>(in.a12) + at;
-      const float *k_a = input<float>(in.k_a) + c, *a0 = input<float>(in.a0) + c;
-      const float inverse = 1.0f / scaled_key(k, input<float>(in.k_k) + c, n, kk);
-      T* replaced = static_cast<T*>(outs[0].data_ptr()) + at;
-      T* minus_kk = static_cast<T*>(outs[1].data_ptr()) + at;
-      T* kk_a = static_cast<T*>(outs[2].data_ptr()) + at;
+      const T *k = from.k + at, *low = from.a12 + at;
+      const float *k_a = from.k_a + c, *a0 = from.a0 + c;
+      const float inverse = 1.0f / scaled_key(k, from.k_k + c, n, kk);
+      T *replaced = all_replaced + at, *minus_kk = all_minus + at, *kk_a = all_scaled + at;
 #pragma omp simd
       for (int j = 0; j < n; ++j) {
         const float rate = sigmoid(a0[j] + widen(low[j])), unit = kk[j] * inverse;
@@ -75,18 +85,19 @@ Tensors key_rows_backward(const Tensors& grads, const KeyInputs& in, const Needs
   const Chunks chunks(in.rows);
   ColumnSums sums(chunks, 3, C);
   const Output<T> dk(in.k, need[0]), dlow(in.k, need[4]);
+  const KeyPointers<T> from(in);
+  const T *all_d0 = input<T>(grads[0]), *all_d1 = input<T>(grads[1]), *all_d2 = input<T>(grads[2]);
   chunks.run(2 * C, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> scratch(3 * n);
-    std::vector<T> unwanted(2 * C);
-    float *kk = scratch.data(), *rate = kk + n, *dkk = rate + n;
+    Buffers<float> scratch(3, n);
+    Buffers<T> unwanted(2, C);
+    float *kk = scratch[0], *rate = scratch[1], *dkk = scratch[2];
     float* totals = sums.begin(chunk);
     for (int64_t at = begin * C; at < end * C; at += n) {
       const int64_t c = at % C, row = at / C;
-      const T *k = input<T>(in.k) + at, *low = input<T>(in.a12) + at;
-      const T *d0 = input<T>(grads[0]) + at, *d1 = input<T>(grads[1]) + at, *d2 = input<T>(grads[2]) + at;
-      const float *k_k = input<float>(in.k_k) + c, *k_a = input<float>(in.k_a) + c, *a0 = input<float>(in.a0) + c;
+      const T *k = from.k + at, *low = from.a12 + at, *d0 = all_d0 + at, *d1 = all_d1 + at, *d2 = all_d2 + at;
+      const float *k_k = from.k_k + c, *k_a = from.k_a + c, *a0 = from.a0 + c;
       float *dk_k = totals + c, *dk_a = totals + C + c, *da0 = totals + 2 * C + c;
-      T *to_k = dk.row(row, C, unwanted.data()) + c, *to_low = dlow.row(row, C, unwanted.data() + C) + c;
+      T *to_k = dk.row(row, C, unwanted[0]) + c, *to_low = dlow.row(row, C, unwanted[1]) + c;
       const float length = scaled_key(k, k_k, n, kk), inverse = 1.0f / length;
       float along = 0.0f;  // of dkk in the direction kk, which normalising removes
 #pragma omp simd reduction(+ : along)

@@ -62,10 +62,10 @@ void mix_rows(const MixInputs& in, Tensors& outs) {
   const int64_t C = in.width;
   const float* mixes = input<float>(in.mixes);
   std::vector<T*> to;
-  for (Tensor& out : outs) to.push_back(static_cast<T*>(out.data_ptr()));
+  for (Tensor& out : outs) to.push_back(output<T>(out));
   Chunks(in.rows).run(C * in.count, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> scratch(C);
-    float* delta = scratch.data();
+    Buffers<float> scratch(1, C);
+    float* delta = scratch[0];
     for (int64_t row = begin; row < end; ++row) {
       const T* x = input<T>(in.x) + row * C;
       in.difference<T>(row, delta);
@@ -97,12 +97,14 @@ Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x
   const Output<T> dx(in.x, want_x);
   Tensor dlast = want_last ? at::zeros_like(in.last) : Tensor();
   // to_before = sum_m g_m mix_m, what one row gives the row before it; to_self = sum_m g_m (1 - mix_m)
+  std::vector<const T*> from;
+  for (const Tensor& g : grads) from.push_back(g.defined() ? input<T>(g) : nullptr);
   auto spread = [&](int64_t row, const float* delta, float* to_self, float* to_before, float* dmixes) {
     std::fill(to_self, to_self + C, 0.0f);
     std::fill(to_before, to_before + C, 0.0f);
     for (int64_t m = 0; m < M; ++m) {
-      if (!grads[m].defined()) continue;
-      const T* g = input<T>(grads[m]) + row * C;
+      if (from[m] == nullptr) continue;
+      const T* g = from[m] + row * C;
       const float* mix = mixes + m * C;
       float* dmix = dmixes + m * C;
 #pragma omp simd
@@ -115,15 +117,15 @@ Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x
     }
   };
   chunks.run(C * M, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> scratch(4 * C, 0.0f), unused(M * C, 0.0f);
-    std::vector<T> unwanted(C);
-    float *delta = scratch.data(), *to_self = delta + C, *to_before = to_self + C, *from_after = to_before + C;
+    Buffers<float> scratch(4, C), unused(1, M * C);
+    Buffers<T> unwanted(1, C);
+    float *delta = scratch[0], *to_self = scratch[1], *to_before = scratch[2], *from_after = scratch[3];
     float* dmixes = sums.begin(chunk);
-    if (end < in.rows && in.heads[end] < 0) spread(end, delta, to_self, from_after, unused.data());
+    if (end < in.rows && in.heads[end] < 0) spread(end, delta, to_self, from_after, unused[0]);
     for (int64_t row = end - 1; row >= begin; --row) {
       in.difference<T>(row, delta);
       spread(row, delta, to_self, to_before, dmixes);
-      T* out = dx.row(row, C, unwanted.data());
+      T* out = dx.row(row, C, unwanted[0]);
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) put(out + c, to_self[c] + from_after[c]);
       if (in.heads[row] < 0) {

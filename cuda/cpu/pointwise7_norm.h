@@ -21,20 +21,29 @@ struct NormInputs {
   }
 };
 
+template <class T>
+struct NormPointers {
+  const T *y, *r, *k, *v, *g;
+  const float *r_k, *weight, *bias;
+  float eps;
+
+  explicit NormPointers(const NormInputs& in)
+      : y(input<T>(in.y)), r(input<T>(in.r)), k(input<T>(in.k)), v(input<T>(in.v)), g(input<T>(in.g)),
+        r_k(input<float>(in.r_k)), weight(input<float>(in.weight)), bias(input<float>(in.bias)), eps(in.eps) {}
+};
+
 // One head of one token: standard[j] = (y - mean) / sqrt(var + eps); bonus = sum r k r_k.
 template <class T, int N>
 struct NormHead {
-  const int n;
   const T *y, *r, *k, *v, *g;
   const float *r_k, *weight, *bias;
   float inverse, bonus;
 
-  NormHead(const NormInputs& in, int64_t at, int64_t c, float* standard)
-      : n(N ? N : static_cast<int>(in.size)), y(input<T>(in.y) + at), r(input<T>(in.r) + at), k(input<T>(in.k) + at),
-        v(input<T>(in.v) + at), g(input<T>(in.g) + at), r_k(input<float>(in.r_k) + c),
-        weight(input<float>(in.weight) + c), bias(input<float>(in.bias) + c) {
-    float sum = 0.0f, dot = 0.0f, square = 0.0f;
+  NormHead(const NormPointers<T>& from, int64_t at, int64_t c, int n, float* standard)
+      : y(from.y + at), r(from.r + at), k(from.k + at), v(from.v + at), g(from.g + at), r_k(from.r_k + c),
+        weight(from.weight + c), bias(from.bias + c) {
     const int count = N ? N : n;
+    float sum = 0.0f, dot = 0.0f, square = 0.0f;
 #pragma omp simd reduction(+ : sum, dot)
     for (int j = 0; j < count; ++j) {
       sum += widen(y[j]);
@@ -46,7 +55,7 @@ struct NormHead {
       standard[j] = widen(y[j]) - mean;
       square += standard[j] * standard[j];
     }
-    const float scale = 1.0f / std::sqrt(square / static_cast<float>(count) + in.eps);
+    const float scale = 1.0f / std::sqrt(square / static_cast<float>(count) + from.eps);
 #pragma omp simd
     for (int j = 0; j < count; ++j) standard[j] *= scale;
     inverse = scale;
@@ -58,12 +67,14 @@ template <class T, int N>
 void norm_rows(const NormInputs& in, Tensor& out) {
   const int64_t C = in.width;
   const int n = N ? N : static_cast<int>(in.size);
+  const NormPointers<T> from(in);
+  T* all_out = output<T>(out);
   Chunks(in.rows).run(C, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<float> scratch(n);
-    float* standard = scratch.data();
+    Buffers<float> scratch(1, n);
+    float* standard = scratch[0];
     for (int64_t at = begin * C; at < end * C; at += n) {
-      const NormHead<T, N> h(in, at, at % C, standard);
-      T* to = static_cast<T*>(out.data_ptr()) + at;
+      const NormHead<T, N> h(from, at, at % C, n, standard);
+      T* to = all_out + at;
       const float bonus = h.bonus;
 #pragma omp simd
       for (int j = 0; j < n; ++j)
@@ -89,21 +100,22 @@ Tensors norm_rows_backward(const Tensor& grad, const NormInputs& in, const Needs
   const Chunks chunks(in.rows);
   ColumnSums sums(chunks, 3, C);
   const Output<T> dy(in.y, need[0]), dr(in.r, need[1]), dk(in.k, need[2]), dv(in.v, need[3]), dg(in.g, need[7]);
+  const NormPointers<T> from(in);
+  const T* all_d = input<T>(grad);
   chunks.run(2 * C, [&](int64_t chunk, int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * n);
-    std::vector<T> unwanted(5 * C);
-    float *standard = scratch.data(), *dstandard = standard + n;
+    Buffers<float> scratch(2, n);
+    Buffers<T> unwanted(5, C);
+    float *standard = scratch[0], *dstandard = scratch[1];
     float* totals = sums.begin(chunk);
     for (int64_t at = begin * C; at < end * C; at += n) {
       const int64_t c = at % C, row = at / C;
-      const NormHead<T, N> h(in, at, c, standard);
-      const T *d = input<T>(grad) + at, *r = h.r, *k = h.k, *v = h.v, *g = h.g;
+      const NormHead<T, N> h(from, at, c, n, standard);
+      const T *d = all_d + at, *r = h.r, *k = h.k, *v = h.v, *g = h.g;
       const float *weight = h.weight, *bias = h.bias, *r_k = h.r_k, bonus = h.bonus;
       float *dr_k = totals + c, *dweight = totals + C + c, *dbias = totals + 2 * C + c;
-      T* spare = unwanted.data();
-      T *to_y = dy.row(row, C, spare) + c, *to_r = dr.row(row, C, spare + C) + c;
-      T *to_k = dk.row(row, C, spare + 2 * C) + c, *to_v = dv.row(row, C, spare + 3 * C) + c;
-      T* to_g = dg.row(row, C, spare + 4 * C) + c;
+      T *to_y = dy.row(row, C, unwanted[0]) + c, *to_r = dr.row(row, C, unwanted[1]) + c;
+      T *to_k = dk.row(row, C, unwanted[2]) + c, *to_v = dv.row(row, C, unwanted[3]) + c;
+      T* to_g = dg.row(row, C, unwanted[4]) + c;
       float dbonus = 0.0f, mean = 0.0f, along = 0.0f;
 #pragma omp simd reduction(+ : dbonus, mean, along)
       for (int j = 0; j < n; ++j) {

@@ -28,14 +28,16 @@ inline void put(bf16* to, float x) {
   *to = static_cast<bf16>(x == x ? rounded : 0x7fc0u);
 }
 
-// exp(x) for x clamped to [-87, 88], relative error < 2e-7: 2^n e^f with |f| <= ln(2)/2 and a polynomial for e^f.
-inline float exp_clamped(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+// 1 / (1 + exp(-x)), relative error < 3e-7, NaN for NaN. With e = exp(-|x|) in (0, 1] it is 1 / (1 + e), or e / (1 + e)
+// for x < 0. e = 2^n e^f with |f| <= ln(2)/2 and a polynomial for e^f. |x| is limited to 87 as an integer, because
+// compilers turn comparisons of floats with constants into several versions of all that follows.
+inline float sigmoid(float x) {
+  const uint32_t magnitude = std::bit_cast<uint32_t>(x) & 0x7fffffffu;
+  const float a = std::bit_cast<float>(std::min(magnitude, std::bit_cast<uint32_t>(87.0f)));
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer held in the low mantissa bits
-  const float shifted = x * 1.44269504f + magic;
+  const float shifted = magic - a * 1.44269504f;
   const float n = shifted - magic;
-  const float f = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  const float f = (-a - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
   float p = 1.0f / 720;
   p = p * f + 1.0f / 120;
   p = p * f + 1.0f / 24;
@@ -43,11 +45,26 @@ inline float exp_clamped(float x) {
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  const float scale = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
-  return p * scale;
+  const float e = p * std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
+  const float s = (x < 0.0f ? e : 1.0f) / (1.0f + e);
+  return x == x ? s : x;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_clamped(-x)); }
+// Zeroed row buffers of one thread, each on its own cache lines: vectors that straddle two lines cost twice.
+template <class T>
+class Buffers {
+ public:
+  Buffers(int64_t count, int64_t width)
+      : lines_(width * static_cast<int64_t>(sizeof(T)) / 64 + 2), memory_(count * lines_) {}
+  T* operator[](int64_t index) { return reinterpret_cast<T*>(memory_.data() + index * lines_); }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  int64_t lines_;
+  std::vector<Line> memory_;
+};
 
 // Rows in chunks; a chunk is the unit of work and of partial sums.
 struct Chunks {
@@ -99,9 +116,15 @@ class ColumnSums {
   at::Tensor partial_;
 };
 
+// Fetch these before a loop: a tensor checks itself at every call.
 template <class T>
 const T* input(const at::Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* output(at::Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
 }
 
 // A gradient to be written row by row, or, where nobody wants it, one row that all rows overwrite.
