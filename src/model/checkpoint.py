@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -68,8 +69,10 @@ def _read_pth(path: Path) -> Any:
     if zipped and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is cut off: it begins like a checkpoint but its end is missing ({_size(path)})")
     try:
-        # only the zip format (torch >= 1.6) can be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            # only the zip format (torch >= 1.6) can be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)|(?:global|class) `?([\w.]+)", str(error))
         name = next((group for group in foreign.groups() if group), "") if foreign else ""
