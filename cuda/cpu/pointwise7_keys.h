@@ -9,14 +9,13 @@ constexpr float kNormEps = 1e-12f;  // as F.normalize
 
 // kk = k * k_k of one head before it is normalised; returns max(its length, eps).
 template <class T>
-float scaled_key(const T* k, const float* k_k, int n, float* kk) {
-  float square = 0.0f;
-#pragma omp simd reduction(+ : square)
+float scaled_key(const T* k, const float* k_k, int n, float* kk, float* scratch) {
+#pragma omp simd
   for (int j = 0; j < n; ++j) {
     kk[j] = widen(k[j]) * k_k[j];
-    square += kk[j] * kk[j];
+    scratch[j] = kk[j] * kk[j];
   }
-  return std::max(std::sqrt(square), kNormEps);
+  return std::max(std::sqrt(sum(scratch, n)), kNormEps);
 }
 
 struct KeyInputs {
@@ -49,13 +48,12 @@ void key_rows(const KeyInputs& in, Tensors& outs) {
   const KeyPointers<T> from(in);
   T *all_replaced = output<T>(outs[0]), *all_minus = output<T>(outs[1]), *all_scaled = output<T>(outs[2]);
   Chunks(in.rows).run(C, [&](int64_t, int64_t begin, int64_t end) {
-    Buffers<float> scratch(1, n);
-    float* kk = scratch[0];
-    for (int64_t at = begin * C; at < end * C; at += n) {
-      const int64_t c = at % C;
+    Buffers<float> buffers(2, n);
+    float *kk = buffers[0], *scratch = buffers[1];
+    for (int64_t at = begin * C, c = 0; at < end * C; at += n, c = c + n < C ? c + n : 0) {
       const T *k = from.k + at, *low = from.a12 + at;
       const float *k_a = from.k_a + c, *a0 = from.a0 + c;
-      const float inverse = 1.0f / scaled_key(k, from.k_k + c, n, kk);
+      const float inverse = 1.0f / scaled_key(k, from.k_k + c, n, kk, scratch);
       T *replaced = all_replaced + at, *minus_kk = all_minus + at, *kk_a = all_scaled + at;
 #pragma omp simd
       for (int j = 0; j < n; ++j) {
@@ -88,26 +86,25 @@ Tensors key_rows_backward(const Tensors& grads, const KeyInputs& in, const Needs
   const KeyPointers<T> from(in);
   const T *all_d0 = input<T>(grads[0]), *all_d1 = input<T>(grads[1]), *all_d2 = input<T>(grads[2]);
   chunks.run(2 * C, [&](int64_t chunk, int64_t begin, int64_t end) {
-    Buffers<float> scratch(3, n);
+    Buffers<float> buffers(4, n);
     Buffers<T> unwanted(2, C);
-    float *kk = scratch[0], *rate = scratch[1], *dkk = scratch[2];
+    float *kk = buffers[0], *rate = buffers[1], *dkk = buffers[2], *scratch = buffers[3];
     float* totals = sums.begin(chunk);
-    for (int64_t at = begin * C; at < end * C; at += n) {
-      const int64_t c = at % C, row = at / C;
+    for (int64_t at = begin * C, c = 0, row = begin; at < end * C; at += n) {
       const T *k = from.k + at, *low = from.a12 + at, *d0 = all_d0 + at, *d1 = all_d1 + at, *d2 = all_d2 + at;
       const float *k_k = from.k_k + c, *k_a = from.k_a + c, *a0 = from.a0 + c;
       float *dk_k = totals + c, *dk_a = totals + C + c, *da0 = totals + 2 * C + c;
       T *to_k = dk.row(row, C, unwanted[0]) + c, *to_low = dlow.row(row, C, unwanted[1]) + c;
-      const float length = scaled_key(k, k_k, n, kk), inverse = 1.0f / length;
-      float along = 0.0f;  // of dkk in the direction kk, which normalising removes
-#pragma omp simd reduction(+ : along)
+      const float length = scaled_key(k, k_k, n, kk, scratch), inverse = 1.0f / length;
+#pragma omp simd
       for (int j = 0; j < n; ++j) {
         rate[j] = sigmoid(a0[j] + widen(low[j]));
         kk[j] *= inverse;
         dkk[j] = widen(d2[j]) * rate[j] - widen(d1[j]);
-        along += dkk[j] * kk[j];
+        scratch[j] = dkk[j] * kk[j];
       }
-      if (length <= kNormEps) along = 0.0f;  // there the divisor is a constant
+      // Normalising removes what dkk has in the direction of kk, but not where the divisor is a constant.
+      const float along = length > kNormEps ? sum(scratch, n) : 0.0f;
 #pragma omp simd
       for (int j = 0; j < n; ++j) {
         const float key = widen(k[j]), d = widen(d0[j]), a = rate[j];
@@ -119,6 +116,8 @@ Tensors key_rows_backward(const Tensors& grads, const KeyInputs& in, const Needs
         dk_a[j] += d * key * (a - 1.0f);
         da0[j] += gate;
       }
+      c += n;
+      if (c == C) c = 0, ++row;
     }
   });
   const Tensor total = need[1] || need[2] || need[3] ? sums.total() : Tensor();

@@ -1,4 +1,4 @@
-// token_mix: every token interpolated with its predecessor; the gradient walks the rows backwards.
+// token_mix: every token interpolated with its predecessor.
 #pragma once
 
 #include "pointwise7_common.h"
@@ -87,7 +87,7 @@ Tensors token_mix(const Tensor& x, const optional<Tensor>& last, const Tensor& m
   return outs;
 }
 
-// Rows are walked backwards, because a row's part in the next token's outputs arrives from the row after it.
+// A row's gradient waits for the row after it, in whose outputs it also has a part.
 template <class T>
 Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x, bool want_last, bool want_mixes) {
   const int64_t C = in.width, M = in.count;
@@ -96,9 +96,10 @@ Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x
   ColumnSums sums(chunks, M, C);
   const Output<T> dx(in.x, want_x);
   Tensor dlast = want_last ? at::zeros_like(in.last) : Tensor();
-  // to_before = sum_m g_m mix_m, what one row gives the row before it; to_self = sum_m g_m (1 - mix_m)
+  float* all_dlast = want_last ? dlast.data_ptr<float>() : nullptr;
   std::vector<const T*> from;
   for (const Tensor& g : grads) from.push_back(g.defined() ? input<T>(g) : nullptr);
+  // to_before = sum_m g_m mix_m, what one row gives the row before it; to_self = sum_m g_m (1 - mix_m)
   auto spread = [&](int64_t row, const float* delta, float* to_self, float* to_before, float* dmixes) {
     std::fill(to_self, to_self + C, 0.0f);
     std::fill(to_before, to_before + C, 0.0f);
@@ -107,6 +108,7 @@ Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x
       const T* g = from[m] + row * C;
       const float* mix = mixes + m * C;
       float* dmix = dmixes + m * C;
+      if (row + 1 < in.rows) prefetch_row(g + C, C);
 #pragma omp simd
       for (int64_t c = 0; c < C; ++c) {
         const float here = widen(g[c]), moved = here * mix[c];
@@ -119,21 +121,24 @@ Tensors mix_rows_backward(const Tensors& grads, const MixInputs& in, bool want_x
   chunks.run(C * M, [&](int64_t chunk, int64_t begin, int64_t end) {
     Buffers<float> scratch(4, C), unused(1, M * C);
     Buffers<T> unwanted(1, C);
-    float *delta = scratch[0], *to_self = scratch[1], *to_before = scratch[2], *from_after = scratch[3];
+    float *delta = scratch[0], *to_before = scratch[1], *to_self = scratch[2], *waiting = scratch[3];
     float* dmixes = sums.begin(chunk);
-    if (end < in.rows && in.heads[end] < 0) spread(end, delta, to_self, from_after, unused[0]);
-    for (int64_t row = end - 1; row >= begin; --row) {
-      in.difference<T>(row, delta);
-      spread(row, delta, to_self, to_before, dmixes);
-      T* out = dx.row(row, C, unwanted[0]);
-#pragma omp simd
-      for (int64_t c = 0; c < C; ++c) put(out + c, to_self[c] + from_after[c]);
-      if (in.heads[row] < 0) {
-        std::swap(to_before, from_after);
-      } else {
-        if (want_last) std::copy(to_before, to_before + C, dlast.data_ptr<float>() + in.heads[row] * C);
-        std::fill(from_after, from_after + C, 0.0f);
+    for (int64_t row = begin; row <= end; ++row) {
+      const bool interior = row < in.rows && in.heads[row] < 0;
+      if (row < end) {
+        in.difference<T>(row, delta);
+        spread(row, delta, to_self, to_before, dmixes);
+        if (want_last && !interior) std::copy(to_before, to_before + C, all_dlast + in.heads[row] * C);
+      } else if (interior) {  // belongs to the next chunk, which will count it in its sums
+        spread(row, delta, to_self, to_before, unused[0]);
       }
+      if (row > begin) {
+        if (!interior) std::fill(to_before, to_before + C, 0.0f);
+        T* out = dx.row(row - 1, C, unwanted[0]);
+#pragma omp simd
+        for (int64_t c = 0; c < C; ++c) put(out + c, waiting[c] + to_before[c]);
+      }
+      std::swap(to_self, waiting);
     }
   });
   return {dx.tensor, dlast, want_mixes ? sums.total() : Tensor(), Tensor()};  // starts: none

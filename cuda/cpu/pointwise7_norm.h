@@ -39,23 +39,22 @@ struct NormHead {
   const float *r_k, *weight, *bias;
   float inverse, bonus;
 
-  NormHead(const NormPointers<T>& from, int64_t at, int64_t c, int n, float* standard)
+  NormHead(const NormPointers<T>& from, int64_t at, int64_t c, int n, float* standard, float* scratch)
       : y(from.y + at), r(from.r + at), k(from.k + at), v(from.v + at), g(from.g + at), r_k(from.r_k + c),
         weight(from.weight + c), bias(from.bias + c) {
     const int count = N ? N : n;
-    float sum = 0.0f, dot = 0.0f, square = 0.0f;
-#pragma omp simd reduction(+ : sum, dot)
+#pragma omp simd
     for (int j = 0; j < count; ++j) {
-      sum += widen(y[j]);
-      dot += widen(r[j]) * widen(k[j]) * r_k[j];
+      standard[j] = widen(y[j]);
+      scratch[j] = widen(r[j]) * widen(k[j]) * r_k[j];
     }
-    const float mean = sum / static_cast<float>(count);
-#pragma omp simd reduction(+ : square)
+    const float mean = sum(standard, count) / static_cast<float>(count), dot = sum(scratch, count);
+#pragma omp simd
     for (int j = 0; j < count; ++j) {
-      standard[j] = widen(y[j]) - mean;
-      square += standard[j] * standard[j];
+      standard[j] -= mean;
+      scratch[j] = standard[j] * standard[j];
     }
-    const float scale = 1.0f / std::sqrt(square / static_cast<float>(count) + from.eps);
+    const float scale = 1.0f / std::sqrt(sum(scratch, count) / static_cast<float>(count) + from.eps);
 #pragma omp simd
     for (int j = 0; j < count; ++j) standard[j] *= scale;
     inverse = scale;
@@ -70,10 +69,10 @@ void norm_rows(const NormInputs& in, Tensor& out) {
   const NormPointers<T> from(in);
   T* all_out = output<T>(out);
   Chunks(in.rows).run(C, [&](int64_t, int64_t begin, int64_t end) {
-    Buffers<float> scratch(1, n);
-    float* standard = scratch[0];
-    for (int64_t at = begin * C; at < end * C; at += n) {
-      const NormHead<T, N> h(from, at, at % C, n, standard);
+    Buffers<float> buffers(2, n);
+    float *standard = buffers[0], *scratch = buffers[1];
+    for (int64_t at = begin * C, c = 0; at < end * C; at += n, c = c + n < C ? c + n : 0) {
+      const NormHead<T, N> h(from, at, c, n, standard, scratch);
       T* to = all_out + at;
       const float bonus = h.bonus;
 #pragma omp simd
@@ -103,34 +102,31 @@ Tensors norm_rows_backward(const Tensor& grad, const NormInputs& in, const Needs
   const NormPointers<T> from(in);
   const T* all_d = input<T>(grad);
   chunks.run(2 * C, [&](int64_t chunk, int64_t begin, int64_t end) {
-    Buffers<float> scratch(2, n);
+    Buffers<float> buffers(4, n);
     Buffers<T> unwanted(5, C);
-    float *standard = scratch[0], *dstandard = scratch[1];
+    float *standard = buffers[0], *dstandard = buffers[1], *products = buffers[2], *valued = buffers[3];
     float* totals = sums.begin(chunk);
-    for (int64_t at = begin * C; at < end * C; at += n) {
-      const int64_t c = at % C, row = at / C;
-      const NormHead<T, N> h(from, at, c, n, standard);
+    for (int64_t at = begin * C, c = 0, row = begin; at < end * C; at += n) {
+      const NormHead<T, N> h(from, at, c, n, standard, products);
       const T *d = all_d + at, *r = h.r, *k = h.k, *v = h.v, *g = h.g;
       const float *weight = h.weight, *bias = h.bias, *r_k = h.r_k, bonus = h.bonus;
       float *dr_k = totals + c, *dweight = totals + C + c, *dbias = totals + 2 * C + c;
       T *to_y = dy.row(row, C, unwanted[0]) + c, *to_r = dr.row(row, C, unwanted[1]) + c;
       T *to_k = dk.row(row, C, unwanted[2]) + c, *to_v = dv.row(row, C, unwanted[3]) + c;
       T* to_g = dg.row(row, C, unwanted[4]) + c;
-      float dbonus = 0.0f, mean = 0.0f, along = 0.0f;
-#pragma omp simd reduction(+ : dbonus, mean, along)
+#pragma omp simd
       for (int j = 0; j < n; ++j) {
         const float dout = widen(d[j]), inner = dout * widen(g[j]), value = widen(v[j]);
         put(to_g + j, dout * (standard[j] * weight[j] + bias[j] + bonus * value));
         put(to_v + j, inner * bonus);
-        dbonus += inner * value;
         dweight[j] += inner * standard[j];
         dbias[j] += inner;
+        valued[j] = inner * value;
         dstandard[j] = inner * weight[j];
-        mean += dstandard[j];
-        along += dstandard[j] * standard[j];
+        products[j] = dstandard[j] * standard[j];
       }
-      mean /= static_cast<float>(n);
-      along /= static_cast<float>(n);
+      const float dbonus = sum(valued, n), mean = sum(dstandard, n) / static_cast<float>(n);
+      const float along = sum(products, n) / static_cast<float>(n);
       const float inverse = h.inverse;
 #pragma omp simd
       for (int j = 0; j < n; ++j) {
@@ -140,6 +136,8 @@ Tensors norm_rows_backward(const Tensor& grad, const NormInputs& in, const Needs
         dr_k[j] += dbonus * rj * kj;
         put(to_y + j, (dstandard[j] - mean - standard[j] * along) * inverse);
       }
+      c += n;
+      if (c == C) c = 0, ++row;
     }
   });
   const Tensor total = need[4] || need[5] || need[6] ? sums.total() : Tensor();
