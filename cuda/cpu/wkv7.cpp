@@ -220,7 +220,8 @@ INLINE void recompute_states(Interval<N>& m, int row, int n) {
                 for (int g = 0; g < GROUP; ++g)
 #pragma GCC unroll 4
                     for (int u = 0; u < KEYS; ++u) {
-                        s[g][u] += sa[g] * load(b + u * W) + v[g] * load(k + u * W);
+                        s[g][u] += sa[g] * load(b + u * W);  // two statements: two fused multiply-adds
+                        s[g][u] += v[g] * load(k + u * W);
                         store(to + g * N + u * W, s[g][u]);
                     }
             }
@@ -257,7 +258,8 @@ INLINE void backward_sweep(Interval<N>& m, int row, int t) {
                     decay[u] += g * s;
                     da[u] += s * dsa_i;
                     dr[u] += s * dy_i;
-                    g += dsa_i * a[u] + dy_i * r[u];
+                    g += dsa_i * a[u];
+                    g += dy_i * r[u];
                     store(G + c, g);
                     dk[u] += g * v_i;
                     db[u] += g * sa_i;

@@ -52,7 +52,7 @@ def library(name: str) -> Any:
     with _guard:
         if key not in _loaded:
             try:
-                _load(_binary(name), name)
+                _load(name)
                 _loaded[key] = getattr(torch.ops, f"rwkv_{name}")
             except BuildError as error:
                 _loaded[key] = error
@@ -73,6 +73,8 @@ def instruction_set() -> str:
 def compiler() -> tuple[str, str]:
     """The C++ compiler ($CXX or c++) and its version line. Raises BuildError if there is none."""
     command = cpp_extension.get_cxx_compiler()
+    if platform.system() == "Windows":
+        raise BuildError("the kernels are written for GCC or clang, which torch does not use on Windows")
     if shutil.which(command) is None:
         raise BuildError(f"no C++ compiler: '{command}' was not found (install g++ or clang++, or set CXX)")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
@@ -148,13 +150,17 @@ def _compile(command: str, flags: tuple[str, ...], source: Path, target: Path) -
     logger.info("compiled %s in %.0f s", source.name, time.monotonic() - began)
 
 
-def _load(binary: Path, name: str) -> None:
-    """Load the library; one that cannot be loaded (cut short by a full disk) is removed, so the next run rebuilds."""
-    try:
-        torch.ops.load_library(str(binary))
-    except OSError as error:
-        binary.unlink(missing_ok=True)
-        raise BuildError(f"{name}: {error}") from error
+def _load(name: str) -> None:
+    """Load the library; a cached one that does not load (damaged, or its libraries are gone) is rebuilt once."""
+    for attempt in (1, 2):
+        binary = _binary(name)
+        try:
+            torch.ops.load_library(str(binary))
+            return
+        except OSError as error:
+            binary.unlink(missing_ok=True)
+            if attempt == 2:
+                raise BuildError(f"{name}: {error}") from error
 
 
 @contextlib.contextmanager
