@@ -28,6 +28,7 @@ class Product:
         self.d_hidden = torch.empty_like(hidden) if need_hidden else None
         self.d_weight = torch.zeros_like(self.weight, dtype=_wide(params[0].dtype)) if params else None
         self.dtype = params[0].dtype if params else None
+        self.narrow = hidden.new_empty(min(COLUMNS, len(self.weight)) if params else 0, hidden.shape[1])
 
     def logits(self, part: slice) -> Tensor:
         """Logits (rows of `part`, V) in hidden's dtype; valid, and free to be overwritten, until the next call."""
@@ -47,8 +48,8 @@ class Product:
         for start in range(
             0, len(self.d_weight), COLUMNS
         ):  # summed over chunks in float32, one narrow product at a time
-            columns = slice(start, start + COLUMNS)
-            self.d_weight[columns] += slope[:, columns].t() @ rows
+            total = self.d_weight[start : start + COLUMNS]
+            total += torch.mm(slope[:, start : start + COLUMNS].t(), rows, out=self.narrow[: len(total)])
 
     def gradients(self) -> tuple[Tensor | None, list[Tensor]]:
         """d hidden (None if not needed) and the gradient of each parameter in `params`, handed out once."""
