@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
-CHUNK = 1 << 22  # elements packed at once: quantize_4bit holds several float32 copies of what it is given
+CHUNK = 1 << 20  # elements packed at once: quantize_4bit holds several float32 copies of what it is given
 
 
 def _bitsandbytes() -> ModuleType:
