@@ -236,6 +236,28 @@ def test_only_heads_without_adapter_or_hook_take_the_short_path():
     assert not is_product(hooked)
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("store", ["none", "nf4"])
+def test_heads_of_the_model(store, adapter):
+    """Packed or dense, with or without LoRA: the scores are those of the head called as a module."""
+    from src.layers.adaptation import Adaptation
+    from src.layers.linear import Linear, Placement
+    from src.layers.lora import LoRA
+
+    if store != "none":
+        pytest.importorskip("bitsandbytes")
+    head = Linear(C, V, device="meta")
+    head = LoRA.over(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
+    head.take(torch.randn(V, C), Placement(torch.float32, store=store))
+    if adapter:
+        nn.init.normal_(head.lora_B)
+    hidden = hidden_states(torch.float32)
+    found, truth = token_scores(head, hidden, TARGETS, chunk=4).logp.sum(), full_scores(head, hidden, TARGETS)[0].sum()
+    torch.testing.assert_close(found, truth)
+    for a, b in zip(gradients(found, head, hidden), gradients(truth, head, hidden), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="token id 13 is outside the model's vocabulary of 13"):
         token_scores(plain(), hidden_states(), TARGETS.clone().fill_(V))

@@ -326,6 +326,17 @@ def test_three_products_give_the_same_as_four():
     same_as(found, truth, head, hidden)
 
 
+def test_float16_gradients_profit_from_the_loss_scale():
+    """The gradient of an unlikely token is below float16's smallest number; scaled by 2^16 it is not."""
+    head = nn.Identity()
+    hidden = torch.zeros(1, V, dtype=torch.float16)
+    hidden[0, 0] = 20.0
+    hidden.requires_grad_()
+    value, _ = step_loss(LOSSES["sft"], head, hidden, SimpleNamespace(targets=torch.tensor([0])), config(l2wrap=False))
+    (value * 65536).backward()
+    assert hidden.grad[0, 1].item() == pytest.approx(65536 * math.exp(-20.0), rel=1e-2)
+
+
 def test_mistakes_are_named():
     h = torch.zeros(2)
     for arguments, flag in (((0.1, "sigmoyd"), "--dpo_loss"), ((0.0,), "--dpo_beta")):

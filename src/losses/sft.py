@@ -32,7 +32,8 @@ class SFT(TextLoss):
     def from_hidden(
         self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, smoothing: float = 0.0
     ) -> tuple[Tensor, Metrics]:
-        if not torch.is_grad_enabled():
+        # float16 gradients live by the loss scale, which only the backward pass knows.
+        if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
             return super().from_hidden(head, hidden, batch, chunk=chunk, l2wrap=l2wrap, smoothing=smoothing)
         # Each token's weight is known beforehand, so the gradients need no second pass over the logits.
         weight = L2WRAP if l2wrap else 0.0
