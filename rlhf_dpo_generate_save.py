@@ -1,8 +1,8 @@
 """CSV, JSONL or parquet of preference pairs -> tokenised pairs with reference log-probabilities (.save) for DPO.
 
-The reference scores are summed log-probabilities of exactly the tokens that are written, so after any cut. F.save.json
-beside the output holds the model's hash and the arithmetic: train.py uses the scores when both are its own, and computes
-them anew otherwise.
+The reference scores are summed log-probabilities of exactly the tokens that are written, so after any cut.
+F.save.json beside the output holds the model's hash and the arithmetic: train.py uses the scores when both are its own,
+and computes them anew otherwise.
 """
 
 import dataclasses

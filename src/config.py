@@ -73,7 +73,6 @@ class Config:
     compile: bool = setting(False, "compile the model with torch.compile")
     enable_progress_bar: bool = setting(True, "show a progress bar")
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
-    report: bool = setting(False, "write report.html and curves at each save")
     resume: str = setting("", "continue a stopped run exactly: auto or a path; empty = off")
     dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
     doctor: bool = setting(False, "examine this machine and stop")

@@ -83,10 +83,6 @@ NOT_BUILT = (
         "{peft=}: this adapter is not built yet; full and lora are",
     ),
     Missing(
-        lambda c: c.rslora,
-        "{rslora} 1: this scaling is not built yet; {lora_alpha} or the Alpha column scales the update",
-    ),
-    Missing(
         lambda c: c.storage in ("int8", "fp8"),
         "{quant_mode=}: this storage is not built yet; nf4, fp4 and none are",
     ),
@@ -119,10 +115,6 @@ NOT_BUILT = (
         "h5 files are not read yet; use .jsonl or binidx for text and .csv, .jsonl or .save for pairs",
     ),
     Missing(
-        lambda c: ends(c, ".parquet"),
-        "parquet files are not read yet; use .csv, .jsonl or .save",
-    ),
-    Missing(
         lambda c: bool(c.load_cold_adapter),
         "{load_cold_adapter}: merging an adapter while loading is not built yet; run merge.py first",
     ),
@@ -133,18 +125,6 @@ NOT_BUILT = (
     Missing(
         lambda c: c.doctor,
         "{doctor} 1: examining the machine is not built yet",
-    ),
-    Missing(
-        lambda c: c.report,
-        "{report} 1: report.html is not built yet; metrics.jsonl holds the numbers",
-    ),
-    Missing(
-        lambda c: c.val_split > 0,
-        "{val_split=}: splitting off a held-out part is not built yet; give one as {val_file}",
-    ),
-    Missing(
-        lambda c: c.early_stop > 0,
-        "{early_stop=}: early stopping is not built yet; leave it 0",
     ),
 )
 

@@ -77,12 +77,17 @@ class Log(pl.Callback):
 
 
 class Validate(pl.Callback):
-    """Scores --val_file after each mini-epoch and keeps the best checkpoint as rwkv-best."""
+    """Scores the held-out examples after each mini-epoch and keeps the best checkpoint as rwkv-best.
 
-    def __init__(self, evaluate: Evaluate, folder: RunFolder) -> None:
+    With `patience` > 0 the run ends after so many mini-epochs without improvement.
+    """
+
+    def __init__(self, evaluate: Evaluate, folder: RunFolder, patience: int) -> None:
+        self.patience = patience
+        self.waited = 0
         self.evaluate = evaluate
         self.folder = folder
-        self.best: float | None = None
+        self.best: tuple[float, ...] | None = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Lower loss is better; for pairs higher accuracy, then higher margin."""
@@ -91,8 +96,13 @@ class Validate(pl.Callback):
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
         merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
         if self.best is None or merit > self.best:
-            self.best = merit
+            self.best, self.waited = merit, 0
             self.folder.save("best")
+            return
+        self.waited += 1
+        if self.waited == self.patience:
+            log.info("stopping: no improvement for --early_stop %d mini-epochs", self.patience)
+            trainer.should_stop = True
 
 
 class Save(pl.Callback):
@@ -108,7 +118,7 @@ class Save(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
-        last = epoch + 1 == trainer.max_epochs or trainer.global_step >= trainer.max_steps
+        last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
         if last or epoch % self.epoch_save == 0:
             self.folder.save_numbered(self.epoch_begin + epoch)
             write_report(self.folder.folder, self.settings)
@@ -122,7 +132,7 @@ class Save(pl.Callback):
 
 
 class WandB(pl.Callback):
-    """Sends the record of each optimizer step to Weights & Biases: only with --wandb does anything leave the machine."""
+    """Sends the record of each optimizer step to Weights & Biases: only then does anything leave the machine."""
 
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
         try:

@@ -107,7 +107,7 @@ def fit(
     bar = config.enable_progress_bar and sys.stdout.isatty()
     callbacks: list[pl.Callback] = [Log(folder, config.log_every, config.epoch_begin, spoken=not bar)]
     if evaluate is not None:
-        callbacks.append(Validate(evaluate, run))
+        callbacks.append(Validate(evaluate, run, config.early_stop))
     callbacks.append(save)
     if config.wandb:
         callbacks.append(WandB(config.wandb, folder, settings))

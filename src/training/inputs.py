@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from src.config import Config
 from src.data import kind_of, open_pairs, open_slices, open_text
+from src.data.batch import PairExample, TextExample
 from src.data.pairs import Pairs
 from src.data.report import DataReport
 from src.data.sampler import MagicPrime, Order, RandomSlices, Sequential, Shuffled, Steps, check_magic_prime
+from src.data.split import Subset, split
 from src.data.text import Texts, text_type
 from src.data.tokenizer import Tokenizer, load_tokenizer
 from src.losses import LOSSES
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def counted(total: int, label: str, shown: bool):
+def counted(total: int, label: str, shown: bool) -> Iterator[Callable[[int], Any]]:
     """A progress bar over `total` things; gives the function that says how many more are done."""
     from tqdm import tqdm
 
@@ -45,6 +47,7 @@ class Inputs:
         self.start = start
         self.folder = folder
         self.reports: list[DataReport] = []
+        self.split_off: Subset | None = None  # what --val_split took from the training examples
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -93,6 +96,12 @@ class Inputs:
             order = self._shuffled(len(examples))
         for line in self.reports[-1].lines():
             log.info(line)
+        if c.val_split > 0:
+            if not isinstance(examples, Pairs | Texts):
+                raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
+            examples, self.split_off = split(examples, c.val_split, c.seed)
+            order = self._shuffled(len(examples))
+            log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
         return Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches)
 
     def _shuffled(self, n: int) -> Order:
@@ -112,11 +121,11 @@ class Inputs:
         log.info("magic prime %d: %d slices of %d tokens, each once per pass", prime, prime, c.ctx_len)
         return slices, MagicPrime(prime)
 
-    def reference(self, pairs: Pairs) -> Tensor:
+    def reference(self, pairs: Sequence[PairExample]) -> Tensor:
         """(n, 2) summed log-probabilities under the start model, or the file's own where they may be trusted."""
         c = self.config
         known = all(pair.reference is not None for pair in pairs)
-        about = pairs.sidecar or {}
+        about = getattr(pairs, "sidecar", None) or {}
         if known and (c.trust_reference or self._same_reference(about)):
             log.info("reference scores of %d pairs: from %s", len(pairs), c.pair_file)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
@@ -143,7 +152,7 @@ class Inputs:
             and about.get("storage", "none") == self.config.storage
         )
 
-    def _foreign_reference(self, pairs: Pairs) -> Tensor:
+    def _foreign_reference(self, pairs: Sequence[PairExample]) -> Tensor:
         """Scores under --reference_model, loaded, run and forgotten."""
         from src.data.files import file_hash
         from src.model.checkpoint import load_model
@@ -161,20 +170,30 @@ class Inputs:
                 model, pairs, model_hash=file_hash(path), folder=self.folder, chunk=c.head_chunk, progress=done
             )
 
-    def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]]:
-        """--val_file as a function that scores it under the model of the moment.
+    def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]] | None:
+        """The held-out examples as a function that scores them under the model of the moment; None without any.
 
-        Pairs are compared with their reference scores, taken now, if `reference`; otherwise the preference is raw.
+        They are --val_file, or what --val_split took. Pairs are compared with their reference scores, taken now, if
+        `reference`; otherwise the preference is raw.
         """
         c, model = self.config, self.start.model
+        if self.split_off is not None:
+            examples = [self.split_off[index] for index in range(len(self.split_off))]
+            if isinstance(examples[0], TextExample):
+                return lambda: self._evaluating(lambda: evaluate_text(model, examples, c.head_chunk))
+            return self._held_out_pairs(examples, reference)
+        if not c.val_file:
+            return None
         if kind_of(c.val_file) == "text":
             texts = self._texts(c.val_file, cut=False)
             return lambda: self._evaluating(lambda: evaluate_text(model, texts, c.head_chunk))
-        pairs = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(self._pairs(c.val_file, cap=False), reference)
+
+    def _held_out_pairs(self, pairs: Sequence[PairExample], reference: bool) -> Callable[[], dict[str, Any]]:
         base = self.reference(pairs) if reference else None
 
         def score() -> dict[str, Any]:
-            sums, counts = score_pairs(model, pairs, c.head_chunk)
+            sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk)
             return pair_metrics(sums, counts, base)
 
         return lambda: self._evaluating(score)

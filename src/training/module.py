@@ -94,8 +94,8 @@ class Trainee(pl.LightningModule):
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
             raise NonFiniteLoss(
-                f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use --precision "
-                "fp32. The checkpoints written so far are intact"
+                f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
+                "--precision fp32. The checkpoints written so far are intact"
             )
         log.warning("%s: the step is left out", sentence)
 

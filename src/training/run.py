@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
+
 from src.config import Config
 from src.training.fit import fit, schedule_of
 from src.training.folder import RunFolder, trained_tensors
@@ -39,9 +41,10 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
 
 def train(config: Config, folder: Path, start: Start) -> bool:
     """Train; True when Ctrl+C stopped it. Reference scores are taken before an adapter is resumed."""
+    pl.seed_everything(config.seed, verbose=False)  # dropout
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
-    held_out = inputs.held_out(reference=True) if config.val_file else None
+    held_out = inputs.held_out(reference=True)
     if config.load_adapter:
         resume_adapter(config, start)
     for line in start.report.lines():

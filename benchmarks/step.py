@@ -1,0 +1,222 @@
+"""One training step of RWKV-7 on this machine: tokens per second, peak memory, where the time goes.
+
+python benchmarks/step.py [--json PATH]             # the table: full and LoRA r 16, ctx 512 and 1024, fp32 and bf16
+python benchmarks/step.py --only full,bf16,512      # one row
+python benchmarks/step.py --pairs 1                 # DPO with LoRA r 16 on pairs of 51 tokens, 4 a step
+
+Random weights, L12-D768, 65536 tokens, the trainer's own model, losses, optimizer and clipping. Every row runs in a
+process of its own, so that the peak is its own: VmHWM, which counts the interpreter and the libraries. The machine's
+rate is the best 2048-cube product of the row's type in the same process. Model FLOPs: 6N per token (4N + 6N_adapter for
+LoRA), N without the embedding. `cp` recomputes blocks (--grad_cp 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+LAYERS, WIDTH, VOCAB = 12, 768, 65536
+ROWS = [(mode, kind, ctx) for mode in ("full", "lora") for kind in ("bf16", "fp32") for ctx in (512, 1024)]
+
+
+def rate(dtype) -> float:
+    """Best product of two 2048 x 2048 matrices of this type, FLOP/s."""
+    import torch
+
+    x, w = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    best = min(_timed(lambda: x @ w.T) for _ in range(12))
+    return 2 * 2048**3 / best
+
+
+def _timed(work) -> float:
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def peak_mib() -> float:
+    """High-water mark of this process's resident memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def prepare(mode: str, kind: str, grad_cp: bool):
+    """Model, loss settings and optimizer as train.py makes them."""
+    import torch
+
+    from src.config import Config
+    from src.model.checkpoint import build_model
+    from src.model.initial import initial_tensors
+    from src.plan import make_plan
+    from src.training.optimizer import adamw, parameter_groups
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
+    tensors = initial_tensors("x070", LAYERS, WIDTH, VOCAB, 64, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    for name, value in tensors.items():  # nothing at zero, so that every product is a real one
+        if value.dim() == 2 and not value.any():
+            tensors[name] = torch.randn(value.shape, generator=generator) * 0.02
+        tensors[name] = tensors[name].to(dtype) if value.dim() == 2 else tensors[name]
+    plan = make_plan(mode, LAYERS, rank=16, alpha=32.0, dropout=0.0, lr_init=1e-5, lr_final=1e-5, weight_decay=0.0)
+    names = list(tensors)
+    model, _ = build_model(tensors, compute_dtype=dtype, plan=plan, grad_cp=grad_cp)
+    for name in names:
+        del tensors[name]
+    model.train()
+    optimizer = adamw(parameter_groups(model, plan, "x070", True), (0.9, 0.99), 1e-8)
+    return model, optimizer, Config(loss="sft"), dtype
+
+
+def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int) -> dict:
+    """Forward, backward and update times of single-row steps of `ctx` tokens."""
+    import torch
+
+    from src.data.batch import TextBatch
+    from src.losses import LOSSES, step_loss
+    from src.training.forward import text_hidden
+
+    model, optimizer, config, dtype = prepare(mode, kind, grad_cp)
+    generator = torch.Generator().manual_seed(3)
+    times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
+    for _ in range(steps + 1):
+        tokens = torch.randint(1, VOCAB, (ctx + 1,), generator=generator)
+        batch = TextBatch(tokens[:-1], tokens[1:], torch.tensor([0, ctx]), float(ctx))
+        a = time.perf_counter()
+        hidden = text_hidden(model, batch)
+        loss = step_loss(LOSSES["sft"], model.head, hidden, batch, config)[0] / batch.total
+        b = time.perf_counter()
+        loss.backward()
+        c = time.perf_counter()
+        update(optimizer)
+        d = time.perf_counter()
+        for name, spent in zip(times, (b - a, c - b, d - c)):
+            times[name].append(spent)
+    peak = peak_mib()
+    return summary(model, times, ctx, dtype, peak)
+
+
+def update(optimizer) -> None:
+    """Clip at 1.0 and step, as the trainer does."""
+    import torch
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if float(norm) > 1.0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def measure_pairs(kind: str, steps: int) -> dict:
+    """DPO with LoRA r 16: 4 pairs a step, 51 tokens a sequence (prompt 24, answer 27), the reference's scores known."""
+    import torch
+
+    from src.data.batch import PairExample, pack_pairs
+    from src.losses import LOSSES, step_loss
+    from src.training.forward import pair_hidden
+
+    model, optimizer, config, _ = prepare("lora", kind, False)
+    generator = torch.Generator().manual_seed(3)
+    times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(1, VOCAB, (n,), generator=generator).tolist()
+
+    for _ in range(steps + 1):
+        batch = pack_pairs([PairExample(ids(24), ids(27), ids(27), (-290.0, -290.0)) for _ in range(4)])
+        a = time.perf_counter()
+        hidden = pair_hidden(model, batch)
+        loss = step_loss(LOSSES["dpo"], model.head, hidden, batch, config)[0] / batch.total
+        b = time.perf_counter()
+        loss.backward()
+        c = time.perf_counter()
+        update(optimizer)
+        d = time.perf_counter()
+        for name, spent in zip(times, (b - a, c - b, d - c)):
+            times[name].append(spent)
+    whole = [sum(parts) for parts in zip(*times.values())][1:]
+    return {"pairs_per_s": 4 / statistics.median(whole), "best_pairs_per_s": 4 / min(whole), "peak_mib": peak_mib()}
+
+
+def summary(model, times, ctx: int, dtype, peak: float) -> dict:
+    """Medians and bests without the first step, and the share of the machine's own product rate."""
+    whole = [sum(parts) for parts in zip(*times.values())][1:]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    matrices = sum(p.numel() for p in model.parameters()) - model.emb.weight.numel()
+    full = model.head.weight.requires_grad
+    per_token = 6 * matrices if full else 4 * (matrices - trained) + 6 * trained
+    product = rate(dtype)
+    best = min(whole)
+    return {
+        "tokens_per_s": ctx / statistics.median(whole),
+        "best_tokens_per_s": ctx / best,
+        **{name: statistics.median(spent[1:]) for name, spent in times.items()},
+        "peak_mib": peak,
+        "gflops": per_token * ctx / best / 1e9,
+        "rate_gflops": product / 1e9,
+        "share": per_token * ctx / best / product,
+        "parameters": matrices + model.emb.weight.numel(),
+    }
+
+
+def in_process(words: list[str]) -> dict:
+    """Run one row in a fresh interpreter."""
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--grad_cp", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--raw", default="")
+    parser.add_argument("--json", default="")
+    flags = parser.parse_args()
+    if flags.raw:  # one row, in this process
+        mode, kind, ctx = flags.raw.split(",")
+        if mode == "pairs":
+            print(json.dumps(measure_pairs(kind, flags.steps)))
+        else:
+            print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), flags.steps)))
+        return
+    results = {}
+    if flags.pairs:
+        print("| DPO, LoRA r 16 | pairs/s median | best | peak MiB |\n|---|---|---|---|")
+        for kind in ("bf16", "fp32"):
+            found = in_process(["--raw", f"pairs,{kind},51", "--steps", str(flags.steps)])
+            results[f"pairs,{kind}"] = found
+            rates = f"{found['pairs_per_s']:.1f} | {found['best_pairs_per_s']:.1f}"
+            print(f"| {kind} | {rates} | {found['peak_mib']:.0f} |")
+    else:
+        print("| what | type | ctx | cp | tok/s | best | forward / backward / update s | peak MiB | GFLOP/s | share |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        rows = [tuple(flags.only.split(","))] if flags.only else ROWS
+        for mode, kind, ctx in rows:
+            words = ["--raw", f"{mode},{kind},{ctx}", "--grad_cp", str(flags.grad_cp), "--steps", str(flags.steps)]
+            r = results[f"{mode},{kind},{ctx}"] = in_process(words)
+            split = f"{r['forward']:.2f} / {r['backward']:.2f} / {r['update']:.2f}"
+            rates = f"{r['tokens_per_s']:.0f} | {r['best_tokens_per_s']:.0f}"
+            print(
+                f"| {mode} | {kind} | {ctx} | {flags.grad_cp} | {rates} | {split} | {r['peak_mib']:.0f} | "
+                f"{r['gflops']:.0f} | {r['share']:.0%} of {r['rate_gflops']:.0f} |",
+                flush=True,
+            )
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

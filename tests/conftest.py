@@ -1,0 +1,73 @@
+"""A tiny model with a vocabulary of single bytes, so that whole runs take a second."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from src.cli import run as run_script
+from src.model.initial import initial_tensors
+
+VOCAB = 257  # id 0 ends a document, id b + 1 is the byte b
+
+
+@pytest.fixture(scope="session")
+def vocab_file(tmp_path_factory):
+    """A trie vocabulary of the 256 single bytes."""
+    path = tmp_path_factory.mktemp("vocab") / "bytes.txt"
+    path.write_text("".join(f"{byte + 1} {bytes([byte])!r} 1\n" for byte in range(256)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory):
+    """A two-layer RWKV-7 in which no tensor is zero."""
+    tensors = initial_tensors("x070", 2, 64, VOCAB, 32, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    for name, value in tensors.items():
+        scale = 0.3 if name == "emb.weight" else 0.02
+        tensors[name] = value + scale * torch.randn(value.shape, generator=generator)
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    torch.save(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_csv(tmp_path_factory):
+    """24 preference pairs of different lengths."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "chosen", "reject"])
+        for n in range(24):
+            writer.writerow([f"say {n}" + "!" * (n % 5), f"gladly: {n}" + " ok" * (n % 3), f"no {n}" + "?" * (n % 4)])
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_jsonl(tmp_path_factory):
+    """40 short documents."""
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    lines = [json.dumps({"text": f"line {n}: " + "abc " * (1 + n % 6)}) for n in range(40)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def script(capsys):
+    """script(main, *words) -> (exit status, stdout, stderr), as a person would see them."""
+
+    def call(main, *words):
+        with pytest.raises(SystemExit) as done:
+            run_script(main, [str(word) for word in words])
+        out, err = capsys.readouterr()
+        return done.value.code, out, err
+
+    return call
+
+
+def read_jsonl(path, event=None):
+    """Objects of a JSON lines file, of one event if given."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [r for r in records if event is None or r.get("event") == event]
