@@ -1,11 +1,12 @@
 """Time the recurrence kernels: python benchmarks/kernels.py [--large] [--json PATH]
 
 Prints a Markdown table. Best and median of several runs after warm-up; on a shared machine only the best says anything
-about the kernel. GFLOP/s counts the textbook recurrence (9 floating-point operations per state element and token
-forward, 26 more backward), whatever an implementation really executes; its share is of a float32 matrix product of
-the same torch on the same threads, timed in the same run. "Kept" is what autograd holds between forward and backward
-besides the six inputs, per token and channel. Errors are RMS(difference) / RMS(reference) against the plain loop, the
-larger of y's and the six gradients'.
+about the kernel. Processor ms is the best processor time of forward and backward over all threads: with --threads 1 it
+hardly feels other programs, with more it counts waiting threads too. GFLOP/s counts the textbook recurrence (9
+floating-point operations per state element and token forward, 26 more backward), whatever an implementation really
+executes; its share is of a float32 matrix product of the same torch on the same threads, timed in the same run. "Kept"
+is what autograd holds between forward and backward besides the six inputs, per token and channel. Errors are
+RMS(difference) / RMS(reference) against the plain loop, the largest of y's and the six gradients'.
 
 B batch, T tokens, H heads, N head size, C = H * N channels, L tokens per chunk
 """
@@ -95,20 +96,22 @@ def bytes_kept(run: Run, inputs: list[Tensor]) -> float:
 
 def measure(run: Run, inputs: list[Tensor], dy: Tensor, repeats: int, seconds: float) -> dict:
     """Times in ms of forward and of forward + backward, and the results of the last run."""
-    forward, both = [], []
+    forward, both, processor = [], [], []
     began = time.perf_counter()
     while len(both) < 2 or (len(both) < repeats and time.perf_counter() - began < seconds):
-        start = time.perf_counter()
+        start, start_processor = time.perf_counter(), time.process_time()
         y, _ = run(*inputs)
         middle = time.perf_counter()
         grads = torch.autograd.grad(y, inputs, dy)
         forward.append((middle - start) * 1e3)
         both.append((time.perf_counter() - start) * 1e3)
+        processor.append((time.process_time() - start_processor) * 1e3)
     return {
         "forward_ms": min(forward),
         "forward_median_ms": statistics.median(forward),
         "both_ms": min(both),
         "both_median_ms": statistics.median(both),
+        "processor_ms": min(processor),
         "runs": len(both),
         "kept_bytes": bytes_kept(run, inputs),
         "results": [y.detach(), *grads],
@@ -158,16 +161,16 @@ def bench(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int, se
 def table(rows: list[dict], gemm: float) -> str:
     """The rows in Markdown."""
     lines = [
-        "| shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median) | GFLOP/s"
-        " | share of GEMM | times the loop | kept B per token-channel | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median)"
+        " | processor ms | GFLOP/s | share of GEMM | times the loop | kept B per token-channel | error |",
+        "|" + "---|" * 11,
     ]
     for row in rows:
         shape = " ".join(f"{letter}{n}" for letter, n in zip("BTHN", row["shape"], strict=True))
         lines.append(
             f"| {shape} | {row['dtype']} | {row['name']} | {row['forward_ms']:.2f} ({row['forward_median_ms']:.2f})"
-            f" | {row['both_ms']:.2f} ({row['both_median_ms']:.2f}) | {row['gflops']:.0f} | {row['gflops'] / gemm:.0%}"
-            f" | {row['speedup']:.1f} | {row['kept_bytes']:.1f} | {row['error']:.1e} |"
+            f" | {row['both_ms']:.2f} ({row['both_median_ms']:.2f}) | {row['processor_ms']:.1f} | {row['gflops']:.0f}"
+            f" | {row['gflops'] / gemm:.0%} | {row['speedup']:.1f} | {row['kept_bytes']:.1f} | {row['error']:.1e} |"
         )
     return "\n".join(lines)
 
