@@ -7,9 +7,9 @@ import logging
 import torch
 
 from src.data.tokenizer import Tokenizer, load_tokenizer
-from src.model.checkpoint import load_adapter, load_model
+from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
-from src.training.sidecar import read_sidecar
+from src.training.merging import load_combined
 
 log = logging.getLogger(__name__)
 
@@ -50,14 +50,9 @@ def open_model(path: str, adapter: str, strategy: str, vocab_file: str) -> tuple
     device, dtype, notice = parse_strategy(strategy)
     if notice:
         log.info("%s", notice)
-    layout = None
     if adapter:
-        sidecar = read_sidecar(adapter)
-        if sidecar is None:
-            raise ValueError(f"--load_adapter {adapter}: the .json file that training writes beside it is missing")
-        layout = sidecar.layout
-    model, _ = load_model(path, compute_dtype=dtype, layout=layout, device=device)
-    if adapter:
-        load_adapter(model, adapter)
+        model = load_combined(path, adapter, compute_dtype=dtype, device=device)[0]
+    else:
+        model = load_model(path, compute_dtype=dtype, device=device)[0]
     model.requires_grad_(False).eval()
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)
