@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-# Columns of the vocabulary whose weight gradient is formed at once where it cannot be added in place (8192 x C).
-COLUMNS = 8192
+# Columns of the vocabulary whose weight gradient is formed at once where it cannot be added in place (4096 x C).
+COLUMNS = 4096
 
 
 class Product:
