@@ -4,13 +4,13 @@
 //
 // Decay without multiplying the state: inside a block of BLOCK tokens let P_t = d_1 * ... * d_t (per key). With
 //     S~ = S / P,   r~_t = P_t r_t,   k~_t = k_t / P_t,   b~_t = b_t / P_t,   a~_t = P_{t-1} a_t
-// the recurrence has no decay: S~_t = S~_{t-1} + sa_t b~_t^T + v_t k~_t^T, sa_t = S~_{t-1} a~_t, y_t = S~_t r~_t, and so has
-// the gradient G^ = G * P. An old entry is small against a new one by the same factor as before, so rounding is that of the
-// plain form; 1 / P <= 0.5452^-16 = 16400. It is no back-stepping: states only run forwards, from checkpoints.
+// the recurrence has no decay: S~_t = S~_{t-1} + sa_t b~_t^T + v_t k~_t^T, sa_t = S~_{t-1} a~_t, y_t = S~_t r~_t, and so
+// has the gradient G^ = G * P. An old entry is small against a new one by the same factor as before, so rounding is that
+// of the plain form; 1 / P <= 0.5452^-16 = 16400. It is no back-stepping: states only run forwards, from checkpoints.
 //
 // Forward keeps S by [key][value], so both sums over keys are plain vector sums. Backward keeps S and G by [value][key]:
-// five of its seven sums are over values, and rows need nothing of each other, so it works through RV rows at a time and
-// the states of a whole checkpoint interval fit the second-level cache.
+// five of its seven sums are over values, and rows need nothing of each other, so it works through RV rows at a time
+// and the states of a whole checkpoint interval fit the second-level cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <omp.h>
@@ -194,11 +194,12 @@ struct Interval {
     alignas(64) float P[ROWS * N], inverse[ROWS * N], slope[ROWS * N];
     alignas(64) float v[ROWS * N], dy[ROWS * N], sa[ROWS * N], dv[ROWS * N];                   // [0] zero
     alignas(64) float dr[ROWS * N], dk[ROWS * N], db[ROWS * N], da[ROWS * N], decay[ROWS * N];  // sums over values
-    alignas(64) float S[(INTERVAL + 1) * RV * N];                                              // [t][RV][N]
+    alignas(64) float S[(INTERVAL / 2 + 1) * RV * N];  // [slot][RV][N]; slot 0: t = 0, slot s: t = 2 s - 1
     alignas(64) float G[N * N], S0[N * N], dsa[RV];
 };
 
-// S[t], t = 1 .. n, of RV value rows from S[0].
+// The states after tokens 1, 3, 5 .. n of RV value rows, from that in slot 0. Half of them, because writing all would
+// take longer than the sweep needs to make one from the other (forwards, and within a block as t is even).
 template <int N>
 INLINE void recompute_states(Interval<N>& m, int row, int n) {
     constexpr int KEYS = N / W < 4 ? N / W : 4, GROUP = W == 16 ? 4 : 2;
@@ -215,24 +216,26 @@ INLINE void recompute_states(Interval<N>& m, int row, int n) {
                     }
                 const float *k = m.k + t * N + j, *b = m.b + t * N + j;
                 const float *v = m.v + t * N + row + i, *sa = m.sa + t * N + row + i;
-                float* to = m.S + (t * RV + i) * N + j;
+                float* to = m.S + ((t + 1) / 2 * RV + i) * N + j;
 #pragma GCC unroll 4
                 for (int g = 0; g < GROUP; ++g)
 #pragma GCC unroll 4
                     for (int u = 0; u < KEYS; ++u) {
                         s[g][u] += sa[g] * load(b + u * W);  // two statements: two fused multiply-adds
                         s[g][u] += v[g] * load(k + u * W);
-                        store(to + g * N + u * W, s[g][u]);
+                        if (t % 2) store(to + g * N + u * W, s[g][u]);
                     }
             }
         }
 }
 
-// Token t of RV value rows, with S_t at hand: what needs S_t of token t + 1 (decay, a, and its share of G), then token t.
-template <int N>
+// Token t of RV value rows, with S_t at hand (STEP: made from that of token t - 1): first what token t + 1 needs of S_t
+// (decay, a, and its share of G), then token t.
+template <int N, bool STEP>
 INLINE void backward_sweep(Interval<N>& m, int row, int t) {
     const int here = t * N, next = (t + 1) * N;
-    const float *S = m.S + t * RV * N, *dy = m.dy + here + row, *v = m.v + here + row, *sa = m.sa + here + row;
+    const float *S = m.S + (t + !STEP) / 2 * RV * N;
+    const float *dy = m.dy + here + row, *v = m.v + here + row, *sa = m.sa + here + row;
     float* G = m.G + row * N;
     vec dv_part[RV], dsa_part[RV];
 #pragma GCC unroll 8
@@ -253,7 +256,11 @@ INLINE void backward_sweep(Interval<N>& m, int row, int t) {
 #pragma GCC unroll 2
                 for (int u = 0; u < KB; ++u) {
                     const int c = i * N + j + u * W;
-                    const vec s = load(S + c);
+                    vec s = load(S + c);
+                    if constexpr (STEP) {
+                        s += sa_i * b[u];
+                        s += v_i * k[u];
+                    }
                     vec g = load(G + c);
                     decay[u] += g * s;
                     da[u] += s * dsa_i;
@@ -345,7 +352,10 @@ void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t he
                     for (int i = row; i < row + RV; ++i)
                         for (int j = 0; j < N; j += W)
                             store(m.G + i * N + j, load(m.G + i * N + j) * load(m.P + t * N + j));
-                backward_sweep<N>(m, row, t);
+                if (t > 0 && t % 2 == 0)
+                    backward_sweep<N, true>(m, row, t);
+                else
+                    backward_sweep<N, false>(m, row, t);
             }
         }
         close_interval<N>(m, run, first, n, out);
