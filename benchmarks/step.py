@@ -57,8 +57,10 @@ def prepare(mode: str, kind: str, grad_cp: bool):
     from src.model.checkpoint import build_model
     from src.model.initial import initial_tensors
     from src.plan import make_plan
+    from src.training.allocator import keep_pages
     from src.training.optimizer import adamw, parameter_groups
 
+    keep_pages()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
     tensors = initial_tensors("x070", LAYERS, WIDTH, VOCAB, 64, seed=1)
     generator = torch.Generator().manual_seed(2)

@@ -17,6 +17,7 @@ from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
+from src.training.allocator import keep_pages
 from src.training.folder import newest_checkpoint
 from src.training.merging import check_base, chosen_quant, layout_of
 from src.training.sidecar import read_sidecar
@@ -79,6 +80,8 @@ def base_path(config: Config, folder: Path) -> Path:
 
 def start(config: Config, folder: Path) -> Start:
     """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files."""
+    if device_of(config) == "cpu":
+        keep_pages()
     path = base_path(config, folder)
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
