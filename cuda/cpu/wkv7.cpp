@@ -4,11 +4,12 @@
 //
 // Decay without multiplying the state: inside a block of BLOCK tokens let P_t = d_1 * ... * d_t (per key). With
 //     S~ = S / P,   r~_t = P_t r_t,   k~_t = k_t / P_t,   b~_t = b_t / P_t,   a~_t = P_{t-1} a_t
-// the recurrence has no decay: S~_t = S~_{t-1} + sa_t b~_t^T + v_t k~_t^T, sa_t = S~_{t-1} a~_t, y_t = S~_t r~_t, and so
-// has the gradient G^ = G * P. An old entry is small against a new one by the same factor as before, so rounding is that
-// of the plain form; 1 / P <= 0.5452^-16 = 16400. It is no back-stepping: states only run forwards, from checkpoints.
+// the recurrence has no decay: S~_t = S~_{t-1} + sa_t b~_t^T + v_t k~_t^T, sa_t = S~_{t-1} a~_t, y_t = S~_t r~_t. Nor
+// has the gradient G^ = G * P. An old entry is small against a new one by the same factor as before, so rounding is
+// that of the plain form; 1 / P <= 0.5452^-16 = 16400. It is no back-stepping: states only run forwards, from
+// checkpoints.
 //
-// Forward keeps S by [key][value], so both sums over keys are plain vector sums. Backward keeps S and G by [value][key]:
+// Forward keeps S by [key][value], so its sums over keys are plain vector sums. Backward keeps S, G by [value][key]:
 // five of its seven sums are over values, and rows need nothing of each other, so it works through RV rows at a time
 // and the states of a whole checkpoint interval fit the second-level cache.
 #include <ATen/ATen.h>
@@ -434,7 +435,7 @@ void dispatch(const at::Tensor& r, F&& f) {
     TORCH_CHECK(false, "head size ", r.size(-1), " is not one of 32, 64, 128");
 }
 
-// Dense copies of r, w, k, v, a, b (tokens, H, N), after checking what wrong offsets would turn into bad memory accesses.
+// Dense copies of r, w, k, v, a, b (tokens, H, N), after checks that keep every offset inside its memory.
 Six dense(const Six& x, const at::Tensor& starts, const at::Tensor& state) {
     Six y;
     for (int i = 0; i < 6; ++i) {
