@@ -151,7 +151,9 @@ class Stops:
         return content[: min(ends, default=len(content))].decode("utf-8", errors="replace")
 
 
-def start(model: nn.Module, prompts: Sequence[Sequence[int]], state: list | None, device: torch.device):
+def start(
+    model: nn.Module, prompts: Sequence[Sequence[int]], state: list | None, device: torch.device
+) -> tuple[Tensor, list]:
     """Runs all prompts packed in one row -> (last hidden (S, C), state of S rows)."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
