@@ -76,7 +76,7 @@ class Trainee(pl.LightningModule):
         for name, amount in metrics.items():
             self._sums[name] += float(amount)
         if not torch.isfinite(value):
-            self._skip(f"the loss is {float(value)}", batch)
+            self._skip(f"the loss is {float(value.detach())}", batch)
             return None
         world = self.trainer.world_size
         return value * (world * self.trainer.accumulate_grad_batches / batch.total)
