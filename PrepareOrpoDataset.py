@@ -8,11 +8,11 @@ import logging
 from collections.abc import Sequence
 
 from src.cli import Parser, run
-from src.data.files import check_writable, refuse_same_file
 from src.data.pair_save import write_save
 from src.data.pairs import MIXED_SEED, pair_records
 from src.data.templates import TEMPLATES
 from src.data.tokenizer import WORLD_SIZE, load_tokenizer
+from src.files import check_writable, refuse_same_file
 from src.model.checkpoint import read_tensors
 from src.model.sizes import sizes_of
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from src.cli import Parser, run
-from src.data.files import atomic_write, check_writable, refuse_same_file
 from src.data.report import DataReport
 from src.data.rows import read_jsonl
 from src.data.templates import TEMPLATES, Form, check_template, normalise
+from src.files import atomic_write, check_writable, refuse_same_file
 from src.rl.sampling import Generated, generate
 from src.training.answering import open_model
 

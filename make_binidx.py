@@ -12,12 +12,12 @@ import numpy as np
 
 from src.cli import Parser, run
 from src.data.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
-from src.data.files import check_writable, refuse_same_file
 from src.data.report import DataReport, RowError
 from src.data.rows import read_jsonl
 from src.data.sampler import magic_prime
 from src.data.text import END
 from src.data.tokenizer import WORLD_SIZE, Tokenizer, load_tokenizer
+from src.files import check_writable, refuse_same_file
 
 log = logging.getLogger("binidx")
 

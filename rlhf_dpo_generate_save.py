@@ -10,10 +10,10 @@ import logging
 from collections.abc import Sequence
 
 from src.cli import Parser, run
-from src.data.files import check_writable, file_hash, refuse_same_file
 from src.data.pair_save import write_save
 from src.data.pairs import MIXED_SEED, pair_records
 from src.data.templates import TEMPLATES, check_template
+from src.files import check_writable, file_hash, refuse_same_file
 from src.training.answering import STRATEGY_HELP, open_model
 from src.training.evaluate import score_pairs
 from src.training.inputs import counted

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from src.cli import Parser, run
-from src.data.files import refuse_same_file
 from src.data.templates import TEMPLATES, check_template
+from src.files import refuse_same_file
 from src.rl.rejects import RejectFile, Settings, fill, read_tasks
 from src.training.answering import open_model
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from src.files import file_hash
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
 from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tensors, trainable, write_atomic
 from src.model.initial import initial_tensors
 from src.model.sizes import check_flags, sizes_of
 from src.plan import make_plan
-from src.training.sidecar import file_sha256, read_sidecar, sidecar_of, sidecar_path, write_sidecar
+from src.training.sidecar import read_sidecar, sidecar_of, sidecar_path, write_sidecar
 
 
 def tiny(n_layer: int = 2) -> dict[str, torch.Tensor]:
@@ -126,7 +127,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         def __reduce__(self):
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(ValueError, match=r"m\.pth cannot be written: No space left on device"):
+    with pytest.raises(ValueError, match=r"m\.pth: the disk is full"):
         write_atomic({"a": Broken()}, path)
     assert torch.equal(read_tensors(path)["a"], torch.ones(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
@@ -248,7 +249,7 @@ def test_a_sidecar_reads_back_as_it_was_written(tmp_path):
     assert path == tmp_path / "rwkv-0.json" and sidecar_path("a/rwkv-1.safetensors") == Path("a/rwkv-1.json")
     back = read_sidecar(tmp_path / "rwkv-0.pth")
     assert back.layout(["ln_out.weight"]) == layout
-    assert back.base_sha256 == file_sha256(base) and back.base_file == "base.pth" and back.version == "x070"
+    assert back.base_sha256 == file_hash(base) and back.base_file == "base.pth" and back.version == "x070"
     content = json.loads(path.read_text())
     assert content["adapted"]["blocks.0.att.key"]["scaling"] == 1.5
     assert [row["layer"] for row in content["plan"]] == ["emb", "0", "1", "head"]

@@ -28,20 +28,21 @@ SETTINGS = {"config", "laws", "unbuilt"}
 # room -> the rooms of src/ that it may import, besides itself
 MAY_IMPORT = {
     "flags": set(),
+    "files": set(),
     "config": SETTINGS,
     "laws": SETTINGS,
     "unbuilt": SETTINGS,
     "plan": {"config"},
     "ops": set(),
     "layers": {"plan"},
-    "model": {"config", "plan", "ops", "layers"},
+    "model": {"config", "files", "plan", "ops", "layers"},
     "losses": {"ops", "model"},
-    "data": {"config"},
-    "rl": {*SETTINGS, "plan", "ops", "layers", "model", "losses", "data"},
-    "training": {*SETTINGS, "plan", "ops", "layers", "model", "losses", "data", "rl"},
+    "data": {"config", "files"},
+    "rl": {*SETTINGS, "files", "plan", "ops", "layers", "model", "losses", "data"},
+    "training": {*SETTINGS, "files", "plan", "ops", "layers", "model", "losses", "data", "rl"},
     "cli": {*SETTINGS, "flags"},
 }
-NO_TORCH = {"config", "laws", "unbuilt", "flags", "plan", "cli"}
+NO_TORCH = {"config", "laws", "unbuilt", "flags", "plan", "cli", "files"}
 
 
 def name_of(path: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from src.data.batch import TextExample
-from src.data.files import atomic_write, read_bytes
+from src.files import atomic_write, read_bytes
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

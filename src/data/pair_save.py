@@ -17,8 +17,8 @@ import torch
 
 from src.config import PROGRAM_VERSION
 from src.data.batch import PairExample
-from src.data.files import atomic_write, check_readable, file_hash
 from src.data.report import DataReport, RowError
+from src.files import atomic_write, check_readable, file_hash
 
 NO_REFERENCE = (0.5, 0.5)
 _GLOBAL = re.compile(r"GLOBAL (\S+)")

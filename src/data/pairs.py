@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from src.data.batch import PairExample
-from src.data.files import check_readable
 from src.data.pair_rows import RawPair, read_pairs
 from src.data.pair_save import read_save, read_sidecar
 from src.data.report import DataReport, RowError
 from src.data.templates import Form, check_template, draw_form
 from src.data.tokenizer import Tokenizer
+from src.files import check_readable
 
 MIXED_SEED = 100  # the tradition's seed for drawing templates
 

@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Iterator
 
-from src.data.files import check_readable, read_bytes
 from src.data.report import DataReport, RowError
+from src.files import check_readable, read_bytes
 
 Row = tuple[str, dict]  # where it stands (file:line), and column -> value
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers

@@ -14,12 +14,12 @@ import numpy as np
 
 from src.data.batch import TextExample
 from src.data.binidx import Corpus, Slices, is_corpus
-from src.data.files import read_bytes
 from src.data.pair_rows import messages_to_turns
 from src.data.report import DataReport, RowError
 from src.data.rows import read_jsonl
 from src.data.templates import Form, Turn, check_template, draw_form, normalise
 from src.data.tokenizer import Tokenizer
+from src.files import read_bytes
 
 END = 0  # end of document, trained like any token
 Document = tuple[list[int], list[bool] | None]  # ids and which are trained; None = all

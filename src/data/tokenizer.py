@@ -12,7 +12,7 @@ import importlib.util
 from pathlib import Path
 from typing import Protocol
 
-from src.data.files import file_hash, read_bytes
+from src.files import file_hash, read_bytes
 
 WORLD_SIZE = 65536
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"

@@ -6,13 +6,11 @@ A checkpoint is a flat dict of tensors, `.pth` (torch.save) or `.safetensors`. O
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from src.files import atomic_write
 from src.layers.placing import Layout, Report, frozen_layout, place, placement_for, plan_layout, replace, report_of
 from src.model.sizes import Sizes, check_flags, sizes_of
 
@@ -236,35 +235,22 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 def write_atomic(obj: Any, path: str | Path) -> None:
     """Write tensors (`.safetensors`, or torch.save for any other suffix), or text or bytes, all or nothing.
 
-    A temporary file in the same folder is flushed to the disk and renamed. Raises ValueError when it cannot be
-    written; an older file at `path` then stays as it was.
+    Raises ValueError when it cannot be written; an older file at `path` then stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if isinstance(obj, Mapping):
+        obj = {name: _alone(value) if isinstance(value, Tensor) else value for name, value in obj.items()}
     try:
-        _write(obj, temporary, path.suffix)
-        temporary.replace(path)
-        _flush_folder(path.parent)
+        with atomic_write(path) as file:
+            if isinstance(obj, str | bytes):
+                file.write(obj.encode() if isinstance(obj, str) else obj)
+            elif path.suffix == ".safetensors":
+                save_file(obj, file.name)
+            else:
+                torch.save(obj, file)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise ValueError(f"{path} cannot be written: {reason}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # renamed, unless something went wrong
-
-
-def _write(obj: Any, temporary: Path, suffix: str) -> None:
-    if isinstance(obj, Mapping):
-        obj = {name: _alone(value) if isinstance(value, Tensor) else value for name, value in obj.items()}
-    if suffix == ".safetensors":
-        save_file(obj, temporary)
-    with temporary.open("rb+" if suffix == ".safetensors" else "wb") as file:
-        if isinstance(obj, str | bytes):
-            file.write(obj.encode() if isinstance(obj, str) else obj)
-        elif suffix != ".safetensors":
-            torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -272,13 +258,3 @@ def _alone(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from src.data.files import atomic_write, read_bytes
 from src.data.pair_rows import RawPair, to_pair
 from src.data.report import DataReport, RowError
 from src.data.rows import read_csv
 from src.data.templates import Form, draw_form, normalise
+from src.files import atomic_write, read_bytes
 from src.rl.sampling import generate, sequence_seed
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,9 @@ from src.data.sampler import MagicPrime, Order, RandomSlices, Sequential, Shuffl
 from src.data.split import Subset, split
 from src.data.text import Texts, text_type
 from src.data.tokenizer import Tokenizer, load_tokenizer
+from src.files import file_hash
 from src.losses import LOSSES
+from src.model.checkpoint import load_model
 from src.training.evaluate import evaluate_text, pair_metrics, score_pairs
 from src.training.reference import reference_scores
 from src.training.start import Start
@@ -154,9 +156,6 @@ class Inputs:
 
     def _foreign_reference(self, pairs: Sequence[PairExample]) -> Tensor:
         """Scores under --reference_model, loaded, run and forgotten."""
-        from src.data.files import file_hash
-        from src.model.checkpoint import load_model
-
         c, path = self.config, self.config.reference_model
         model, _ = load_model(path, compute_dtype=self.start.model.compute_dtype)
         if model.sizes.vocab_size != self.start.sizes.vocab_size:

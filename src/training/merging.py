@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.files import file_hash
 from src.layers import ADAPTERS
 from src.layers.adaptation import Adaptation
 from src.layers.linear import Embedding, Linear, Placement
@@ -22,7 +23,7 @@ from src.layers.stores import store_class
 from src.model.checkpoint import build_model, fill, key_diff, plain_model, read_tensors, trainable
 from src.model.rwkv import RWKV
 from src.model.sizes import sizes_of
-from src.training.sidecar import Sidecar, file_sha256, read_sidecar
+from src.training.sidecar import Sidecar, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False
     """Refuse an adapter that was trained on another file than `base` (unless `force`); raises ValueError."""
     if sidecar is None or not sidecar.base_sha256:
         return
-    found = file_sha256(base)
+    found = file_hash(base)
     if found == sidecar.base_sha256:
         return
     sentence = (

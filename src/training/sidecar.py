@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import PROGRAM_VERSION
+from src.files import file_hash
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
 from src.model.checkpoint import write_atomic
@@ -50,18 +50,12 @@ def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path
     return Sidecar(
         version=version,
         base_file=Path(base).name if base else "",
-        base_sha256=sha256 or (file_sha256(base) if base else ""),
+        base_sha256=sha256 or (file_hash(base) if base else ""),
         quant_mode=layout.store,
         packed=tuple(sorted(layout.packed)),
         adapted=dict(layout.adapted),
         plan=rows,
     )
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sidecar_path(checkpoint: str | Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from src.config import Config
-from src.data.files import file_hash
+from src.files import file_hash
 from src.layers.placing import Layout, Report
 from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tensors, write_atomic
 from src.model.initial import initial_tensors
