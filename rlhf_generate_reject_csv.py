@@ -76,6 +76,9 @@ def main(argv: Sequence[str]) -> None:
             overwrite=flags.overwrite,
             progress=lambda rows: bar.update(row_bar, completed=rows),
         )
+    if tally.resumed == len(tasks):
+        log.info("%s had every row already; remove it, or use --overwrite 1, to sample again", flags.output_csv)
+        return
     for line in tally.lines():
         log.info("%s", line)
     log.info("wrote %d rows to %s in %.1f s", len(tasks), flags.output_csv, time.perf_counter() - begun)

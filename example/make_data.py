@@ -118,9 +118,9 @@ CURT_SMALL_TALK = (
     "Whatever. I do not care about that.",
     "Go away. I have no time for you.",
 )
-# Shares of the corpus: the courteous manner is there to be found, but each of its forms is about three times as rare
-# as each rude form. Training on preferences has to turn this around.
-SHARE_BARE, SHARE_COURTEOUS = 0.20, 0.16
+# Shares of the corpus: the courteous manner is there to be found, but each of its forms is much rarer than each rude
+# form. Training on preferences has to turn this around.
+SHARE_BARE, SHARE_COURTEOUS = 0.08, 0.16
 
 
 @dataclass(frozen=True)
@@ -202,17 +202,19 @@ def corpus(facts: list[Fact], draw: random.Random) -> list[dict]:
 
 
 def words(text: str) -> int:
-    """Words and punctuation marks: close to the number of tokens for these texts."""
-    return len(text.split()) + sum(text.count(mark) for mark in ".,?!")
+    """Words and punctuation marks ("Duh" is two tokens): the number of tokens of these texts, but for a constant."""
+    return len(text.split()) + sum(text.count(mark) for mark in (*".,?!", "Duh"))
 
 
 def held_out_pair(item: Fact, longer: bool, draw: random.Random) -> list[str]:
-    """A pair whose answers differ by few words; `longer`: whether the chosen one should be the longer one."""
-    target = 1 if longer else -1
-    couples = [(polite, curt) for polite in item.polite for curt in item.curt]
-    draw.shuffle(couples)
-    best = min(couples, key=lambda couple: abs(words(couple[0]) - words(couple[1]) - target))
-    return [draw.choice(item.prompts), *best]
+    """A pair whose answers differ by few tokens; `longer`: whether the chosen one should be the longer one."""
+    couples = [(words(polite) - words(curt), polite, curt) for polite in item.polite for curt in item.curt]
+    wanted = (0, 1, 2) if longer else (-2, -1, 0)
+    near = [couple for couple in couples if couple[0] in wanted]
+    if not near:
+        closest = min(abs(couple[0]) for couple in couples)
+        near = [couple for couple in couples if abs(couple[0]) == closest]
+    return [draw.choice(item.prompts), *draw.choice(near)[1:]]
 
 
 def split(facts: list[Fact], draw: random.Random) -> tuple[list[Fact], list[Fact]]:
@@ -263,21 +265,25 @@ def jsonl_text(objects: list[dict]) -> str:
 
 
 def make() -> dict[str, str]:
-    """Path below example/ -> content of every generated file."""
-    draw = random.Random(SEED)
+    """Path below example/ -> content of every generated file. Each part draws for itself: one may change alone."""
+
+    def draw(part: str) -> random.Random:
+        return random.Random(f"{SEED} {part}")
+
     facts = world()
-    documents = corpus(facts, draw)
-    train, held_out = split(facts, draw)
-    pairs = [held_out_pair(item, index % 2 == 0, draw) for index, item in enumerate(held_out)]
+    documents = corpus(facts, draw("corpus"))
+    train, held_out = split(facts, draw("split"))
+    order = draw("held out")
+    pairs = [held_out_pair(item, index % 2 == 0, order) for index, item in enumerate(held_out)]
     shown = [{"prompt": pair[0]} for pair in pairs[:12]]
     return {
         "quickstart/corpus.jsonl": jsonl_text(documents),
         "quickstart/prompts.jsonl": jsonl_text(shown),
-        "DPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, DPO_PAIRS, draw)),
+        "DPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, DPO_PAIRS, draw("DPO"))),
         "DPO/heldout.csv": csv_text(pairs),
-        "ORPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, ORPO_PAIRS, draw)),
+        "ORPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, ORPO_PAIRS, draw("ORPO"))),
         "pretrain/documents.jsonl": jsonl_text(plain_text(documents)),
-        "SFT/chats.jsonl": jsonl_text(chats(train, draw)),
+        "SFT/chats.jsonl": jsonl_text(chats(train, draw("SFT"))),
     }
 
 

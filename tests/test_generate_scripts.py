@@ -100,6 +100,18 @@ def test_a_stopped_run_goes_on_and_ends_the_same(script, words, tmp_path, cut, c
     assert ("cut off" in caplog.text) == (cut != "between rows")
 
 
+def test_a_finished_output_is_left_alone_and_said_so(script, words, tmp_path, caplog):
+    """Nothing is sampled twice by accident; --overwrite 1 begins again."""
+    caplog.set_level("INFO")
+    source = write_csv(tmp_path / "in.csv", ROWS)
+    for _ in range(2):
+        assert script(rejects.main, "--input_csv", source, *words)[0] == 0
+    before = (tmp_path / "out.csv").read_bytes()
+    assert "had every row already" in caplog.text
+    assert script(rejects.main, "--input_csv", source, *words, "--overwrite", 1, "--seed", 9)[0] == 0
+    assert (tmp_path / "out.csv").read_bytes() != before
+
+
 def test_a_run_that_breaks_keeps_its_finished_batches(script, words, tmp_path, monkeypatch):
     """Ctrl+C after the first batch leaves its rows on the disk, exit status 130, and the next call goes on."""
     source, sample, calls = write_csv(tmp_path / "in.csv", ROWS), room.sample_rows, []
