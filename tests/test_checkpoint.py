@@ -131,8 +131,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
         write_atomic({"a": Broken()}, path)
     assert torch.equal(read_tensors(path)["a"], torch.ones(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
-    with pytest.raises(ValueError, match="cannot be written: No such file"):
-        write_atomic({}, tmp_path / "absent" / "m.pth")
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_atomic({"a": torch.ones(1)}, path / "inside a file" / "m.pth")
 
 
 def test_sizes_are_read_from_the_tensors():
