@@ -32,6 +32,8 @@ def draw_curves(folder: Path) -> Path | None:
     except ImportError:
         log.warning("curves.png is not drawn: pip install matplotlib")
         return None
+    if any("accuracy" in record for record in held_out):  # a pair's loss is not the likelihood that is held out
+        held_out = [{name: value for name, value in record.items() if name != "loss"} for record in held_out]
     panels = [panel for panel in PANELS if any(name in record for record in train for name in panel[1])]
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     for axis, (title, lines, dots) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
