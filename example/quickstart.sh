@@ -10,9 +10,9 @@ source tests/environment.sh requirements.txt
 python=.venv/bin/python
 out=out/quickstart
 held_out=example/DPO/heldout.csv
-precision=fp32 # bf16 only where the processor multiplies it: elsewhere it is slower
-if grep -qsE '^(flags|Features).* (avx512_bf16|amx_bf16|bf16)( |$)' /proc/cpuinfo; then precision=bf16; fi
-# Sleeping threads instead of spinning ones: as fast alone, much faster on a machine that is shared.
+precision=fp32 steps=450 # bf16 only where the processor multiplies it: elsewhere it is slower than fp32
+if grep -qsE '^(flags|Features).* (avx512_bf16|amx_bf16|bf16)( |$)' /proc/cpuinfo; then precision=bf16 steps=800; fi
+# Sleeping threads instead of spinning ones: much faster on a machine that others use as well.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 section() {
@@ -27,9 +27,9 @@ section "1. A tiny RWKV-7 with initial values"
 $python train.py --train_stage 1 --load_model 0 --my_testing x070 --n_layer 3 --n_embd 128 --vocab_size 65536 \
   --random_seed 1 --proj_dir $out/base
 
-section "2. Training it from zero for about a minute ($precision)"
+section "2. Training it from zero for about a minute ($steps steps in $precision)"
 $python train.py --load_model $out/base/rwkv-init.pth --proj_dir $out/base --sft 1 --smoothing 0 \
-  --data_file example/quickstart/corpus.jsonl --ctx_len 64 --micro_bsz 16 --epoch_steps 800 --epoch_count 1 \
+  --data_file example/quickstart/corpus.jsonl --ctx_len 64 --micro_bsz 16 --epoch_steps $steps --epoch_count 1 \
   --lr_init 2e-3 --lr_final 2e-4 --warmup_steps 10 --precision $precision --grad_cp 0 --quant 0 --random_seed 1
 base=$out/base/rwkv-final.pth
 
@@ -42,9 +42,10 @@ $python rlhf_dpo_generate_save.py --load_model $base --input_csv $out/pairs.csv 
   --target_pair_count 240 --strategy "cuda $precision" --skip_bad 1
 
 section "5. DPO with LoRA by layer profile"
-$python train.py --load_model $base --proj_dir $out/dpo --dpo 1 --dpo_beta 0.1 --dpo_alpha 0.3 --rlhf_train_file $out/pairs.save \
-  --layer_profile example/quickstart/profile.csv --ctx_len 128 --micro_bsz 16 --epoch_steps 60 --epoch_count 2 \
-  --epoch_save 1 --warmup_steps 5 --precision $precision --grad_cp 0 --quant 0 --random_seed 1 --val_file $held_out
+$python train.py --load_model $base --proj_dir $out/dpo --dpo 1 --dpo_beta 0.1 --dpo_alpha 0.3 \
+  --rlhf_train_file $out/pairs.save --layer_profile example/quickstart/profile.csv --val_file $held_out --ctx_len 128 \
+  --micro_bsz 16 --epoch_steps 60 --epoch_count 2 --epoch_save 1 --warmup_steps 5 --precision $precision --grad_cp 0 \
+  --quant 0 --random_seed 1
 
 section "6. Merging the adapter into the model"
 merged=$out/merged.pth
