@@ -169,9 +169,36 @@ def test_train_stage_1_then_3(script, tmp_path, vocab_file, text_jsonl):
     assert status == 0, err
     first = weights(folder, "rwkv-0.pth")
     assert not torch.equal(first["emb.weight"], initial["emb.weight"])
-    status, _, err = script(train.main, *run, "--epoch_count", 2, "--epoch_begin", 1, "--my_exit_tokens", 64)
-    assert status == 0, err  # starts from rwkv-0, the newest, and ends after one step of 64 tokens
+    status, _, err = script(train.main, *run, "--epoch_count", 2, "--my_exit_tokens", 10)
+    assert status == 0, err  # goes on from rwkv-0, the newest, numbered from 1, and ends after one step
     assert (folder / "rwkv-1.pth").exists() and not (folder / "rwkv-2.pth").exists()
+    assert torch.equal(weights(folder, "rwkv-0.pth")["emb.weight"], first["emb.weight"])
+    assert len(read_jsonl(folder / "metrics.jsonl", "train")) == 3
+    status, _, err = script(train.main, *run, "--epoch_count", 1, "--peft", "lora")
+    assert status == 2 and "--load_model" in err  # would leave a folder that stage 3 cannot go on from
+
+
+def test_a_run_never_overwrites_its_base(script, typed, pairs_csv, base_model, tmp_path):
+    """If this breaks, one careless --proj_dir turns a model into an adapter of itself."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    kept = base_model.read_bytes()
+    (folder / "rwkv-final.pth").write_bytes(kept)
+    words = [*typed, "--load_model", folder / "rwkv-final.pth", "--proj_dir", folder, "--peft", "lora"]
+    status, _, err = script(train.main, *words, "--dpo", 1, "--rlhf_train_file", pairs_csv)
+    assert status == 2 and "--proj_dir" in err
+    assert (folder / "rwkv-final.pth").read_bytes() == kept
+
+
+def test_a_torn_line_of_an_earlier_run_is_harmless(script, typed, text_jsonl, tmp_path):
+    """If this breaks, a run that was killed while it wrote metrics.jsonl takes the next one down with it."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": 2.0, "lr": 1.0}\n{"event": "tra')
+    go(script, typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--epoch_count", 1)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and [json.loads(line)["step"] for line in lines[2:]] == [1, 2]
+    assert (folder / "curves.png").exists()
 
 
 def test_ctrl_c_saves_and_says_130(typed, text_jsonl, tmp_path):

@@ -7,7 +7,8 @@ import logging
 import torch
 
 from src.data.tokenizer import Tokenizer, load_tokenizer
-from src.model.checkpoint import load_model
+from src.layers.placing import Layout
+from src.model.checkpoint import load_model, read_tensors
 from src.model.rwkv import RWKV
 from src.training.merging import load_combined
 
@@ -42,6 +43,13 @@ def parse_strategy(text: str) -> tuple[str, torch.dtype, str]:
     return words[0], DTYPES[precision], notice
 
 
+def with_masters(path: str) -> Layout:
+    """Small tensors in float32, as training keeps them: scores in bf16 are then those of the first training step."""
+    tensors = read_tensors(path)
+    matrices = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
+    return Layout(trained=frozenset(tensors.keys() - matrices))
+
+
 def open_model(path: str, adapter: str, strategy: str, vocab_file: str) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
@@ -53,6 +61,6 @@ def open_model(path: str, adapter: str, strategy: str, vocab_file: str) -> tuple
     if adapter:
         model = load_combined(path, adapter, compute_dtype=dtype, device=device)[0]
     else:
-        model = load_model(path, compute_dtype=dtype, device=device)[0]
+        model = load_model(path, compute_dtype=dtype, device=device, layout=with_masters(path))[0]
     model.requires_grad_(False).eval()
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)

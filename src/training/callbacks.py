@@ -121,14 +121,21 @@ class Save(pl.Callback):
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
         if last or epoch % self.epoch_save == 0:
             self.folder.save_numbered(self.epoch_begin + epoch)
-            write_report(self.folder.folder, self.settings)
+            self.report()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Trainee, exception: BaseException) -> None:
         """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             self.stopped = isinstance(exception, KeyboardInterrupt)
             self.folder.save("last")
+            self.report()
+
+    def report(self) -> None:
+        """Redraw the curves; a page that cannot be written never stops a run."""
+        try:
             write_report(self.folder.folder, self.settings)
+        except OSError as error:
+            log.warning("report.html is not written: %s", error)
 
 
 class WandB(pl.Callback):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.config import Config
@@ -21,8 +22,6 @@ from src.training.folder import RunFolder
 from src.training.module import Trainee
 from src.training.records import log_new_run
 from src.training.schedule import Schedule
-
-log = logging.getLogger(__name__)
 
 
 class MicroBatches(Dataset):
@@ -56,33 +55,26 @@ class EpochPositions(Sampler[int]):
 
 
 def micro_batches_per_epoch(config: Config) -> int:
-    """--epoch_steps rounded up to whole optimizer steps, said once when that changes it."""
-    rounded = config.steps_per_epoch * config.accumulate_grad_batches
-    if rounded != config.epoch_steps:
-        log.info(
-            "a mini-epoch is %d micro-batches: --epoch_steps %d rounded up to whole steps of %d",
-            rounded,
-            config.epoch_steps,
-            config.accumulate_grad_batches,
-        )
-    return rounded
+    """--epoch_steps rounded up to whole optimizer steps."""
+    return config.steps_per_epoch * config.accumulate_grad_batches
 
 
-def optimizer_steps(config: Config) -> int:
-    """Optimizer steps of the whole run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it."""
-    steps = config.steps_per_epoch * config.epoch_count
+def optimizer_steps(config: Config, steps: Steps) -> int:
+    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it."""
+    count = config.steps_per_epoch * config.epoch_count
     if config.my_exit_tokens > 0:
-        per_step = config.ctx_len * config.micro_bsz * config.accumulate_grad_batches
-        steps = min(steps, math.ceil(config.my_exit_tokens / per_step))
-    return steps
+        examples = min(len(steps.examples), 10_000)
+        mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
+        count = min(count, math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step)))
+    return count
 
 
-def schedule_of(config: Config) -> Schedule:
-    """The whole run in optimizer steps; --epoch_begin counts as done."""
+def schedule_of(config: Config, steps: Steps) -> Schedule:
+    """The schedule of this run and of what --epoch_begin says is done."""
     per_epoch = config.steps_per_epoch
     return Schedule(
         warmup=config.warmup_steps,
-        total=optimizer_steps(config),
+        total=per_epoch * config.epoch_begin + optimizer_steps(config, steps),
         kind=config.lr_schedule,
         offset=per_epoch * config.epoch_begin,
     )
@@ -118,7 +110,7 @@ def fit(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=1,
         max_epochs=config.epoch_count,
-        max_steps=optimizer_steps(config),
+        max_steps=optimizer_steps(config, steps),
         accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
         enable_checkpointing=False,
@@ -132,6 +124,8 @@ def fit(
     loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions)
     try:
         trainer.fit(trainee, loader)
+    except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
+        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt") from stop
     except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
         if not save.stopped:
             raise

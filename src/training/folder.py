@@ -20,6 +20,7 @@ from src.model.checkpoint import write_atomic
 log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"^rwkv-(\d+)\.(pth|safetensors)$")
+SAVED = re.compile(r"^rwkv-(\d+|final|best|last)\.(pth|safetensors)$")  # the names that a run writes
 WHOLE_MATRIX = (".weight",)  # saved in the base's dtype unless --save_dtype fp32
 NORMS = (".ln0.", ".ln1.", ".ln2.", ".ln_x.", "ln_out.")
 

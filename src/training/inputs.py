@@ -23,11 +23,13 @@ from src.data.split import Subset, split
 from src.data.text import Texts, text_type
 from src.data.tokenizer import Tokenizer, load_tokenizer
 from src.files import file_hash
+from src.layers.placing import Layout
 from src.losses import LOSSES
 from src.model.checkpoint import load_model
+from src.model.rwkv import RWKV
 from src.training.evaluate import evaluate_text, pair_metrics, score_pairs
 from src.training.reference import reference_scores
-from src.training.start import Start
+from src.training.start import Start, device_of
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class Inputs:
         if LOSSES[c.loss].kind == "pairs":
             examples: Any = self._pairs(c.pair_file, cap=True)
             if score and LOSSES[c.loss].needs_reference:
-                examples = examples.with_reference(self.reference(examples).tolist())
+                examples = examples.with_reference(self.reference(examples, c.trust_reference).tolist())
             order = self._shuffled(len(examples))
         elif text_type(c.data_file, c.data_type) == "binidx":
             examples, order = self._corpus()
@@ -123,23 +125,29 @@ class Inputs:
         log.info("magic prime %d: %d slices of %d tokens, each once per pass", prime, prime, c.ctx_len)
         return slices, MagicPrime(prime)
 
-    def reference(self, pairs: Sequence[PairExample]) -> Tensor:
-        """(n, 2) summed log-probabilities under the start model, or the file's own where they may be trusted."""
+    def reference(self, pairs: Pairs, trust: bool = False) -> Tensor:
+        """(n, 2) summed log-probabilities under the reference model, or the file's own where they may be trusted.
+
+        `trust` takes the file's own unseen and raises ValueError when it lacks any.
+        """
         c = self.config
         known = all(pair.reference is not None for pair in pairs)
-        about = getattr(pairs, "sidecar", None) or {}
-        if known and (c.trust_reference or self._same_reference(about)):
-            log.info("reference scores of %d pairs: from %s", len(pairs), c.pair_file)
+        if trust and not known:
+            raise ValueError(f"--trust_reference 1: {pairs.report.source} lacks reference scores of some pairs")
+        if known and (trust or (not c.reference_model and self._same_reference(pairs.sidecar or {}))):
+            log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
-        if c.trust_reference:
-            raise ValueError(f"--trust_reference 1: {c.pair_file} does not hold reference scores for every pair")
+        model, model_hash, layout = self.start.model, self.start.hash, self.start.report.layout
         if c.reference_model:
-            return self._foreign_reference(pairs)
+            model, layout = self._foreign_model(c.reference_model)
+            model_hash = file_hash(c.reference_model)
+        held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
         with counted(len(pairs), "reference", c.enable_progress_bar) as done:
             return reference_scores(
-                self.start.model,
+                model,
                 pairs,
-                model_hash=self.start.hash,
+                model_hash=model_hash,
+                arithmetic=" ".join(held),
                 folder=self.folder,
                 chunk=c.head_chunk,
                 progress=done,
@@ -154,20 +162,15 @@ class Inputs:
             and about.get("storage", "none") == self.config.storage
         )
 
-    def _foreign_reference(self, pairs: Sequence[PairExample]) -> Tensor:
-        """Scores under --reference_model, loaded, run and forgotten."""
-        c, path = self.config, self.config.reference_model
-        model, _ = load_model(path, compute_dtype=self.start.model.compute_dtype)
+    def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
+        """--reference_model, for as long as it is needed."""
+        model, report = load_model(path, compute_dtype=self.start.model.compute_dtype, device=device_of(self.config))
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(
                 f"--reference_model {path} has a vocabulary of {model.sizes.vocab_size}, "
                 f"the model one of {self.start.sizes.vocab_size}"
             )
-        model = model.to(next(self.start.model.parameters()).device)
-        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
-            return reference_scores(
-                model, pairs, model_hash=file_hash(path), folder=self.folder, chunk=c.head_chunk, progress=done
-            )
+        return model, report.layout
 
     def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]] | None:
         """The held-out examples as a function that scores them under the model of the moment; None without any.
@@ -180,16 +183,17 @@ class Inputs:
             examples = [self.split_off[index] for index in range(len(self.split_off))]
             if isinstance(examples[0], TextExample):
                 return lambda: self._evaluating(lambda: evaluate_text(model, examples, c.head_chunk))
-            return self._held_out_pairs(examples, reference)
+            known = [pair.reference for pair in examples]
+            return self._held_out_pairs(examples, torch.tensor(known) if None not in known else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
             texts = self._texts(c.val_file, cut=False)
             return lambda: self._evaluating(lambda: evaluate_text(model, texts, c.head_chunk))
-        return self._held_out_pairs(self._pairs(c.val_file, cap=False), reference)
+        pairs = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
 
-    def _held_out_pairs(self, pairs: Sequence[PairExample], reference: bool) -> Callable[[], dict[str, Any]]:
-        base = self.reference(pairs) if reference else None
+    def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
 
         def score() -> dict[str, Any]:
             sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk)

@@ -76,19 +76,19 @@ class Trainee(pl.LightningModule):
         for name, amount in metrics.items():
             self._sums[name] += float(amount)
         if not torch.isfinite(value):
-            self._skip(f"the loss is {float(value.detach())}", batch)
+            self._skip(f"the loss is {float(value.detach())}", batch, index)
             return None
         world = self.trainer.world_size
         return value * (world * self.trainer.accumulate_grad_batches / batch.total)
 
-    def _skip(self, what: str, batch: TextBatch | PairBatch | None) -> None:
+    def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
         step = self.trainer.global_step
+        self.bad_steps += not self._bad  # further micro-batches belong to the same step
         self._bad = True
-        self.bad_steps += 1
         rows = ""
         if batch is not None:
-            path = self.folder / f"bad-step-{step}.pth"
+            path = self.folder / f"bad-step-{step}-{index}.pth"
             write_atomic({f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}, path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
@@ -111,7 +111,7 @@ class Trainee(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         self.grad_norm = float(norm)
         if not self._bad and not math.isfinite(self.grad_norm):
-            self._skip(f"the gradient's norm is {self.grad_norm}", None)
+            self._skip(f"the gradient's norm is {self.grad_norm}")
         if self._bad:
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
             return

@@ -15,6 +15,7 @@ from rich.text import Text
 from src.config import Config
 from src.data.batch import IGNORE, PairBatch
 from src.losses import LOSSES
+from src.training.fit import optimizer_steps
 from src.training.inputs import Inputs
 from src.training.start import Start
 
@@ -108,7 +109,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     for part, size in {**parts, "in all": sum(parts.values())}.items():
         console.print(f"{part:12} {size / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
-    total = config.steps_per_epoch * config.epoch_count
+    total = optimizer_steps(config, steps)
     mean = sum(sum(r.lengths) / max(1, len(r.lengths)) for r in inputs.reports[:1])
     seen = total * config.accumulate_grad_batches * config.micro_bsz
     saves = -(-config.epoch_count // config.epoch_save) + 1

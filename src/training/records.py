@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,26 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
     clean = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"  # an earlier run was killed in the middle of a line
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" if torn else b"")
+        file.write((json.dumps(clean) + "\n").encode())
 
 
 def read_records(path: Path, event: str) -> list[dict[str, Any]]:
-    """Records of one kind, oldest first; [] where the file does not exist yet."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        records = [json.loads(line) for line in file if line.strip()]
-    return [record for record in records if record.get("event") == event]
+    """Records of one kind, oldest first, without lines that were never finished; [] where there is no file yet."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("event") == event:
+            records.append(record)
+    return records
 
 
 def log_new_run(path: Path, settings: dict[str, Any]) -> None:

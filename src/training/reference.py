@@ -34,14 +34,21 @@ def reference_key(model_hash: str, pairs: Sequence[PairExample], arithmetic: str
 
 
 def reference_scores(
-    model: RWKV, pairs: Sequence[PairExample], *, model_hash: str, folder: Path, chunk: int, progress: Any = None
+    model: RWKV,
+    pairs: Sequence[PairExample],
+    *,
+    model_hash: str,
+    arithmetic: str,
+    folder: Path,
+    chunk: int,
+    progress: Any = None,
 ) -> Tensor:
     """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
 
-    Read from `folder/cache` when the same scores were computed there before.
+    Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
+    are held (storage, masters, device).
     """
-    weights = sorted({str(p.dtype) for p in model.parameters()})
-    key = reference_key(model_hash, pairs, f"{model.compute_dtype} {model.wkv_backend} {weights}")
+    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend}")
     path = folder / "cache" / f"reference-{key}.pth"
     if path.exists():
         log.info("reference scores of %d pairs: from %s", len(pairs), path)

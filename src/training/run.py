@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 
 from src.config import Config
 from src.training.fit import fit, schedule_of
-from src.training.folder import RunFolder, trained_tensors
+from src.training.folder import SAVED, RunFolder, trained_tensors
 from src.training.inputs import Inputs
 from src.training.module import Trainee
 from src.training.records import append_json
 from src.training.sidecar import sidecar_of, write_sidecar
-from src.training.start import Start, resume_adapter
+from src.training.start import Start, continues, numbered_from, resume_adapter
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,14 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
 
 
 def train(config: Config, folder: Path, start: Start) -> bool:
-    """Train; True when Ctrl+C stopped it. Reference scores are taken before an adapter is resumed."""
+    """Train; True when Ctrl+C stopped it. Reference scores are taken before an adapter is resumed.
+
+    Raises ValueError when a save would overwrite the base model.
+    """
+    written = folder.resolve() == start.path.resolve().parent and SAVED.match(start.path.name)
+    if written and not continues(config):
+        raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
+    config = numbered_from(config, start.path)
     pl.seed_everything(config.seed, verbose=False)  # dropout
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
@@ -49,7 +56,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    trainee = Trainee(start.model, start.plan, config, schedule_of(config), folder)
+    trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder)
     return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,9 @@ from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
 from src.training.allocator import keep_pages
-from src.training.folder import newest_checkpoint
+from src.training.folder import NUMBERED, newest_checkpoint
 from src.training.merging import check_base, chosen_quant, layout_of
-from src.training.sidecar import read_sidecar
+from src.training.sidecar import Sidecar, read_sidecar
 from src.unbuilt import refuse_unbuilt
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,24 @@ class Start:
         return file_hash(self.path)
 
 
+def continues(config: Config) -> bool:
+    """Whether the run goes on from the newest checkpoint of its own folder (--load_model 0)."""
+    return config.load_model in ("", "0")
+
+
+def numbered_from(config: Config, path: Path) -> Config:
+    """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on."""
+    found = NUMBERED.match(path.name)
+    if not (continues(config) and found) or "epoch_begin" in config.given:
+        return config
+    begin = int(found[1]) + 1
+    log.info("going on from %s: --epoch_begin %d", path, begin)
+    return dataclasses.replace(config, epoch_begin=begin)
+
+
 def base_path(config: Config, folder: Path) -> Path:
     """The checkpoint to start from: --load_model, or the newest in the project folder with --load_model 0."""
-    return newest_checkpoint(folder) if config.load_model in ("", "0") else Path(config.load_model)
+    return newest_checkpoint(folder) if continues(config) else Path(config.load_model)
 
 
 def start(config: Config, folder: Path) -> Start:
@@ -86,6 +102,11 @@ def start(config: Config, folder: Path) -> Start:
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
     plan = plan_for(config, sizes.n_layer)
+    if continues(config) and plan.modes != {"full"}:
+        raise ValueError(
+            "--load_model 0 goes on from whole models of the project folder, and this plan saves parts of one: "
+            "give the model with --load_model"
+        )
     refuse_unbuilt(config, plan.modes, sizes.version)
     model, report = load_model(
         path,
@@ -109,12 +130,35 @@ def adapter_layout(config: Config) -> Layout | None:
     if not (config.eval_only and config.load_adapter) or planned:
         return None
     sidecar = read_sidecar(config.load_adapter)
-    alpha = config.lora_alpha if sidecar is None else None
-    quant = chosen_quant(sidecar, config.storage if "quant_mode" in config.given else None)
-    return layout_of(read_tensors(config.load_adapter), sidecar, alpha=alpha, quant=quant)
+    if sidecar is None:
+        raise ValueError(
+            f"--load_adapter {config.load_adapter} has no .json beside it, so say how it was trained: "
+            "--layer_profile, or --peft lora --lora_r R --lora_alpha A, and --quant"
+        )
+    quant = chosen_quant(sidecar, config.storage if {"quant", "quant_mode"} & config.given else None)
+    return layout_of(read_tensors(config.load_adapter), sidecar, quant=quant)
 
 
 def resume_adapter(config: Config, start: Start) -> None:
     """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
-    check_base(read_sidecar(config.load_adapter), start.path)
+    sidecar = read_sidecar(config.load_adapter)
+    check_base(sidecar, start.path)
+    if sidecar is not None:
+        check_same_adapters(sidecar, start.report.layout, config.load_adapter)
     load_adapter(start.model, config.load_adapter)
+
+
+def check_same_adapters(sidecar: Sidecar, layout: Layout, path: str) -> None:
+    """Refuse to go on with another scaling or storage than the checkpoint was trained with; raises ValueError."""
+    if sidecar.quant_mode != layout.store:
+        raise ValueError(
+            f"{path} was trained on {sidecar.quant_mode} matrices, this run would hold them as {layout.store}: "
+            "give the same --quant and --quant_mode"
+        )
+    for name, how in layout.adapted.items():
+        was = sidecar.adapted.get(name)
+        if was is not None and (was.mode, was.rank, was.scaling) != (how.mode, how.rank, how.scaling):
+            raise ValueError(
+                f"{path} was trained with {was.mode} of rank {was.rank} and scaling {was.scaling:g} in {name}, "
+                f"this run would use {how.mode} of rank {how.rank} and scaling {how.scaling:g}"
+            )
