@@ -24,7 +24,8 @@ class Product:
         self.hidden = hidden
         self.weight = weight.detach().to(hidden.dtype)  # (V,C), in the dtype of the computation as the head itself does
         self.parts = _parts(hidden, chunk)
-        self.buffer = hidden.new_empty(min(chunk, len(hidden)), len(self.weight))
+        self.chunk = min(chunk, len(hidden))
+        self.buffer: Tensor | None = None  # made when logits are first asked for
         self.d_hidden = torch.empty_like(hidden) if need_hidden else None
         self.d_weight = torch.zeros_like(self.weight, dtype=_wide(params[0].dtype)) if params else None
         self.dtype = params[0].dtype if params else None
@@ -33,6 +34,8 @@ class Product:
     def logits(self, part: slice) -> Tensor:
         """Logits (rows of `part`, V) in hidden's dtype; valid, and free to be overwritten, until the next call."""
         rows = self.hidden[part]
+        if self.buffer is None:
+            self.buffer = self.hidden.new_empty(self.chunk, len(self.weight))
         return torch.mm(rows, self.weight.t(), out=self.buffer[: len(rows)])
 
     def push(self, part: slice, slope: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from src.losses.head import open_head, random_state, replayed
+from src.losses.head import Product, open_head, random_state, replayed
 from src.ops.logprob import row_grad_, row_stats
 
 IGNORE = -100
@@ -104,6 +104,8 @@ class _Scores(torch.autograd.Function):
             lse[part], top[part], argmax[part] = stats.lse, stats.max_logit, stats.argmax
             logp[part] = stats.target_logit - stats.lse
             mean_logp[part] = stats.logit_sum / logits.shape[1] - stats.lse
+        # a single chunk's logits fit in the memory that backward would need for them anyway: a product saved
+        ctx.logits = logits if len(run.parts) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(targets, hidden, lse, argmax, *params)
         return logp, mean_logp, top
 
@@ -116,7 +118,8 @@ class _Scores(torch.autograd.Function):
         with replayed(ctx.random, hidden):
             run = open_head(ctx.head, hidden, ctx.chunk, [p for p, n in zip(params, needed) if n], need_hidden)
             for part in run.parts:
-                logits = run.logits(part)
+                kept, ctx.logits = ctx.logits, None  # overwritten below: a second backward computes them again
+                logits = run.logits(part) if kept is None else kept
                 g_logp, g_mean, g_max = (g[part] for g in slopes)
                 row_grad_(logits, targets[part], lse[part], g_logp, g_mean, argmax[part], g_max)
                 run.push(part, logits)
