@@ -1,8 +1,10 @@
 """House rules, read from the source text: a broken one makes the next change harder, not this one wrong."""
 
 import ast
+import importlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ NATIVE = sorted(path for path in (ROOT / "cuda").rglob("*") if path.suffix in ("
 SHELL = sorted(path for top in ("example", "tests", ".ci") for path in (ROOT / top).rglob("*.sh"))
 PAGES = sorted(path for path in ROOT.glob("*.md")) + sorted((ROOT / "example").rglob("*.md"))
 
+OUTPUT_FLAGS = ("--output", "--output_csv", "--output_save", "--proj_dir")
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 80
 SETTINGS = {"config", "laws", "unbuilt"}
@@ -202,8 +205,8 @@ def test_every_setting_is_read():
     assert not unread
 
 
-def commands(path: Path) -> Iterator[tuple[int, str]]:
-    """Line number and text of each `python train.py ...` in a shell file or in a page's code blocks."""
+def commands(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, script and rest of each `python <script>.py ...` in a shell file or in a page's code blocks."""
     lines = path.read_text(encoding="utf-8").splitlines()
     inside, at = path.suffix == ".sh", 0
     while at < len(lines):
@@ -214,31 +217,91 @@ def commands(path: Path) -> Iterator[tuple[int, str]]:
             continue
         while line.endswith("\\") and at < len(lines):
             line, at = line[:-1] + " " + lines[at], at + 1
-        if inside and (
-            match := re.match(r"\s*(?:[A-Z_]+=\S+ )*[\"']?(?:\S*python3?|\$\{?\w+\}?)[\"']? train\.py\b(.*)", line)
-        ):
-            yield first, match[1]
+        python = r"\s*(?:[A-Z_]+=\S+ )*[\"']?(?:\S*python3?|\$\{?\w+\}?)[\"']? "
+        if inside and (match := re.match(python + r"(\S+\.py)\b(.*)", line)):
+            yield first, match[1], match[2]
+
+
+def variables_of(path: Path) -> dict[str, str]:
+    """Shell variables that a file sets, with the default where one is taken from an argument."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", path.read_text(encoding="utf-8"))
+    found: dict[str, str] = {}
+    for name, value in re.findall(r"^\s*(?:export )?(\w+)=[\"']?([^\"'\s]*)", text, re.M):
+        found.setdefault(name, filled(value, found))
+    return found
+
+
+def filled(text: str, variables: dict[str, str]) -> str:
+    """`text` with shell variables filled in, 1 where unknown."""
+    return re.sub(r"\$\{?(\w+|@)\}?", lambda m: variables.get(m[1], "" if m[1] == "@" else "1"), text)
 
 
 def words_of(text: str, variables: dict[str, str]) -> list[str]:
-    """The words behind train.py: shell variables filled in (1 where unknown), up to a pipe or a redirection."""
-    filled = re.sub(r"\$\{?(\w+|@)\}?", lambda m: variables.get(m[1], "" if m[1] == "@" else "1"), text)
-    words = shlex.split(re.split(r"\s(?:[|;]|&&|\d?>|<)", filled + " ")[0], comments=True)
+    """The words behind a script's name, up to a pipe or a redirection."""
+    plain = filled(text, variables)
+    words = shlex.split(re.split(r"\s(?:[|;]|&&|\d?>|<)", plain + " ")[0], comments=True)
     return [word for word in words if word]
+
+
+def parse_as(script: str, words: list[str]) -> None:
+    """Parse `words` as `script` would. Raises ValueError, or SystemExit for --help."""
+    if script == "train.py":
+        if "..." in words:  # an excerpt: its flags exist, its laws cannot be judged
+            train_parser().parse_args([word for word in words if word != "..."])
+        else:
+            parse(words, built=False)
+        return
+    module = importlib.import_module(script.removesuffix(".py"))
+    module = sys.modules[module.main.__module__]  # a script may be another one under an older name
+    if hasattr(module, "parser"):
+        module.parser().parse_args(words)
+    else:
+        module.parse(words)
 
 
 @each(SHELL + PAGES)
 def test_every_written_command_parses(path):
     """A command in an example or a page that does not parse costs a newcomer the first hour."""
-    variables = dict(re.findall(r"^\s*(?:export )?(\w+)=[\"']?([^\"'\s]*)", path.read_text(encoding="utf-8"), re.M))
-    for line, text in commands(path):
-        words = words_of(text, variables)
+    variables = variables_of(path)
+    found = list(commands(path))
+    assert found or not (path.suffix == ".sh" and path.is_relative_to(ROOT / "example"))
+    for line, script, text in found:
+        assert (ROOT / script).is_file(), f"{name_of(path)}:{line}: there is no {script}"
+        if "/" in script:  # a piece of an example, with arguments of its own
+            continue
         try:
-            if "..." in words:  # an excerpt: its flags exist, its laws cannot be judged
-                train_parser().parse_args([word for word in words if word != "..."])
-            else:
-                parse(words, built=False)
+            parse_as(script, words_of(text, variables))
         except ValueError as mistake:
-            pytest.fail(f"{name_of(path)}:{line}: {mistake}")
+            pytest.fail(f"{name_of(path)}:{line}: {script}: {mistake}")
         except SystemExit as done:
             assert done.code == 0
+
+
+def paths_in(path: Path) -> Iterator[tuple[int, str, bool]]:
+    """Line, path, and whether it is written, of each path under example/ or layerprofile/ in the commands of a file."""
+    variables = variables_of(path)
+    for line, _, text in commands(path):
+        words = words_of(text, variables)
+        for flag, word in zip(["", *words], words):
+            if word.startswith(("example/", "layerprofile/")):
+                yield line, word, flag in OUTPUT_FLAGS
+
+
+@each(SHELL + PAGES)
+def test_inputs_of_written_commands_exist(path):
+    """A command that reads a file which nobody wrote ends in an error, however well it parses."""
+    before = [other for other in SHELL if other.parent == path.parent and (path.suffix == ".md" or other < path)]
+    made = {word for other in before for _, word, written in paths_in(other) if written}
+    for line, word, written in paths_in(path):
+        if written:
+            made.add(word)
+        else:
+            assert word in made or (ROOT / word).exists(), f"{name_of(path)}:{line}: there is no {word}"
+
+
+def test_every_command_is_shown_somewhere():
+    """A command that no page and no example shows is one that nobody finds, and that nothing here parses."""
+    shown = {script for path in SHELL + PAGES for _, script, _ in commands(path)}
+    modules = {path.name: importlib.import_module(path.stem) for path in SCRIPTS}
+    own = {name for name, module in modules.items() if module.main.__module__ in (module.__name__, "__main__")}
+    assert own <= shown
