@@ -195,9 +195,11 @@ class Config:
     grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
 
     # --- data
-    data_file: str = setting("", "text: binidx (path without suffix), .jsonl, .h5")
+    data_file: str = setting("", "text: binidx (path without suffix), .jsonl, .txt, .h5")
     data_type: str = setting(
-        "", "format of {data_file}; empty = by its suffix", choices=("", "binidx", "jsonl", "h5", "csv", "save")
+        "",
+        "format of {data_file}; empty = by its suffix",
+        choices=("", "binidx", "jsonl", "txt", "utf-8", "h5", "csv", "save"),
     )
     pair_file: str = setting("", "preference pairs: .csv, .jsonl, .save, .h5")
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)

@@ -30,7 +30,9 @@ SETTINGS_OF = {
     ),
 }
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
+ADAPTER_SWITCHES = ("limited_lora", "rslora")
 PARTS = ("att", "ffn", "ln", "time")
+NOT_BINIDX = (".jsonl", ".txt", ".csv", ".save", ".h5", ".hdf5")
 
 
 class Law(NamedTuple):
@@ -43,6 +45,18 @@ class Law(NamedTuple):
 def trains(config: Config) -> bool:
     """Whether this run takes training data: not for rwkv-init.pth, evaluation alone or the doctor."""
     return config.train_stage != 1 and not config.eval_only and not config.doctor
+
+
+def trains_on_text(config: Config) -> bool:
+    """Whether training reads {data_file}."""
+    return config.loss in ("sft", "distillation") or (config.loss == "dpo" and config.dpo_general_corpus_ratio > 0)
+
+
+def names_corpus(config: Config) -> bool:
+    """Whether {data_file} can be a binidx corpus, by its data type or its name; the file is not opened."""
+    if config.data_type:
+        return config.data_type == "binidx"
+    return bool(config.data_file) and not config.data_file.lower().endswith(NOT_BINIDX)
 
 
 LAWS = (
@@ -65,6 +79,10 @@ LAWS = (
     Law(
         lambda c: c.train_stage == 1 and c.n_embd % c.head_size != 0,
         "{n_embd=} is not a multiple of {head_size=}",
+    ),
+    Law(
+        lambda c: c.train_stage == 1 and c.dim_att not in (0, c.n_embd),
+        "{dim_att=} with {train_stage} 1: initial values exist for attention as wide as the model only, {n_embd=}",
     ),
     Law(
         lambda c: c.train_stage == 0 and not c.doctor and not c.load_model,
@@ -115,6 +133,18 @@ LAWS = (
         "{val_file=} and {val_split=}: give one of the two",
     ),
     Law(
+        lambda c: trains(c) and c.early_stop > 0 and not c.val_file and c.val_split == 0,
+        "{early_stop=} needs {val_file} or {val_split}, the held-out examples that may stop improving",
+    ),
+    Law(
+        lambda c: trains(c) and c.magic_prime > 0 and not (trains_on_text(c) and names_corpus(c)),
+        "{magic_prime=} needs a binidx corpus as {data_file}; no other data comes in that order",
+    ),
+    Law(
+        lambda c: trains(c) and c.my_exit_tokens > 0 and c.loss not in ("", "sft", "distillation"),
+        "{my_exit_tokens=} with {loss=}: it counts tokens of text; {epoch_count} says when this training ends",
+    ),
+    Law(
         lambda c: c.infctx and c.state_cp,
         "{infctx} 1 with {chunk_ctx} and {state_cp} 1 with {ctx_parts} say the same twice; give one of the two",
     ),
@@ -135,7 +165,7 @@ LAWS = (
         "{state_shift} 1 needs {state} 1",
     ),
     Law(
-        lambda c: not set(c.lora_parts.split(",")) <= set(PARTS),
+        lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
         "{lora_parts=}: must be a comma list of att, ffn, ln, time",
     ),
 )
@@ -176,10 +206,12 @@ def check(config: Config) -> None:
         if law.broken(config):
             raise ValueError(say(law.sentence, config))
     if config.peft not in ADAPTERS:
-        for name in PLAN_FLAGS:
-            if name in config.given:
-                why = "{layer_profile} has its own columns" if config.layer_profile else "it needs {lora} or {peft}"
-                raise ValueError(say(f"{{{name}=}} has no effect: {why}", config))
+        useless = [name for name in PLAN_FLAGS if name in config.given]
+        if not config.layer_profile:
+            useless += [name for name in ADAPTER_SWITCHES if getattr(config, name)]
+        if useless:
+            why = "{layer_profile} has its own columns" if config.layer_profile else "it needs {lora} or {peft}"
+            raise ValueError(say(f"{{{useless[0]}=}} has no effect: {why}", config))
 
 
 def notices(config: Config) -> list[str]:
@@ -196,6 +228,10 @@ def notices(config: Config) -> list[str]:
         said.append(
             say(f"{{epoch_steps=}} is rounded up to {whole}, whole steps of {{accumulate_grad_batches=}}", config)
         )
+    if trains(config) and config.loss and not trains_on_text(config):
+        for name in ("smoothing", "train_on_prompt"):
+            if name in config.given and getattr(config, name):
+                said.append(say(f"{{{name}=}} has no effect on preference pairs, only on text", config))
     useless = [
         name for loss, names in SETTINGS_OF.items() if loss != config.loss for name in names if name in config.given
     ]

@@ -173,6 +173,14 @@ MISTAKES = {
     TEXT + "--lora --peft dora": "--lora 1 and --peft dora: choose one",
     TEXT + "--lora --lora_r 0": "--lora_r 0: must be >= 1",
     TEXT + "--lora --lora_parts att,emb": "--lora_parts att,emb: must be a comma list of att, ffn, ln, time",
+    TEXT + "--lora --lora_parts ,": "--lora_parts ,: must be a comma list of att, ffn, ln, time",
+    TEXT + "--limited_lora 1": "--limited_lora 1 has no effect: it needs --lora or --peft",
+    TEXT + "--rslora": "--rslora 1 has no effect: it needs --lora or --peft",
+    TEXT + "--early_stop 3": "--early_stop 3 needs --val_file or --val_split",
+    "--load_model M --data_file D.jsonl --magic_prime 5": "--magic_prime 5 needs a binidx corpus as --data_file",
+    TEXT + "--data_type txt --magic_prime 5": "--magic_prime 5 needs a binidx corpus as --data_file",
+    BASE + "--orpo --rlhf_train_file F --magic_prime 5": "--magic_prime 5 needs a binidx corpus as --data_file",
+    BASE + "--dpo --rlhf_train_file F --my_exit_tokens 9": "--my_exit_tokens 9 with --dpo 1: it counts tokens of text",
     TEXT + "--train_data_file E": "--data_file and --train_data_file E: the same setting with two values",
     TEXT + "--val_file V --val_split 0.1": "--val_file V and --val_split 0.1: give one of the two",
     TEXT + "--initial_ctx_len 9999": "--initial_ctx_len 9999 is more than --ctx_len 2048",
@@ -196,6 +204,7 @@ MISTAKES = {
     "--train_stage 1": "--train_stage 1 needs --my_testing",
     "--train_stage 1 --my_testing x070": "--train_stage 1 needs --vocab_size",
     "--train_stage 1 --my_testing x070 --vocab_size 9 --n_embd 65": "--n_embd 65 is not a multiple of --head_size 64",
+    "--train_stage 1 --my_testing x070 --vocab_size 9 --n_embd 64 --dim_att 128": "--dim_att 128 with --train_stage 1",
 }
 
 
@@ -231,6 +240,39 @@ def test_notices(caplog):
     assert any("--orpo_alpha 0.0004" in line and "--orpo_mode sum" in line for line in said)
     assert any("--epoch_steps 10 is rounded up to 12" in line for line in said)
     assert any("no effect with this loss: --dpo_beta" in line for line in said)
+
+
+def test_settings_of_text_are_said_to_be_idle_on_pairs(caplog):
+    """Label smoothing or --train_on_prompt with DPO: the user believes in something that does not happen."""
+    pairs = BASE + "--dpo 1 --rlhf_train_file F "
+    for text, idle in (
+        (pairs + "--smoothing 0.1 --train_on_prompt 1", ["--smoothing 0.1", "--train_on_prompt 1"]),
+        (pairs + "--smoothing 0 --train_on_prompt 0", []),
+        (TEXT + "--sft 1 --smoothing 0.1 --train_on_prompt 1", []),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            parse(argv(text))
+        said = [record.getMessage() for record in caplog.records]
+        assert said == [f"{words} has no effect on preference pairs, only on text" for words in idle]
+
+
+def test_wishes_that_have_an_effect_are_accepted():
+    """What refuses a no-op must not refuse the real thing."""
+    for text in (
+        "--lora --limited_lora 1 --rslora 1 --lora_parts 'att, ffn'",
+        "--layer_profile L --limited_lora 1 --rslora 1",
+        "--limited_lora 0 --rslora 0",
+        "--early_stop 3 --val_split 0.1",
+        "--early_stop 3 --val_file V",
+        "--magic_prime 5",
+        "--data_type binidx --magic_prime 5 --my_exit_tokens 9",
+        "--data_type utf-8",
+        "--data_type txt",
+        "--train_stage 3 --dim_att 128",
+    ):
+        parse(argv(TEXT + text))
+    parse(argv("--train_stage 1 --my_testing x070 --vocab_size 9 --n_embd 64 --dim_att 64"))
 
 
 def test_flags_and_settings_are_the_same_list():
