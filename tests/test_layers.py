@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 from src.layers import ADAPTERS
 from src.layers.adaptation import Adaptation, seeded
 from src.layers.linear import Embedding, Linear, Placement
-from src.layers.placing import adapters_off, apply_plan
+from src.layers.placing import apply_plan, plan_layout
 from src.layers.stores import STORES, store_class
-from src.model.checkpoint import build_model, trainable
+from src.model.checkpoint import build_model, kept, trainable
 from src.model.initial import initial_tensors
 from src.plan import make_plan
 
@@ -75,17 +76,6 @@ def test_only_the_adapter_learns_and_gradients_reach_the_input(mode, store):
     assert learning == set(layer.tensors)
     assert all(getattr(layer, name).grad.abs().sum() > 0 for name in layer.tensors)
     torch.testing.assert_close(x.grad, upstream @ layer.merged(), rtol=1e-4, atol=1e-6)
-
-
-@adapters
-@stores
-def test_adapters_off_is_the_base_matrix(mode, store):
-    """DPO's reference would be the policy itself."""
-    layer = adapted(mode, store)
-    x = matrix(3, IN, seed=1)
-    with adapters_off(torch.nn.ModuleList([layer])):
-        torch.testing.assert_close(layer(x), x @ layer.dense().T)
-    torch.testing.assert_close(layer(x), x @ layer.merged().T, rtol=1e-4, atol=1e-6)
 
 
 @adapters
@@ -277,13 +267,47 @@ def test_limited_lora_trains_adapters_only():
 
 def test_a_row_that_finds_nothing_to_do_is_reported():
     """A profile that silently trains nothing costs the user a night."""
-    from dataclasses import replace
-
     plan = lora_plan()
     plan.rows["1"] = replace(plan.rows["1"], reject=("blocks",))
     model, report = build_model(tiny(), compute_dtype=torch.float32, plan=plan)
     assert report.layout.unmatched == ("1",) and "1" in report.lines()[-1]
     assert not any(name.startswith("blocks.1.") for name in trainable(model))
+
+
+def rejecting(*parts: str, layer: str = "1"):
+    plan = lora_plan(dropout=0.0)
+    plan.rows[layer] = replace(plan.rows[layer], reject=parts)
+    return plan
+
+
+def test_a_rejected_part_that_matches_nothing_is_reported():
+    """`att.recptance` would freeze nothing, and nobody would know."""
+    plan = rejecting("att.recptance", "att.receptance", "ln2", "lora_A", "head", "blocks.0")
+    model, report = build_model(tiny(), compute_dtype=torch.float32, plan=plan)
+    said = tuple(f"1 (RejectParts {part})" for part in ("att.recptance", "head", "blocks.0"))
+    assert report.layout.unmatched == said and ", ".join(said) in report.lines()[-1]
+    plan = rejecting("lora_A", "emb.weight", layer="emb")  # a frozen row has no adapter
+    assert plan_layout(model, plan).unmatched == ("emb (RejectParts lora_A)",)
+
+
+def test_rejected_factors_of_an_adapter_stay_as_they_began():
+    """`lora_A` in RejectParts was accepted and did nothing."""
+    model, report = build_model(tiny(), compute_dtype=torch.float32, plan=rejecting("key.lora_A"))
+    held = {"blocks.1.att.key.lora_A", "blocks.1.ffn.key.lora_A"}
+    learning = trainable(model)
+    assert not held & learning.keys() and "blocks.1.att.key.lora_B" in learning
+    assert "blocks.0.att.key.lora_A" in learning and "blocks.1.att.value.lora_A" in learning
+    assert kept(model).keys() == learning.keys() | held
+    assert report.trained == sum(p.numel() for p in learning.values())
+    model.head(model(torch.arange(24).view(2, 12))[0]).logsumexp(-1).sum().backward()
+    assert all(dict(model.named_parameters())[name].grad is None for name in held)
+
+
+def test_an_adapter_that_may_not_learn_is_left_out():
+    """It would cost memory and do nothing."""
+    model, report = build_model(tiny(), compute_dtype=torch.float32, plan=rejecting("lora_"))
+    assert report.layout.adapted and not any(name.startswith("blocks.1.") for name in report.layout.adapted)
+    assert "blocks.1.ln1.weight" in trainable(model)
 
 
 @stores

@@ -39,7 +39,6 @@ class Linear(nn.Module):
     """y = x W^T without bias. `weight` is (out, in), or None when the matrix lives packed in `store`."""
 
     adaptation: Adaptation | None = None
-    enabled = True  # False: an adapter leaves the base matrix alone (`placing.adapters_off`)
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -86,7 +85,6 @@ class Embedding(nn.Module):
     """Rows of `weight` (V, C) by token number. A table is never packed: only the rows of a batch are read."""
 
     adaptation: Adaptation | None = None
-    enabled = True  # False: an adapter leaves the base matrix alone (`placing.adapters_off`)
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None) -> None:
         super().__init__()

@@ -51,8 +51,6 @@ class LoRA(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.enabled:
-            return y
         inner = F.linear(F.dropout(x, self.adaptation.dropout, self.training), self.lora_A.to(x.dtype))
         rows = torch.addmm(
             y.reshape(-1, self.out_features),
@@ -91,8 +89,6 @@ class LoRAEmbedding(Embedding):
     def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         rows = super().forward(tokens)
         dtype = dtype or rows.dtype
-        if not self.enabled:
-            return rows.to(dtype)
         # few rows, so the update is added before rounding to the table's dtype
         delta = F.linear(F.embedding(tokens, self.lora_A.t()), self.lora_B)
         return torch.add(rows.to(delta.dtype), delta, alpha=self.adaptation.scaling).to(dtype)

@@ -8,7 +8,6 @@ lies beside the packed model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from typing import TYPE_CHECKING
@@ -30,8 +29,9 @@ class Layout:
     """What becomes of each tensor of a model.
 
     `adapted`: adapter by layer name ("blocks.0.att.key"). `packed`: names of the layers whose matrix is kept as `store`
-    says. `trained`: names of the base model's own parameters that train (adapters always do). `unmatched`: rows of the
-    profile that found nothing to do.
+    says. `trained`: names of the base model's own parameters that train. Adapters' tensors always do, but for those in
+    `held`, which RejectParts keeps as they began. `unmatched`: rows of the profile that found nothing to do, and the
+    entries of RejectParts that are in no name of their row.
     """
 
     adapted: Mapping[str, Adaptation] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Layout:
     trained: frozenset[str] = frozenset()
     store: str = "none"
     unmatched: tuple[str, ...] = ()
+    held: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -80,19 +81,44 @@ def plan_layout(
     store_class(quant)
     version = model.sizes.version
     trained = {name for name, _ in model.named_parameters() if plan.trains(name, version, limited)}
-    adapted, packed = {}, set()
+    adapted, packed, held = {}, set(), set()
     for name, layer in matrices(model):
         row = plan.adapts(name)
-        if row is not None:
+        parts = adapter_names(layer, name, row.mode) if row is not None else ()
+        rejected = {part for part in parts if row.rejects(part)}
+        if rejected != set(parts):
             adapted[name] = Adaptation.make(row.mode, row.rank, row.alpha, row.dropout, rslora)
-            _adapter_class(layer, name, row.mode)
+            held |= rejected
             trained.discard(f"{name}.weight")
         frozen = f"{name}.weight" not in trained
         if quant != "none" and isinstance(layer, Linear) and frozen and plan.row_of(f"{name}.weight").mode != "full":
             packed.add(name)
     busy = {plan.row_of(name).layer for name in (*trained, *(f"{name}.weight" for name in adapted))}
     idle = [layer for layer, row in plan.rows.items() if row.mode != "freeze" and row.layer not in busy]
-    return Layout(adapted, frozenset(packed), frozenset(trained), quant, tuple(str(layer) for layer in idle))
+    unmatched = (*idle, *unmatched_rejects(model, plan))
+    return Layout(adapted, frozenset(packed), frozenset(trained), quant, unmatched, frozenset(held))
+
+
+def adapter_names(layer: Linear | Embedding, name: str, mode: str) -> tuple[str, ...]:
+    """Names of the tensors that an adapter of `mode` has on the layer `name`. Raises ValueError if there is none."""
+    return tuple(f"{name}.{part}" for part in _adapter_class(layer, name, mode).tensors)
+
+
+def unmatched_rejects(model: nn.Module, plan: Plan) -> list[str]:
+    """Entries of RejectParts that are in no name of a tensor of their row: "0 (RejectParts att.recptance)"."""
+    names: dict[str, list[str]] = {layer: [] for layer in plan.rows}
+    for name, _ in model.named_parameters():
+        names[plan.row_of(name).layer].append(name)
+    for name, layer in matrices(model):
+        row = plan.row_of(name)
+        if row.reject and row.mode in ADAPTERS:
+            names[row.layer] += adapter_names(layer, name, row.mode)
+    return [
+        f"{layer} (RejectParts {part})"
+        for layer, row in plan.rows.items()
+        for part in row.reject
+        if not any(part in name for name in names[layer])
+    ]
 
 
 def frozen_layout(model: nn.Module, quant: str = "none") -> Layout:
@@ -146,6 +172,8 @@ def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement
         module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name)))
         if trains:
             module.weight.requires_grad_(True)
+        for part in module.tensors if module.adaptation else ():
+            getattr(module, part).requires_grad_(f"{module_name}.{part}" not in layout.held)
     else:
         assert leaf in module._parameters, name
         parameter = placement.dense(tensor)
@@ -189,16 +217,3 @@ def placement_for(compute_dtype: torch.dtype, device: torch.device | str = "cpu"
     """Frozen tensors in the compute dtype, trained ones in float32 (float64 in float64 runs)."""
     master = torch.float64 if compute_dtype == torch.float64 else torch.float32
     return Placement(compute_dtype, device, master=master, share=share)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, every adapter of `model` is silent and its base matrix works alone."""
-    switched = [layer for _, layer in matrices(model) if layer.enabled]
-    for layer in switched:
-        layer.enabled = False
-    try:
-        yield
-    finally:
-        for layer in switched:
-            layer.enabled = True

@@ -20,7 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from src.files import atomic_write
-from src.layers.placing import Layout, Report, frozen_layout, place, placement_for, plan_layout, replace, report_of
+from src.layers.placing import (
+    Layout,
+    Report,
+    frozen_layout,
+    matrices,
+    place,
+    placement_for,
+    plan_layout,
+    replace,
+    report_of,
+)
 from src.model.sizes import Sizes, check_flags, sizes_of
 
 if TYPE_CHECKING:
@@ -209,8 +219,17 @@ def load_model(
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of `model` that train, by name: what a checkpoint of training holds."""
+    """The parameters of `model` that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a checkpoint of training holds, by name: all that trains, and what RejectParts holds of an adapter.
+
+    The factors that do not learn began at random: without them nothing can be merged.
+    """
+    adapters = {f"{name}.{part}" for name, layer in matrices(model) if layer.adaptation for part in layer.tensors}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or name in adapters}
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], path: str | Path) -> None:
@@ -228,7 +247,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
     Raises ValueError with the key diff when the file has others, or of other shapes (another plan, other layers).
     """
-    fill(model, read_tensors(path), trainable(model), path)
+    fill(model, read_tensors(path), kept(model), path)
     log.info("continued from %s", path)
 
 
