@@ -19,8 +19,17 @@ from src.data.templates import TEMPLATES, Form, check_template, normalise
 from src.files import atomic_write, check_writable, refuse_same_file
 from src.rl.sampling import Generated, generate
 from src.training.answering import open_model
+from src.training.merging import hinting
 
 log = logging.getLogger("chat")
+
+# what to do about a mismatch of model, adapter and flags
+HINTS = {
+    "base": "give the right --load_model",
+    "scaling": "leave --lora_scaling out",
+    "alpha": "leave --lora_alpha out",
+    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+}
 
 HELP = """/reset       forget the conversation
 /temp X      temperature (0 = always the likeliest token)
@@ -35,6 +44,8 @@ def parser() -> Parser:
     flags = Parser("Talk to a model, or let it answer a file of prompts.")
     flags.add_argument("--load_model", required=True, help="checkpoint of the model")
     flags.add_argument("--load_adapter", default="", help="adapter checkpoint laid over it")
+    flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
+    flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     flags.add_argument("--prompt_file", default="", help="JSONL of prompts; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     flags.add_argument("--strategy", default="auto", help="device and precision, e.g. 'cuda bf16' or 'cpu fp32' [auto]")
@@ -199,8 +210,13 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--max_tokens and --batch_size must be at least 1")
     form = TEMPLATES[check_template(flags.template)][0][1]
 
+    said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
+    if not flags.load_adapter and any(value is not None for value in said.values()):
+        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+
     def load() -> tuple:
-        return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
+        with hinting(HINTS):
+            return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file, **said)
 
     (answer_file if flags.prompt_file else talk)(flags, form, load)
 

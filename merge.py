@@ -14,12 +14,21 @@ import torch
 
 from src.cli import Parser, run
 from src.model.checkpoint import file_sizes, read_tensors, write_atomic
-from src.training.merging import check_base, check_merged, chosen_quant, layout_of, merged_tensors
+from src.training.merging import check_base, check_merged, chosen_quant, hinting, layout_of, merged_tensors
 from src.training.sidecar import read_sidecar, sidecar_path
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".safetensors")
+# what to do about a mismatch of base, checkpoint and flags
+HINTS = {
+    "base": "give the right --base_model, or --force 1 to go on",
+    "storage": "leave --quant out, or --force 1 to merge otherwise",
+    "mode": "leave --type out",
+    "scaling": "leave --lora_scaling out",
+    "alpha": "leave --lora_alpha out",
+    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+}
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -72,9 +81,11 @@ def main(words: Sequence[str]) -> int:
     file_sizes(base_path)  # a base that is no RWKV model is refused before anything is hashed
     base, adapter = read_tensors(base_path), read_tensors(adapter_path)
     sidecar = read_sidecar(adapter_path)
-    check_base(sidecar, base_path, force=args.force)
-    quant = chosen_quant(sidecar, args.quant, force=args.force)
-    layout = layout_of(adapter, sidecar, mode=args.type, scaling=args.lora_scaling, alpha=args.lora_alpha, quant=quant)
+    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha}
+    with hinting(HINTS):
+        check_base(sidecar, base_path, force=args.force)
+        quant = chosen_quant(sidecar, args.quant, force=args.force)
+        layout = layout_of(adapter, sidecar, quant=quant, **said)
     merged = merged_tensors(base, adapter, layout, source=adapter_path, device=device)
     difference, allowed = check_merged(base, adapter, layout, merged)
     print(f"check: logits of merged and base + adapter differ by at most {difference:.1e} of their range")

@@ -13,7 +13,8 @@ import chat
 import rlhf_generate_reject
 import rlhf_generate_reject_csv as rejects
 from src.data.tokenizer import load_tokenizer
-from src.model.checkpoint import load_model
+from src.model.checkpoint import load_model, trainable, write_atomic
+from src.plan import make_plan
 from src.rl import rejects as room
 from src.training.answering import parse_strategy
 
@@ -251,6 +252,29 @@ def test_chat_needs_both_files(script, base_model):
     """An output without prompts would be a silent no-op."""
     status, _, err = script(chat.main, "--load_model", base_model, "--output", "x.jsonl")
     assert status == 2 and "--prompt_file" in err
+
+
+def test_chat_takes_the_scaling_of_an_adapter_without_a_sidecar(script, base_model, vocab_file, tmp_path):
+    """Adapters of older programs have none: without the flags they could not be tried at all."""
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5)
+    model, _ = load_model(base_model, compute_dtype=torch.float32, plan=plan)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.add_(0.1 if "lora_" in name else 0.0)
+    adapter = tmp_path / "old.pth"
+    write_atomic({name: parameter.detach() for name, parameter in trainable(model).items()}, adapter)
+    found = {}
+    for words in (("--lora_scaling", 2), ("--lora_alpha", 8), ("--lora_scaling", 0)):
+        more = ["--load_adapter", adapter, *words, "--temperature", 0, "--strategy", "cpu fp32"]
+        status, _, err = ask(script, base_model, vocab_file, tmp_path, *more)
+        assert status == 0, err
+        found[words] = [line["logprobs"] for line in read_jsonl(tmp_path / "out.jsonl")]
+    one, two, none = found.values()
+    assert one == two != none
+    status, _, err = ask(script, base_model, vocab_file, tmp_path, "--load_adapter", adapter)
+    assert status == 2 and "no sidecar" in err and "--lora_scaling (alpha / rank) or --lora_alpha" in err
+    status, _, err = ask(script, base_model, vocab_file, tmp_path, "--lora_alpha", 8)
+    assert status == 2 and "need --load_adapter" in err
 
 
 def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, vocab_file, monkeypatch):

@@ -1,5 +1,6 @@
 """merge.py: the merged model is what was trained, whatever the storage; wrong inputs are refused and left alone."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import merge
-from src.model.checkpoint import build_model, load_adapter, load_model, read_tensors, trainable, write_atomic
+from src.model.checkpoint import build_model, kept, load_adapter, load_model, read_tensors, trainable, write_atomic
 from src.model.initial import initial_tensors
 from src.plan import Row, make_plan
 from src.training.folder import trained_tensors
@@ -149,8 +150,10 @@ def test_checkpoints_of_older_programs_merge_with_flags(tmp_path):
     base, checkpoint = train(tmp_path, plan=plan)
     wanted = run_merge(base, checkpoint, tmp_path / "one.pth")
     (tmp_path / "rwkv-0.json").unlink()
-    with pytest.raises(ValueError, match=r"no sidecar .*--lora_scaling"):
+    with pytest.raises(ValueError, match=r"no sidecar .*--lora_scaling .* or --lora_alpha"):
         run_merge(base, checkpoint, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"^scaling 2.0 and alpha 8.0 say the same"):
+        run_merge(base, checkpoint, tmp_path / "two.pth", "--lora_scaling", "2", "--lora_alpha", "8")
     for words in (("--lora_scaling", "2.0"), ("--lora_alpha", "8"), ("--type", "lora", "--lora_scaling", "2")):
         merged = run_merge(base, checkpoint, tmp_path / "two.pth", *words)
         assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
@@ -160,10 +163,10 @@ def test_flags_that_contradict_the_sidecar_are_refused_with_both_values(tmp_path
     base, checkpoint = train(tmp_path, plan=make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5))
     run_merge(base, checkpoint, tmp_path / "m.pth", "--lora_scaling", "2.0", "--type", "lora", "--quant", "none")
     for words, sentence in (
-        (("--lora_scaling", "1.0"), r"--lora_scaling 1.0 contradicts .* scaling 2.0"),
-        (("--lora_alpha", "16"), r"--lora_alpha 16.0 contradicts .* alpha 8.0"),
-        (("--type", "bone"), "--type bone contradicts .* mode lora"),
-        (("--quant", "nf4"), "--quant nf4 contradicts .* none"),
+        (("--lora_scaling", "1.0"), r"scaling 1.0 contradicts .* scaling 2.0: leave --lora_scaling out"),
+        (("--lora_alpha", "16"), r"alpha 16.0 contradicts .* alpha 8.0: leave --lora_alpha out"),
+        (("--type", "bone"), "mode bone contradicts .* mode lora: leave --type out"),
+        (("--quant", "nf4"), "storage nf4 contradicts .* none matrices: leave --quant out, or --force 1"),
         (("--quant", "int3"), "--quant.* int3"),
         (("--lora_init", "init.pth"), "PiSSA"),
         (("--device", "tpu"), "--device tpu"),
@@ -183,6 +186,46 @@ def test_another_base_is_refused_unless_forced(tmp_path):
     ):
         run_merge(other, checkpoint, tmp_path / "merged.pth")
     run_merge(other, checkpoint, tmp_path / "merged.pth", "--force", "1")
+
+
+def test_programs_without_the_flags_of_merge_do_not_hear_of_them(tmp_path):
+    """train.py has no --force, no --type and no --base_model: its users would look for them in vain."""
+    base, checkpoint = train(tmp_path, plan=make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5))
+    other = tmp_path / "other.pth"
+    write_atomic({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
+    sentences = []
+    for model, words in (
+        (other, {}),
+        (base, {"quant": "nf4"}),
+        (base, {"scaling": 1.0}),
+        (base, {"alpha": 1.0}),
+        (base, {"scaling": 2.0, "alpha": 8.0}),
+        (base, {}),
+    ):
+        if len(sentences) == 4:
+            (tmp_path / "rwkv-0.json").unlink()
+        with pytest.raises(ValueError) as caught:
+            load_combined(model, checkpoint, compute_dtype=torch.float32, **words)
+        sentences.append(str(caught.value))
+    assert not [sentence for sentence in sentences if "--" in sentence]
+    assert "no sidecar" in sentences[-1] and "trained on base.pth" in sentences[0]
+
+
+def test_factors_that_were_held_are_merged_too(tmp_path):
+    """They began at random: a checkpoint without them is lost."""
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
+    plan.rows["1"] = dataclasses.replace(plan.rows["1"], reject=("lora_A",))
+    base, checkpoint = train(tmp_path, plan=plan)
+    model, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=5)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(0.01)
+    write_atomic({name: parameter.detach() for name, parameter in kept(model).items()}, checkpoint)
+    merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
+    assert spread(logits(model), plain_logits(merged)) <= 1e-5
+    again, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=6)
+    load_adapter(again, checkpoint)
+    assert torch.equal(logits(model), logits(again))
 
 
 def test_an_adapter_of_other_layers_is_refused_by_name(tmp_path):

@@ -50,16 +50,25 @@ def with_masters(path: str) -> Layout:
     return Layout(trained=frozenset(tensors.keys() - matrices))
 
 
-def open_model(path: str, adapter: str, strategy: str, vocab_file: str) -> tuple[RWKV, Tokenizer]:
+def open_model(
+    path: str,
+    adapter: str,
+    strategy: str,
+    vocab_file: str,
+    *,
+    scaling: float | None = None,
+    alpha: float | None = None,
+) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
+    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     device, dtype, notice = parse_strategy(strategy)
     if notice:
         log.info("%s", notice)
     if adapter:
-        model = load_combined(path, adapter, compute_dtype=dtype, device=device)[0]
+        model = load_combined(path, adapter, compute_dtype=dtype, device=device, scaling=scaling, alpha=alpha)[0]
     else:
         model = load_model(path, compute_dtype=dtype, device=device, layout=with_masters(path))[0]
     model.requires_grad_(False).eval()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from src.layers.adaptation import Adaptation
 from src.layers.linear import Embedding, Linear, Placement
 from src.layers.placing import Layout, Report, adapter_for, matrices
 from src.layers.stores import store_class
-from src.model.checkpoint import build_model, fill, key_diff, plain_model, read_tensors, trainable
+from src.model.checkpoint import build_model, fill, kept, key_diff, plain_model, read_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import sizes_of
 from src.training.sidecar import Sidecar, read_sidecar
@@ -31,6 +32,29 @@ PROBE = "The merged model must answer as the base model with its adapter does: 1
 # largest difference of logits that rounding explains, relative to their range, by the dtype of the base file
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2}
 COARSE = 5e-2
+
+
+class Mismatch(ValueError):
+    """Base, checkpoint, sidecar and what was said of them do not fit.
+
+    `about` is what could be said otherwise (base, storage, mode, scaling, alpha, or `no scaling` where it is missing);
+    each program knows its own flags for that.
+    """
+
+    def __init__(self, about: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.about = about
+
+
+@contextmanager
+def hinting(hints: Mapping[str, str]) -> Iterator[None]:
+    """Inside, a Mismatch about one of the keys of `hints` becomes a ValueError that ends with its hint."""
+    try:
+        yield
+    except Mismatch as mistake:
+        if mistake.about not in hints:
+            raise
+        raise ValueError(f"{mistake}: {hints[mistake.about]}") from mistake
 
 
 def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False) -> None:
@@ -45,8 +69,8 @@ def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False
         f"{base} is another file (sha256 {found[:12]})"
     )
     if not force:
-        raise ValueError(f"{sentence}: give the right --base_model, or --force 1 to go on")
-    log.warning("%s; going on because of --force 1", sentence)
+        raise Mismatch("base", sentence)
+    log.warning("%s; going on all the same", sentence)
 
 
 def chosen_quant(sidecar: Sidecar | None, typed: str | None, *, force: bool = False) -> str:
@@ -59,10 +83,8 @@ def chosen_quant(sidecar: Sidecar | None, typed: str | None, *, force: bool = Fa
     if sidecar is None:
         return typed or "none"
     if typed is not None and typed != sidecar.quant_mode and not force:
-        raise ValueError(
-            f"--quant {typed} contradicts the sidecar: the adapter was trained on {sidecar.quant_mode} matrices "
-            "(leave the flag out, or --force 1 to merge otherwise)"
-        )
+        trained = f"the adapter was trained on {sidecar.quant_mode} matrices"
+        raise Mismatch("storage", f"storage {typed} contradicts the sidecar: {trained}")
     return typed or sidecar.quant_mode
 
 
@@ -99,18 +121,17 @@ def _packable(adapted: Mapping[str, Adaptation]) -> frozenset[str]:
 
 def _parts(mode: str) -> tuple[str, ...]:
     if mode not in ADAPTERS:
-        raise ValueError(f"--type {mode}: the adapters of this program are {', '.join(ADAPTERS)}")
+        raise ValueError(f"mode {mode}: the adapters of this program are {', '.join(ADAPTERS)}")
     return ADAPTERS[mode].linear.tensors
 
 
 def _contradictions(sidecar: Sidecar, mode: str | None, scaling: float | None, alpha: float | None) -> None:
-    said = {"--type": (mode, "mode"), "--lora_scaling": (scaling, "scaling"), "--lora_alpha": (alpha, "alpha")}
-    for flag, (typed, name) in said.items():
+    said: dict[str, str | float | None] = {"mode": mode, "scaling": scaling, "alpha": alpha}
+    for name, typed in said.items():
         known = sorted({getattr(how, name) for how in sidecar.adapted.values()})
         if typed is not None and known and not all(_same(typed, value) for value in known):
-            raise ValueError(
-                f"{flag} {typed} contradicts the sidecar, which has {name} {', '.join(map(str, known))}: leave it out"
-            )
+            found = ", ".join(map(str, known))
+            raise Mismatch(name, f"{name} {typed} contradicts the sidecar, which has {name} {found}")
 
 
 def _same(typed: str | float, known: str | float) -> bool:
@@ -123,12 +144,9 @@ def _guessed(
     first = f".{_parts(mode)[0]}"
     ranks = {name.removesuffix(first): t.shape[0] for name, t in adapter.items() if name.endswith(first)}
     if ranks and scaling is None and alpha is None:
-        raise ValueError(
-            "the adapter has no sidecar (.json beside it), so its scaling must be given: "
-            "--lora_scaling (alpha / rank) or --lora_alpha"
-        )
+        raise Mismatch("no scaling", "the adapter has no sidecar (.json beside it), so its scaling must be given")
     if scaling is not None and alpha is not None:
-        raise ValueError(f"--lora_scaling {scaling} and --lora_alpha {alpha} say the same thing: give one of them")
+        raise ValueError(f"scaling {scaling} and alpha {alpha} say the same thing: give one of them")
     return {
         name: Adaptation(mode, rank, scaling * rank, scaling)
         if scaling is not None
@@ -167,7 +185,7 @@ def combined_model(
     """
     _check_names(base, adapter, layout, source)
     model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
-    fill(model, adapter, trainable(model), source)
+    fill(model, adapter, kept(model), source)
     return model, report
 
 
