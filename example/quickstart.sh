@@ -42,7 +42,7 @@ $python rlhf_dpo_generate_save.py --load_model $base --input_csv $out/pairs.csv 
   --target_pair_count 240 --strategy "cuda $precision" --skip_bad 1
 
 section "5. DPO with LoRA by layer profile"
-$python train.py --load_model $base --proj_dir $out/dpo --dpo 1 --dpo_beta 0.1 --dpo_alpha 0.3 \
+$python train.py --load_model $base --proj_dir $out/dpo --dpo 1 --dpo_beta 0.1 --dpo_alpha 1 \
   --rlhf_train_file $out/pairs.save --layer_profile example/quickstart/profile.csv --val_file $held_out --ctx_len 128 \
   --micro_bsz 16 --epoch_steps 60 --epoch_count 2 --epoch_save 1 --warmup_steps 5 --precision $precision --grad_cp 0 \
   --quant 0 --random_seed 1

@@ -364,4 +364,4 @@ def test_sigterm_saves_and_is_no_success(typed, text_jsonl, tmp_path):
     assert weights(tmp_path, "last")["emb.weight"].shape == (VOCAB, 64)
     assert (tmp_path / "rwkv-last.json").exists()
     assert not (tmp_path / "rwkv-final.pth").exists()
-    assert process.returncode == 128 + signal.SIGTERM, err
+    assert process.returncode == 1, err  # 1 is everything but done, a mistake, Ctrl+C

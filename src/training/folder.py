@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.model.checkpoint import write_atomic
+from src.model.checkpoint import kept, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +52,13 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dtype: str) -> dict[str, Tensor]:
-    """Every parameter that trains, on the CPU, in its dtype on disk; `dtypes` are those of the base file."""
-    kept = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file."""
+    tensors = {}
+    for name, parameter in kept(model).items():
         whole = name.endswith(WHOLE_MATRIX) and not any(norm in f".{name}" for norm in NORMS)
         dtype = dtypes.get(name, torch.float32) if whole and save_dtype == "base" else torch.float32
-        kept[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-    return kept
+        tensors[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    return tensors
 
 
 class RunFolder:
