@@ -49,7 +49,7 @@ def peak_mib() -> float:
     return float("nan")
 
 
-def prepare(mode: str, kind: str, grad_cp: bool):
+def prepare(mode: str, kind: str, grad_cp: bool, loss: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
@@ -75,26 +75,17 @@ def prepare(mode: str, kind: str, grad_cp: bool):
         del tensors[name]
     model.train()
     optimizer = adamw(parameter_groups(model, plan, "x070", True), (0.9, 0.99), 1e-8)
-    return model, optimizer, Config(loss="sft"), dtype
+    return model, optimizer, Config(loss=loss), dtype
 
 
-def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int) -> dict:
-    """Forward, backward and update times of single-row steps of `ctx` tokens."""
-    import torch
-
-    from src.data.batch import TextBatch
+def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[float]]:
+    """Seconds of forward, backward and update of one optimizer step per batch."""
     from src.losses import LOSSES, step_loss
-    from src.training.forward import text_hidden
 
-    model, optimizer, config, dtype = prepare(mode, kind, grad_cp)
-    generator = torch.Generator().manual_seed(3)
     times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
-    for _ in range(steps + 1):
-        tokens = torch.randint(1, VOCAB, (ctx + 1,), generator=generator)
-        batch = TextBatch(tokens[:-1], tokens[1:], torch.tensor([0, ctx]), float(ctx))
+    for batch in batches:
         a = time.perf_counter()
-        hidden = text_hidden(model, batch)
-        loss = step_loss(LOSSES["sft"], model.head, hidden, batch, config)[0] / batch.total
+        loss = step_loss(LOSSES[config.loss], model.head, hidden_of(model, batch), batch, config)[0] / batch.total
         b = time.perf_counter()
         loss.backward()
         c = time.perf_counter()
@@ -102,8 +93,22 @@ def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int) -> d
         d = time.perf_counter()
         for name, spent in zip(times, (b - a, c - b, d - c)):
             times[name].append(spent)
-    peak = peak_mib()
-    return summary(model, times, ctx, dtype, peak)
+    return times
+
+
+def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int) -> dict:
+    """Single-row steps of `ctx` tokens."""
+    import torch
+
+    from src.data.batch import TextBatch
+    from src.training.forward import text_hidden
+
+    model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft")
+    generator = torch.Generator().manual_seed(3)
+    rows = (torch.randint(1, VOCAB, (ctx + 1,), generator=generator) for _ in range(steps + 1))
+    batches = (TextBatch(row[:-1], row[1:], torch.tensor([0, ctx]), float(ctx)) for row in rows)
+    times = timed_steps(model, optimizer, config, text_hidden, batches)
+    return summary(model, times, ctx, dtype, peak_mib())
 
 
 def update(optimizer) -> None:
@@ -123,28 +128,19 @@ def measure_pairs(kind: str, steps: int) -> dict:
     import torch
 
     from src.data.batch import PairExample, pack_pairs
-    from src.losses import LOSSES, step_loss
     from src.training.forward import pair_hidden
 
-    model, optimizer, config, _ = prepare("lora", kind, False)
+    model, optimizer, config, _ = prepare("lora", kind, False, "dpo")
     generator = torch.Generator().manual_seed(3)
-    times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
 
     def ids(n: int) -> list[int]:
         return torch.randint(1, VOCAB, (n,), generator=generator).tolist()
 
-    for _ in range(steps + 1):
-        batch = pack_pairs([PairExample(ids(24), ids(27), ids(27), (-290.0, -290.0)) for _ in range(4)])
-        a = time.perf_counter()
-        hidden = pair_hidden(model, batch)
-        loss = step_loss(LOSSES["dpo"], model.head, hidden, batch, config)[0] / batch.total
-        b = time.perf_counter()
-        loss.backward()
-        c = time.perf_counter()
-        update(optimizer)
-        d = time.perf_counter()
-        for name, spent in zip(times, (b - a, c - b, d - c)):
-            times[name].append(spent)
+    batches = (
+        pack_pairs([PairExample(ids(24), ids(27), ids(27), (-290.0, -290.0)) for _ in range(4)])
+        for _ in range(steps + 1)
+    )
+    times = timed_steps(model, optimizer, config, pair_hidden, batches)
     whole = [sum(parts) for parts in zip(*times.values())][1:]
     return {"pairs_per_s": 4 / statistics.median(whole), "best_pairs_per_s": 4 / min(whole), "peak_mib": peak_mib()}
 
