@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,17 @@ from src.training.forward import pair_sums, text_hidden
 
 ROW = 8192  # tokens run together; a longer document runs alone, carried from piece to piece
 PIECE = 4096
+
+
+@contextmanager
+def evaluating(model: RWKV) -> Iterator[None]:
+    """Without dropout inside the block; the model's mode is as it was afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _rows(examples: Iterable[TextExample]) -> Iterator[list[TextExample]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from src.layers.placing import Layout
 from src.losses import LOSSES
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
-from src.training.evaluate import evaluate_text, pair_metrics, score_pairs
+from src.training.evaluate import evaluate_text, evaluating, pair_metrics, score_pairs
 from src.training.reference import reference_scores
 from src.training.start import Start, device_of
 
@@ -178,34 +178,31 @@ class Inputs:
         They are --val_file, or what --val_split took. Pairs are compared with their reference scores, taken now, if
         `reference`; otherwise the preference is raw.
         """
-        c, model = self.config, self.start.model
+        c = self.config
         if self.split_off is not None:
             examples = [self.split_off[index] for index in range(len(self.split_off))]
             if isinstance(examples[0], TextExample):
-                return lambda: self._evaluating(lambda: evaluate_text(model, examples, c.head_chunk))
+                return self._held_out_texts(examples)
             known = [pair.reference for pair in examples]
             return self._held_out_pairs(examples, torch.tensor(known) if None not in known else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
-            texts = self._texts(c.val_file, cut=False)
-            return lambda: self._evaluating(lambda: evaluate_text(model, texts, c.head_chunk))
+            return self._held_out_texts(self._texts(c.val_file, cut=False))
         pairs = self._pairs(c.val_file, cap=False)
         return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
 
-    def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
-
+    def _held_out_texts(self, texts: Iterable[TextExample]) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
-            sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk)
+            with evaluating(self.start.model):
+                return evaluate_text(self.start.model, texts, self.config.head_chunk)
+
+        return score
+
+    def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
+        def score() -> dict[str, Any]:
+            with evaluating(self.start.model):
+                sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk)
             return pair_metrics(sums, counts, base)
 
-        return lambda: self._evaluating(score)
-
-    def _evaluating(self, score: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        model = self.start.model
-        training = model.training
-        model.eval()
-        try:
-            return score()
-        finally:
-            model.train(training)
+        return score

@@ -57,11 +57,14 @@ def hinting(hints: Mapping[str, str]) -> Iterator[None]:
         raise ValueError(f"{mistake}: {hints[mistake.about]}") from mistake
 
 
-def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False) -> None:
-    """Refuse an adapter that was trained on another file than `base` (unless `force`); raises ValueError."""
+def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False, sha256: str = "") -> None:
+    """Refuse an adapter that was trained on another file than `base` (unless `force`); raises ValueError.
+
+    Hashes the file unless its `sha256` is given.
+    """
     if sidecar is None or not sidecar.base_sha256:
         return
-    found = file_hash(base)
+    found = sha256 or file_hash(base)
     if found == sidecar.base_sha256:
         return
     sentence = (

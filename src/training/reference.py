@@ -19,7 +19,7 @@ from torch import Tensor
 from src.data.batch import PairExample
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
-from src.training.evaluate import score_pairs
+from src.training.evaluate import evaluating, score_pairs
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,8 @@ def reference_scores(
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return torch.load(path, weights_only=True)["sums"]
     log.info("reference scores of %d pairs: computing", len(pairs))
-    training = model.training
-    model.eval()
-    sums, _ = score_pairs(model, pairs, chunk, progress)
-    model.train(training)
+    with evaluating(model):
+        sums, _ = score_pairs(model, pairs, chunk, progress)
     path.parent.mkdir(exist_ok=True)
     write_atomic({"sums": sums}, path)
     return sums

@@ -142,7 +142,7 @@ def adapter_layout(config: Config) -> Layout | None:
 def resume_adapter(config: Config, start: Start) -> None:
     """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
     sidecar = read_sidecar(config.load_adapter)
-    check_base(sidecar, start.path)
+    check_base(sidecar, start.path, sha256=start.hash)
     if sidecar is not None:
         check_same_adapters(sidecar, start.report.layout, config.load_adapter)
     load_adapter(start.model, config.load_adapter)
