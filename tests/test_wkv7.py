@@ -254,7 +254,7 @@ def test_operator_refuses_offsets_outside_its_memory():
     for starts in ([0, 5], [0, 3], [1, 4], [0, 4, 2, 4], [0, -1, 4]):
         state = torch.zeros(len(starts) - 1, 1, 32, 32)
         with pytest.raises(RuntimeError, match="starts"):
-            library("wkv7").forward(*flat, state, torch.tensor(starts), True)
+            library("wkv7").forward(flat, state, torch.tensor(starts), True)
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,8 @@ void dispatch(const at::Tensor& r, F&& f) {
 }
 
 // Dense copies of r, w, k, v, a, b (tokens, H, N), after checks that keep every offset inside its memory.
-Six dense(const Six& x, const at::Tensor& starts, const at::Tensor& state) {
+Six dense(at::TensorList x, const at::Tensor& starts, const at::Tensor& state) {
+    TORCH_CHECK(x.size() == 6, "six inputs: r, w, k, v, a, b");
     Six y;
     for (int i = 0; i < 6; ++i) {
         TORCH_CHECK(x[i].dim() == 3 && x[i].sizes() == x[0].sizes() && x[i].scalar_type() == x[0].scalar_type() &&
@@ -454,40 +455,36 @@ Six dense(const Six& x, const at::Tensor& starts, const at::Tensor& state) {
 }
 
 // -> y, final state, and when `keep`: sa (tokens, H, N) and checkpoints (intervals, H, N_key, N_value), both float32.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& r, const at::Tensor& w,
-                                                                   const at::Tensor& k, const at::Tensor& v,
-                                                                   const at::Tensor& a, const at::Tensor& b,
-                                                                   const at::Tensor& state, const at::Tensor& starts,
-                                                                   bool keep) {
-    const Six x = dense({r, w, k, v, a, b}, starts, state);
-    const int64_t h = r.size(1), n = r.size(2);
+std::vector<at::Tensor> forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
+    const Six x = dense(inputs, starts, state);
+    const int64_t h = x[0].size(1), n = x[0].size(2);
     const Rows rows(starts, h, n);
-    const auto options = r.options().dtype(at::kFloat);
+    const auto options = x[0].options().dtype(at::kFloat);
     const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), options);
-    const at::Tensor sa = at::empty(keep ? r.sizes() : at::IntArrayRef({0}), options);
+    const at::Tensor sa = at::empty(keep ? x[0].sizes() : at::IntArrayRef({0}), options);
     const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, h, n, n}, options);
     const at::Tensor start = state.contiguous();
-    dispatch(r, [&](auto size, auto element) {
+    dispatch(x[0], [&](auto size, auto element) {
         forward_all<decltype(size)::value, decltype(element)>(x, rows, start, y, last, sa, checkpoints);
     });
+    if (!keep) return {y, last};
     return {y, last, sa, checkpoints};
 }
 
 // -> gradients of r, w, k, v, a, b in their dtype and of the initial state in float32.
-std::vector<at::Tensor> backward(const at::Tensor& r, const at::Tensor& w, const at::Tensor& k, const at::Tensor& v,
-                                 const at::Tensor& a, const at::Tensor& b, const at::Tensor& starts,
-                                 const at::Tensor& sa, const at::Tensor& checkpoints, const at::Tensor& dy,
-                                 const at::Tensor& dlast) {
-    const Six x = dense({r, w, k, v, a, b}, starts, dlast);
-    const Rows rows(starts, r.size(1), r.size(2));
-    TORCH_CHECK(sa.sizes() == r.sizes() && checkpoints.size(0) == rows.checkpoints.back(), "forward kept nothing");
-    TORCH_CHECK(dy.sizes() == r.sizes() && dy.scalar_type() == r.scalar_type(), "bad dy");
+std::vector<at::Tensor> backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts,
+                                 const at::Tensor& dy, const at::Tensor& dlast) {
+    const Six x = dense(inputs, starts, dlast);
+    const Rows rows(starts, x[0].size(1), x[0].size(2));
+    TORCH_CHECK(kept.size() == 2 && kept[0].sizes() == x[0].sizes() && kept[1].size(0) == rows.checkpoints.back(),
+                "forward kept nothing");
+    TORCH_CHECK(dy.sizes() == x[0].sizes() && dy.scalar_type() == x[0].scalar_type(), "bad dy");
     Six out;
     for (auto& grad : out) grad = at::empty_like(x[0]);
     const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
     const at::Tensor dy_dense = dy.contiguous(), dlast_dense = dlast.contiguous();
-    dispatch(r, [&](auto size, auto element) {
-        backward_all<decltype(size)::value, decltype(element)>(x, rows, sa, checkpoints, dy_dense, dlast_dense, out,
+    dispatch(x[0], [&](auto size, auto element) {
+        backward_all<decltype(size)::value, decltype(element)>(x, rows, kept[0], kept[1], dy_dense, dlast_dense, out,
                                                               dstate);
     });
     return {out[0], out[1], out[2], out[3], out[4], out[5], dstate};
@@ -497,10 +494,8 @@ std::vector<at::Tensor> backward(const at::Tensor& r, const at::Tensor& w, const
 }  // namespace rwkv
 
 TORCH_LIBRARY(rwkv_wkv7, m) {
-    m.def("forward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor state, Tensor starts, bool keep)"
-          " -> (Tensor, Tensor, Tensor, Tensor)");
-    m.def("backward(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor starts, Tensor sa,"
-          " Tensor checkpoints, Tensor dy, Tensor dlast) -> Tensor[]");
+    m.def("forward(Tensor[] inputs, Tensor state, Tensor starts, bool keep) -> Tensor[]");
+    m.def("backward(Tensor[] inputs, Tensor[] kept, Tensor starts, Tensor dy, Tensor dlast) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(rwkv_wkv7, CPU, m) {

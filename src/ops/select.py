@@ -41,6 +41,9 @@ def host_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tu
 
 # op -> backend -> rule, the preferred backend first.
 BACKENDS: dict[str, dict[str, Rule]] = {
+    "wkv4": {"naive": any_tensor},
+    "wkv5": {"naive": any_tensor},
+    "wkv6": {"naive": any_tensor},
     "wkv7": {"cpu": host_recurrence, "naive": any_tensor},
     "pointwise7": {"cpu": host_library, "naive": any_tensor},
     "logprob": {"cpu": host_library, "naive": any_tensor},
