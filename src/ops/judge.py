@@ -108,7 +108,7 @@ def results(
 
 def error(value: Tensor, reference: Tensor) -> float:
     """RMS(value - reference) / RMS(reference), computed in float64; infinite if a value is not finite."""
-    value, reference = value.double().cpu(), reference.double().cpu()
+    value, reference = value.detach().double().cpu(), reference.detach().double().cpu()
     assert value.shape == reference.shape, f"{tuple(value.shape)} against {tuple(reference.shape)}"
     if not value.isfinite().all():
         return float("inf")
