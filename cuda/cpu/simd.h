@@ -84,6 +84,12 @@ INLINE vec exp(vec x) {
     return p * bit_copy<vec>(power);
 }
 
+// exp for a decay, of a logarithm <= 0: exactly 0 where `exp` would hold on to e^-87.
+INLINE vec exp_decay(vec x) { return x < -87.f ? splat(0) : exp(x); }
+
+// 0 instead of numbers so small that their products are denormal, which are slow; NaN stays NaN.
+INLINE vec flushed(vec x) { return (x < 1e-30f) & (x > -1e-30f) ? splat(0) : x; }
+
 // Exchange blocks of D lanes: low = a's even blocks between b's, high = the odd ones. D = W/2, W/4 ... 1 in turn,
 // over rows W/2, W/4 ... 1 apart, transposes a W x W tile.
 template <int D>
