@@ -2,8 +2,9 @@
 // with -DRWKV_HOST, where tests/harness/host.h runs blocks and threads on the CPU.
 //
 // How a file cuda/<op>.cu is made (cuda/wkv7.cu is the model):
-//   * `template <...> __global__ void __launch_bounds__(THREADS, BLOCKS) name(Arguments x)`; grids and blocks have one
-//     axis: block_index(), thread_index(). Blocks have a multiple of 64 threads, so warps of 32 or 64 are always full.
+//   * `template <...> __global__ void BOUNDS(threads, registers) name(Arguments x)`: the compiler may use as many
+//     registers per thread. Grids and blocks have one axis: block_index(), thread_index(). Blocks have a multiple of 64
+//     threads, so warps of 32 or 64 are always full.
 //   * Shared memory is one struct: `SHARED(Stage, stage);`, once per kernel. Its contents start undefined (NaN in tests).
 //   * sync() is met by all threads of a block, a shuffle by all threads of a warp; partners of a shuffle lie within 32
 //     threads, because 32 (NVIDIA) and 64 (AMD) must give the same result.
@@ -39,6 +40,7 @@ namespace rwkv {
 #if defined(RWKV_HOST)
 
 using Stream = void*;
+#define BOUNDS(threads, registers)
 #define SHARED(Type, name) Type& name = host::shared<Type>()
 inline int thread_index() { return host::thread_index(); }
 inline int64_t block_index() { return host::block_index(); }
@@ -73,11 +75,15 @@ DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int64_t block_index() { return blockIdx.x; }
 DEVICE void sync() { __syncthreads(); }
 
+// The second number of __launch_bounds__ is that of blocks for each multiprocessor (65536 registers) to nvcc, that of
+// wavefronts for each SIMD unit (at least 256 registers per lane) to hipcc.
 #if defined(__HIP__)
+#define BOUNDS(threads, registers) __launch_bounds__(threads, 256 / (registers))
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor(x, mask, 32); }
 DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
 DEVICE float reciprocal_fast(float x) { return __builtin_amdgcn_rcpf(x); }
 #else
+#define BOUNDS(threads, registers) __launch_bounds__(threads, 65536 / ((threads) * (registers)))
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask, 32); }
 DEVICE float exp2_fast(float x) {  // within 2 units in the last place; results below 2^-126 are 0
     float y;
@@ -238,6 +244,8 @@ struct Sizes {
     int64_t interval;   // tokens between checkpoints
 };
 
+inline Sizes sizes_of(const int64_t* x) { return {x[0], x[1], x[2], x[3], x[4], x[5]}; }
+
 // places, int64 (3, rows + 1): where each row begins among the tokens and where among the intervals, both with a last
 // entry for the end; then the rows from the longest to the shortest, so that the last blocks to finish are short.
 struct Places {
@@ -290,7 +298,7 @@ const char* dispatch(const Sizes& sizes, int dtype, F&& f) {
     return "the dtype is neither float32 nor bfloat16";
 }
 
-__global__ inline void probe() {}
+static __global__ void probe() {}
 
 }  // namespace rwkv
 
