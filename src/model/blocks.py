@@ -94,6 +94,18 @@ class Block(nn.Module):
         self.att = self.time_mix(sizes, layer)
         self.ffn = self.channel_mix(sizes)
 
+    def empty(self) -> Tensor:
+        """The recurrence's state of one sequence before any token, (H, N, N)."""
+        return torch.zeros(self.att.heads, self.att.head_size, self.att.head_size)
+
+    def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
+        """What `rows` sequences remember before any token; shifts in `dtype`."""
+        weight = self.ln1.weight
+        shift = weight.new_zeros(rows, len(weight), dtype=dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wkv = self.empty().to(weight.device, wide)
+        return LayerState(shift, wkv.expand(rows, *wkv.shape), shift)
+
     def embedded(self, x: Tensor) -> Tensor:
         """ln0 after the embedding (block 0 only)."""
         return normalise(x, self.ln0)

@@ -43,6 +43,10 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
 
+    def initial(self, rows: int) -> State:
+        """What `rows` sequences remember before any token; the same as no state at all."""
+        return State(block.initial(rows, self.compute_dtype) for block in self.blocks)
+
     def forward(
         self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, State | None]:

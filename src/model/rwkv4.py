@@ -14,7 +14,7 @@ from src.model import blocks
 from src.model.blocks import GatedChannelMix, complement, stacked
 from src.model.sizes import Sizes
 from src.ops.pointwise7 import token_mix
-from src.ops.wkv4 import wkv4
+from src.ops.wkv4 import no_sums, wkv4
 
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 
@@ -65,3 +65,7 @@ class Block(blocks.Block):
 
     time_mix = TimeMix
     channel_mix = ChannelMix
+
+    def empty(self) -> Tensor:
+        """The sums of one sequence before any token, (A, 3)."""
+        return no_sums(len(self.att.time_decay))

@@ -30,6 +30,13 @@ class State(list[LayerState]):
         """The same values without history."""
         return State(LayerState(*(part.detach() for part in layer)) for layer in self)
 
+    def joined(self, other: State) -> State:
+        """The rows of this state, then those of `other`."""
+        return State(
+            LayerState(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
+            for one, two in zip(self, other, strict=True)
+        )
+
     @property
     def rows(self) -> int:
         """Number of sequences."""
