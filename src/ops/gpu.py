@@ -42,6 +42,11 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
+    # the sums before each interval
+    "wkv4": Layout(kept=("interval",), scratch=(), vectors=2, interval=32),
+    # the state before each interval | dL/d(the state after each interval)
+    "wkv5": Layout(kept=("interval",), scratch=("interval",), vectors=2),
+    "wkv6": Layout(kept=("interval",), scratch=("interval",), vectors=1),
     # the state before each interval, sa | dL/dsa, dL/d(the state after each interval), sums for the decay
     "wkv7": Layout(kept=("interval", "token"), scratch=("token", "interval", "token")),
 }
