@@ -99,8 +99,8 @@ NOT_BUILT = (
         "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
     ),
     Missing(
-        lambda c: c.wkv_backend not in ("auto", "naive", "cpu"),
-        "{wkv_backend=}: this kernel is not built yet; auto, naive and cpu are",
+        lambda c: c.wkv_backend not in ("auto", "naive", "cpu", "cuda"),
+        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu and cuda are",
     ),
     Missing(
         lambda c: c.compile,
@@ -117,10 +117,6 @@ NOT_BUILT = (
     Missing(
         lambda c: bool(c.resume),
         "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
-    ),
-    Missing(
-        lambda c: c.doctor,
-        "{doctor} 1: examining the machine is not built yet",
     ),
 )
 

@@ -81,7 +81,7 @@ PUBLISHED = {
     "reward model": (f"{SIZES} --rm 1 --rlhf_train_file F", "--rm 1"),
     "ppo": (f"{SIZES} --ppo 1 --reward_model R --rlhf_train_file F", "--ppo 1"),
     "evaluation": ("--load_model M --eval_only 1 --val_file F --load_adapter A", None),
-    "doctor": ("--doctor 1", "--doctor 1"),
+    "doctor": ("--doctor 1", None),
     "today's dpo": (
         f"{SIZES} --layer_profile layerprofile/24_TEST.csv --dpo 1 --rlhf_train_file F --accelerator cpu --dry_run 1",
         None,
