@@ -3,7 +3,6 @@
 import fcntl
 
 import pytest
-import torch
 
 from src.ops import build, check, select
 from src.training import doctor as module
