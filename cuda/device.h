@@ -80,7 +80,7 @@ DEVICE void sync() { __syncthreads(); }
 #if defined(__HIP__)
 #define BOUNDS(threads, registers) __launch_bounds__(threads, 256 / (registers))
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor(x, mask, 32); }
-DEVICE float exp2_fast(float x) { return __builtin_amdgcn_exp2f(x); }
+DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }  // v_exp_f32
 DEVICE float reciprocal_fast(float x) { return __builtin_amdgcn_rcpf(x); }
 #else
 #define BOUNDS(threads, registers) __launch_bounds__(threads, 65536 / ((threads) * (registers)))
@@ -214,8 +214,9 @@ DEVICE float scatter_sum(const float (&x)[COUNT]) {
         float kept[COUNT / 2];
 #pragma unroll
         for (int i = 0; i < COUNT / 2; ++i) {
-            const float mine = upper ? x[i + COUNT / 2] : x[i], other = upper ? x[i] : x[i + COUNT / 2];
-            kept[i] = mine + shuffle_xor(other, FIRST);
+            // Two numbers first, then the choice: a choice between two places would keep x out of registers (clang).
+            const float low = x[i], high = x[i + COUNT / 2];
+            kept[i] = (upper ? high : low) + shuffle_xor(upper ? low : high, FIRST);
         }
         return scatter_sum<COUNT / 2, FIRST * 2, END>(kept);
     }
@@ -263,7 +264,10 @@ struct Places {
         int64_t low = 0, high = rows;  // marks[low] <= interval < marks[high]
         while (high - low > 1) {
             const int64_t middle = (low + high) / 2;
-            (marks[middle] <= interval ? low : high) = middle;
+            if (marks[middle] <= interval)
+                low = middle;
+            else
+                high = middle;
         }
         return low;
     }

@@ -13,6 +13,7 @@ namespace rwkv {
 namespace {
 
 constexpr int THREADS = 64;
+constexpr int REGISTERS = 128;
 constexpr int INTERVAL = 32;  // as in src/ops/gpu.py
 constexpr int GROUP = 8;      // tokens read at once: the recurrence of one group hides the reading of the next
 constexpr float LOG2E = 1.44269504f;
@@ -86,7 +87,7 @@ struct Group {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS) forward(Arguments x, const float* state, T* y, float* last, float* kept) {
+__global__ void BOUNDS(THREADS, REGISTERS) forward(Arguments x, const float* state, T* y, float* last, float* kept) {
     const Lane lane(x);
     if (!lane.inside) return;
     const float d = -expf(x.w[lane.channel]), u = x.u[lane.channel];
@@ -121,7 +122,7 @@ struct Before {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void BOUNDS(THREADS, REGISTERS)
     backward(Arguments x, const float* kept, const T* dy, const float* dlast, Gradients to) {
     SHARED(Before, before);
     const Lane lane(x);
@@ -188,7 +189,7 @@ int64_t blocks_of(const Sizes& sizes) { return sizes.rows * ((sizes.size + THREA
 RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes_, int dtype, int device, void* stream) {
     using namespace rwkv;
     const OnDevice here(device);
-    const Sizes& sizes = *reinterpret_cast<const Sizes*>(sizes_);
+    const Sizes sizes = sizes_of(sizes_);
     const Arguments x{sizes, Places(tensors[5], sizes), tensors[0], tensors[1], tensor<float>(tensors, 2),
                       tensor<float>(tensors, 3)};
     const char* refused = by_dtype(dtype, [&](auto element) {
@@ -203,7 +204,7 @@ RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes_, int dtype,
 RWKV_EXPORT rwkv_backward(void* const* tensors, const int64_t* sizes_, int dtype, int device, void* stream) {
     using namespace rwkv;
     const OnDevice here(device);
-    const Sizes& sizes = *reinterpret_cast<const Sizes*>(sizes_);
+    const Sizes sizes = sizes_of(sizes_);
     const Arguments x{sizes, Places(tensors[5], sizes), tensors[0], tensors[1], tensor<float>(tensors, 2),
                       tensor<float>(tensors, 3)};
     const Gradients to{tensors[8], tensors[9], tensor<float>(tensors, 10), tensor<float>(tensors, 11),

@@ -2,9 +2,9 @@
 #include "wkv56.h"
 
 RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes, int dtype, int device, void* stream) {
-    return rwkv::forward56<false>(tensors, *reinterpret_cast<const rwkv::Sizes*>(sizes), dtype, device, stream);
+    return rwkv::forward56<false>(tensors, rwkv::sizes_of(sizes), dtype, device, stream);
 }
 
 RWKV_EXPORT rwkv_backward(void* const* tensors, const int64_t* sizes, int dtype, int device, void* stream) {
-    return rwkv::backward56<false>(tensors, *reinterpret_cast<const rwkv::Sizes*>(sizes), dtype, device, stream);
+    return rwkv::backward56<false>(tensors, rwkv::sizes_of(sizes), dtype, device, stream);
 }

@@ -24,6 +24,7 @@ namespace {
 constexpr int INTERVAL = 64;  // as in src/ops/gpu.py
 constexpr int L = 8;          // tokens in shared memory at a time; divides INTERVAL
 constexpr int VECTORS = 2;    // rows (or columns) of a thread
+constexpr int REGISTERS = 128;  // more where blocks are few anyway
 // Below this log decay (e^-17 = 4e-8) the gradient of the decay is zero to float32 beside P, from which it is taken.
 constexpr float FAST = -17.f;
 
@@ -178,7 +179,7 @@ struct SweepStage {
 };
 
 template <int N, int OWN, bool BACK, typename T, typename W>
-__global__ void __launch_bounds__((threads<N, OWN>)) sweep(Sweep<T, W> x) {
+__global__ void BOUNDS((threads<N, OWN>), (OWN < Tile<N>::WHOLE ? 168 : REGISTERS)) sweep(Sweep<T, W> x) {
     using Own = Tile<N>;
     constexpr int THREADS = threads<N, OWN>, PARTS = N / OWN, LANES = Own::LANES;
     using Stage = SweepStage<N, OWN>;
@@ -275,7 +276,7 @@ struct ColumnStage {
 };
 
 template <int N, typename T, typename W>
-__global__ void __launch_bounds__((threads<N, Tile<N>::WHOLE>)) gradients(Columns<T, W> x) {
+__global__ void BOUNDS((threads<N, Tile<N>::WHOLE>), REGISTERS) gradients(Columns<T, W> x) {
     using Own = Tile<N>;
     constexpr int OWN = Own::WHOLE, THREADS = threads<N, OWN>, PARTS = N / OWN, LANES = Own::LANES;
     using Stage = ColumnStage<N, OWN>;

@@ -54,31 +54,13 @@ DEVICE Decay decay_of(float w) {
     return {exp2_fast((w < 0 ? q * inverse : inverse) * (-RATE * LOG2E)), -RATE * q * inverse * inverse};
 }
 
-// What a thread brings from memory to the stage: the same two numbers of every token.
+// What stands for a token that is not there: no decay, and zeros.
 template <typename T>
-struct Courier {
-    const T* from = nullptr;  // those of the first token; null if there is nothing to bring
-    int to = 0;               // where in a token's place on the stage
-    bool decay = false;
-
-    // Token `token` of `tokens`, or what stands for a token that is not there: no decay, and zeros.
-    DEVICE Pack<2> fetch(int token, int tokens, int64_t stride) const {
-        if (from && token >= 0 && token < tokens) return load<2>(from + token * stride);
-        return Pack<2>{{decay ? -INFINITY : 0.f, decay ? -INFINITY : 0.f}};
-    }
-
-    // SLOPE > 0: the slope of the decay goes that far behind the decay.
-    template <int SLOPE = 0>
-    DEVICE void put(float* place, Pack<2> x) const {
-        if (!from) return;
-        if (decay) {
-            const Decay one = decay_of(x[0]), two = decay_of(x[1]);
-            x = {{one.value, two.value}};
-            if constexpr (SLOPE > 0) store<2>(place + to + SLOPE, {{one.slope, two.slope}});
-        }
-        store<2>(place + to, x);
-    }
-};
+DEVICE T missing(bool decay) {
+    T x;
+    narrow(decay ? -INFINITY : 0.f, x);
+    return x;
+}
 
 // ---------------------------------------------------------------- rows: sweeps over all tokens
 
@@ -103,7 +85,6 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
     constexpr int THREADS = Shape::THREADS, PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
     constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
     constexpr int STAGE = 4;                               // tokens that are read while as many others are filled in
-    constexpr int PAIRS = 5 * N / 2 + ROWS / 2, PASSES = (PAIRS + THREADS - 1) / THREADS;
     struct Stage {
         alignas(16) float at[2 * STAGE][5 * N + ROWS];
     };
@@ -118,19 +99,28 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
     const int tokens = int(args.places.starts[row + 1] - begin);
     const int64_t origin = begin * stride + head * N;
 
-    Courier<T> couriers[PASSES];
-    bool late[PASSES] = {};  // its token is that of step s - 1
+    // Each thread brings one number of every vector of a token to the stage.
+    struct Ahead {
+        T at[VECTORS];
+    };
+    const auto fetch = [&](int step) {
+        Ahead ahead;
 #pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int pair = thread + pass * THREADS, vector = pair / (N / 2);
-        if (pair >= PAIRS) continue;
-        const int at = pair % (N / 2) * 2 + (vector == VALUES ? value : 0);
-        couriers[pass] = {args.vectors[vector] + origin + at, pair * 2, vector == DECAY};
-        late[pass] = REVERSE ? vector <= A : vector != X;
-    }
-    const auto fetch = [&](int pass, int step) {
-        const int order = step - late[pass];
-        return couriers[pass].fetch(REVERSE ? tokens - 1 - order : order, tokens, stride);
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            const bool late = REVERSE ? vector <= A : vector != X;
+            const int order = step - late, token = REVERSE ? tokens - 1 - order : order;
+            const bool there = order >= 0 && order < tokens && thread < (vector == VALUES ? ROWS : N);
+            const int64_t at = origin + token * stride + thread + (vector == VALUES ? value : 0);
+            ahead.at[vector] = there ? args.vectors[vector][at] : missing<T>(vector == DECAY);
+        }
+        return ahead;
+    };
+    const auto put = [&](int step, const Ahead& ahead) {
+        float* place = stage.at[step % (2 * STAGE)] + thread;
+        if (thread < N) place[DECAY * N] = decay_of(widen(ahead.at[DECAY])).value;
+#pragma unroll
+        for (int vector = DECAY + 1; vector < VECTORS; ++vector)
+            if (thread < (vector == VALUES ? ROWS : N)) place[vector * N] = widen(ahead.at[vector]);
     };
 
     float m[R][PIECE], x[R] = {};
@@ -149,9 +139,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
             const Pack<4> four = load<4>(args.begin + state + r * N + c * PARTS);
             for (int e = 0; e < 4; ++e) m[r][c + e] = four[e];
         }
-    for (int step = 0; step < STAGE; ++step)
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) couriers[pass].put(stage.at[step], fetch(pass, step));
+    for (int step = 0; step < STAGE; ++step) put(step, fetch(step));
 
     const int own = owned<R, LOW, 32>(thread);  // the row, of the R, whose sums this thread writes
     const bool writer = writes<R, LOW, 32>(thread);
@@ -160,10 +148,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
 
     for (int step = 0; step <= tokens; ++step) {
         if (step % STAGE == 0) sync();  // the half to be read is complete, and nobody reads the other any more
-        Pack<2> ahead[PASSES];
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) ahead[pass] = fetch(pass, step + STAGE);
-
+        const Ahead ahead = fetch(step + STAGE);
         const float* now = stage.at[step % (2 * STAGE)];
         const Pack<R> u = load<R>(now + VALUES * N + tile.slot * R);
         float y[R] = {}, next[R] = {};
@@ -200,9 +185,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
             const int64_t interval = first_checkpoint + x_token / INTERVAL;
             save(args.checkpoints + state + ((interval - row) * args.sizes.heads) * N * N);
         }
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass)
-            couriers[pass].put(stage.at[(step + STAGE) % (2 * STAGE)], ahead[pass]);
+        put(step + STAGE, ahead);
     }
     save(args.end + state);
 }
@@ -239,11 +222,9 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
     // A token on the stage: N numbers of each of the first four, then KEYS of each of the others.
     constexpr int DY = 0, V = N, SA = 2 * N, DSA = 3 * N;
     constexpr int W = 4 * N, K_ = W + KEYS, A_ = K_ + KEYS, B_ = A_ + KEYS, R_ = B_ + KEYS, SLOPE = R_ + KEYS;
-    constexpr int PAIRS = N + 5 * KEYS / 2, PASSES = (PAIRS + THREADS - 1) / THREADS;
     struct Stage {
         alignas(16) float at[2 * STAGE][SLOPE + KEYS];
     };
-    static_assert(N / 2 + N / 2 <= THREADS, "sa and dsa are brought in one pass");
     SHARED(Stage, stage);
 
     const int thread = thread_index();
@@ -256,39 +237,32 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
     const int tokens = int(left < INTERVAL ? left : INTERVAL);
     const int64_t origin = begin * stride + head * N;
 
-    Courier<float> wide;  // brings sa or dsa, float32 whatever T is
-    if (thread < N) {
-        const int at = thread % (N / 2) * 2;
-        wide = {(thread < N / 2 ? args.sa : args.dsa) + origin + at, (thread < N / 2 ? SA : DSA) + at, false};
-    }
-    Courier<T> couriers[PASSES];
-#pragma unroll
-    for (int pass = 0; pass < PASSES; ++pass) {
-        const int pair = thread + pass * THREADS, which = pair < N ? 0 : (pair - N) / (KEYS / 2);
-        if (pair < N) {
-            const int at = pair % (N / 2) * 2;
-            couriers[pass] = {(pair < N / 2 ? args.dy : args.v) + origin + at, (pair < N / 2 ? DY : V) + at, false};
-        } else if (pair < PAIRS) {
-            const T* from = which == 0 ? args.w : which == 1 ? args.k : which == 2 ? args.a : which == 3 ? args.b : args.r;
-            const int at = (pair - N) % (KEYS / 2) * 2;
-            couriers[pass] = {from + origin + key + at, W + which * KEYS + at, which == 0};
-        }
-    }
     struct Ahead {
-        Pack<2> wide, other[PASSES];
+        T dy, v, w, k, a, b, r;
+        float sa, dsa;
     };
     const auto fetch = [&](int token) {
         Ahead x;
-        x.wide = wide.fetch(token, tokens, stride);
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) x.other[pass] = couriers[pass].fetch(token, tokens, stride);
+        const int64_t value_at = origin + token * stride + thread, key_at = value_at + key;
+        if (thread < N && token >= 0 && token < tokens) {
+            x.dy = args.dy[value_at], x.v = args.v[value_at], x.sa = args.sa[value_at], x.dsa = args.dsa[value_at];
+            if (thread < KEYS) {
+                x.w = args.w[key_at], x.k = args.k[key_at], x.a = args.a[key_at], x.b = args.b[key_at];
+                x.r = args.r[key_at];
+            }
+        }
         return x;
     };
     const auto put = [&](int step, const Ahead& x) {
-        float* place = stage.at[step % (2 * STAGE)];
-        wide.put(place, x.wide);
-#pragma unroll
-        for (int pass = 0; pass < PASSES; ++pass) couriers[pass].template put<SLOPE - W>(place, x.other[pass]);
+        float* place = stage.at[step % (2 * STAGE)] + thread;
+        if (thread < N) {
+            place[DY] = widen(x.dy), place[V] = widen(x.v), place[SA] = x.sa, place[DSA] = x.dsa;
+            if (thread < KEYS) {
+                const Decay decay = decay_of(widen(x.w));
+                place[W] = decay.value, place[SLOPE] = decay.slope, place[K_] = widen(x.k), place[A_] = widen(x.a);
+                place[B_] = widen(x.b), place[R_] = widen(x.r);
+            }
+        }
     };
 
     const int own = tile.slot * R + owned<R, LOW, 32>(thread);  // the column whose sums this thread has

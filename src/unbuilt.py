@@ -27,10 +27,6 @@ BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
-        lambda c: c.version in ("x040", "x052", "x060"),
-        "{version=}: of the RWKV versions only x070 (RWKV-7) is built yet",
-    ),
-    Missing(
         lambda c: c.loss not in ("", "sft", "dpo", "orpo"),
         "{loss=}: this loss is not built yet; {sft}, {dpo} and {orpo} are",
     ),
@@ -103,8 +99,8 @@ NOT_BUILT = (
         "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
     ),
     Missing(
-        lambda c: c.wkv_backend not in ("auto", "naive", "cpu"),
-        "{wkv_backend=}: this kernel is not built yet; auto, naive and cpu are",
+        lambda c: c.wkv_backend not in ("auto", "naive", "cpu", "cuda"),
+        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu and cuda are",
     ),
     Missing(
         lambda c: c.compile,
@@ -122,22 +118,16 @@ NOT_BUILT = (
         lambda c: bool(c.resume),
         "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
     ),
-    Missing(
-        lambda c: c.doctor,
-        "{doctor} 1: examining the machine is not built yet",
-    ),
 )
 
 
 def refuse_unbuilt(config: Config, modes: Collection[str] = (), version: str | None = None) -> None:
     """Raises ValueError with the sentence of the first missing part that the run asks for.
 
-    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says, once it is read.
+    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says (every one is built).
     """
     for part in NOT_BUILT:
         if part.wanted(config):
             raise ValueError(say(part.sentence, config))
     for mode in sorted(set(modes) - set(BUILT_MODES)):
         raise ValueError(say(f"{{layer_profile=}}: mode {mode} is not built yet; {', '.join(BUILT_MODES)} are", config))
-    if version not in (None, "x070"):
-        raise ValueError(say(f"{{load_model=}} is an RWKV model of version {version}; only x070 is built yet", config))

@@ -12,9 +12,10 @@ from src.layers.adaptation import Adaptation, seeded
 from src.layers.linear import Embedding, Linear, Placement
 from src.layers.placing import apply_plan, plan_layout
 from src.layers.stores import STORES, store_class
+from src.model import VERSIONS
 from src.model.checkpoint import build_model, kept, trainable
-from src.model.initial import initial_tensors
 from src.plan import make_plan
+from tests.conftest import any_initial_tensors
 
 IN, OUT, RANK = 96, 64, 8  # rows of 96 do not end where the blocks of 64 of 4-bit storage do
 
@@ -224,8 +225,8 @@ def test_an_unknown_storage_names_the_legal_ones():
         store_class("int3")
 
 
-def tiny() -> dict[str, torch.Tensor]:
-    tensors = initial_tensors("x070", 2, 64, 40, 32, 0)
+def tiny(version: str = "x070") -> dict[str, torch.Tensor]:
+    tensors = any_initial_tensors(version, 2, 64, 40, 32, 0)
     return {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in tensors.items()}
 
 
@@ -311,10 +312,11 @@ def test_an_adapter_that_may_not_learn_is_left_out():
 
 
 @stores
-def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(store):
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(version, store):
     if store != "none":
         pytest.importorskip("bitsandbytes")
-    tensors, tokens = tiny(), torch.arange(24).view(2, 12)
+    tensors, tokens = tiny(version), torch.arange(24).view(2, 12)
     plain, _ = build_model(tensors, compute_dtype=torch.float32, quant=store)
     options = {"compute_dtype": torch.float32, "plan": lora_plan(dropout=0.0), "quant": store}
     model, _ = build_model(tensors, **options)

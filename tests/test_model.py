@@ -180,6 +180,25 @@ def test_recomputed_blocks_give_the_same_gradient(tensors, frozen_embedding):
         assert torch.allclose(value, gradients[1][name], atol=1e-12), name
 
 
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+def test_gradients_of_training_are_those_of_float64(tensors, dtype, allowed):
+    """If this breaks, a kernel or a cast gives some tensor of this version a gradient that is not its own."""
+    found = []
+    tensors = {name: value.to(dtype).float() for name, value in tensors.items()}
+    for compute in (torch.float64, dtype):
+        model = build(tensors, torch.float64 if compute == torch.float64 else torch.float32)
+        model.compute_dtype = compute
+        starts = torch.tensor([0, 5, 12])
+        hidden, state = model(torch.tensor([TOKENS]), None, starts)
+        later, _ = model(torch.tensor([[4, 8, 15]]), state, torch.tensor([0, 1, 3]))
+        loss = torch.cat([hidden, later], 1).double()
+        (loss * torch.linspace(-1, 1, loss.numel(), dtype=torch.float64).view(loss.shape)).sum().backward()
+        found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() >= {"emb.weight", "blocks.2.ffn.value.weight"}
+    for name, exact in found[0].items():
+        assert float((found[1][name] - exact).norm() / exact.norm()) <= allowed, name
+
+
 def test_no_tokens_leave_the_state_alone(tensors):
     """If this breaks, pairs whose prompt is a single token crash."""
     model = build(tensors)

@@ -44,6 +44,13 @@ struct Inputs {
     const T *r, *k, *v;
     std::conditional_t<PER_TOKEN, const T*, const float*> w;
     const float* u;
+
+    auto tokens() const {
+        if constexpr (PER_TOKEN)
+            return std::array{r, k, v, w};
+        else
+            return std::array{r, k, v};
+    }
 };
 
 // Everything one thread needs for one interval of one run, all in float32.
@@ -246,6 +253,16 @@ INLINE void sweep_back(Interval<N>& m, int row, int column, int n) {
 
 // ---------------------------------------------------------------- runs
 
+// Ask for the tokens of an interval that comes next, one of N / ROWS shares of them: a token's N elements lie far from
+// the next token's, which no hardware foresees.
+template <int N, typename T, size_t COUNT>
+INLINE void fetch(const std::array<const T*, COUNT>& inputs, const Run& run, int64_t first, int share) {
+    constexpr int TOKENS = (INTERVAL * ROWS + N - 1) / N;
+    const int64_t end = std::min(first + std::min((share + 1) * TOKENS, INTERVAL), run.tokens);
+    for (int64_t t = std::max<int64_t>(first, 0) + share * TOKENS; first >= 0 && t < end; ++t)
+        for (const T* x : inputs) prefetch(x + run.first + t * run.stride, N);
+}
+
 template <int N, typename T, bool PER_TOKEN>
 INLINE void open_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run) {
     if constexpr (!PER_TOKEN)
@@ -272,9 +289,11 @@ void forward_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run, 
         open_keys<N, false>(m, x, run, first, n);
         open_values<N, false, T>(m, x.v, nullptr, run, first, n, value, width, out);
         for (int i = 0; i < width; i += VECS * W)
-            for (int j = 0; j < N; j += ROWS)
+            for (int j = 0; j < N; j += ROWS) {
+                if (i == 0) fetch<N>(x.tokens(), run, first + INTERVAL, j / ROWS);
                 sweep<N, VECS, true>(m.S + j * width + i, width, n, m.er + j, m.kf + j, m.v + i, out + i, m.D + j,
                                      nullptr);
+            }
         for (int t = 0; t < n; ++t)
             for (int i = 0; i < width; i += W)
                 store(y + run.first + (first + t) * run.stride + value + i, load(out + t * N + i));
@@ -355,11 +374,14 @@ void backward_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run,
         for (float* p : {m.dr, m.dk}) std::memset(p, 0, (n + GROUP - 1) / GROUP * GROUP * N * sizeof(float));
         std::memset(m.GS, 0, sizeof(m.GS));
         transpose(checkpoints + run.checkpoint + first / INTERVAL * run.interval, N, m.S, N, N, N);
-        for (int i = 0; i < N; i += ROWS)
+        for (int i = 0; i < N; i += ROWS) {
+            fetch<N>(x.tokens(), run, first - INTERVAL, i / ROWS);
+            fetch<N>(std::array{dy}, run, first - INTERVAL, i / ROWS);
             for (int j = 0; j < N; j += VECS * W) {
                 sweep<N, VECS, false>(m.S + i * N + j, N, n, m.dy + i, m.v + i, m.kf + j, m.dr + j, m.D + j, m.kept);
                 sweep_back<N, VECS>(m, i, j, n);
             }
+        }
         close_interval(m, x, run, first, n, out);
     }
     std::memcpy(dstate + run.state, m.G, sizeof(m.G));

@@ -200,6 +200,20 @@ def _compile(recipe: Recipe, target: Path) -> None:
     logger.info("compiled %s in %.0f s", source.name, time.monotonic() - began)
 
 
+def held(path: Path) -> bool:
+    """Whether another process compiles under this lock now; a lock file alone says nothing, its owner may be dead."""
+    import fcntl  # absent on Windows, where compiler() has already refused
+
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Hold `path` locked; goes on without it after LOCK_PATIENCE seconds, or where the file system has no locks."""

@@ -42,6 +42,11 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
+    # the sums before each interval
+    "wkv4": Layout(kept=("interval",), scratch=(), vectors=2, interval=32),
+    # the state before each interval | dL/d(the state after each interval)
+    "wkv5": Layout(kept=("interval",), scratch=("interval",), vectors=2),
+    "wkv6": Layout(kept=("interval",), scratch=("interval",), vectors=1),
     # the state before each interval, sa | dL/dsa, dL/d(the state after each interval), sums for the decay
     "wkv7": Layout(kept=("interval", "token"), scratch=("token", "interval", "token")),
 }
@@ -156,10 +161,14 @@ def kernel(op: str, device: torch.device) -> Kernel:
 
 def recipe(op: str, device: torch.device) -> Recipe:
     """How cuda/<op>.cu is compiled for a device that torch can see. Raises BuildError if a compiler is missing."""
+    return (hip_recipe if torch.version.hip else cuda_recipe)(op, architecture(device))
+
+
+def architecture(device: torch.device) -> str:
+    """What the compilers call a GPU: "gfx90a", or for NVIDIA the digits of its compute capability, "90"."""
     if torch.version.hip:
-        name = torch.cuda.get_device_properties(device).gcnArchName
-        return hip_recipe(op, name.partition(":")[0])
-    return cuda_recipe(op, "{}{}".format(*torch.cuda.get_device_capability(device)))
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def cuda_recipe(op: str, capability: str) -> Recipe:

@@ -59,7 +59,7 @@ def device_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: 
 
 # op -> backend -> rule, the preferred backend first.
 BACKENDS: dict[str, dict[str, Rule]] = {
-    "wkv4": {"cuda": device_library, "naive": any_tensor},
+    "wkv4": {"cuda": device_library, "cpu": host_library, "naive": any_tensor},
     "wkv5": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv6": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv7": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
