@@ -161,7 +161,7 @@ LAWS = (
         "{ctx_warmup_steps=} needs {initial_ctx_len}, the length to start from",
     ),
     Law(
-        lambda c: c.state_shift and not c.state,
+        lambda c: c.state_shift and not c.state and c.peft != "state",
         "{state_shift} 1 needs {state} 1",
     ),
     Law(

@@ -71,12 +71,8 @@ NOT_BUILT = (
         "{reset_state} 0: carrying the state over document borders is not built yet; use 1",
     ),
     Missing(
-        lambda c: c.state or c.state_shift,
-        "{state} 1: state tuning is not built yet; {peft} lora trains a small part of the model",
-    ),
-    Missing(
-        lambda c: c.peft not in ("full", "lora"),
-        "{peft=}: this adapter is not built yet; full and lora are",
+        lambda c: c.peft not in ("full", "lora", "state"),
+        "{peft=}: this adapter is not built yet; full, lora and state are",
     ),
     Missing(
         lambda c: c.storage in ("int8", "fp8"),

@@ -93,18 +93,28 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(sizes.n_embd)
         self.att = self.time_mix(sizes, layer)
         self.ffn = self.channel_mix(sizes)
+        self.states = sizes.states
+        for name in self.states:
+            half, _, leaf = name.partition(".")
+            shape = self.learnt_shape() if leaf == "time_state" else (sizes.n_embd,)
+            getattr(self, half).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
 
-    def empty(self) -> Tensor:
-        """The recurrence's state of one sequence before any token, (H, N, N)."""
-        return torch.zeros(self.att.heads, self.att.head_size, self.att.head_size)
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Shape of att.time_state: (H, N_value, N_key). All zeros are no state."""
+        return (self.att.heads, self.att.head_size, self.att.head_size)
+
+    def begin(self, learnt: Tensor | None) -> Tensor:
+        """The recurrence's state of one sequence before any token, from att.time_state if the model has one."""
+        return torch.zeros(self.learnt_shape()) if learnt is None else learnt
 
     def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
-        """What `rows` sequences remember before any token; shifts in `dtype`."""
-        weight = self.ln1.weight
-        shift = weight.new_zeros(rows, len(weight), dtype=dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        wkv = self.empty().to(weight.device, wide)
-        return LayerState(shift, wkv.expand(rows, *wkv.shape), shift)
+        """What `rows` sequences remember before any token, learnt or nothing; shifts in `dtype`."""
+        device, wide = self.ln1.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
+        none = torch.zeros(self.ln1.normalized_shape)
+        wkv = self.begin(getattr(self.att, "time_state", None)).to(device, wide)
+        shifts = (getattr(half, "shift_state", none).to(device, dtype) for half in (self.att, self.ffn))
+        att_shift, ffn_shift = (shift.expand(rows, -1) for shift in shifts)
+        return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
     def embedded(self, x: Tensor) -> Tensor:
         """ln0 after the embedding (block 0 only)."""
@@ -114,6 +124,8 @@ class Block(nn.Module):
         self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state)."""
+        if state is None and self.states:
+            state = self.initial(len(x) if starts is None else len(starts) - 1, x.dtype)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         att_in = normalise(x, self.ln1)
         y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)

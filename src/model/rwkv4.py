@@ -66,6 +66,13 @@ class Block(blocks.Block):
     time_mix = TimeMix
     channel_mix = ChannelMix
 
-    def empty(self) -> Tensor:
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Shape of att.time_state: (A, 2), the numerator p and the denominator q, which counts as 0 where negative."""
+        return (len(self.att.time_decay), 2)
+
+    def begin(self, learnt: Tensor | None) -> Tensor:
         """The sums of one sequence before any token, (A, 3)."""
-        return no_sums(len(self.att.time_decay))
+        if learnt is None:
+            return no_sums(len(self.att.time_decay))
+        p, q = learnt.unbind(-1)
+        return torch.stack([p, q.clamp(min=0), torch.zeros_like(p)], -1)

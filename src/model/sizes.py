@@ -32,6 +32,9 @@ SIGNS: dict[str, tuple[set[str], set[str], bool | None]] = {
     "x070": ({"r_k", "x_r"}, set(), None),
 }
 
+# Learnt initial states: that of the recurrence, and what the two token shifts see before the first token.
+STATES = ("att.time_state", "att.shift_state", "ffn.shift_state")
+
 # The tensor of blocks.0.att that tells the heads: time_decay is (H,), the others are (H, N). x040 has no heads.
 PER_HEAD = {"x050": "time_decay", "x051": "time_decay", "x052": "time_faaaa", "x060": "time_faaaa", "x070": "r_k"}
 
@@ -53,6 +56,7 @@ class Sizes:
 
     x070: `w`, `a`, `v`, `g`. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its channels do not mix.
     `bonus` is the tensor that weighs the current token: time_first, in x050 and x051 its logarithm, or time_faaaa.
+    `states` are the learnt initial states that each block has, of `STATES`.
     """
 
     version: str
@@ -64,6 +68,7 @@ class Sizes:
     dim_ffn: int
     low_rank: dict[str, int] = field(default_factory=dict)
     bonus: str = "time_faaaa"
+    states: tuple[str, ...] = ()
 
     @property
     def n_head(self) -> int:
@@ -157,7 +162,14 @@ def sizes_of(tensors: Mapping[str, torch.Tensor]) -> Sizes:
     bonus = "time_first" if "blocks.0.att.time_first" in tensors else "time_faaaa"
     head_size = _head_size(tensors, version, dim_att)
     low_rank = _low_rank(tensors, version, n_layer)
-    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus)
+    states = states_in(tensors)
+    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus, states)
+
+
+def states_in(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of `STATES` the tensors of a checkpoint have, in some block at least."""
+    found = {".".join(name.split(".")[2:]) for name in names if name.endswith("_state")}
+    return tuple(state for state in STATES if state in found)
 
 
 def check_flags(sizes: Sizes, **typed: int | str | None) -> None:
