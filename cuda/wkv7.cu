@@ -7,8 +7,11 @@
 //     S_i = S_i d_t + sa_i b_t + v_i k_t;   y_i = S_i . r_t;   sa_i of the next token = S_i . a_{t+1}
 //     G_i = G_i d_{t+1} + dsa_i a_{t+1} + dy_i r_t;   dv_i = G_i . k_t;   dsa_i = G_i . b_t           (t falling)
 // so one kernel, `rows`, is both sweeps over the tokens. Once sa and dsa are known, key columns need nothing of each
-// other either, and with S and G known at every 64th token nor do the intervals between those. `columns` therefore runs
-// each interval and head as a block of its own, first with S (da, dr), then with G (dk, db, dw).
+// other either, and with S and G known at every 64th token nor do the intervals between those: a block of `columns`
+// takes one interval of one head, first with S, then with G:
+//     S_j = S_j d_j + b_j sa_t + k_j v_t;   dr_j = S_j . dy_t;   da_j of the next token = S_j . dsa_{t+1}
+//     G_j = G_j d_j + a_j dsa_{t+1} + r_j dy_t;   dk_j = G_j . v_t;   db_j = G_j . sa_t               (t falling)
+// All four have the form of `advance`.
 //
 // The decay's gradient comes without a sum of its own: sum_i G_ij S_ij, P_t, changes from token to token by
 //     dlogd_t = P_t - k_t dk_t - b_t db_t;   P_{t-1} = dlogd_t + a_t da_t + r_{t-1} dr_{t-1}
@@ -17,6 +20,8 @@
 // A thread holds R rows (columns) by PIECE numbers of S or G in registers; the PARTS threads that share a row add their
 // dot products by shuffles. Vectors are read from a stage in shared memory, which is filled a few tokens ahead.
 #include "device.h"
+
+#include <type_traits>
 
 namespace rwkv {
 namespace {
@@ -62,9 +67,39 @@ DEVICE T missing(bool decay) {
     return x;
 }
 
+// ---------------------------------------------------------------- one token
+
+// M = M d + x A^T + u U^T, then y = M Y and z = M X, for this thread's R rows and piece of M. d belongs to the piece
+// (ALONG) or to the rows. The vectors are given from the first number of the thread.
+template <int N, bool ALONG, int R>
+DEVICE void advance(float (&m)[R][Tile<N>::PIECE], const float* d, const float* A, const float* U, const float* Y,
+                    const float* X, const float* x, const Pack<R>& u, float (&y)[R], float (&z)[R]) {
+    constexpr int PIECE = Tile<N>::PIECE, PARTS = Tile<N>::PARTS;
+    Pack<R> d_row;
+    if constexpr (!ALONG) d_row = load<R>(d);
+#pragma unroll
+    for (int r = 0; r < R; ++r) y[r] = z[r] = 0.f;
+#pragma unroll
+    for (int c = 0; c < PIECE; c += 4) {
+        const int at = c * PARTS;
+        Pack<4> d_piece;
+        if constexpr (ALONG) d_piece = load<4>(d + at);
+        const Pack<4> A_ = load<4>(A + at), U_ = load<4>(U + at), Y_ = load<4>(Y + at), X_ = load<4>(X + at);
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+#pragma unroll
+            for (int r = 0; r < R; ++r) {
+                float& cell = m[r][c + e];
+                cell = cell * (ALONG ? d_piece[e] : d_row[r]) + u[r] * U_[e];
+                cell += x[r] * A_[e];
+                y[r] += cell * Y_[e];
+                z[r] += cell * X_[e];
+            }
+    }
+}
+
 // ---------------------------------------------------------------- rows: sweeps over all tokens
 
-// M = M diag(d) + x A^T + u U^T;  y = M Y;  x = M X, which is the x of the next step.
 enum Vector { DECAY, A, U, Y, X, VALUES, VECTORS };
 
 template <typename T>
@@ -82,7 +117,7 @@ struct RowSweep {
 template <int N, int R, bool REVERSE, typename T>
 __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args) {
     using Shape = Tile<N>;
-    constexpr int THREADS = Shape::THREADS, PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
+    constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
     constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
     constexpr int STAGE = 4;                               // tokens that are read while as many others are filled in
     struct Stage {
@@ -151,27 +186,13 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
         const Ahead ahead = fetch(step + STAGE);
         const float* now = stage.at[step % (2 * STAGE)];
         const Pack<R> u = load<R>(now + VALUES * N + tile.slot * R);
-        float y[R] = {}, next[R] = {};
-#pragma unroll
-        for (int c = 0; c < PIECE; c += 4) {
-            const float* from = now + tile.first + c * PARTS;
-            const Pack<4> decay = load<4>(from + DECAY * N), A_ = load<4>(from + A * N), U_ = load<4>(from + U * N);
-            const Pack<4> Y_ = load<4>(from + Y * N), X_ = load<4>(from + X * N);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    float& cell = m[r][c + e];
-                    cell = cell * decay[e] + u[r] * U_[e];
-                    cell += x[r] * A_[e];
-                    y[r] += cell * Y_[e];
-                    next[r] += cell * X_[e];
-                }
-        }
+        const float* piece = now + tile.first;
+        float y[R], z[R];
+        advance<N, true>(m, piece + DECAY * N, piece + A * N, piece + U * N, piece + Y * N, piece + X * N, x, u, y, z);
         float mine = 0;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-            x[r] = sum_over<LOW, 32>(next[r]);
+            x[r] = sum_over<LOW, 32>(z[r]);
             mine = r == own ? x[r] : mine;
         }
         const float sum = scatter_sum<R, LOW, 32>(y);
@@ -208,163 +229,155 @@ struct Columns {
     Places places;
     const T *r, *w, *k, *v, *a, *b, *dy;
     const float *sa, *dsa, *S, *G;  // S before each interval, G at its last token
-    float* change;                  // P_t - dlogd_{t+1}, between the two passes
+    float* change;                  // P_t - dlogd_{t+1}, from the first pass for the second
     T *dr, *dw, *dk, *da, *db;
 };
+
+// The inputs of one pass, by what they are to `advance`: A, U, Y, X have N numbers for a token, the others one for each
+// of the block's columns. first and second are what the two sums are multiplied by afterwards.
+template <typename T>
+struct Roles {
+    const float *A, *X;
+    const T *U, *Y, *w, *x, *u, *first, *second;
+};
+
+template <int N>
+struct ColumnStage {
+    static constexpr int KEYS = Tile<N>::SLOTS * Tile<N>::R;
+    static constexpr int TOKENS = 2;  // that are read while as many others are filled in
+    struct alignas(16) Token {
+        float A[N], U[N], Y[N], X[N], d[KEYS], x[KEYS], u[KEYS], first[KEYS], second[KEYS], slope[KEYS];
+    } at[2 * TOKENS];
+};
+
+// What a block of `columns` works on.
+template <int N>
+struct ColumnBlock {
+    int64_t origin, stride;  // of the interval's first token in the inputs, for value 0; from token to token
+    int tokens, key;         // key: the block's first column
+
+    DEVICE ColumnBlock(const Sizes& sizes, const Places& places, int64_t interval, int64_t head, int part) {
+        const int64_t row = places.row_of(interval);
+        const int64_t begin = places.starts[row] + (interval - places.marks[row]) * INTERVAL;
+        const int64_t left = places.starts[row + 1] - begin;
+        stride = sizes.heads * N;
+        tokens = int(left < INTERVAL ? left : INTERVAL);
+        origin = begin * stride + head * N;
+        key = part * ColumnStage<N>::KEYS;
+    }
+};
+
+// One pass over an interval in steps 0 .. tokens, REVERSE or not. Step s updates M with token s - 1 (in the order of the
+// pass; REVERSE: decays it by that one) and calls sums(s, its place on the stage, y, z).
+template <int N, bool REVERSE, typename T, typename F>
+DEVICE void column_pass(const Roles<T>& in, const ColumnBlock<N>& block, ColumnStage<N>& stage,
+                        float (&m)[Tile<N>::R][Tile<N>::PIECE], F&& sums) {
+    using Shape = Tile<N>;
+    constexpr int R = Shape::R, TOKENS = ColumnStage<N>::TOKENS, KEYS = ColumnStage<N>::KEYS;
+    const int thread = thread_index();
+    const Shape tile(thread);
+    struct Ahead {
+        float A, X;
+        T U, Y, w, x, u, first, second;
+    };
+    const auto fetch = [&](int step) {
+        const auto one = [&](auto* from, bool late, int width, bool decay = false) {
+            using Number = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+            const int order = step - late, token = REVERSE ? block.tokens - 1 - order : order;
+            const int64_t at = block.origin + token * block.stride + thread + (width < N ? block.key : 0);
+            return order >= 0 && order < block.tokens && thread < width ? from[at] : missing<Number>(decay);
+        };
+        Ahead ahead = {one(in.A, true, N),           one(in.X, false, N),       one(in.U, !REVERSE, N),
+                       one(in.Y, !REVERSE, N),       one(in.w, true, KEYS, true), one(in.x, true, KEYS),
+                       one(in.u, !REVERSE, KEYS),    one(in.first, !REVERSE, KEYS), one(in.second, false, KEYS)};
+        if (REVERSE && step == 0) ahead.u = missing<T>(false);  // the G of the last token has its share already
+        return ahead;
+    };
+    const auto put = [&](int step, const Ahead& ahead) {
+        auto& place = stage.at[step % (2 * TOKENS)];
+        if (thread < N) {
+            place.A[thread] = ahead.A, place.X[thread] = ahead.X;
+            place.U[thread] = widen(ahead.U), place.Y[thread] = widen(ahead.Y);
+        }
+        if (thread < KEYS) {
+            const Decay decay = decay_of(widen(ahead.w));
+            place.d[thread] = decay.value, place.slope[thread] = decay.slope;
+            place.x[thread] = widen(ahead.x), place.u[thread] = widen(ahead.u);
+            place.first[thread] = widen(ahead.first), place.second[thread] = widen(ahead.second);
+        }
+    };
+
+#pragma unroll 1
+    for (int step = 0; step < TOKENS; ++step) put(step, fetch(step));
+    for (int step = 0; step <= block.tokens; ++step) {
+        if (step % TOKENS == 0) sync();
+        const Ahead ahead = fetch(step + TOKENS);
+        const auto& now = stage.at[step % (2 * TOKENS)];
+        const Pack<R> x = load<R>(now.x + tile.slot * R), u = load<R>(now.u + tile.slot * R);
+        float y[R], z[R];
+        advance<N, false>(m, now.d + tile.slot * R, now.A + tile.first, now.U + tile.first, now.Y + tile.first,
+                          now.X + tile.first, x.at, u, y, z);
+        sums(step, now, scatter_sum<R, Shape::LOW, 32>(y), scatter_sum<R, Shape::LOW, 32>(z));
+        put(step + TOKENS, ahead);
+    }
+}
 
 // One block: SLOTS R key columns of one head in one interval.
 template <int N, typename T>
 __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> args) {
     using Shape = Tile<N>;
-    constexpr int THREADS = Shape::THREADS, PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW, R = Shape::R;
-    constexpr int KEYS = Shape::SLOTS * R, BLOCKS = N / KEYS;
-    constexpr int STAGE = 2;
-    // A token on the stage: N numbers of each of the first four, then KEYS of each of the others.
-    constexpr int DY = 0, V = N, SA = 2 * N, DSA = 3 * N;
-    constexpr int W = 4 * N, K_ = W + KEYS, A_ = K_ + KEYS, B_ = A_ + KEYS, R_ = B_ + KEYS, SLOPE = R_ + KEYS;
-    struct Stage {
-        alignas(16) float at[2 * STAGE][SLOPE + KEYS];
-    };
+    using Stage = ColumnStage<N>;
+    constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW, R = Shape::R;
+    constexpr int BLOCKS = N / Stage::KEYS;
     SHARED(Stage, stage);
-
-    const int thread = thread_index();
-    const Shape tile(thread);
     const int64_t task = block_index() / BLOCKS, heads = args.sizes.heads;
-    const int64_t interval = task / heads, head = task % heads, row = args.places.row_of(interval);
-    const int key = int(block_index() % BLOCKS) * KEYS;  // the first of this block's columns
-    const int64_t begin = args.places.starts[row] + (interval - args.places.marks[row]) * INTERVAL;
-    const int64_t left = args.places.starts[row + 1] - begin, stride = heads * N;
-    const int tokens = int(left < INTERVAL ? left : INTERVAL);
-    const int64_t origin = begin * stride + head * N;
+    const int64_t interval = task / heads, head = task % heads;
+    const ColumnBlock<N> block(args.sizes, args.places, interval, head, int(block_index() % BLOCKS));
+    const Shape tile(thread_index());
 
-    struct Ahead {
-        T dy, v, w, k, a, b, r;
-        float sa, dsa;
-    };
-    const auto fetch = [&](int token) {
-        Ahead x;
-        const int64_t value_at = origin + token * stride + thread, key_at = value_at + key;
-        if (thread < N && token >= 0 && token < tokens) {
-            x.dy = args.dy[value_at], x.v = args.v[value_at], x.sa = args.sa[value_at], x.dsa = args.dsa[value_at];
-            if (thread < KEYS) {
-                x.w = args.w[key_at], x.k = args.k[key_at], x.a = args.a[key_at], x.b = args.b[key_at];
-                x.r = args.r[key_at];
-            }
-        }
-        return x;
-    };
-    const auto put = [&](int step, const Ahead& x) {
-        float* place = stage.at[step % (2 * STAGE)] + thread;
-        if (thread < N) {
-            place[DY] = widen(x.dy), place[V] = widen(x.v), place[SA] = x.sa, place[DSA] = x.dsa;
-            if (thread < KEYS) {
-                const Decay decay = decay_of(widen(x.w));
-                place[W] = decay.value, place[SLOPE] = decay.slope, place[K_] = widen(x.k), place[A_] = widen(x.a);
-                place[B_] = widen(x.b), place[R_] = widen(x.r);
-            }
-        }
-    };
-
-    const int own = tile.slot * R + owned<R, LOW, 32>(thread);  // the column whose sums this thread has
-    const bool writer = writes<R, LOW, 32>(thread);
-    const int64_t out = origin + key + own;
-    const int64_t state = ((interval * heads + head) * N + tile.first) * N + key + tile.slot * R;
-    const auto cell_of = [](int c) { return (c / 4 * 4 * PARTS + c % 4) * N; };
-
-    float m[R][PIECE];  // a column's piece of S, later of G
+    const int own = tile.slot * R + owned<R, LOW, 32>(thread_index());  // the column whose sums this thread has
+    const bool writer = writes<R, LOW, 32>(thread_index());
+    const int64_t out = block.origin + block.key + own;
+    const int64_t state = ((interval * heads + head) * N + tile.first) * N + block.key + tile.slot * R;
+    float m[R][PIECE];  // of S, later of G
 #pragma unroll
     for (int c = 0; c < PIECE; ++c) {
-        const Pack<R> column = load<R>(args.S + state + cell_of(c));
+        const Pack<R> column = load<R>(args.S + state + (c / 4 * 4 * PARTS + c % 4) * N);
 #pragma unroll
         for (int r = 0; r < R; ++r) m[r][c] = column[r];
     }
-    for (int step = 0; step < STAGE; ++step) put(step, fetch(step));
-    float rdr = 0;  // r_t dr_t of the token before
-    for (int t = 0; t < tokens; ++t) {
-        if (t % STAGE == 0) sync();
-        const Ahead ahead = fetch(t + STAGE);
-        const float* now = stage.at[t % (2 * STAGE)];
-        const Pack<R> d = load<R>(now + W + tile.slot * R), k = load<R>(now + K_ + tile.slot * R);
-        const Pack<R> b = load<R>(now + B_ + tile.slot * R);
-        float da[R] = {}, dr[R] = {};
-#pragma unroll
-        for (int c = 0; c < PIECE; c += 4) {
-            const float* from = now + tile.first + c * PARTS;
-            const Pack<4> dsa = load<4>(from + DSA), sa = load<4>(from + SA), v = load<4>(from + V);
-            const Pack<4> dy = load<4>(from + DY);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    float& cell = m[r][c + e];
-                    da[r] += cell * dsa[e];
-                    cell = cell * d[r] + b[r] * sa[e];
-                    cell += k[r] * v[e];
-                    dr[r] += cell * dy[e];
-                }
-        }
-        const float da_own = scatter_sum<R, LOW, 32>(da), dr_own = scatter_sum<R, LOW, 32>(dr);
-        if (writer) {
-            const int64_t at = out + t * stride;
-            store(args.da + at, da_own);
-            store(args.dr + at, dr_own);
-            if (t > 0) args.change[at - stride] = rdr + now[A_ + own] * da_own;
-            rdr = now[R_ + own] * dr_own;
-        }
-        put(t + STAGE, ahead);
-    }
-
+    column_pass<N, false>(Roles<T>{args.sa, args.dsa, args.v, args.dy, args.w, args.b, args.k, args.r, args.a}, block,
+                          stage, m, [&](int step, const auto& now, float dr, float da) {
+                              if (!writer) return;
+                              const int64_t at = out + step * block.stride, before = at - block.stride;
+                              if (step < block.tokens) store(args.da + at, da);
+                              if (step > 0) store(args.dr + before, dr);
+                              if (step > 0) args.change[before] = now.first[own] * dr + now.second[own] * da;
+                          });
     float both[R] = {};
 #pragma unroll
     for (int c = 0; c < PIECE; ++c) {
-        const Pack<R> column = load<R>(args.G + state + cell_of(c));
+        const Pack<R> column = load<R>(args.G + state + (c / 4 * 4 * PARTS + c % 4) * N);
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             both[r] += m[r][c] * column[r];
             m[r][c] = column[r];
         }
     }
-    float P = scatter_sum<R, LOW, 32>(both);
+    float P = scatter_sum<R, LOW, 32>(both), dlogd = 0;
     sync();  // nobody reads the stage of the first pass any more
-    for (int step = 0; step < STAGE; ++step) put(step, fetch(tokens - 1 - step));
-    for (int step = 0; step < tokens; ++step) {
-        if (step % STAGE == 0) sync();
-        const int t = tokens - 1 - step;
-        const Ahead ahead = fetch(t - STAGE);
-        const int64_t at = out + t * stride;
-        const float change = writer && t > 0 ? args.change[at - stride] : 0.f;
-        const float* now = stage.at[step % (2 * STAGE)];
-        const Pack<R> d = load<R>(now + W + tile.slot * R), a = load<R>(now + A_ + tile.slot * R);
-        Pack<R> r_ = load<R>(now + R_ + tile.slot * R);
-#pragma unroll
-        for (int r = 0; r < R; ++r) r_[r] = step > 0 ? r_[r] : 0.f;  // the G of the last token has its share already
-        float dk[R] = {}, db[R] = {};
-#pragma unroll
-        for (int c = 0; c < PIECE; c += 4) {
-            const float* from = now + tile.first + c * PARTS;
-            const Pack<4> dsa = load<4>(from + DSA), sa = load<4>(from + SA), v = load<4>(from + V);
-            const Pack<4> dy = load<4>(from + DY);
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-#pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    float& cell = m[r][c + e];
-                    cell += r_[r] * dy[e];
-                    dk[r] += cell * v[e];
-                    db[r] += cell * sa[e];
-                    cell = cell * d[r] + a[r] * dsa[e];
-                }
-        }
-        const float dk_own = scatter_sum<R, LOW, 32>(dk), db_own = scatter_sum<R, LOW, 32>(db);
-        if (writer) {
-            const float dlogd = P - now[K_ + own] * dk_own - now[B_ + own] * db_own;
-            store(args.dk + at, dk_own);
-            store(args.db + at, db_own);
-            store(args.dw + at, dlogd * now[SLOPE + own]);
-            P = dlogd + change;
-        }
-        put(step + STAGE, ahead);
-    }
+    column_pass<N, true>(Roles<T>{args.dsa, args.sa, args.dy, args.v, args.w, args.a, args.r, args.k, args.b}, block,
+                         stage, m, [&](int step, const auto& now, float dk, float db) {
+                             if (!writer) return;
+                             const int t = block.tokens - 1 - step;
+                             const int64_t at = out + t * block.stride;
+                             if (step > 0) store(args.dw + at + block.stride, dlogd * now.slope[own]);
+                             if (t < 0) return;
+                             store(args.dk + at, dk);
+                             store(args.db + at, db);
+                             dlogd = P - now.first[own] * dk - now.second[own] * db;
+                             P = dlogd + (t > 0 ? args.change[at - block.stride] : 0.f);
+                         });
 }
 
 }  // namespace
