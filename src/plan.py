@@ -158,7 +158,7 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     else:
         adapter = {"rank": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
         plan = make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
-    tuned = config.state or config.peft == "state"
+    tuned = config.state
     shifts = ("att.shift_state", "ffn.shift_state") if config.state_shift else ()
     return dataclasses.replace(plan, states=("att.time_state", *shifts) if tuned else ())
 

@@ -62,7 +62,7 @@ PUBLISHED = {
     "state tuning": (
         f"{SIZES} --state 1 --orpo 1 --layer_profile 'layerprofile/32_TEST_State.csv' --lr_advanced 1"
         " --rlhf_train_file F",
-        "state tuning",
+        None,
     ),
     "pre-training": (
         "--load_model 0 --proj_dir P --train_stage 3 --data_file D --data_type binidx --my_exit_tokens 1000000"

@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
-from src.layers.placing import apply_plan
 from src.losses.tokens import token_scores
 from src.model import VERSIONS
-from src.plan import make_plan
-from src.training.context import NEW, Pieces, piecewise
+from src.training.context import Pieces, piecewise
 from src.training.forward import pair_hidden, text_hidden
 from tests.test_model import build, random_tensors
 

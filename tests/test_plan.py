@@ -1,5 +1,6 @@
 """Layer profiles: what is read, what is refused, and which tensor learns how fast."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -165,7 +166,12 @@ def test_what_trains(profile):
     assert not plan.trains("blocks.1.ln2.weight", "x070", False), "RejectParts"
     for name in ("emb.weight", "blocks.0.ln0.weight", "blocks.0.att.key.weight", "blocks.0.ln1.weight"):
         assert not plan.trains(name, "x070", False)
-    assert plan.trains("blocks.0.att.time_state", "x070", True)
+    assert not plan.trains("blocks.0.att.time_state", "x070", True), "a state that the file has, without --state 1"
+    tuned = dataclasses.replace(plan, states=("att.time_state",))
+    assert tuned.trains("blocks.0.att.time_state", "x070", True) and tuned.trains(
+        "blocks.1.att.time_state", "x070", True
+    )
+    assert not tuned.trains("blocks.0.att.shift_state", "x070", True)
 
     plan = profile(HEADER, EMB, LORA, FULL, "head,lora,8,8,0,1,1,0,0,0,")
     small = ["ln1.weight", "ln2.bias", "att.ln_x.weight", *V7_SMALL]
