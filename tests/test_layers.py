@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from src.layers import ADAPTERS
 from src.layers.linear import Linear
 from src.layers.placing import apply_plan, plan_layout
 from src.layers.stores import STORES
@@ -101,16 +102,18 @@ def test_an_adapter_that_may_not_learn_is_left_out():
     assert "blocks.1.ln1.weight" in trainable(model)
 
 
+@pytest.mark.parametrize("mode", ADAPTERS)
 @stores
-def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(store):
-    if store != "none":
+def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(mode, store):
+    if store in ("nf4", "fp4"):
         pytest.importorskip("bitsandbytes")
     tensors, tokens = tiny(), torch.arange(24).view(2, 12)
     plain, _ = build_model(tensors, compute_dtype=torch.float32, quant=store)
-    options = {"compute_dtype": torch.float32, "plan": lora_plan(dropout=0.0), "quant": store}
-    model, _ = build_model(tensors, **options)
+    plan = make_plan(mode, 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
+    model, _ = build_model(tensors, compute_dtype=torch.float32, plan=plan, quant=store)
     hidden, _ = model(tokens)
-    torch.testing.assert_close(model.head(hidden), plain.head(plain(tokens)[0]))
+    if mode != "pissa" or store == "none":  # PiSSA packs less of the matrix, and errs less
+        torch.testing.assert_close(model.head(hidden), plain.head(plain(tokens)[0]))
     model.head(hidden).logsumexp(-1).sum().backward()
     assert [name for name, p in trainable(model).items() if p.grad is None] == []
 

@@ -36,8 +36,10 @@ def principal_factors(
     # left^T W = R^T right^T: the decomposition of a small matrix gives that of the large one
     right, small = torch.linalg.qr(weight.t() @ left)
     u, s, vh = torch.linalg.svd(small.t())
-    root = s[:rank].sqrt()
-    return (root * (right @ vh.t())[:, :rank]).t().contiguous(), (left @ u)[:, :rank] * root
+    u, s, v = left @ u[:, :rank], s[:rank], right @ vh[:rank].t()
+    # a pair of vectors may change its sign with the number of threads: the largest of each v is made positive
+    root = s.sqrt() * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
+    return (v * root).t().contiguous(), u * root
 
 
 def residual(weight: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
