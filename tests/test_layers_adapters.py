@@ -11,7 +11,7 @@ import torch
 from src.layers import ADAPTERS
 from src.layers.adaptation import Adaptation, RankError, seeded
 from src.layers.linear import Embedding, Linear, Placement
-from src.layers.pissa import principal_factors
+from src.layers.pissa import principal_factors, residual
 from src.layers.placing import plan_layout
 from src.layers.stores import STORES
 from src.model.checkpoint import plain_model
@@ -239,6 +239,21 @@ def test_pissa_s_factors_are_the_best_of_their_rank():
     torch.testing.assert_close(b.T @ b, torch.diag(s[:RANK]).float(), atol=1e-4, rtol=0)
     whole = principal_factors(weight, OUT, 0, None)
     assert distance(whole[1] @ whole[0], weight) < 1e-5
+
+
+def test_pissa_s_rest_is_rounded_once():
+    """Sums in the order of one machine would be another frozen matrix on the next one."""
+    weight, a, b = matrix(600, 40).bfloat16(), matrix(RANK, 40, seed=1), matrix(600, RANK, seed=2)
+    exact = weight.double() - b.double() @ a.double()
+    assert torch.equal(residual(weight, a, b, torch.float32), exact.float())
+
+
+def test_pissa_s_rest_of_a_shared_file_is_not_rounded_to_its_dtype():
+    """The check of a merge uses the file's matrices as they lie there; the rest of one is no matrix of the file."""
+    layer = ADAPTERS["pissa"].linear.over(Linear(IN, OUT, device="meta"), Adaptation.make("pissa", RANK, 1))
+    weight = matrix(OUT, IN).bfloat16()
+    layer.take(weight, placement(torch.bfloat16, share=True))
+    assert layer.weight.dtype == torch.float32 and distance(layer.merged(), weight) < 1e-6
 
 
 def test_pissa_s_factors_depend_on_seed_and_name_only():

@@ -191,10 +191,28 @@ def test_fp8_says_once_which_product_it_uses(monkeypatch, caplog):
     )
     fp8.native_product.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(fp8, "_refusal", lambda _: "no kernel")
+    assert "no kernel" in fp8.native_product(device, torch.bfloat16, torch.Size((64, 96)))[1]
+    fp8.native_product.cache_clear()
+    monkeypatch.setattr(fp8, "_refusal", lambda _: "")
     assert fp8.native_product(device, torch.bfloat16, torch.Size((64, 96)))[0]
     assert "float32" in fp8.native_product(device, torch.float32, torch.Size((64, 96)))[1]
     assert "(60, 96)" in fp8.native_product(device, torch.bfloat16, torch.Size((60, 96)))[1]
     fp8.native_product.cache_clear()
+
+
+def test_the_trial_of_the_native_product_ends_in_a_sentence(monkeypatch):
+    """A GPU without the kernel must fall back, not stop the run."""
+    fp8._refusal.cache_clear()
+    assert fp8._refusal(torch.device("cpu")) == ""
+
+    def refuse(*_, **__):
+        raise RuntimeError("no such kernel\nstack")
+
+    fp8._refusal.cache_clear()
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    assert fp8._refusal(torch.device("cpu")) == "no such kernel"
+    fp8._refusal.cache_clear()
 
 
 def test_the_native_fp8_product_is_the_dequantised_one_but_for_the_rounding_of_inputs(monkeypatch):

@@ -54,7 +54,8 @@ class DoRA(LoRA):
         dtype = self.lora_A.dtype
         self.squares = torch.linalg.vector_norm(self.dense(), dim=dim, dtype=dtype).detach().square_()
         lengths = self.squares.sqrt()  # as _norms makes them, so that their quotient is exactly 1
-        self.lora_M = nn.Parameter(lengths if dim else lengths.add_(COLUMN_EXTRA).view(1, -1))
+        lengths = lengths if dim else lengths.add_(COLUMN_EXTRA).view(1, -1)
+        self.lora_M = nn.Parameter(lengths, requires_grad=self.lora_M.requires_grad)
         self._remembered = None
 
     @property
@@ -106,4 +107,4 @@ class DoRA(LoRA):
             return (self.updated(self.base(x), x) * scale).to(x.dtype)
         dropped = F.dropout(x, self.adaptation.dropout)
         whole, part = self.base(torch.stack([x, dropped]))  # one unpacking for both
-        return (whole - part + self.updated(part, dropped) * scale).to(x.dtype)
+        return (self.updated(part, dropped) * scale - part + whole).to(x.dtype)

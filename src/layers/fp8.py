@@ -46,7 +46,20 @@ def native_product(device: torch.device, dtype: torch.dtype, shape: torch.Size) 
         return False, f"fp8 matrices are dequantised for each product: the computation is in {dtype}, not bfloat16"
     if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
         return False, f"an fp8 matrix of {tuple(shape)} is dequantised: its sides are no multiples of {MULTIPLE}"
+    if refusal := _refusal(device):
+        return False, f"fp8 matrices are dequantised for each product: this GPU refuses their product ({refusal})"
     return True, "fp8 matrices are multiplied natively; inputs are rounded to fp8 with one scale a token"
+
+
+@functools.cache
+def _refusal(device: torch.device) -> str:
+    """What the libraries say against a small product on `device`; "" when they run it."""
+    try:
+        rows, scale = row_scaled(torch.ones(MULTIPLE, MULTIPLE, device=device))
+        torch._scaled_mm(rows, rows.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 @functools.cache

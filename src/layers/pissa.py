@@ -65,6 +65,12 @@ def _split(weight: Tensor, rank: int, placement: Placement) -> tuple[Tensor, Ten
     return residual(weight, a, b, dtype), a, b
 
 
+def _unshared(placement: Placement) -> Placement:
+    """The residual is no tensor of the file: where those are used as they lie there, it stays unrounded."""
+    dtype = torch.promote_types(placement.dtype, torch.float32) if placement.share else placement.dtype
+    return replace(placement, share=False, dtype=dtype)
+
+
 def _begin(layer: PiSSA | PiSSAEmbedding, a: Tensor, b: Tensor) -> None:
     for name, factor in zip(("lora_A", "lora_B"), (a, b)):
         layer.register_buffer(f"{name}_init", factor, persistent=False)
@@ -92,7 +98,7 @@ class PiSSA(LoRA):
 
     def take(self, weight: Tensor, placement: Placement) -> None:
         rest, a, b = _split(weight, self.adaptation.rank, placement)
-        Linear.take(self, rest, replace(placement, share=False))
+        Linear.take(self, rest, _unshared(placement))
         _begin(self, a, b)
 
 
@@ -108,5 +114,5 @@ class PiSSAEmbedding(LoRAEmbedding):
 
     def take(self, weight: Tensor, placement: Placement) -> None:
         rest, a, b = _split(weight.t(), self.adaptation.rank, placement)
-        Embedding.take(self, rest.t().contiguous(), replace(placement, share=False))
+        Embedding.take(self, rest.t().contiguous(), _unshared(placement))
         _begin(self, a, b)
