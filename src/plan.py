@@ -29,6 +29,10 @@ ADAPTER_MATRIX = re.compile(r"lora_[AB]|bone|miss")
 MULTIPLIERS = {
     ("x040", "time_decay"): 2.0,
     ("x040", "time_first"): 3.0,
+    ("x050", "time_decay"): 2.0,
+    ("x050", "time_first"): 3.0,
+    ("x051", "time_decay"): 2.0,
+    ("x051", "time_first"): 3.0,
     ("x052", "time_decay"): 2.0,
     ("x060", "time_decay"): 2.0,
     ("x070", "w0"): 2.0,

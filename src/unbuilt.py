@@ -27,10 +27,6 @@ BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
-        lambda c: c.version in ("x040", "x052", "x060"),
-        "{version=}: of the RWKV versions only x070 (RWKV-7) is built yet",
-    ),
-    Missing(
         lambda c: c.loss not in ("", "sft", "dpo", "orpo"),
         "{loss=}: this loss is not built yet; {sft}, {dpo} and {orpo} are",
     ),
@@ -132,12 +128,10 @@ NOT_BUILT = (
 def refuse_unbuilt(config: Config, modes: Collection[str] = (), version: str | None = None) -> None:
     """Raises ValueError with the sentence of the first missing part that the run asks for.
 
-    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says, once it is read.
+    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says (every one is built).
     """
     for part in NOT_BUILT:
         if part.wanted(config):
             raise ValueError(say(part.sentence, config))
     for mode in sorted(set(modes) - set(BUILT_MODES)):
         raise ValueError(say(f"{{layer_profile=}}: mode {mode} is not built yet; {', '.join(BUILT_MODES)} are", config))
-    if version not in (None, "x070"):
-        raise ValueError(say(f"{{load_model=}} is an RWKV model of version {version}; only x070 is built yet", config))

@@ -9,15 +9,16 @@ from src.layers import ADAPTERS
 from src.layers.linear import Linear
 from src.layers.placing import apply_plan, plan_layout
 from src.layers.stores import STORES
+from src.model import VERSIONS
 from src.model.checkpoint import build_model, kept, trainable
-from src.model.initial import initial_tensors
 from src.plan import make_plan
+from tests.conftest import any_initial_tensors
 
 stores = pytest.mark.parametrize("store", STORES)
 
 
-def tiny() -> dict[str, torch.Tensor]:
-    tensors = initial_tensors("x070", 2, 64, 40, 32, 0)
+def tiny(version: str = "x070") -> dict[str, torch.Tensor]:
+    tensors = any_initial_tensors(version, 2, 64, 40, 32, 0)
     return {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in tensors.items()}
 
 
@@ -102,12 +103,16 @@ def test_an_adapter_that_may_not_learn_is_left_out():
     assert "blocks.1.ln1.weight" in trainable(model)
 
 
-@pytest.mark.parametrize("mode", ADAPTERS)
+# every adapter in one version, every version with one adapter
+MODELS = [*((v, "lora") for v in VERSIONS), *(("x070", m) for m in ADAPTERS if m != "lora")]
+
+
 @stores
-def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(mode, store):
+@pytest.mark.parametrize("version, mode", MODELS)
+def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(version, mode, store):
     if store in ("nf4", "fp4"):
         pytest.importorskip("bitsandbytes")
-    tensors, tokens = tiny(), torch.arange(24).view(2, 12)
+    tensors, tokens = tiny(version), torch.arange(24).view(2, 12)
     plain, _ = build_model(tensors, compute_dtype=torch.float32, quant=store)
     plan = make_plan(mode, 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
     model, _ = build_model(tensors, compute_dtype=torch.float32, plan=plan, quant=store)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.layers.linear import Embedding, Linear
-from src.model.rwkv7 import normalise
+from src.model.blocks import normalise
 from src.model.sizes import Sizes
 from src.model.state import State
 
