@@ -112,13 +112,33 @@ struct RowSweep {
     float *x, *checkpoints, *end;  // x and checkpoints may be null
 };
 
+// What a block of `rows` works on.
+template <int N, int R>
+struct RowBlock {
+    static constexpr int ROWS = Tile<N>::SLOTS * R, BLOCKS = N / ROWS;
+    int64_t row, head;
+    int value;  // the first of this block's rows of M
+
+    DEVICE RowBlock(const Sizes& sizes, const Places& places) {
+        const unsigned task = unsigned(block_index()) / BLOCKS, heads = unsigned(sizes.heads);
+        row = places.order[task / heads];
+        head = task % heads;
+        value = int(block_index() % BLOCKS) * ROWS;
+    }
+
+    // Where this thread's part of M begins in a tensor of states (rows or intervals, H, N, N).
+    DEVICE int64_t state(const Sizes& sizes, int64_t index, const Tile<N>& tile) const {
+        return ((index * sizes.heads + head) * N + value + tile.slot * R) * N + tile.first;
+    }
+};
+
 // One block: SLOTS R value rows of one head of one row of the batch. Step s = 0 .. T: forward updates M with token s - 1
 // and makes x for token s; REVERSE (order of tokens reversed) decays M by token s - 1 and does the rest for token s.
 template <int N, int R, bool REVERSE, typename T>
 __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args) {
     using Shape = Tile<N>;
     constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
-    constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
+    constexpr int ROWS = RowBlock<N, R>::ROWS;
     constexpr int STAGE = 4;                               // tokens that are read while as many others are filled in
     struct Stage {
         alignas(16) float at[2 * STAGE][5 * N + ROWS];
@@ -127,12 +147,10 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
 
     const int thread = thread_index();
     const Shape tile(thread);
-    const int64_t task = block_index() / BLOCKS;
-    const int64_t row = args.places.order[task / args.sizes.heads], head = task % args.sizes.heads;
-    const int value = int(block_index() % BLOCKS) * ROWS;  // the first of this block's rows
-    const int64_t begin = args.places.starts[row], stride = args.sizes.heads * N;
-    const int tokens = int(args.places.starts[row + 1] - begin);
-    const int64_t origin = begin * stride + head * N;
+    const RowBlock<N, R> block(args.sizes, args.places);
+    const int64_t begin = args.places.starts[block.row];
+    const int tokens = int(args.places.starts[block.row + 1] - begin), stride = int(args.sizes.heads) * N;
+    const int64_t origin = begin * stride + block.head * N;
 
     // Each thread brings one number of every vector of a token to the stage.
     struct Ahead {
@@ -145,7 +163,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
             const bool late = REVERSE ? vector <= A : vector != X;
             const int order = step - late, token = REVERSE ? tokens - 1 - order : order;
             const bool there = order >= 0 && order < tokens && thread < (vector == VALUES ? ROWS : N);
-            const int64_t at = origin + token * stride + thread + (vector == VALUES ? value : 0);
+            const int64_t at = origin + token * int64_t(stride) + thread + (vector == VALUES ? block.value : 0);
             ahead.at[vector] = there ? args.vectors[vector][at] : missing<T>(vector == DECAY);
         }
         return ahead;
@@ -159,7 +177,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
     };
 
     float m[R][PIECE], x[R] = {};
-    const int64_t state = ((row * args.sizes.heads + head) * N + value + tile.slot * R) * N + tile.first;
+    const int64_t state = block.state(args.sizes, block.row, tile);
     const auto save = [&](float* to) {
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -178,8 +196,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
 
     const int own = owned<R, LOW, 32>(thread);  // the row, of the R, whose sums this thread writes
     const bool writer = writes<R, LOW, 32>(thread);
-    const int64_t out = origin + value + tile.slot * R + own;
-    const int64_t first_checkpoint = args.places.marks[row];
+    const int64_t out = origin + block.value + tile.slot * R + own;
 
     for (int step = 0; step <= tokens; ++step) {
         if (step % STAGE == 0) sync();  // the half to be read is complete, and nobody reads the other any more
@@ -203,12 +220,14 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
         if (writer && args.x && step < tokens) args.x[out + x_token * stride] = mine;
         const bool edge = REVERSE ? (y_token + 1) % INTERVAL == 0 || step == 0 : step % INTERVAL == 0;
         if (args.checkpoints && edge && step < tokens) {
-            const int64_t interval = first_checkpoint + x_token / INTERVAL;
-            save(args.checkpoints + state + ((interval - row) * args.sizes.heads) * N * N);
+            const RowBlock<N, R> again(args.sizes, args.places);  // read again rather than kept: registers are short
+            const int64_t interval = args.places.marks[again.row] + x_token / INTERVAL;
+            save(args.checkpoints + again.state(args.sizes, interval, tile));
         }
         put(step + STAGE, ahead);
     }
-    save(args.end + state);
+    const RowBlock<N, R> again(args.sizes, args.places);
+    save(args.end + again.state(args.sizes, again.row, tile));
 }
 
 template <bool REVERSE, typename T, int N>
