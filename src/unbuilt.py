@@ -47,24 +47,12 @@ NOT_BUILT = (
         "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
     ),
     Missing(
-        lambda c: c.infctx,
-        "{infctx} 1: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
-    ),
-    Missing(
-        lambda c: c.state_cp or c.ctx_parts > 1,
-        "{ctx_parts=}: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
-    ),
-    Missing(
         lambda c: c.initial_ctx_len > 0,
         "{initial_ctx_len=}: growing sample lengths are not built yet; leave it 0",
     ),
     Missing(
         lambda c: c.infctx_dataset_multiplier > 1,
         "{infctx_dataset_multiplier=}: joining documents to one sample is not built yet; use 1",
-    ),
-    Missing(
-        lambda c: c.state_offload or c.bptt != "exact",
-        "{state_offload} and {bptt}: infinite context is not built yet",
     ),
     Missing(
         lambda c: not c.reset_state,

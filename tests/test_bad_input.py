@@ -136,7 +136,6 @@ def test_a_folder_that_cannot_be_written(refused, typed, tmp_path, pairs_csv):
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--accelerator", "gpu"], ["--accelerator gpu"]),
         (["--strategy", "deepspeed_stage_1"], ["--strategy deepspeed_stage_1", "not built"]),
-        (["--infctx", 1], ["--infctx 1", "not built"]),
         (["--micro_bsz", "many"], ["--micro_bsz", "many"]),
     ],
 )

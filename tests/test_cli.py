@@ -52,7 +52,7 @@ PUBLISHED = {
     "sft on h5": (
         f"""{INFCTX} --sft 1 --smoothing 0.005 --random_mode 1 --train_data_file F.h5
         --infctx_dataset_multiplier 8""",
-        "infinite context",
+        "--infctx_dataset_multiplier",
     ),
     "distillation on h5": (
         f"""{INFCTX} --distillation 1 --temperature 2 --top_k 100 --alpha 0.5 --smoothing 0.005
@@ -163,7 +163,7 @@ MISTAKES = {
     TEXT + "--micro_bsz 0": "--micro_bsz 0: must be >= 1",
     TEXT + "--beta1 1": "--beta1 1.0: must be < 1",
     TEXT + "--warmup_steps -2": "--warmup_steps -2: must be >= -1",
-    TEXT + "--infctx 1 --chunk_ctx 0": "--chunk_ctx 0: must be >= 1",
+    TEXT + "--infctx 1 --chunk_ctx -1": "--chunk_ctx -1: must be >= 0",
     TEXT + "--precision int4": "--precision int4: must be one of bf16, fp16, fp32, fp64",
     TEXT + "--strategy magic": "--strategy magic: must be one of auto, ddp",
     TEXT + "--my_testing x999": "--my_testing x999: must be one of x040, x052, x060, x070",
