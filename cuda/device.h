@@ -76,9 +76,9 @@ DEVICE int64_t block_index() { return blockIdx.x; }
 DEVICE void sync() { __syncthreads(); }
 
 // The second number of __launch_bounds__ is that of blocks for each multiprocessor (65536 registers) to nvcc, that of
-// wavefronts for each SIMD unit (at least 256 registers per lane) to hipcc.
+// wavefronts for each SIMD unit (at least 256 registers per lane) to hipcc: always two, so that one can wait.
 #if defined(__HIP__)
-#define BOUNDS(threads, registers) __launch_bounds__(threads, 256 / (registers))
+#define BOUNDS(threads, registers) __launch_bounds__(threads, (registers) < 128 ? 256 / (registers) : 2)
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor(x, mask, 32); }
 DEVICE float exp2_fast(float x) { return __builtin_exp2f(x); }  // v_exp_f32
 DEVICE float reciprocal_fast(float x) { return __builtin_amdgcn_rcpf(x); }

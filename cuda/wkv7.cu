@@ -28,7 +28,7 @@ namespace {
 
 constexpr int INTERVAL = 64;  // as in src/ops/gpu.py
 constexpr float RATE = 0.60653066f, LOG2E = 1.44269504f;
-constexpr int REGISTERS = 128;
+constexpr int REGISTERS = 128, WIDE_REGISTERS = 168;  // a little more than 128 would do, but 168 are next
 constexpr int NARROW = 3;  // fewer blocks than this for each multiprocessor: smaller blocks, of one row per thread
 
 // How the threads of a block share an N by (SLOTS R) tile. Threads that differ in their lowest bits have other rows of
@@ -112,45 +112,33 @@ struct RowSweep {
     float *x, *checkpoints, *end;  // x and checkpoints may be null
 };
 
-// What a block of `rows` works on.
-template <int N, int R>
-struct RowBlock {
-    static constexpr int ROWS = Tile<N>::SLOTS * R, BLOCKS = N / ROWS;
-    int64_t row, head;
-    int value;  // the first of this block's rows of M
-
-    DEVICE RowBlock(const Sizes& sizes, const Places& places) {
-        const unsigned task = unsigned(block_index()) / BLOCKS, heads = unsigned(sizes.heads);
-        row = places.order[task / heads];
-        head = task % heads;
-        value = int(block_index() % BLOCKS) * ROWS;
-    }
-
-    // Where this thread's part of M begins in a tensor of states (rows or intervals, H, N, N).
-    DEVICE int64_t state(const Sizes& sizes, int64_t index, const Tile<N>& tile) const {
-        return ((index * sizes.heads + head) * N + value + tile.slot * R) * N + tile.first;
-    }
-};
-
 // One block: SLOTS R value rows of one head of one row of the batch. Step s = 0 .. T: forward updates M with token s - 1
 // and makes x for token s; REVERSE (order of tokens reversed) decays M by token s - 1 and does the rest for token s.
 template <int N, int R, bool REVERSE, typename T>
-__global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args) {
+__global__ void BOUNDS(Tile<N>::THREADS, R == Tile<N>::R ? WIDE_REGISTERS : REGISTERS) rows(const RowSweep<T> args) {
     using Shape = Tile<N>;
     constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
-    constexpr int ROWS = RowBlock<N, R>::ROWS;
+    constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
     constexpr int STAGE = 4;                               // tokens that are read while as many others are filled in
     struct Stage {
         alignas(16) float at[2 * STAGE][5 * N + ROWS];
+        int64_t state, checkpoint;  // where this block's rows are in begin, and in the first checkpoint of its row
     };
     SHARED(Stage, stage);
 
     const int thread = thread_index();
     const Shape tile(thread);
-    const RowBlock<N, R> block(args.sizes, args.places);
-    const int64_t begin = args.places.starts[block.row];
-    const int tokens = int(args.places.starts[block.row + 1] - begin), stride = int(args.sizes.heads) * N;
-    const int64_t origin = begin * stride + block.head * N;
+    const unsigned task = unsigned(block_index()) / BLOCKS, heads = unsigned(args.sizes.heads), head = task % heads;
+    const int value = int(unsigned(block_index()) % BLOCKS) * ROWS, stride = int(heads) * N;  // value: the first row
+    const int64_t row = args.places.order[task / heads], begin = args.places.starts[row];
+    const int tokens = int(args.places.starts[row + 1] - begin);
+    const int64_t origin = begin * stride + head * N;
+    const int64_t state = ((row * heads + head) * N + value) * N;
+    if (thread == 0) {  // kept here rather than in registers, which are short
+        stage.state = state;
+        stage.checkpoint = ((args.places.marks[row] * heads + head) * N + value) * N;
+    }
+    const int mine = tile.slot * R * N + tile.first;  // where this thread's numbers are among the block's
 
     // Each thread brings one number of every vector of a token to the stage.
     struct Ahead {
@@ -163,7 +151,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
             const bool late = REVERSE ? vector <= A : vector != X;
             const int order = step - late, token = REVERSE ? tokens - 1 - order : order;
             const bool there = order >= 0 && order < tokens && thread < (vector == VALUES ? ROWS : N);
-            const int64_t at = origin + token * int64_t(stride) + thread + (vector == VALUES ? block.value : 0);
+            const int64_t at = origin + token * int64_t(stride) + thread + (vector == VALUES ? value : 0);
             ahead.at[vector] = there ? args.vectors[vector][at] : missing<T>(vector == DECAY);
         }
         return ahead;
@@ -177,7 +165,6 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
     };
 
     float m[R][PIECE], x[R] = {};
-    const int64_t state = block.state(args.sizes, block.row, tile);
     const auto save = [&](float* to) {
 #pragma unroll
         for (int r = 0; r < R; ++r)
@@ -189,14 +176,14 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
     for (int r = 0; r < R; ++r)
 #pragma unroll
         for (int c = 0; c < PIECE; c += 4) {
-            const Pack<4> four = load<4>(args.begin + state + r * N + c * PARTS);
+            const Pack<4> four = load<4>(args.begin + state + mine + r * N + c * PARTS);
             for (int e = 0; e < 4; ++e) m[r][c + e] = four[e];
         }
     for (int step = 0; step < STAGE; ++step) put(step, fetch(step));
 
     const int own = owned<R, LOW, 32>(thread);  // the row, of the R, whose sums this thread writes
     const bool writer = writes<R, LOW, 32>(thread);
-    const int64_t out = origin + block.value + tile.slot * R + own;
+    const int out = value + tile.slot * R + own;
 
     for (int step = 0; step <= tokens; ++step) {
         if (step % STAGE == 0) sync();  // the half to be read is complete, and nobody reads the other any more
@@ -206,28 +193,24 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) rows(const RowSweep<T> args)
         const float* piece = now + tile.first;
         float y[R], z[R];
         advance<N, true>(m, piece + DECAY * N, piece + A * N, piece + U * N, piece + Y * N, piece + X * N, x, u, y, z);
-        float mine = 0;
+        float x_own = 0;
 #pragma unroll
         for (int r = 0; r < R; ++r) {
             x[r] = sum_over<LOW, 32>(z[r]);
-            mine = r == own ? x[r] : mine;
+            x_own = r == own ? x[r] : x_own;
         }
         const float sum = scatter_sum<R, LOW, 32>(y);
 
         const int y_order = REVERSE ? step : step - 1;
         const int64_t y_token = REVERSE ? tokens - 1 - y_order : y_order, x_token = REVERSE ? y_token : step;
-        if (writer && y_order >= 0 && y_order < tokens) store(args.y + out + y_token * stride, sum);
-        if (writer && args.x && step < tokens) args.x[out + x_token * stride] = mine;
+        if (writer && y_order >= 0 && y_order < tokens) store(args.y + origin + out + y_token * stride, sum);
+        if (writer && args.x && step < tokens) args.x[origin + out + x_token * stride] = x_own;
         const bool edge = REVERSE ? (y_token + 1) % INTERVAL == 0 || step == 0 : step % INTERVAL == 0;
-        if (args.checkpoints && edge && step < tokens) {
-            const RowBlock<N, R> again(args.sizes, args.places);  // read again rather than kept: registers are short
-            const int64_t interval = args.places.marks[again.row] + x_token / INTERVAL;
-            save(args.checkpoints + again.state(args.sizes, interval, tile));
-        }
+        if (args.checkpoints && edge && step < tokens)
+            save(args.checkpoints + stage.checkpoint + x_token / INTERVAL * stride * N + mine);
         put(step + STAGE, ahead);
     }
-    const RowBlock<N, R> again(args.sizes, args.places);
-    save(args.end + again.state(args.sizes, again.row, tile));
+    save(args.end + stage.state + mine);
 }
 
 template <bool REVERSE, typename T, int N>
@@ -349,14 +332,14 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
     constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW, R = Shape::R;
     constexpr int BLOCKS = N / Stage::KEYS;
     SHARED(Stage, stage);
-    const int64_t task = block_index() / BLOCKS, heads = args.sizes.heads;
+    const unsigned task = unsigned(block_index()) / BLOCKS, heads = unsigned(args.sizes.heads);
     const int64_t interval = task / heads, head = task % heads;
-    const ColumnBlock<N> block(args.sizes, args.places, interval, head, int(block_index() % BLOCKS));
+    const ColumnBlock<N> block(args.sizes, args.places, interval, head, int(unsigned(block_index()) % BLOCKS));
     const Shape tile(thread_index());
 
     const int own = tile.slot * R + owned<R, LOW, 32>(thread_index());  // the column whose sums this thread has
     const bool writer = writes<R, LOW, 32>(thread_index());
-    const int64_t out = block.origin + block.key + own;
+    const int out = block.key + own;
     const int64_t state = ((interval * heads + head) * N + tile.first) * N + block.key + tile.slot * R;
     float m[R][PIECE];  // of S, later of G
 #pragma unroll
@@ -368,7 +351,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
     column_pass<N, false>(Roles<T>{args.sa, args.dsa, args.v, args.dy, args.w, args.b, args.k, args.r, args.a}, block,
                           stage, m, [&](int step, const auto& now, float dr, float da) {
                               if (!writer) return;
-                              const int64_t at = out + step * block.stride, before = at - block.stride;
+                              const int64_t at = block.origin + out + step * block.stride, before = at - block.stride;
                               if (step < block.tokens) store(args.da + at, da);
                               if (step > 0) store(args.dr + before, dr);
                               if (step > 0) args.change[before] = now.first[own] * dr + now.second[own] * da;
@@ -389,7 +372,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
                          stage, m, [&](int step, const auto& now, float dk, float db) {
                              if (!writer) return;
                              const int t = block.tokens - 1 - step;
-                             const int64_t at = out + t * block.stride;
+                             const int64_t at = block.origin + out + t * block.stride;
                              if (step > 0) store(args.dw + at + block.stride, dlogd * now.slope[own]);
                              if (t < 0) return;
                              store(args.dk + at, dk);
