@@ -4,8 +4,11 @@
 // any other run.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <omp.h>
 #include <torch/library.h>
 
@@ -125,6 +128,7 @@ inline Tensors dense(const Signature& want, at::TensorList x, const at::Tensor& 
     TORCH_CHECK(x[0].dim() == want.dims && (x[0].scalar_type() == at::kFloat || x[0].scalar_type() == at::kBFloat16),
                 "inputs per token must have ", want.dims, " axes, all float32 or all bfloat16");
     const at::IntArrayRef token = x[0].sizes().slice(1);
+    TORCH_CHECK(token.back() > 0, "the last axis is empty");
     Tensors y;
     for (size_t i = 0; i < x.size(); ++i) {
         const bool per_token = i < want.tokens;

@@ -6,8 +6,8 @@
 //     top = max(pp, u + k),   old = e^(pp - top),     new = e^(u + k - top),   den = bb old + new
 //     pp' = max(pp + l, k),   old' = e^(pp + l - pp'), new' = e^(k - pp'),
 //     y = (aa old + v new) / den,   aa' = aa old' + v new',   bb' = bb old' + new',
-// where of each two weights one is 1 and the other is an exponential of a number <= 0. A slow channel adds the same l to
-// pp at token after token, whose roundings add up; `low` collects them: the exponent is pp + low.
+// where of each two weights one is 1 and the other is an exponential of a number <= 0. A slow channel adds the same l
+// to pp at token after token, whose roundings add up; `low` collects them: the exponent is pp + low.
 //
 // Backward needs no maximum of its own: let P_t = e^pp_t dL/dp_t and Q_t = -e^pp_t dL/dq_t, in the scale that forward
 // chose. Then, with x = dy / den,
@@ -22,7 +22,7 @@ namespace rwkv {
 namespace {
 
 constexpr int BLOCK = 64;
-constexpr int AHEAD = 16;  // tokens between asking for an input and using it: rows of C are too far apart to be foreseen
+constexpr int AHEAD = 16;  // tokens between asking for an input and using it: no hardware foresees rows C apart
 static_assert(BLOCK % W == 0);
 
 struct State {

@@ -11,7 +11,8 @@
 // With G = dL/dS after the group and c_st = v_s . dy_t, backward is
 //     R_t = e_t (S^T dy_t),   dr_t = R_t + sum_{s<t} D(s+1..t-1) k_s c_st + u k_t c_tt
 //     K_s = f_s (G^T v_s),    dk_s = K_s + sum_{t>s} D(s+1..t-1) r_t c_st + u r_s c_ss
-//     dv_s = G (f_s k_s) + sum_{t>=s} A_st dy_t,   du = sum_t c_tt r_t k_t,   G <- G diag(D(1..GROUP)) + sum_t dy_t (e_t r_t)^T
+//     dv_s = G (f_s k_s) + sum_{t>=s} A_st dy_t,   du = sum_t c_tt r_t k_t
+//     G <- G diag(D(1..GROUP)) + sum_t dy_t (e_t r_t)^T
 // and d(log d_m) is the sum over all that passes token m on its way from an earlier token to a later one:
 //     D(1..GROUP) sum_i G S + sum_{s<m} k_s K_s + sum_{t>m} r_t R_t + sum_{s<m<t} D(s+1..t-1) k_s r_t c_st.
 // Nothing is divided by a decay and nothing subtracted, so any decay is exact, 0 too, and a token of r = k = v = 0 and
@@ -19,8 +20,8 @@
 // multiply-adds forward and 5 + 3/GROUP backward, where the token by token form has 3 and 8 (KERNELS.md counts 7 with
 // its running difference for d(log d), which rounds off what strong decays leave).
 //
-// A sweep keeps a tile of S or G in registers over all groups of an interval. Forward keeps S by [key][value], so that
-// its sums over keys are plain vector sums; backward keeps S and G by [value][key], where only dv sums within registers.
+// A sweep keeps a tile of S or G in registers over all groups of an interval. Forward has S by [key][value], so that its
+// sums over keys are plain vector sums; backward has S and G by [value][key], where only dv sums within registers.
 #pragma once
 
 #include "recurrence.h"
@@ -160,6 +161,16 @@ INLINE void open_values(Interval<N>& m, const T* v, const T* dy, const Run& run,
 
 // ---------------------------------------------------------------- sweeps
 
+typedef float rows_vec __attribute__((vector_size(ROWS * 4)));  // one number for each row of a tile
+
+INLINE rows_vec load_rows(const float* p) {
+    rows_vec x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+INLINE void store_rows(float* p, rows_vec x) { std::memcpy(p, &x, sizeof(x)); }
+
 template <int VECS>
 using Tile = vec[ROWS][VECS];
 
@@ -236,8 +247,10 @@ INLINE void sweep_back(Interval<N>& m, int row, int column, int n) {
         }
         alignas(64) float sums[GROUP * ROWS];
         for (int i = 0; i < GROUP * ROWS; i += W) store(sums + i, row_sums(dv + i));
-        for (int q = 0; q < GROUP; ++q)
-            for (int i = 0; i < ROWS; ++i) m.dv[(g * GROUP + q) * N + row + i] += sums[q * ROWS + i];
+        for (int q = 0; q < GROUP; ++q) {
+            float* to = m.dv + (g * GROUP + q) * N + row;
+            store_rows(to, load_rows(to) + load_rows(sums + q * ROWS));
+        }
         for (int u = 0; u < VECS; ++u) {
             const vec D = load(m.D + g * N + column + u * W);
             for (int i = 0; i < ROWS; ++i) G[i][u] *= D;
