@@ -1,6 +1,6 @@
 """What the compilers say about cuda/*.cu: registers, spills and shared memory of every kernel, for every architecture.
 
-    python -m benchmarks.static_gpu [--ops wkv7] [--architectures 90 gfx90a] [--all]
+    python benchmarks/static_gpu.py [--ops wkv7] [--architectures 90 gfx90a] [--all]
 
 Needs nvcc or hipcc, no GPU. Prints one Markdown row for each kernel that is new or differs from the architecture
 before it; --all prints all. A spill in a forward kernel ends it with status 1.
@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.ops import gpu
 from src.ops.build import Recipe
