@@ -23,12 +23,14 @@ class Loss:
     Attributes:
         kind: "text" (sums over trained tokens) or "pairs" (sums over pairs).
         needs_reference: whether the batch must carry the reference's log-probabilities.
+        needs_teacher: whether the batch must carry a teacher's logits.
         l2wrap: whether the penalty on large logits is on unless the user says otherwise.
         settings: names of the settings that `__call__` takes as keywords.
     """
 
     kind: ClassVar[str]
     needs_reference: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     l2wrap: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
