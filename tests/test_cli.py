@@ -57,7 +57,7 @@ PUBLISHED = {
     "distillation on h5": (
         f"""{INFCTX} --distillation 1 --temperature 2 --top_k 100 --alpha 0.5 --smoothing 0.005
         --train_data_file F.h5""",
-        "--distillation 1",
+        "infinite context",
     ),
     "state tuning": (
         f"{SIZES} --state 1 --orpo 1 --layer_profile 'layerprofile/32_TEST_State.csv' --lr_advanced 1"

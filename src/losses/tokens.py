@@ -107,7 +107,7 @@ def weighted_nll(
 
 
 class _Scores(torch.autograd.Function):
-    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,), and log p of `at` (M,K) or None."""
+    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,), and log p of `at` (M,K)."""
 
     @staticmethod
     def forward(ctx, head, chunk, targets, at, hidden, *params):
