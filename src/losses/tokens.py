@@ -175,8 +175,10 @@ def _gathered_grad_(
     p_target = (logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse).exp()
     row_grad_(logits, targets, lse, g_logp + total, g_mean, argmax, g_max)
     entry = g_logp - (g_logp + g_mean + total) * p_target + g_mean / logits.shape[1] + g_max * (argmax == targets)
-    logits.scatter_(1, targets[:, None], entry.to(logits.dtype)[:, None])
-    logits.scatter_add_(1, at, g_at.to(logits.dtype))
+    # not scatter_ and scatter_add_, which widen all of bfloat16 logits on a CPU; the latter has no fixed order on a GPU
+    rows = torch.arange(len(at), device=at.device)
+    logits[rows, targets] = entry.to(logits.dtype)
+    logits.index_put_((rows[:, None].expand_as(at), at), g_at.to(logits.dtype), accumulate=True)
 
 
 class _WeightedNll(torch.autograd.Function):
