@@ -100,6 +100,18 @@ def test_gathered_scores_and_gradients_equal_full_logits(kind, chunk):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_masked_positions_do_not_reach_the_head():
+    """Prompts cost nothing, whatever stands there: NaN in the hidden states, tokens that do not exist."""
+    head, seen, at = HEADS["plain"](), [], torch.randint(V, (len(TARGETS), K))
+    head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    masked = (TARGETS == IGNORE)[:, None]
+    hidden = torch.where(masked, torch.nan, hidden_states())
+    tokens, picked = gathered_scores(head, hidden, TARGETS, torch.where(masked, 10**6, at), chunk=3)
+    assert sum(seen) == int((TARGETS != IGNORE).sum())
+    assert bool(torch.isfinite(picked).all()) and bool((picked[masked[:, 0]] == 0).all())
+    assert bool((tokens.logp[masked[:, 0]] == 0).all())
+
+
 def test_gradcheck_of_gathered_scores():
     """Finite differences know no algebra: they judge the formula itself."""
     head, hidden, at = HEADS["lora"](), hidden_states(), torch.randint(V, (len(TARGETS), K))

@@ -220,6 +220,14 @@ def test_the_student_comes_nearer_to_its_teacher(script, words, tmp_path, go, kd
     assert np.mean([s["kl"] for s in steps[-4:]]) < 0.5 * np.mean([s["kl"] for s in steps[:4]])
 
 
+def test_the_plan_of_a_distillation(script, words, teacher_model, documents, tmp_path, go):
+    """--dry_run 1 shows what the teacher costs, from a file and alive, and trains nothing."""
+    assert script(generate.main, *words)[0] == 0
+    for more in (f"--train_data_file {tmp_path / 'F.h5'}", f"--data_file {documents} --teacher_model {teacher_model}"):
+        folder, status, err = go("plan", f"--distillation 1 --dry_run 1 --infctx_dataset_multiplier 4 {more}")
+        assert status == 0 and not list(folder.glob("rwkv-*")), err
+
+
 def test_published_distillation_command(script, words, tmp_path, go):
     """As the tradition types it, --top_k 100 of a file with K = 100; without --infctx."""
     assert script(generate.main, *words, "--top_k", 100)[0] == 0

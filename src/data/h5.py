@@ -48,7 +48,7 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except RowError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         text = str(error)
         if "truncated" in text:
             raise ValueError(f"{path} is truncated: it was not written to its end; make it again") from error
@@ -63,7 +63,7 @@ def _readable(path: str) -> Iterator[None]:
 def readable_file(path: str | os.PathLike) -> Iterator[Any]:
     """The opened file. Raises ValueError, one sentence, for one that is missing, foreign, truncated or damaged."""
     check_readable(path)
-    with _readable(str(path)), _library().File(path, "r") as file:
+    with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
         yield file
 
 
@@ -121,7 +121,7 @@ class H5File:
         if self._process != os.getpid():
             if self._file is not None:
                 self._file.close()  # this process's copy of the handle that the parent goes on using
-            self._file, self._process = _library().File(self.path, "r"), os.getpid()
+            self._file, self._process = _library().File(self.path, "r", locking="best-effort"), os.getpid()
             self._sets = {name: self._file[name] for name in KINDS if name in self._file}
         return self._file
 

@@ -200,6 +200,7 @@ PAIR_FORMATS: dict[str, Callable[..., Opened]] = {
 def pair_type(path: str | os.PathLike) -> str:
     """The data type of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
     kind = Path(path).suffix.lower().lstrip(".")
+    kind = "h5" if kind == "hdf5" else kind
     if kind in PAIR_FORMATS:
         return kind
     check_readable(path)

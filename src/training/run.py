@@ -50,6 +50,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
     config = numbered_from(config, start.path)
     pl.seed_everything(config.seed, verbose=False)  # dropout
+    teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
     held_out = inputs.held_out(reference=True)
@@ -57,7 +58,6 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    teacher = open_teacher(config, start.sizes.vocab_size)
     trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
     return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
 
