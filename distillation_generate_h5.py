@@ -18,7 +18,7 @@ import torch
 
 from sft_generate_h5 import add_document_flags, check_document_flags, count_lines, examples_of
 from src.cli import Parser, run
-from src.data.batch import TextExample, TopK
+from src.data.batch import TextBatch, TextExample, TopK
 from src.data.h5 import writing
 from src.data.journal import Journal
 from src.data.progress import counted
@@ -27,7 +27,7 @@ from src.files import file_hash
 from src.model.rwkv import RWKV
 from src.training.answering import STRATEGY_HELP, open_model
 from src.training.start import DTYPES
-from src.training.teacher import largest_logits, packed_hidden
+from src.training.teacher import top_logits
 
 log = logging.getLogger("teacher")
 
@@ -66,13 +66,10 @@ def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -
     device = next(model.parameters()).device
     tokens = torch.from_numpy(np.concatenate([e.tokens for e in row]).astype(np.int64)).to(device)
     ends = np.cumsum([len(e.tokens) for e in row]).tolist()
-    starts = torch.tensor([0, *ends])
-    found = [
-        [part.float().cpu().numpy() if part.is_floating_point() else part.cpu().numpy() for part in top]
-        for _, _, hidden in packed_hidden(model, tokens, starts, window)
-        for top in [largest_logits(model, hidden, k, HEAD_CHUNK)]
-    ]
-    top = TopK(*(np.concatenate(parts) for parts in zip(*found)))
+    # every token is asked about, so every target counts as trained; which they are does not matter
+    batch = TextBatch(tokens, tokens, torch.tensor([0, *ends]), 1.0)
+    found = top_logits(model, batch, k, HEAD_CHUNK, window)
+    top = TopK(found.values.float().cpu().numpy(), found.indices.cpu().numpy(), found.lse.float().cpu().numpy())
     return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
 
 

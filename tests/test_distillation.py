@@ -13,11 +13,11 @@ import torch
 import distillation_generate_h5 as generate
 import sft_generate_h5
 import train
-from src.data.batch import TextExample, pack_texts
+from src.data.batch import TextBatch, TextExample, pack_texts
 from src.data.h5 import open_h5, writing
 from src.data.journal import Journal
 from src.model.checkpoint import load_model
-from src.training.teacher import Teacher, packed_hidden
+from src.training.teacher import Teacher, top_logits
 from tests.conftest import VOCAB, read_jsonl
 from tests.test_data_h5 import old_file
 
@@ -110,10 +110,12 @@ def test_windows_carry_the_state_and_forget_it_at_a_start(base_model, window):
     lengths = [3, 11, 1, 13, 7, 15]
     tokens = torch.randint(VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     starts = torch.tensor([0, *np.cumsum(lengths).tolist()])
-    found = torch.cat([hidden for _, _, hidden in packed_hidden(model, tokens, starts, window)])
+    found = top_logits(model, TextBatch(tokens, tokens, starts, 1.0), VOCAB, 5, window)
     with torch.no_grad():
-        alone = [model(part[None])[0][0] for part in tokens.split(lengths)]
-    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-10, atol=1e-12)
+        alone = torch.cat([model.head(model(part[None])[0][0]) for part in tokens.split(lengths)])
+    logits = torch.empty_like(alone).scatter_(1, found.indices, found.values)
+    torch.testing.assert_close(logits, alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.lse, alone.logsumexp(1), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("cut", ["between batches", "in a batch", "in its head", "in the first line", "before the end"])
@@ -220,6 +222,27 @@ def test_the_student_comes_nearer_to_its_teacher(script, words, tmp_path, go, kd
     assert np.mean([s["kl"] for s in steps[-4:]]) < 0.5 * np.mean([s["kl"] for s in steps[:4]])
 
 
+@pytest.mark.parametrize("more", ["", "--kd js --kd_tail 1", "--kd reverse --peft lora --lora_dropout 0", "LIVE"])
+def test_long_contexts_give_the_same_gradient(script, words, documents, teacher_model, tmp_path, go, more):
+    """--infctx in pieces of 16 tokens against one pass, in float64: packed, accumulated, from a file and alive."""
+    assert script(generate.main, *words)[0] == 0
+    data = f"--train_data_file {tmp_path / 'F.h5'}"
+    if more == "LIVE":
+        data, more = f"--data_file {documents} --teacher_model {teacher_model} --top_k {K}", ""
+    common = (
+        f"--distillation 1 --precision fp64 --ctx_len 200 --smoothing 0.01 --infctx_dataset_multiplier 3 {data} {more}"
+    )
+    common += " --accumulate_grad_batches 2 --epoch_steps 4"
+    (one, status, err), (two, also, _) = go("whole", common), go("pieces", f"{common} --infctx 1 --chunk_ctx 16")
+    assert status == also == 0, err
+    pairs = zip(*(read_jsonl(folder / "metrics.jsonl", "train") for folder in (one, two)), strict=True)
+    for a, b in pairs:
+        for name in ("loss", "ce", "kl", "nll", "grad_norm", "l2wrap"):
+            assert a[name] == pytest.approx(b[name], rel=1e-9), name
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
 def test_the_plan_of_a_distillation(script, words, teacher_model, documents, tmp_path, go):
     """--dry_run 1 shows what the teacher costs, from a file and alive, and trains nothing."""
     assert script(generate.main, *words)[0] == 0
@@ -229,11 +252,11 @@ def test_the_plan_of_a_distillation(script, words, teacher_model, documents, tmp
 
 
 def test_published_distillation_command(script, words, tmp_path, go):
-    """As the tradition types it, --top_k 100 of a file with K = 100; without --infctx."""
+    """As the tradition types it, --top_k 100 of a file with K = 100."""
     assert script(generate.main, *words, "--top_k", 100)[0] == 0
     folder, status, err = go(
         "old",
-        f"""--infctx 0 --chunk_ctx 512 --ctx_len 65536 --distillation 1 --temperature 2 --top_k 100 --alpha 0.5
+        f"""--infctx 1 --chunk_ctx 512 --ctx_len 65536 --distillation 1 --temperature 2 --top_k 100 --alpha 0.5
         --smoothing 0.005 --train_data_file {tmp_path / "F.h5"}""",
     )
     assert status == 0, err
@@ -252,6 +275,10 @@ def test_published_sft_command_trains_as_the_jsonl_does(script, documents, vocab
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name]), name
     assert max(s["tokens"] for s in read_jsonl(one / "metrics.jsonl", "train")) > 150
+    two, status, err = go("long", f"--infctx 1 --chunk_ctx 32 {command} {tmp_path / 'F.h5'}")
+    assert status == 0, err
+    for name, tensor in weights(one).items():
+        assert float((tensor - weights(two)[name]).norm() / tensor.norm().clamp_min(1e-3)) < 2e-3, name
     _, status, err = go("split", f"{command} {tmp_path / 'F.h5'} --val_split 0.3")
     assert status == 0, err
     _, status, err = go("glued", f"{command} {tmp_path / 'F.h5'} --reset_state 0 --val_file {tmp_path / 'F.h5'}")

@@ -12,19 +12,19 @@ With `tail` there is one more outcome, "any other token", whose probability befo
 whole vocabulary's softmax, for the teacher and the student alike; the K + 1 log-probabilities are then divided by tau.
 A teacher's file must hold the log-sum-exp of all its logits for that.
 
-Legend: n trained tokens, T tokens, K teacher's logits per token, C width.
+Legend: n trained tokens, T tokens, K teacher's logits per token.
 """
 
 import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.losses.kinds import Metrics, TextLoss
 from src.losses.orpo import log1mexp
 from src.losses.sft import sft
-from src.losses.tokens import IGNORE, L2WRAP, TokenScores, gathered_scores
+from src.losses.tokens import IGNORE, L2WRAP, TokenScores
 
 NO_REST = -1e-6  # a log-probability above this leaves nothing for the rest that float32 could tell from rounding
 
@@ -114,11 +114,13 @@ class Distillation(TextLoss):
         metrics = {"loss": value, "ce": ce, "kl": kl, "nll": -tokens.logp.sum()}
         return value, {name: part.detach() for name, part in metrics.items()}
 
-    def from_hidden(
-        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
+    def at(self, batch: Any) -> Tensor | None:
+        assert batch.top_indices is not None, "distillation without a teacher"
+        return batch.top_indices
+
+    def from_scores(
+        self, scores: tuple[TokenScores, Tensor], batch: Any, *, l2wrap: bool, **settings: Any
     ) -> tuple[Tensor, Metrics]:
-        assert batch.top_values is not None, "distillation without a teacher"
-        scores = gathered_scores(head, hidden, batch.targets, batch.top_indices, chunk=chunk)
         value, metrics = self(scores, batch, **settings)
         if l2wrap:
             penalty = L2WRAP * scores[0].max_logit.square().sum()

@@ -170,6 +170,7 @@ class Inputs:
                 folder=self.folder,
                 chunk=c.head_chunk,
                 progress=done,
+                length=c.chunk,
             )
 
     def _same_reference(self, about: dict) -> bool:
@@ -221,7 +222,7 @@ class Inputs:
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
             with evaluating(self.start.model):
-                sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk)
+                sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk, length=self.config.chunk)
             return pair_metrics(sums, counts, base)
 
         return score

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from src.config import Config
 from src.data.batch import PairBatch, TextBatch
-from src.losses import LOSSES, step_loss
+from src.losses import LOSSES
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
-from src.training.forward import pair_hidden, text_hidden
+from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
 from src.training.teacher import Teacher
@@ -82,8 +82,7 @@ class Trainee(pl.LightningModule):
         """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
         if self.teacher is not None:
             batch = self.teacher(batch)
-        hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
-        value, metrics = step_loss(self.loss, self.model.head, hidden, batch, self.config)
+        value, metrics = batch_loss(self.model, batch, self.loss, self.config)
         self._total = batch.total
         self._tokens += tokens_run(batch)
         for name, amount in metrics.items():

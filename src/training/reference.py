@@ -42,20 +42,21 @@ def reference_scores(
     folder: Path,
     chunk: int,
     progress: Any = None,
+    length: int = 0,
 ) -> Tensor:
     """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
 
     Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
-    are held (storage, masters, device).
+    are held (storage, masters, device). With `length` rows run in pieces of so many tokens, as in training.
     """
-    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend}")
+    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
     if path.exists():
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return torch.load(path, weights_only=True)["sums"]
     log.info("reference scores of %d pairs: computing", len(pairs))
     with evaluating(model):
-        sums, _ = score_pairs(model, pairs, chunk, progress)
+        sums, _ = score_pairs(model, pairs, chunk, progress, length)
     path.parent.mkdir(exist_ok=True)
     write_atomic({"sums": sums}, path)
     return sums

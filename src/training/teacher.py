@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,9 +20,10 @@ from src.data.batch import IGNORE, TextBatch
 from src.losses.head import open_head
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
-from src.model.state import LayerState, State
 from src.ops.logprob import row_stats
 from src.training.answering import with_masters
+from src.training.context import piecewise
+from src.training.forward import cut
 from src.training.start import DTYPES, device_of
 
 log = logging.getLogger(__name__)
@@ -40,40 +40,6 @@ class TopLogits(NamedTuple):
     lse: Tensor
 
 
-def _first_continued(state: State, segments: int) -> State:
-    """The state of `segments` documents of which the first goes on from the last row of `state`, the others begin."""
-
-    def part(tensor: Tensor) -> Tensor:
-        rows = tensor.new_zeros(segments, *tensor.shape[1:])
-        rows[0] = tensor[-1]
-        return rows
-
-    return State(LayerState(*map(part, layer)) for layer in state)
-
-
-@torch.no_grad()
-def packed_hidden(
-    model: RWKV, tokens: Tensor, starts: Tensor, window: int = WINDOW
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(begin, end, hidden (end - begin, C)) of a packed row `tokens` (T,) int64 with `starts` (S+1,), in windows.
-
-    Each document runs from a zero state; one that crosses the border of a window is carried on, so the values are those
-    of a single pass to float error.
-    """
-    state, length = None, tokens.numel()
-    bounds = starts.tolist()
-    for begin in range(0, length, window):
-        end = min(length, begin + window)
-        # borders of documents inside of this window; the first segment goes on unless a document begins at `begin`
-        cuts = sorted({begin, end, *(b for b in bounds if begin < b < end)})
-        inner = torch.tensor(cuts, dtype=torch.int64, device=starts.device) - begin
-        before = None
-        if state is not None and begin not in bounds:
-            before = _first_continued(state, len(cuts) - 1)
-        hidden, state = model(tokens[None, begin:end], before, inner)
-        yield begin, end, hidden[0]
-
-
 @torch.no_grad()
 def largest_logits(model: RWKV, hidden: Tensor, k: int, chunk: int) -> TopLogits:
     """The K largest logits of `hidden` (M, C), through the head in chunks of rows."""
@@ -85,9 +51,29 @@ def largest_logits(model: RWKV, hidden: Tensor, k: int, chunk: int) -> TopLogits
         values, indices = logits.topk(k, dim=1)
         found.append((values.to(lse.dtype), indices, lse))
     if not found:
-        empty = hidden.new_empty(0, k, dtype=torch.float32)
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        empty = hidden.new_empty(0, k, dtype=wide)
         return TopLogits(empty, empty.long(), empty.new_empty(0))
     return TopLogits(*(torch.cat(parts) for parts in zip(*found)))
+
+
+@torch.no_grad()
+def top_logits(model: RWKV, batch: TextBatch, k: int, chunk: int, window: int = WINDOW) -> TopLogits:
+    """The K largest logits after each of a batch's tokens (T) whose target is trained, 0 at the others.
+
+    The row runs in windows of so many tokens; documents that cross a border are carried on, so the values are those of
+    a single pass to float error.
+    """
+    trained = batch.targets != IGNORE
+    if not len(trained):
+        return largest_logits(model, model.head.weight.new_empty(0, model.sizes.n_embd), k, chunk)
+
+    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
+        rows = trained[here].nonzero()[:, 0]
+        found = largest_logits(model, hidden[rows], k, chunk)
+        return tuple(part.new_zeros(len(hidden), *part.shape[1:]).index_copy_(0, rows, part) for part in found)
+
+    return TopLogits(*piecewise(model, cut(batch, window), score))
 
 
 class Teacher:
@@ -98,19 +84,8 @@ class Teacher:
 
     def __call__(self, batch: TextBatch) -> TextBatch:
         """The batch with the teacher's logits at its trained positions, 0 elsewhere."""
-        trained = batch.targets != IGNORE
-        nothing = self.model.head.weight.new_empty(0, self.model.sizes.n_embd)
-        parts, rows = [largest_logits(self.model, nothing, self.k, self.chunk)], [batch.tokens[:0]]
-        for begin, end, hidden in packed_hidden(self.model, batch.tokens, batch.starts):
-            here = trained[begin:end].nonzero()[:, 0]
-            parts.append(largest_logits(self.model, hidden[here], self.k, self.chunk))
-            rows.append(here + begin)
-        place, found = torch.cat(rows), {}
-        for name, value in zip(TopLogits._fields, zip(*parts)):
-            joined = torch.cat(value)
-            spread = joined.new_zeros(len(batch.tokens), *joined.shape[1:])
-            found[f"top_{name}"] = spread.index_copy_(0, place, joined)
-        return dataclasses.replace(batch, **found)
+        found = top_logits(self.model, batch, self.k, self.chunk)
+        return dataclasses.replace(batch, **{f"top_{name}": part for name, part in found._asdict().items()})
 
 
 def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
