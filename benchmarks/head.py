@@ -1,5 +1,7 @@
 """Peak extra memory and time of the head with its loss, forward and backward, against full logits.
 
+The last two methods are distillation on a teacher's 100 largest logits, from full logits and through the chunked head.
+
 Each case runs in a process of its own. Extra memory is the high-water mark of resident memory above its level before
 the first counted run, and the same less the gradients that any method must return (of hidden states, and of a trained
 weight in float32). Beside the times stands the machine's own rate at one of the head's products in the same process.
@@ -13,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,10 +25,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.layers.linear import Linear
+from src.losses.distill import Distillation, distillation
 from src.losses.tokens import token_scores, weighted_nll
 
 MIB = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+METHODS = ("full logits", "token_scores", "weighted_nll", "distillation, full logits", "distillation")
+K = 100
 
 
 class LowRank(nn.Module):
@@ -59,8 +65,34 @@ def make_head(kind: str, dtype: torch.dtype, vocabulary: int, width: int) -> nn.
     return head
 
 
-def loss_of(method: str, head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Summed cross-entropy by one of the methods."""
+@dataclass
+class Batch:
+    """Targets (M,) and a teacher's K largest logits of each position."""
+
+    targets: torch.Tensor
+    top_values: torch.Tensor
+    top_indices: torch.Tensor
+    top_lse: torch.Tensor | None = None
+
+    def first(self, rows: int) -> "Batch":
+        """The first rows only."""
+        return Batch(self.targets[:rows], self.top_values[:rows], self.top_indices[:rows])
+
+
+def batch_of(rows: int, vocabulary: int) -> Batch:
+    """Random targets and a teacher with random opinions."""
+    return Batch(torch.randint(vocabulary, (rows,)), torch.randn(rows, K), torch.randint(vocabulary, (rows, K)))
+
+
+def loss_of(method: str, head: nn.Module, hidden: torch.Tensor, batch: Batch, chunk: int) -> torch.Tensor:
+    """Summed loss by one of the methods."""
+    targets = batch.targets
+    if method == "distillation":
+        return Distillation().from_hidden(head, hidden, batch, chunk=chunk, l2wrap=False)[0]
+    if method == "distillation, full logits":
+        logp = head(hidden).float().log_softmax(1)
+        divergence = distillation(logp.gather(1, batch.top_indices), batch.top_values).sum()
+        return 0.5 * F.nll_loss(logp, targets, reduction="sum") + 0.5 * divergence
     if method == "full logits":
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     if method == "token_scores":
@@ -75,8 +107,8 @@ def measure(case: dict) -> dict:
     dtype = DTYPES[case["dtype"]]
     head = make_head(case["head"], dtype, case["vocabulary"], case["width"])
     hidden = torch.randn(case["rows"], case["width"]).to(dtype).requires_grad_()
-    targets = torch.randint(case["vocabulary"], (case["rows"],))
-    loss_of(case["method"], head, hidden[:16], targets[:16], 16).backward()  # libraries, thread pools
+    batch = batch_of(case["rows"], case["vocabulary"])
+    loss_of(case["method"], head, hidden[:16], batch.first(16), 16).backward()  # libraries, thread pools
     returned = sum(p.numel() * p.element_size() for p in (hidden, *head.parameters()) if p.requires_grad)
     times, extra = [], 0
     for _ in range(case["repeat"]):
@@ -85,7 +117,7 @@ def measure(case: dict) -> dict:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the high-water mark starts anew
         before, began = resident()["VmRSS"], time.perf_counter()
-        loss = loss_of(case["method"], head, hidden, targets, case["chunk"])
+        loss = loss_of(case["method"], head, hidden, batch, case["chunk"])
         loss.backward()
         times.append(time.perf_counter() - began)
         extra = max(extra, resident()["VmHWM"] - before)
@@ -119,10 +151,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=[*DTYPES], help="only this dtype")
+    parser.add_argument("--method", choices=METHODS, help="only this method")
     parser.add_argument("--json", metavar="PATH", help="also write the measurements there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
-    case, path, only = given.pop("case"), given.pop("json"), given.pop("dtype")
+    case, path, only, only_method = (given.pop(name) for name in ("case", "json", "dtype", "method"))
     if case:
         print(json.dumps(measure(json.loads(case))))
         return
@@ -131,7 +164,7 @@ def main() -> None:
     results = []
     for dtype in [only] if only else DTYPES:
         for head in ("frozen", "trained", "lora"):
-            for method in ("full logits", "token_scores", "weighted_nll"):
+            for method in [only_method] if only_method else METHODS:
                 wanted = given | {"dtype": dtype, "head": head, "method": method}
                 command = [sys.executable, __file__, "--case", json.dumps(wanted)]
                 environment = os.environ | {"OMP_NUM_THREADS": str(given["threads"])}

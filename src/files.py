@@ -52,6 +52,29 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """As `atomic_write`, for libraries that open a file by its name: gives the temporary name to write to.
+
+    Raises ValueError as `atomic_write`; HDF5 tells of a full disk in words only, and those count too.
+    """
+    path = Path(path)
+    temporary, file = _create(path)
+    file.close()
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) in _FULL or "No space left" in str(error):
+            raise ValueError(f"{path}: the disk is full; the file was not written") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes the rename itself last; some file systems do not offer it, and then the rename is as good as it gets."""
     try:

@@ -59,6 +59,13 @@ def names_corpus(config: Config) -> bool:
     return bool(config.data_file) and not config.data_file.lower().endswith(NOT_BINIDX)
 
 
+def names_h5(config: Config) -> bool:
+    """Whether {data_file} is an .h5, by its data type or its name."""
+    if config.data_type:
+        return config.data_type in ("h5", "hdf5")
+    return config.data_file.lower().endswith((".h5", ".hdf5"))
+
+
 LAWS = (
     Law(
         lambda c: c.eval_only and not c.val_file,
@@ -99,6 +106,23 @@ LAWS = (
     Law(
         lambda c: trains(c) and c.loss in ("sft", "distillation") and not c.data_file,
         "{loss=} needs {data_file}, the text to train on",
+    ),
+    Law(
+        lambda c: trains(c) and c.loss == "distillation" and not c.teacher_model and not names_h5(c),
+        "{distillation} 1 needs a teacher: an .h5 with its logits as {data_file} (distillation_generate_h5.py), or "
+        "{teacher_model}",
+    ),
+    Law(
+        lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and c.infctx_dataset_multiplier > 1,
+        "{infctx_dataset_multiplier=} joins documents of text; {loss=} trains on pairs",
+    ),
+    Law(
+        lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and not c.reset_state,
+        "{reset_state} 0 glues documents of text; {loss=} trains on pairs",
+    ),
+    Law(
+        lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and c.initial_ctx_len > 0,
+        "{initial_ctx_len=} shortens samples of text; for {loss=} there is {rlhf_max_corpus_len}",
     ),
     Law(
         lambda c: trains(c) and not c.loss,

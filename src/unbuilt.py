@@ -18,17 +18,12 @@ class Missing(NamedTuple):
     sentence: str
 
 
-def ends(config: Config, *suffixes: str) -> bool:
-    """Whether one of the data files has one of the suffixes."""
-    return any(path.lower().endswith(suffixes) for path in (config.data_file, config.pair_file, config.val_file))
-
-
 BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
-        lambda c: c.loss not in ("", "sft", "dpo", "orpo"),
-        "{loss=}: this loss is not built yet; {sft}, {dpo} and {orpo} are",
+        lambda c: c.loss not in ("", "sft", "dpo", "orpo", "distillation"),
+        "{loss=}: this loss is not built yet; {sft}, {distillation}, {dpo} and {orpo} are",
     ),
     Missing(
         lambda c: c.dpo_general_corpus_ratio > 0,
@@ -45,18 +40,6 @@ NOT_BUILT = (
     Missing(
         lambda c: c.num_nodes > 1,
         "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
-    ),
-    Missing(
-        lambda c: c.initial_ctx_len > 0,
-        "{initial_ctx_len=}: growing sample lengths are not built yet; leave it 0",
-    ),
-    Missing(
-        lambda c: c.infctx_dataset_multiplier > 1,
-        "{infctx_dataset_multiplier=}: joining documents to one sample is not built yet; use 1",
-    ),
-    Missing(
-        lambda c: not c.reset_state,
-        "{reset_state} 0: carrying the state over document borders is not built yet; use 1",
     ),
     Missing(
         lambda c: c.peft not in ("full", "lora", "state"),
@@ -89,10 +72,6 @@ NOT_BUILT = (
     Missing(
         lambda c: c.compile,
         "{compile} 1: compiling the model is not built yet; leave it 0",
-    ),
-    Missing(
-        lambda c: c.data_type == "h5" or ends(c, ".h5", ".hdf5"),
-        "h5 files are not read yet; use .jsonl or binidx for text and .csv, .jsonl or .save for pairs",
     ),
     Missing(
         lambda c: bool(c.load_cold_adapter),

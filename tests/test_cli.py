@@ -52,12 +52,12 @@ PUBLISHED = {
     "sft on h5": (
         f"""{INFCTX} --sft 1 --smoothing 0.005 --random_mode 1 --train_data_file F.h5
         --infctx_dataset_multiplier 8""",
-        "--infctx_dataset_multiplier",
+        None,
     ),
     "distillation on h5": (
         f"""{INFCTX} --distillation 1 --temperature 2 --top_k 100 --alpha 0.5 --smoothing 0.005
         --train_data_file F.h5""",
-        "--distillation 1",
+        None,
     ),
     "state tuning": (
         f"{SIZES} --state 1 --orpo 1 --layer_profile 'layerprofile/32_TEST_State.csv' --lr_advanced 1"
@@ -189,6 +189,13 @@ MISTAKES = {
     TEXT + "--train_data_file E": "--data_file and --train_data_file E: the same setting with two values",
     TEXT + "--val_file V --val_split 0.1": "--val_file V and --val_split 0.1: give one of the two",
     TEXT + "--initial_ctx_len 9999": "--initial_ctx_len 9999 is more than --ctx_len 2048",
+    BASE + "--distillation --data_file D.jsonl": "--distillation 1 needs a teacher: an .h5 with its logits",
+    BASE
+    + "--orpo --rlhf_train_file F --initial_ctx_len 9": "--initial_ctx_len 9 shortens samples of text; for --orpo 1",
+    BASE
+    + "--dpo --rlhf_train_file F --infctx_dataset_multiplier 2": "--infctx_dataset_multiplier 2 joins documents of",
+    BASE
+    + "--dpo --rlhf_train_file F --reset_state 0": "--reset_state 0 glues documents of text; --dpo 1 trains on pairs",
     TEXT + "--ctx_warmup_steps 10": "--ctx_warmup_steps 10 needs --initial_ctx_len",
     TEXT + "--state_shift": "--state_shift 1 needs --state 1",
     TEXT + "--infctx --state_cp --ctx_parts 2": "--infctx 1 with --chunk_ctx and --state_cp 1 with --ctx_parts",

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from src.data import FORMATS, kind_of, open_pairs, open_text
-from src.data.batch import IGNORE, PairBatch, PairExample
+from src.data.batch import IGNORE, PairBatch, PairExample, TextExample
 from src.data.binidx import write_corpus
+from src.data.h5 import writing
 from src.data.pair_save import write_save
 from src.data.sampler import Sequential, Steps
 from src.data.tokenizer import load_tokenizer
@@ -26,6 +27,11 @@ def pair_sample(name, path, world):
     elif name == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({key: [value] for key, value in PAIR.items()}), path)
+    elif name == "h5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for part, text in zip(("prompttokens", "chosentokens", "rejecttokens"), IDS):
+                file.create_dataset(part, (1,), h5py.vlen_dtype(np.int64))[0] = world.encode(text)
     else:
         pytest.fail(f"give this test a sample of the format {name}")
 
@@ -37,6 +43,9 @@ def text_sample(name, path, world):
         path.write_text("one two")
     elif name == "binidx":
         write_corpus(path, [np.array([*world.encode("one two"), 0])], iter([0]), 65536)
+    elif name == "h5":
+        with writing(path, {}) as out:
+            out.add([TextExample(np.array([*world.encode("one two"), 0]))])
     else:
         pytest.fail(f"give this test a sample of the format {name}")
 

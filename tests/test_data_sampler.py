@@ -125,18 +125,6 @@ def test_micro_batches_do_not_depend_on_what_was_asked_before():
     assert sum(int((b.targets >= 0).sum()) for b in step) == step[0].total == step[1].total
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_documents_per_sample(masked):
-    """infctx_dataset_multiplier packs documents to one sample; without reset they are glued, and the total follows."""
-    examples = Numbered(8, masked)
-    packed = Steps(examples, Sequential(8), 2, 1, documents=2)
-    assert packed.micro_batch(0).starts.tolist() == [0, 1, 3, 6, 7]
-    assert packed.micro_batch(0).total == 1 + 2 + 3 + 1
-    glued = Steps(examples, Sequential(8), 2, 1, documents=2, reset_state=False)
-    assert glued.micro_batch(0).starts.tolist() == [0, 4, 9]
-    assert glued.micro_batch(0).total == int((glued.micro_batch(0).targets >= 0).sum()) == 9
-
-
 def test_pairs_count_as_one():
     """The step's total is its number of pairs."""
 

@@ -48,12 +48,22 @@ def config(**changes):
         "dpo_label_smoothing": 0.0,
         "orpo_alpha": 0.01,
         "orpo_mode": "mean",
+        "temperature": 2.0,
+        "alpha": 0.5,
+        "kd": "forward",
+        "kd_tail": True,
     }
     return SimpleNamespace(**(values | changes))
 
 
 def pair_batch():
     return SimpleNamespace(targets=ANSWERS, starts=STARTS, reference=REFERENCE, total=2.0)
+
+
+def text_batch():
+    """With the three largest logits of a teacher that is sure of other tokens."""
+    values, indices = torch.randn(len(TEXT), V, dtype=torch.float64).topk(3, dim=1)
+    return SimpleNamespace(targets=TEXT, top_values=values, top_indices=indices, top_lse=values.logsumexp(1) + 0.5)
 
 
 def probabilities(head, hidden):
@@ -210,7 +220,7 @@ def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
 def test_every_loss_ignores_the_chunk_length(name):
     """Parametrised over the table: a loss that notices chunking fails here without a test of its own."""
     text = LOSSES[name].kind == "text"
-    batch = SimpleNamespace(targets=TEXT) if text else pair_batch()
+    batch = text_batch() if text else pair_batch()
     head, hidden = head_and_hidden(len(batch.targets))
     whole, parts = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
     assert "loss" in parts and not any(value.requires_grad for value in parts.values())

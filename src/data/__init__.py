@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from src.data.h5 import holds_pairs, open_h5
 from src.data.pair_rows import is_pair_record
 from src.data.pairs import PAIR_FORMATS, open_pairs, pair_type
 from src.data.report import DataReport
@@ -15,7 +16,7 @@ FORMATS: dict[str, str] = {
     for name in (*TEXT_FORMATS, *PAIR_FORMATS)
 }
 
-__all__ = ["FORMATS", "kind_of", "open_pairs", "open_slices", "open_text"]
+__all__ = ["FORMATS", "kind_of", "open_h5", "open_pairs", "open_slices", "open_text"]
 
 
 def kind_of(path: str | os.PathLike, data_type: str = "") -> str:
@@ -24,6 +25,8 @@ def kind_of(path: str | os.PathLike, data_type: str = "") -> str:
     Raises ValueError when neither fits or the file cannot be read.
     """
     name = data_type or Path(path).suffix.lower().lstrip(".")
+    if name in ("h5", "hdf5"):
+        return "pairs" if holds_pairs(path) else "text"
     if not data_type and name not in FORMATS and Path(path).is_file():
         name = pair_type(path)
     if FORMATS.get(name) == "pairs":

@@ -15,11 +15,44 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class TopK:
+    """A teacher's K largest logits after each of L tokens (row t is about token t + 1).
+
+    values (L, K) float32, natural logits. indices (L, K) integers: the tokens that they belong to. lse (L,) float32:
+    log-sum-exp of all the teacher's logits, or None where nobody stored it.
+    """
+
+    values: np.ndarray
+    indices: np.ndarray
+    lse: np.ndarray | None = None
+
+    def rows(self, begin: int, end: int) -> "TopK":
+        """The rows of tokens begin..end-1."""
+        return TopK(self.values[begin:end], self.indices[begin:end], None if self.lse is None else self.lse[begin:end])
+
+    def largest(self, k: int) -> "TopK":
+        """The k largest of each row, largest first; `self` when it holds no more than that."""
+        if k >= self.values.shape[1]:
+            return self
+        order = np.argsort(-self.values, axis=1, kind="stable")[:, :k]
+        return TopK(np.take_along_axis(self.values, order, 1), np.take_along_axis(self.indices, order, 1), self.lse)
+
+
+@dataclass(frozen=True)
 class TextExample:
-    """tokens (L,) integers; mask (L,) bool or None: which tokens are trained as targets (the first never is)."""
+    """tokens (L,) integers; mask (L,) bool or None: which tokens are trained as targets (the first never is); teacher:
+    rows for all L tokens, if a teacher was asked."""
 
     tokens: np.ndarray
     mask: np.ndarray | None = None
+    teacher: TopK | None = None
+
+    def first(self, tokens: int) -> "TextExample":
+        """The example cut to its first `tokens` tokens."""
+        if tokens >= len(self.tokens):
+            return self
+        mask = None if self.mask is None else self.mask[:tokens]
+        return TextExample(self.tokens[:tokens], mask, None if self.teacher is None else self.teacher.rows(0, tokens))
 
     def trained(self) -> int:
         """How many targets carry a loss."""
@@ -52,13 +85,18 @@ class TextBatch(_Movable):
     Attributes:
         tokens: (T,) inputs. targets: (T,) the next token of each, IGNORE where not trained.
         starts: (S+1,) cumulative lengths of the segments.
-        total: trained tokens of the whole optimizer step, over micro-batches and ranks.
+        total: trained tokens of the whole optimizer step, over micro-batches and ranks; at least 1.
+        top_values, top_indices, top_lse: (T, K) float32, (T, K), (T,) float32: a teacher's opinion of each target, as
+            in `TopK`; None without one.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     starts: torch.Tensor
     total: float
+    top_values: torch.Tensor | None = None
+    top_indices: torch.Tensor | None = None
+    top_lse: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +146,41 @@ def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> T
         if example.mask is not None:
             targets[here][~example.mask[1 : length + 1]] = IGNORE
         at += length
-    total = float(sum(e.trained() for e in examples)) if total is None else float(total)
-    return TextBatch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(lengths), total)
+    # an all-masked step must not divide by 0; its loss and gradient are 0
+    total = float(max(1, sum(e.trained() for e in examples))) if total is None else float(total)
+    batch = TextBatch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(lengths), total)
+    if not examples or any(e.teacher is None for e in examples):
+        return batch
+    top = _joined_teacher([e.teacher.rows(0, length) for e, length in zip(examples, lengths)])
+    return replace(
+        batch,
+        top_values=torch.from_numpy(top.values.astype(np.float32, copy=False)),
+        top_indices=torch.from_numpy(top.indices.astype(np.int64, copy=False)),
+        top_lse=None if top.lse is None else torch.from_numpy(top.lse.astype(np.float32, copy=False)),
+    )
+
+
+def _joined_teacher(parts: Sequence[TopK]) -> TopK:
+    known = all(part.lse is not None for part in parts)
+    return TopK(
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.indices for part in parts]),
+        np.concatenate([part.lse for part in parts]) if known else None,
+    )
 
 
 def glue(examples: Sequence[TextExample]) -> TextExample:
-    """Documents end to end as one row without a reset between them (the tradition's `--reset_state 0`)."""
+    """Documents end to end as one row without a reset between them (the tradition's `--reset_state 0`).
+
+    At a joint the teacher's row after the last token of a document is about the first token of the next.
+    """
     tokens = np.concatenate([np.asarray(e.tokens, dtype=np.int64) for e in examples])
+    known = all(e.teacher is not None for e in examples)
+    teacher = _joined_teacher([e.teacher for e in examples]) if known else None
     if all(e.mask is None for e in examples):
-        return TextExample(tokens)
+        return TextExample(tokens, None, teacher)
     masks = [np.ones(len(e.tokens), dtype=bool) if e.mask is None else e.mask for e in examples]
-    return TextExample(tokens, np.concatenate(masks))
+    return TextExample(tokens, np.concatenate(masks), teacher)
 
 
 def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> PairBatch:

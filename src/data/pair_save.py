@@ -59,7 +59,8 @@ def _ids(value: object, name: str, vocab_size: int | None) -> list[int]:
     return list(value)
 
 
-def _record(value: object, vocab_size: int | None) -> PairExample:
+def pair_record(value: object, vocab_size: int | None) -> PairExample:
+    """(prompt ids, chosen ids, reject ids, two log-probabilities) as a pair; RowError for what is wrong with it."""
     if not isinstance(value, list | tuple) or len(value) != 5:
         raise RowError("not a tuple of (prompt, chosen, reject, chosen log-prob, reject log-prob)", "wrong structure")
     prompt, chosen, reject = (_ids(part, name, vocab_size) for part, name in zip(value, ("prompt", "chosen", "reject")))
@@ -86,7 +87,7 @@ def read_save(path: str | os.PathLike, report: DataReport, vocab_size: int | Non
     for number, value in enumerate(data):
         report.rows += 1
         try:
-            pairs.append(_record(value, vocab_size))
+            pairs.append(pair_record(value, vocab_size))
         except RowError as error:
             report.bad(f"{path} record {number}", error)
     return pairs

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from src.data.batch import PairExample
+from src.data.pair_h5 import read_pair_h5
 from src.data.pair_rows import RawPair, read_pairs
 from src.data.pair_save import read_save, read_sidecar
 from src.data.report import DataReport, RowError
@@ -162,13 +163,22 @@ Opened = tuple[list[PairExample], DataReport, dict | None]
 
 def _from_save(path: str | os.PathLike, tokenizer: Tokenizer, max_len: int, skip_bad: bool, **_: object) -> Opened:
     report = DataReport(str(path), skip_bad=skip_bad)
-    pairs = []
-    for number, pair in enumerate(read_save(path, report, tokenizer.vocab_size)):
+    return _capped(read_save(path, report, tokenizer.vocab_size), max_len, report), report, read_sidecar(path)
+
+
+def _from_h5(path: str | os.PathLike, tokenizer: Tokenizer, max_len: int, skip_bad: bool, **_: object) -> Opened:
+    report = DataReport(str(path), skip_bad=skip_bad)
+    return _capped(read_pair_h5(path, report, tokenizer.vocab_size), max_len, report), report, None
+
+
+def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> list[PairExample]:
+    kept = []
+    for number, pair in enumerate(pairs):
         try:
-            pairs.append(cap_pair(pair, max_len, report))
+            kept.append(cap_pair(pair, max_len, report))
         except RowError as error:
-            report.bad(f"{path} record {number}", error)
-    return pairs, report, read_sidecar(path)
+            report.bad(f"{report.source} record {number}", error)
+    return kept
 
 
 def _from_rows(
@@ -183,12 +193,14 @@ PAIR_FORMATS: dict[str, Callable[..., Opened]] = {
     "jsonl": _from_rows,
     "parquet": _from_rows,
     "save": _from_save,
+    "h5": _from_h5,
 }
 
 
 def pair_type(path: str | os.PathLike) -> str:
     """The data type of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
     kind = Path(path).suffix.lower().lstrip(".")
+    kind = "h5" if kind == "hdf5" else kind
     if kind in PAIR_FORMATS:
         return kind
     check_readable(path)

@@ -6,19 +6,19 @@ was not, and on any number of ranks the positions are shared out without overlap
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from src.data.batch import PairBatch, PairExample, TextBatch, TextExample, glue, pack
+from src.data.batch import PairBatch, PairExample, TextBatch, TextExample, pack
+from src.data.joined import Growing, shortened
 
 
 class Examples(Protocol):
     """Anything with a length, examples by index, and a cheap count of what each trains."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> TextExample | PairExample: ...
+    def __getitem__(self, index: int) -> TextExample | PairExample | list[TextExample]: ...
     def trained(self, index: int) -> int: ...
 
 
@@ -147,15 +147,13 @@ class Steps:
     """Whole optimizer steps over examples in a given order.
 
     Step s takes accumulate * world * micro_bsz samples from position s * that on; micro-batch a of rank r takes the
-    micro_bsz samples from (a * world + r) * micro_bsz on. A sample is `documents` examples (the tradition's
-    infctx_dataset_multiplier).
+    micro_bsz samples from (a * world + r) * micro_bsz on. A sample is one example, or a list of text examples.
 
     Args:
         examples: what to draw from. order: position -> index.
         micro_bsz, accumulate: samples per micro-batch and micro-batches per step and rank.
         rank, world: this process, of how many.
-        documents: examples that make one sample.
-        reset_state: False glues a sample's documents into one row instead of packing them.
+        growing: most inputs of a sample at each step (text only); None = samples are never shortened.
     """
 
     def __init__(
@@ -166,21 +164,15 @@ class Steps:
         accumulate: int,
         rank: int = 0,
         world: int = 1,
-        documents: int = 1,
-        reset_state: bool = True,
+        growing: Growing | None = None,
     ):
-        for flag, value in (
-            ("micro_bsz", micro_bsz),
-            ("accumulate_grad_batches", accumulate),
-            ("infctx_dataset_multiplier", documents),
-        ):
+        for flag, value in (("micro_bsz", micro_bsz), ("accumulate_grad_batches", accumulate)):
             if value < 1:
                 raise ValueError(f"--{flag} {value}: must be at least 1")
         assert 0 <= rank < world
         _at_least_one(len(examples))
-        self.examples, self.order = examples, order
+        self.examples, self.order, self.growing = examples, order, growing
         self.micro_bsz, self.accumulate, self.rank, self.world = micro_bsz, accumulate, rank, world
-        self.documents, self.reset_state = documents, reset_state
         self._total = (-1, 0.0)
 
     @property
@@ -191,34 +183,39 @@ class Steps:
     def _positions(self, k: int) -> range:
         step, part = divmod(k, self.accumulate)
         first = step * self.samples_per_step + (part * self.world + self.rank) * self.micro_bsz
-        return range(first * self.documents, (first + self.micro_bsz) * self.documents)
+        return range(first, first + self.micro_bsz)
 
     def indices(self, k: int) -> list[int]:
-        """Indices of the examples in micro-batch k, for messages and replay."""
+        """Indices of the samples in micro-batch k, for messages and replay."""
         return [self.order(position) for position in self._positions(k)]
 
-    def step_total(self, step: int) -> float:
-        """Trained tokens (or pairs) of optimizer step `step`, over micro-batches and ranks."""
-        if self._total[0] != step:
-            size = self.samples_per_step * self.documents
-            indices = [self.order(position) for position in range(step * size, (step + 1) * size)]
-            count = sum(self.examples.trained(index) for index in indices)
-            if not self.reset_state:
-                count += self._joints(indices)
-            self._total = (step, float(count))
-        return self._total[1]
+    def _sample(self, index: int, step: int) -> list[Any]:
+        """The examples of one sample, as long as this step has them."""
+        sample = self.examples[index]
+        parts = sample if isinstance(sample, list) else [sample]
+        if self.growing is None or self.growing.whole(step):
+            return parts
+        return shortened(parts, self.growing(step))
 
-    def _joints(self, indices: Sequence[int]) -> int:
-        """Targets that gluing adds: the first token of each later document of a sample, where its mask trains it."""
-        later = [index for at, index in enumerate(indices) if at % self.documents]
-        examples = [self.examples[index] for index in later]
-        texts = [e for e in examples if isinstance(e, TextExample)]
-        return sum(1 for e in texts if e.mask is None or bool(e.mask[0]))
+    def step_total(self, step: int) -> float:
+        """Trained tokens (or pairs) of optimizer step `step`, over micro-batches and ranks; at least 1.
+
+        Without a trained token the step's loss and gradient are 0, not 0 / 0.
+        """
+        if self._total[0] != step:
+            indices = [
+                self.order(position)
+                for position in range(step * self.samples_per_step, (step + 1) * self.samples_per_step)
+            ]
+            if self.growing is None or self.growing.whole(step):
+                count = sum(self.examples.trained(index) for index in indices)
+            else:
+                count = sum(part.trained() for index in indices for part in self._sample(index, step))
+            self._total = (step, float(max(1, count)))
+        return self._total[1]
 
     def micro_batch(self, k: int) -> TextBatch | PairBatch:
         """The k-th micro-batch of this rank, counted from the very start of training."""
-        examples = [self.examples[index] for index in self.indices(k)]
-        if not self.reset_state and isinstance(examples[0], TextExample):
-            rows = range(0, len(examples), self.documents)
-            examples = [glue(examples[row : row + self.documents]) for row in rows]
-        return pack(examples, self.step_total(k // self.accumulate))
+        step = k // self.accumulate
+        examples = [part for index in self.indices(k) for part in self._sample(index, step)]
+        return pack(examples, self.step_total(step))

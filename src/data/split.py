@@ -1,7 +1,7 @@
 """Held-out examples: a seeded split that keeps pieces of one document and pairs of one prompt on the same side."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from src.data.batch import PairExample, TextExample
 from src.data.sampler import Examples
@@ -19,9 +19,16 @@ class Subset:
     def __getitem__(self, index: int) -> TextExample | PairExample:
         return self.examples[self.indices[index]]
 
+    def __iter__(self) -> Iterator[TextExample | PairExample]:
+        return (self.examples[index] for index in self.indices)
+
     def trained(self, index: int) -> int:
         """Trained targets of an example."""
         return self.examples.trained(self.indices[index])
+
+    def length(self, index: int) -> int:
+        """Tokens of an example of text."""
+        return self.examples.length(self.indices[index])
 
 
 def split(examples: Examples, share: float, seed: int) -> tuple[Subset, Subset]:

@@ -9,12 +9,15 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from src.data.batch import TextExample
 from src.data.binidx import Corpus, Slices, is_corpus
+from src.data.h5 import H5File, H5Texts, open_h5
 from src.data.pair_rows import messages_to_turns
+from src.data.pieces import NOTHING_TRAINED, pieces
 from src.data.report import DataReport, RowError
 from src.data.rows import read_jsonl
 from src.data.templates import Form, Turn, check_template, draw_form, normalise
@@ -42,15 +45,12 @@ class Texts:
         for number, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
             report.lengths.append(end - begin)
             kept = len(bounds)
-            for at in range(begin, end - 1, ctx_len or max(1, end - begin)):
-                stop = min(end, at + ctx_len + 1) if ctx_len else end
-                trained = stop - at - 1 if before is None else int(before[stop] - before[at + 1])
-                if trained:
-                    bounds.append((at, stop))
-                    documents.append(number)
-                    counts.append(trained)
+            for at, stop, trained in pieces(begin, end, ctx_len, before):
+                bounds.append((at, stop))
+                documents.append(number)
+                counts.append(trained)
             if len(bounds) == kept:
-                report.skip("no trained token (a single token, or no assistant turn)")
+                report.skip(NOTHING_TRAINED)
         if not bounds:
             raise ValueError(f"{report.source}: holds no text to train on ({report.rows} rows read)")
         self.bounds = np.asarray(bounds, dtype=np.int64)
@@ -67,6 +67,10 @@ class Texts:
     def trained(self, index: int) -> int:
         """Trained targets of an example."""
         return int(self._counts[index])
+
+    def length(self, index: int) -> int:
+        """Tokens of an example."""
+        return int(self.bounds[index, 1] - self.bounds[index, 0])
 
     def group(self, index: int) -> object:
         """Pieces of one document must not be torn apart by a held-out split."""
@@ -175,8 +179,25 @@ def _binidx(
         yield corpus.document(number), None
 
 
+def _h5(path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool) -> Iterator[Document]:
+    file = H5File(path)
+    for number in range(len(file)):
+        report.rows += 1
+        try:
+            tokens, mask = file.document(number, tokenizer.vocab_size)
+        except RowError as error:
+            report.bad(f"{path} document {number}", error)
+            continue
+        yield tokens, None if train_on_prompt else mask
+
+
 # data type -> its documents
-TEXT_FORMATS: dict[str, Callable[..., Iterator[Document]]] = {"jsonl": _jsonl, "txt": _txt, "binidx": _binidx}
+TEXT_FORMATS: dict[str, Callable[..., Iterator[Document]]] = {
+    "jsonl": _jsonl,
+    "txt": _txt,
+    "binidx": _binidx,
+    "h5": _h5,
+}
 
 
 def text_type(path: str | os.PathLike, data_type: str = "") -> str:
@@ -187,12 +208,34 @@ def text_type(path: str | os.PathLike, data_type: str = "") -> str:
     if not data_type:
         suffix = Path(path).suffix.lower().lstrip(".")
         data_type = "binidx" if suffix in ("bin", "idx") or is_corpus(path) else suffix
-    if data_type == "utf-8":  # RWKV-LM's name for a text file
-        data_type = "txt"
+    data_type = {"utf-8": "txt", "hdf5": "h5"}.get(data_type, data_type)  # utf-8: RWKV-LM's name for a text file
     if data_type not in TEXT_FORMATS:
         named = f"--data_type {data_type}" if data_type else "a name without a suffix (and no .bin and .idx beside it)"
         raise ValueError(f"{path}: {named} is no text that can be read; one of {', '.join(TEXT_FORMATS)}")
     return data_type
+
+
+def read_documents(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    report: DataReport,
+    *,
+    data_type: str = "",
+    template: str = "world",
+    train_on_prompt: bool = False,
+    seed: int = 100,
+) -> Iterator[Document]:
+    """The documents of any file of text one after the other, as (ids, which are trained or None = all).
+
+    Raises ValueError, one sentence with file and line, or flag.
+    """
+    kind, rng = text_type(path, data_type), random.Random(seed)
+    check_template(template)
+
+    def draw() -> Form:
+        return draw_form(template, rng)
+
+    return TEXT_FORMATS[kind](str(path), tokenizer, report, draw, train_on_prompt)
 
 
 def open_text(
@@ -205,11 +248,11 @@ def open_text(
     train_on_prompt: bool = False,
     seed: int = 100,
     skip_bad: bool = False,
-) -> Texts:
-    """Documents of a JSONL file ({text}, {messages} or {prompt, completion}), a text file, or a binidx corpus.
+) -> Texts | H5Texts:
+    """Documents of a JSONL file ({text}, {messages} or {prompt, completion}), a text file, a binidx corpus or .h5.
 
     `text` documents are tokenised byte for byte and end with token 0; chats are normalised, follow the template, and
-    train the assistant's turns only.
+    train the assistant's turns only. An .h5 is read piece by piece during training, everything else at once.
 
     Args:
         ctx_len: longest example in inputs; longer documents are cut into pieces. 0 = never cut.
@@ -218,9 +261,11 @@ def open_text(
         ValueError: one sentence with file and line, or flag.
     """
     check_template(template)
-    kind = text_type(path, data_type)
-    report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
-    documents = TEXT_FORMATS[kind](str(path), tokenizer, report, lambda: draw_form(template, rng), train_on_prompt)
+    if text_type(path, data_type) == "h5":
+        return open_h5(path, tokenizer.vocab_size, ctx_len=ctx_len, train_on_prompt=train_on_prompt, skip_bad=skip_bad)
+    report = DataReport(str(path), skip_bad=skip_bad)
+    how: dict[str, Any] = {"template": template, "train_on_prompt": train_on_prompt, "seed": seed}
+    documents = read_documents(path, tokenizer, report, data_type=data_type, **how)
     return _gather(documents, tokenizer.vocab_size, ctx_len, report)
 
 

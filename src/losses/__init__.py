@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from src.losses.distill import Distillation
 from src.losses.dpo import DPO
 from src.losses.kinds import Loss
 from src.losses.orpo import ORPO
@@ -16,6 +17,7 @@ from src.losses.sft import SFT
 LOSSES: dict[str, Loss] = {
     "": SFT(),
     "sft": SFT(),
+    "distillation": Distillation(),
     "dpo": DPO(),
     "orpo": ORPO(),
 }

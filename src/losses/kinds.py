@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from src.losses.pairs import pair_scores, segment_sums
-from src.losses.tokens import IGNORE, L2WRAP, TokenScores, token_scores
+from src.losses.tokens import IGNORE, L2WRAP, TokenScores, gathered_scores, token_scores
 
 Metrics = dict[str, Tensor]
 
@@ -23,12 +23,14 @@ class Loss:
     Attributes:
         kind: "text" (sums over trained tokens) or "pairs" (sums over pairs).
         needs_reference: whether the batch must carry the reference's log-probabilities.
+        needs_teacher: whether the batch must carry a teacher's logits.
         l2wrap: whether the penalty on large logits is on unless the user says otherwise.
         settings: names of the settings that `__call__` takes as keywords.
     """
 
     kind: ClassVar[str]
     needs_reference: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
     l2wrap: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
@@ -40,7 +42,11 @@ class Loss:
         """What `token_scores` must find besides log p, as its keywords."""
         return {"want_max": l2wrap}
 
-    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
+    def at(self, batch: Any) -> Tensor | None:
+        """Tokens (T,K) whose scores the loss needs too; its scores are then the pair that `gathered_scores` gives."""
+        return None
+
+    def from_scores(self, scores: Any, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
         """As `__call__`, from the scores of all tokens; with `l2wrap` the objective, but not the metric "loss",
         includes the penalty."""
         raise NotImplementedError
@@ -49,7 +55,11 @@ class Loss:
         self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
     ) -> tuple[Tensor, Metrics]:
         """As `from_scores`, from hidden states (T,C) through the chunked head."""
-        scores = token_scores(head, hidden, batch.targets, chunk=chunk, **self.wants(l2wrap=l2wrap, **settings))
+        scores: Any
+        if (at := self.at(batch)) is not None:
+            scores = gathered_scores(head, hidden, batch.targets, at, chunk=chunk)
+        else:
+            scores = token_scores(head, hidden, batch.targets, chunk=chunk, **self.wants(l2wrap=l2wrap, **settings))
         return self.from_scores(scores, batch, l2wrap=l2wrap, **settings)
 
 

@@ -47,12 +47,31 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     Raises ValueError for a target outside the vocabulary or a chunk below 1.
     """
+    found = _scores(head, hidden, targets, None, chunk)
+    return TokenScores(found[0], found[1] if want_mean else None, found[2] if want_max else None)
+
+
+def gathered_scores(
+    head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor, *, chunk: int = CHUNK
+) -> tuple[TokenScores, Tensor]:
+    """All that `token_scores` gives and, of each position, log p of the K tokens `at` (T,K) int64, in one run.
+
+    The second tensor is (T,K), 0 at ignored positions, differentiable like the scores; rows of `at` there are not
+    looked at. Beside the logits of one chunk it costs K numbers a trained position. Raises as `token_scores`.
+    """
+    assert at.dim() == 2 and at.shape[:1] == targets.shape, (at.shape, targets.shape)
+    logp, mean_logp, max_logit, picked = _scores(head, hidden, targets, at, chunk)
+    return TokenScores(logp, mean_logp, max_logit), picked
+
+
+def _scores(head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor | None, chunk: int) -> list[Tensor]:
     rows, trained, wanted = _trained(hidden, targets, chunk)
+    if at is not None and rows is not None:
+        at = at[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
-        found = _Scores.apply(head, chunk, wanted, trained, *params)
-    logp, mean_logp, max_logit = (_spread(value, rows, targets) for value in found)
-    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None)
+        found = _Scores.apply(head, chunk, wanted, at, trained, *params)
+    return [_spread(value, rows, targets) for value in found if value is not None]
 
 
 def weighted_nll(
@@ -88,15 +107,16 @@ def weighted_nll(
 
 
 class _Scores(torch.autograd.Function):
-    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,)."""
+    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,), and log p of `at` (M,K)."""
 
     @staticmethod
-    def forward(ctx, head, chunk, targets, hidden, *params):
+    def forward(ctx, head, chunk, targets, at, hidden, *params):
         ctx.head, ctx.chunk, ctx.random = head, chunk, random_state(head, hidden)
         ctx.set_materialize_grads(False)
         wide = _score_dtype(hidden)
         lse, logp, mean_logp, top = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(4))
         argmax = torch.empty_like(targets)
+        picked = None if at is None else hidden.new_empty(at.shape, dtype=wide)
         run = open_head(head, hidden, chunk)
         for part in run.parts:
             logits = run.logits(part)
@@ -104,16 +124,19 @@ class _Scores(torch.autograd.Function):
             lse[part], top[part], argmax[part] = stats.lse, stats.max_logit, stats.argmax
             logp[part] = stats.target_logit - stats.lse
             mean_logp[part] = stats.logit_sum / logits.shape[1] - stats.lse
+            if at is not None:
+                picked[part] = logits.gather(1, _inside(at[part], logits.shape[1])).to(wide) - stats.lse[:, None]
         # a single chunk's logits fit in the memory that backward would need for them anyway: a product saved
         ctx.logits = logits if len(run.parts) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(targets, hidden, lse, argmax, *params)
-        return logp, mean_logp, top
+        ctx.save_for_backward(targets, at, hidden, lse, argmax, *params)
+        return logp, mean_logp, top, picked
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        targets, hidden, lse, argmax, *params = ctx.saved_tensors
-        need_hidden, needed = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        targets, at, hidden, lse, argmax, *params = ctx.saved_tensors
+        need_hidden, needed = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+        *upstream, g_at = upstream
         slopes = [torch.zeros_like(lse) if g is None else g for g in upstream]
         with replayed(ctx.random, hidden):
             run = open_head(ctx.head, hidden, ctx.chunk, [p for p, n in zip(params, needed) if n], need_hidden)
@@ -121,11 +144,41 @@ class _Scores(torch.autograd.Function):
                 kept, ctx.logits = ctx.logits, None  # overwritten below: a second backward computes them again
                 logits = run.logits(part) if kept is None else kept
                 g_logp, g_mean, g_max = (g[part] for g in slopes)
-                row_grad_(logits, targets[part], lse[part], g_logp, g_mean, argmax[part], g_max)
+                rows = (targets[part], lse[part], g_logp, g_mean, argmax[part], g_max)
+                if g_at is None:
+                    row_grad_(logits, *rows)
+                else:
+                    _gathered_grad_(logits, *rows, at[part], g_at[part])
                 run.push(part, logits)
         d_hidden, d_params = run.gradients()
         given = iter(d_params)
-        return (None, None, None, d_hidden, *(next(given) if n else None for n in needed))
+        return (None, None, None, None, d_hidden, *(next(given) if n else None for n in needed))
+
+
+def _gathered_grad_(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    g_logp: Tensor,
+    g_mean: Tensor,
+    argmax: Tensor,
+    g_max: Tensor,
+    at: Tensor,
+    g_at: Tensor,
+) -> None:
+    """As `row_grad_`, plus g_at_k * (onehot(at_k) - p) for each of a row's K tokens `at` (n,K).
+
+    All terms -p come with one coefficient, so that of the K tokens goes through the target's place in `row_grad_`, and
+    the target's own entry is then written anew: added and taken off again, it would be lost in bfloat16.
+    """
+    total = g_at.sum(1)
+    p_target = (logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse).exp()
+    row_grad_(logits, targets, lse, g_logp + total, g_mean, argmax, g_max)
+    entry = g_logp - (g_logp + g_mean + total) * p_target + g_mean / logits.shape[1] + g_max * (argmax == targets)
+    # not scatter_ and scatter_add_, which widen all of bfloat16 logits on a CPU; the latter has no fixed order on a GPU
+    rows = torch.arange(len(at), device=at.device)
+    logits[rows, targets] = entry.to(logits.dtype)
+    logits.index_put_((rows[:, None].expand_as(at), at), g_at.to(logits.dtype), accumulate=True)
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -181,10 +234,20 @@ def _trained(hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor | None
 
 
 def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
-    """Values of the trained positions (M,) -> (T,), 0 elsewhere."""
+    """Values of the trained positions (M,...) -> (T,...), 0 elsewhere."""
     if rows is None:
         return value
-    return value.new_zeros(len(targets)).index_copy(0, rows, value)
+    return value.new_zeros(len(targets), *value.shape[1:]).index_copy(0, rows, value)
+
+
+def _inside(at: Tensor, vocabulary: int) -> Tensor:
+    """`at` itself. Raises ValueError for a token outside the vocabulary."""
+    if at.numel():
+        low, high = torch.stack(at.aminmax()).tolist()
+        if low < 0 or high >= vocabulary:
+            wrong = low if low < 0 else high
+            raise ValueError(f"the teacher's token id {wrong} is outside the model's vocabulary of {vocabulary}")
+    return at
 
 
 def _score_dtype(hidden: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from src.data.batch import PairBatch, TextBatch
 from src.losses import loss_settings, step_loss
 from src.losses.kinds import Loss, Metrics
 from src.losses.pairs import PairScores, pair_scores
-from src.losses.tokens import TokenScores, token_scores
+from src.losses.tokens import TokenScores, gathered_scores, token_scores
 from src.model.rwkv import RWKV
 from src.training.context import Pieces, piecewise
 
@@ -56,15 +56,29 @@ def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
 
 
 def long_scores(
-    model: RWKV, batch: TextBatch | PairBatch, length: int, *, chunk: int, wants: dict[str, bool], **how: bool
-) -> TokenScores:
-    """`token_scores` of a batch that runs in pieces of `length` tokens; `how` goes to `piecewise`."""
+    model: RWKV,
+    batch: TextBatch | PairBatch,
+    length: int,
+    *,
+    chunk: int,
+    wants: dict[str, bool],
+    at: Tensor | None = None,
+    **how: bool,
+) -> TokenScores | tuple[TokenScores, Tensor]:
+    """`token_scores` of a batch that runs in pieces of `length` tokens, `gathered_scores` where the tokens `at` (T,K)
+    are asked for; `how` goes to `piecewise`."""
 
     def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
+        if at is not None:
+            tokens, picked = gathered_scores(model.head, hidden, batch.targets[here], at[here], chunk=chunk)
+            return (*tokens, picked)
         scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **wants)
         return tuple(x for x in scores if x is not None)
 
-    found = iter(piecewise(model, cut(batch, length), score, **how))
+    scores = piecewise(model, cut(batch, length), score, **how)
+    if at is not None:
+        return TokenScores(*scores[:3]), scores[3]
+    found = iter(scores)
     logp = next(found)
     mean = next(found) if wants.get("want_mean") else None
     return TokenScores(logp, mean, next(found) if wants.get("want_max") else None)
@@ -81,7 +95,7 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
     settings = loss_settings(loss, config)
     how = {"truncated": config.bptt == "truncated", "offload": config.state_offload}
     wants = loss.wants(**settings)
-    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=wants, **how)
+    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=wants, at=loss.at(batch), **how)
     return loss.from_scores(scores, batch, **settings)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,12 @@ import torch
 from torch import Tensor
 
 from src.config import Config
-from src.data import kind_of, open_pairs, open_slices, open_text
+from src.data import kind_of, open_h5, open_pairs, open_slices, open_text
 from src.data.batch import PairExample, TextExample
+from src.data.h5 import H5Texts
+from src.data.joined import Growing, Joined
 from src.data.pairs import Pairs
+from src.data.progress import counted
 from src.data.report import DataReport
 from src.data.sampler import MagicPrime, Order, RandomSlices, Sequential, Shuffled, Steps, check_magic_prime
 from src.data.split import Subset, split
@@ -32,15 +33,6 @@ from src.training.reference import reference_scores
 from src.training.start import Start, device_of
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def counted(total: int, label: str, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A progress bar over `total` things; gives the function that says how many more are done."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=label, disable=not shown or total < 2, file=sys.stderr, leave=False) as bar:
-        yield bar.update
 
 
 class Inputs:
@@ -71,17 +63,16 @@ class Inputs:
         self.reports.append(pairs.report)
         return pairs
 
-    def _texts(self, path: str, *, cut: bool, data_type: str = "") -> Texts:
+    def _texts(self, path: str, *, cut: bool, data_type: str = "", teacher: bool = False) -> Texts | H5Texts:
         c = self.config
-        texts = open_text(
-            path,
-            self.tokenizer,
-            ctx_len=c.ctx_len if cut else 0,
-            data_type=data_type,
-            template=c.template,
-            train_on_prompt=c.train_on_prompt,
-            skip_bad=c.skip_bad,
-        )
+        how: dict[str, Any] = {"train_on_prompt": c.train_on_prompt, "skip_bad": c.skip_bad}
+        how["ctx_len"] = c.ctx_len if cut else 0
+        texts: Texts | H5Texts
+        if text_type(path, data_type) == "h5":  # already tokenised
+            how |= {"teacher": teacher, "top_k": c.top_k if "top_k" in c.given else 0}
+            texts = open_h5(path, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
+        else:
+            texts = open_text(path, self.tokenizer, data_type=data_type, template=c.template, **how)
         self.reports.append(texts.report)
         return texts
 
@@ -96,20 +87,48 @@ class Inputs:
         elif text_type(c.data_file, c.data_type) == "binidx":
             examples, order = self._corpus()
         else:
-            examples = self._texts(c.data_file, cut=True, data_type=c.data_type)
+            from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
+            examples = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
             order = self._shuffled(len(examples))
         for line in self.reports[-1].lines():
             log.info(line)
         if c.val_split > 0:
-            if not isinstance(examples, Pairs | Texts):
+            if not isinstance(examples, Pairs | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        return Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches)
+        if c.infctx_dataset_multiplier > 1 or not c.reset_state:
+            examples = self._joined(examples)
+            order = self._shuffled(len(examples))
+        return Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing())
 
     def _shuffled(self, n: int) -> Order:
         return Shuffled(n, self.config.seed) if self.config.random_mode else Sequential(n)
+
+    def _joined(self, examples: Any) -> Joined:
+        """--infctx_dataset_multiplier documents to a sample."""
+        c = self.config
+        if not hasattr(examples, "length"):
+            raise ValueError(
+                "--infctx_dataset_multiplier and --reset_state 0 work on documents, not on slices of a corpus, which "
+                "cross the borders of documents anyway"
+            )
+        seed = c.seed if c.random_mode else None
+        joined = Joined(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
+        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        return joined
+
+    def _growing(self) -> Growing | None:
+        """--initial_ctx_len: how long samples are at each step."""
+        c = self.config
+        if not c.initial_ctx_len:
+            return None
+        log.info(
+            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
+        )
+        return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
 
     def _corpus(self) -> tuple[Any, Order]:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
@@ -181,9 +200,9 @@ class Inputs:
         """
         c = self.config
         if self.split_off is not None:
+            if isinstance(self.split_off[0], TextExample):
+                return self._held_out_texts(self.split_off)
             examples = [self.split_off[index] for index in range(len(self.split_off))]
-            if isinstance(examples[0], TextExample):
-                return self._held_out_texts(examples)
             known = [pair.reference for pair in examples]
             return self._held_out_pairs(examples, torch.tensor(known) if None not in known else None)
         if not c.val_file:

@@ -24,6 +24,7 @@ from src.plan import Plan
 from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
+from src.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +46,26 @@ class Trainee(pl.LightningModule):
     """Trains `model` with the loss that `config` names.
 
     A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
-    loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean.
+    loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean. A `teacher`
+    that runs along is asked about each batch first.
     """
 
-    def __init__(self, model: RWKV, plan: Plan, config: Config, schedule: Schedule, folder: Path) -> None:
+    def __init__(
+        self,
+        model: RWKV,
+        plan: Plan,
+        config: Config,
+        schedule: Schedule,
+        folder: Path,
+        teacher: Teacher | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.plan = plan
         self.config = config
         self.schedule = schedule
         self.folder = folder
+        self.teacher = teacher  # no torch module, so nothing of it is trained or saved
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
         self.loss = LOSSES[config.loss]
@@ -69,6 +80,8 @@ class Trainee(pl.LightningModule):
 
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
+        if self.teacher is not None:
+            batch = self.teacher(batch)
         value, metrics = batch_loss(self.model, batch, self.loss, self.config)
         self._total = batch.total
         self._tokens += tokens_run(batch)

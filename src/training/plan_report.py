@@ -28,7 +28,7 @@ def memory_by_part(config: Config, start: Start, tokens: int) -> dict[str, int]:
     """Estimated bytes at the peak of a step over `tokens` tokens, by what they are for.
 
     Weights are counted; moments and gradients follow from what trains; activations use about 30 values of the width
-    per token and layer (one with --grad_cp 1, plus one layer being recomputed).
+    per token and layer (one with --grad_cp 1, plus one layer being recomputed). A live teacher counts as its file.
     """
     width = {"bf16": 2, "fp32": 4, "fp64": 8}[config.precision]
     sizes = start.sizes
@@ -39,7 +39,11 @@ def memory_by_part(config: Config, start: Start, tokens: int) -> dict[str, int]:
     layers = per_layer + (sizes.n_layer - 1) * tokens * sizes.n_embd * width
     rows = min(tokens, config.head_chunk)
     state = sizes.n_layer * sizes.n_embd * sizes.head_size * 4
-    return {
+    teacher = {}
+    if config.loss == "distillation":
+        logits = 6 * 4 * tokens * config.top_k  # values, indices (8 bytes), the student's scores and their gradients
+        teacher["teacher"] = logits + (Path(config.teacher_model).stat().st_size if config.teacher_model else 0)
+    return teacher | {
         "weights": dense + packed,
         "gradients": 4 * trained,
         "optimizer": 8 * trained,

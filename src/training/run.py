@@ -17,6 +17,7 @@ from src.training.module import Trainee
 from src.training.records import append_json
 from src.training.sidecar import sidecar_of, write_sidecar
 from src.training.start import Start, continues, numbered_from, resume_adapter
+from src.training.teacher import open_teacher
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
     config = numbered_from(config, start.path)
     pl.seed_everything(config.seed, verbose=False)  # dropout
+    teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
     held_out = inputs.held_out(reference=True)
@@ -56,7 +58,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder)
+    trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
     return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
 
 
