@@ -31,12 +31,8 @@ NOT_BUILT = (
         "{version=}: of the RWKV versions only x070 (RWKV-7) is built yet",
     ),
     Missing(
-        lambda c: c.loss not in ("", "sft", "dpo", "orpo"),
-        "{loss=}: this loss is not built yet; {sft}, {dpo} and {orpo} are",
-    ),
-    Missing(
-        lambda c: c.dpo_general_corpus_ratio > 0,
-        "{dpo_general_corpus_ratio=}: mixing general text into DPO is not built yet; leave it 0",
+        lambda c: c.loss in ("distillation", "rm", "ppo", "grpo"),
+        "{loss=}: this loss is not built yet; {sft}, {dpo}, {orpo}, {simpo}, {cpo}, {kto} and {wpo} are",
     ),
     Missing(
         lambda c: c.strategy != "auto",

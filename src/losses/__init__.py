@@ -7,10 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from src.losses.cpo import CPO
 from src.losses.dpo import DPO
 from src.losses.kinds import Loss
+from src.losses.kto import KTO
 from src.losses.orpo import ORPO
 from src.losses.sft import SFT
+from src.losses.simpo import SimPO
+from src.losses.wpo import WPO
 
 # By the name of the setting `loss`; "" is next-token training on plain text.
 LOSSES: dict[str, Loss] = {
@@ -18,6 +22,10 @@ LOSSES: dict[str, Loss] = {
     "sft": SFT(),
     "dpo": DPO(),
     "orpo": ORPO(),
+    "simpo": SimPO(),
+    "cpo": CPO(),
+    "kto": KTO(),
+    "wpo": WPO(),
 }
 
 
