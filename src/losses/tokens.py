@@ -20,17 +20,15 @@ from src.ops.logprob import row_grad_, row_stats
 IGNORE = -100
 CHUNK = 1024
 L2WRAP = 0.5e-4
-SQUARE_ROWS = 64  # 16 MiB of a World vocabulary in float32
 
 
 class TokenScores(NamedTuple):
     """Of each position, float32 (float64 of a float64 model), 0 where the target is IGNORE: log p(target) and, where
-    asked for, the mean over the vocabulary of log p, the largest logit, and log sum_v p(v)^2 (without gradient)."""
+    asked for, the mean over the vocabulary of log p and the largest logit."""
 
     logp: Tensor
     mean_logp: Tensor | None
     max_logit: Tensor | None
-    log_square: Tensor | None = None
 
 
 def token_scores(
@@ -41,7 +39,6 @@ def token_scores(
     chunk: int = CHUNK,
     want_mean: bool = False,
     want_max: bool = False,
-    want_square: bool = False,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C); differentiable.
 
@@ -53,10 +50,9 @@ def token_scores(
     rows, trained, wanted = _trained(hidden, targets, chunk)
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
-        found = _Scores.apply(head, chunk, want_square, wanted, trained, *params)
-    logp, mean_logp, max_logit, square = (_spread(value, rows, targets) for value in found)
-    asked = (want_mean, mean_logp), (want_max, max_logit), (want_square, square)
-    return TokenScores(logp, *(value if want else None for want, value in asked))
+        found = _Scores.apply(head, chunk, wanted, trained, *params)
+    logp, mean_logp, max_logit = (_spread(value, rows, targets) for value in found)
+    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None)
 
 
 def weighted_nll(
@@ -92,15 +88,14 @@ def weighted_nll(
 
 
 class _Scores(torch.autograd.Function):
-    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, log sum p^2 (if `square`), each (M,)."""
+    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,)."""
 
     @staticmethod
-    def forward(ctx, head, chunk, square, targets, hidden, *params):
+    def forward(ctx, head, chunk, targets, hidden, *params):
         ctx.head, ctx.chunk, ctx.random = head, chunk, random_state(head, hidden)
         ctx.set_materialize_grads(False)
         wide = _score_dtype(hidden)
         lse, logp, mean_logp, top = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(4))
-        squares = torch.zeros_like(lse)
         argmax = torch.empty_like(targets)
         run = open_head(head, hidden, chunk)
         for part in run.parts:
@@ -109,20 +104,17 @@ class _Scores(torch.autograd.Function):
             lse[part], top[part], argmax[part] = stats.lse, stats.max_logit, stats.argmax
             logp[part] = stats.target_logit - stats.lse
             mean_logp[part] = stats.logit_sum / logits.shape[1] - stats.lse
-            if square:
-                squares[part] = _log_square(logits, stats.lse)
         # a single chunk's logits fit in the memory that backward would need for them anyway: a product saved
         ctx.logits = logits if len(run.parts) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(targets, hidden, lse, argmax, *params)
-        ctx.mark_non_differentiable(squares)
-        return logp, mean_logp, top, squares
+        return logp, mean_logp, top
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         targets, hidden, lse, argmax, *params = ctx.saved_tensors
-        need_hidden, needed = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
-        slopes = [torch.zeros_like(lse) if g is None else g for g in upstream[:3]]
+        need_hidden, needed = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        slopes = [torch.zeros_like(lse) if g is None else g for g in upstream]
         with replayed(ctx.random, hidden):
             run = open_head(ctx.head, hidden, ctx.chunk, [p for p, n in zip(params, needed) if n], need_hidden)
             for part in run.parts:
@@ -133,7 +125,7 @@ class _Scores(torch.autograd.Function):
                 run.push(part, logits)
         d_hidden, d_params = run.gradients()
         given = iter(d_params)
-        return (None, None, None, None, d_hidden, *(next(given) if n else None for n in needed))
+        return (None, None, None, d_hidden, *(next(given) if n else None for n in needed))
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -174,12 +166,6 @@ class _WeightedNll(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(upstream)
         return (None, None, None, None, None, None, None, *found)
-
-
-def _log_square(logits: Tensor, lse: Tensor) -> Tensor:
-    """log sum_v p(v)^2 of each row of `logits` (rows,V) with its log-sum-exp; a few rows widened at a time."""
-    blocks = zip(logits.split(SQUARE_ROWS), lse.split(SQUARE_ROWS))
-    return torch.cat([torch.logsumexp(2 * block.to(part.dtype), 1) - 2 * part for block, part in blocks])
 
 
 def _trained(hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor | None, Tensor, Tensor]:
