@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from src.losses.pairs import log_weights, pair_scores, segment_sums
+from src.losses.squares import log_squares
 from src.losses.tokens import IGNORE, L2WRAP, token_scores
 
 Metrics = dict[str, Tensor]
@@ -78,10 +79,10 @@ class PairLoss(Loss):
     def from_hidden(
         self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
     ) -> tuple[Tensor, Metrics]:
-        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_max=l2wrap, want_square=self.needs_weights)
+        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_max=l2wrap)
         pairs = pair_scores(scores.logp, batch.targets, batch.starts)
         if self.needs_weights:
-            excess = scores.logp.detach() - scores.log_square
+            excess = scores.logp.detach() - log_squares(head, hidden, batch.targets, chunk)
             pairs = pairs._replace(log_weight=log_weights(excess, batch.targets, batch.starts))
         value, metrics = self(pairs, batch, **settings)
         if l2wrap:
