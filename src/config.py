@@ -201,12 +201,13 @@ class Config:
         "format of {data_file}; empty = by its suffix",
         choices=("", "binidx", "jsonl", "txt", "utf-8", "h5", "csv", "save"),
     )
-    pair_file: str = setting("", "preference pairs: .csv, .jsonl, .save, .h5")
+    pair_file: str = setting("", "preference pairs (or rated answers): .csv, .jsonl, .parquet, .save, .h5")
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
-    template: str = setting("world", "prompt template: world, mixed, g1 or plain")
+    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")
     random_mode: bool = setting(True, "text in random order; 0 = as in the file")
     magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
+    drop_ties: bool = setting(False, "leave out pairs whose answers have the same score (score_chosen, score_rejected)")
     skip_bad: bool = setting(False, "count and skip bad rows instead of stopping")
 
     # --- evaluation

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from src.data.batch import PairExample
+from src.data.batch import PairExample, RatedExample
 from src.data.pair_rows import RawPair, read_pairs
 from src.data.pair_save import read_save, read_sidecar
 from src.data.report import DataReport, RowError
@@ -54,11 +54,16 @@ class Pairs(Sequence[PairExample]):
     def with_reference(self, sums: Sequence[Sequence[float]]) -> "Pairs":
         """The same pairs with `sums` (n, 2), summed log-probabilities of (chosen, reject), as reference scores."""
         assert len(sums) == len(self)
-        new = object.__new__(Pairs)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         scored = zip(self._pairs, sums)
         new._pairs = [dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored]
         return new
+
+
+def cut_prompt(prompt: list[int], max_len: int) -> list[int]:
+    """A prompt keeps its end, with the cue for the answer."""
+    return prompt[-max_len:]
 
 
 def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample:
@@ -70,7 +75,7 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     """
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
-    cut = PairExample(pair.prompt[-max_len:], pair.chosen[:max_len], pair.reject[:max_len])
+    cut = PairExample(cut_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len])
     if cut.chosen == cut.reject:
         raise RowError(
             f"chosen and reject do not differ in their first {max_len} tokens (--rlhf_max_corpus_len)",
@@ -86,9 +91,9 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
 
 def tokenise_pair(pair: RawPair, form: Form, tokenizer: Tokenizer) -> PairExample:
     """Token ids of a pair under one form; prompt and answers are tokenised apart, as sampling meets them."""
-    texts = [pair.chosen, pair.reject]
-    chosen, reject = ([*tokenizer.encode(text), *form.end_ids] for text in form.answers(texts))
-    return PairExample(tokenizer.encode(form.prompt(pair.turns, texts)), chosen, reject)
+    prompt, answers = form.written(pair.turns, [pair.chosen, pair.reject])
+    chosen, reject = ([*tokenizer.encode(text), *form.end_ids] for text in answers)
+    return PairExample(tokenizer.encode(prompt), chosen, reject)
 
 
 def pair_records(
@@ -100,6 +105,7 @@ def pair_records(
     seed: int = MIXED_SEED,
     skip_bad: bool = False,
     shuffle: bool | None = None,
+    drop_ties: bool = False,
 ) -> tuple[list[PairExample], DataReport]:
     """Tokenised pairs of a CSV, JSONL or parquet file.
 
@@ -117,7 +123,7 @@ def pair_records(
     if count is not None and count < 1:
         raise ValueError(f"--target_pair_count {count}: must be at least 1")
     report = DataReport(str(path), skip_bad=skip_bad)
-    rows = list(read_pairs(path, report))
+    rows = list(read_pairs(path, report, drop_ties=drop_ties))
     rng = random.Random(seed)
     wanted = len(rows) if count is None else count
     made: dict[tuple[int, Form], PairExample | None] = {}
@@ -145,7 +151,12 @@ def _count(pairs: Sequence[PairExample], report: DataReport) -> None:
     if not pairs:
         raise ValueError(f"{report.source}: holds no usable preference pair ({report.rows} rows read)")
     report.examples = report.trained = len(pairs)
-    report.lengths = [len(p.prompt) + max(len(p.chosen), len(p.reject)) for p in pairs]
+    report.lengths = [len(p.prompt) + longest_answer(p) for p in pairs]
+
+
+def longest_answer(pair: PairExample) -> int:
+    """Tokens of the longer answer; of a rated answer, its own."""
+    return len(pair.chosen) if isinstance(pair, RatedExample) else max(len(pair.chosen), len(pair.reject))
 
 
 def _usable(row: RawPair, form: Form, tokenizer: Tokenizer, max_len: int, report: DataReport) -> PairExample | None:
@@ -172,9 +183,15 @@ def _from_save(path: str | os.PathLike, tokenizer: Tokenizer, max_len: int, skip
 
 
 def _from_rows(
-    path: str | os.PathLike, tokenizer: Tokenizer, max_len: int, skip_bad: bool, template: str, seed: int
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    max_len: int,
+    skip_bad: bool,
+    template: str,
+    seed: int,
+    drop_ties: bool,
 ) -> Opened:
-    return *pair_records(path, tokenizer, template, None, max_len, seed, skip_bad), None
+    return *pair_records(path, tokenizer, template, None, max_len, seed, skip_bad, drop_ties=drop_ties), None
 
 
 # data type (and suffix) -> opener
@@ -205,6 +222,7 @@ def open_pairs(
     ctx_len: int = 0,
     seed: int = MIXED_SEED,
     skip_bad: bool = False,
+    drop_ties: bool = False,
 ) -> Pairs:
     """Preference pairs from any file that holds them, by its suffix.
 
@@ -219,6 +237,6 @@ def open_pairs(
     if not kind:
         raise ValueError(f"{path}: not a file of preference pairs; one of .{', .'.join(PAIR_FORMATS)}")
     pairs, report, sidecar = PAIR_FORMATS[kind](
-        path, tokenizer=tokenizer, max_len=max_len, skip_bad=skip_bad, template=template, seed=seed
+        path, tokenizer=tokenizer, max_len=max_len, skip_bad=skip_bad, template=template, seed=seed, drop_ties=drop_ties
     )
     return Pairs(pairs, report, ctx_len, sidecar)

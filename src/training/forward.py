@@ -21,14 +21,14 @@ def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
 
 
 def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
-    """Prompts run once; each final state is forked to both answers -> hidden (A, C) of the answers.
+    """Prompts run once; each final state is forked to its answers (two, or one of a rated batch) -> hidden (A, C).
 
-    The gradient of both answers flows back through the fork into the prompt.
+    The gradient of every answer flows back through the fork into the prompt.
     """
     _, state = model(batch.prompts[None], None, batch.prompt_starts)
     if state is not None:
-        pairs = batch.prompt_starts.numel() - 1
-        state = state.index(torch.arange(pairs, device=batch.answers.device).repeat_interleave(2))
+        prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
+        state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
     hidden, _ = model(batch.answers[None], state, batch.starts)
     return hidden[0]
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from src.config import Config
-from src.data.batch import PairBatch, TextBatch
+from src.data.batch import PairBatch, RatedBatch, TextBatch
 from src.losses import LOSSES, step_loss
+from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
+from src.training.divergence import mismatch_kl
+from src.training.evaluate import evaluating
 from src.training.forward import pair_hidden, text_hidden
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
@@ -35,10 +38,11 @@ class NonFiniteLoss(RuntimeError):
 
 
 def tokens_run(batch: TextBatch | PairBatch) -> int:
-    """Tokens that go through the model: prompts once, every answer."""
-    if isinstance(batch, PairBatch):
-        return batch.prompts.numel() + batch.answers.numel()
-    return batch.tokens.numel()
+    """Tokens that go through the model: prompts once, every answer, and the text beside them."""
+    if not isinstance(batch, PairBatch):
+        return batch.tokens.numel()
+    beside = [*([] if batch.general is None else [batch.general]), *getattr(batch, "others", ())]
+    return batch.prompts.numel() + batch.answers.numel() + sum(map(tokens_run, beside))
 
 
 class Trainee(pl.LightningModule):
@@ -61,25 +65,45 @@ class Trainee(pl.LightningModule):
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
-        self._sums: dict[str, float] = defaultdict(float)
-        self._total = 1.0
+        self._means: dict[str, float] = defaultdict(float)
+        self._kl: Tensor | None = None  # KTO's divergence of the running optimizer step
         self._tokens = 0
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
 
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
-        hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
-        value, metrics = step_loss(self.loss, self.model.head, hidden, batch, self.config)
-        self._total = batch.total
+        value, metrics = self._share(batch)
         self._tokens += tokens_run(batch)
         for name, amount in metrics.items():
-            self._sums[name] += float(amount)
+            self._means[name] += float(amount)
         if not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
             return None
-        world = self.trainer.world_size
-        return value * (world * self.trainer.accumulate_grad_batches / batch.total)
+        return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a micro-batch adds to the optimizer step's loss and to the means of its metrics."""
+        if isinstance(batch, RatedBatch):
+            if batch.others:
+                with evaluating(self.model):
+                    self._kl = mismatch_kl(self.model, batch.others, self.config.head_chunk)
+            batch = replace(batch, kl=self._kl)
+        hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
+        value, metrics = self._per_total(self.loss, hidden, batch)
+        general = batch.general if isinstance(batch, PairBatch) else None
+        if general is None:
+            return value, metrics
+        more, parts = self._per_total(LOSSES["sft"], text_hidden(self.model, general), general)
+        rho = self.config.dpo_general_corpus_ratio
+        metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
+        extra = {"l2wrap": rho * parts["l2wrap"]} if "l2wrap" in parts else {}
+        return rho * more + (1 - rho) * value, metrics | extra | {"general": parts["nll"]}
+
+    def _per_total(self, loss: Loss, hidden: Tensor, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics as shares of the optimizer step's means."""
+        value, metrics = step_loss(loss, self.model.head, hidden, batch, self.config)
+        return value / batch.total, {name: amount / batch.total for name, amount in metrics.items()}
 
     def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
@@ -135,10 +159,10 @@ class Trainee(pl.LightningModule):
         now = time.perf_counter()
         if self._bad:
             self._bad = False
-            self._sums.clear()
+            self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        means = {name: amount / self._total for name, amount in self._sums.items()}
+        means = dict(self._means)
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
@@ -150,5 +174,5 @@ class Trainee(pl.LightningModule):
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)
-        self._sums.clear()
+        self._means.clear()
         self._tokens, self._clock = 0, now
