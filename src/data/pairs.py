@@ -10,7 +10,7 @@ from src.data.batch import PairExample, RatedExample
 from src.data.pair_rows import RawPair, read_pairs
 from src.data.pair_save import read_save, read_sidecar
 from src.data.report import DataReport, RowError
-from src.data.templates import Form, check_template, draw_form
+from src.data.templates import Form, Turn, check_template, draw_form
 from src.data.tokenizer import Tokenizer
 from src.files import check_readable
 
@@ -119,12 +119,38 @@ def pair_records(
     Raises:
         ValueError: with file and line for a row that cannot be used; a count below 1; no usable row.
     """
+    report = DataReport(str(path), skip_bad=skip_bad)
+    rows = _read(path, report, template, count, drop_ties)
+    rng = random.Random(seed)
+    pairs = _cycled(rows, count, template, rng, tokenizer, max_len, report)
+    if shuffle or (shuffle is None and count is not None):
+        rng.shuffle(pairs)
+    _count(pairs, report)
+    return pairs, report
+
+
+def _read(
+    path: str | os.PathLike, report: DataReport, template: str, count: int | None, drop_ties: bool
+) -> list[RawPair]:
     check_template(template)
     if count is not None and count < 1:
         raise ValueError(f"--target_pair_count {count}: must be at least 1")
-    report = DataReport(str(path), skip_bad=skip_bad)
     rows = list(read_pairs(path, report, drop_ties=drop_ties))
-    rng = random.Random(seed)
+    if count is not None and count < len(rows):
+        report.notice(f"{path}: {len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}")
+    return rows
+
+
+def _cycled(
+    rows: Sequence[RawPair],
+    count: int | None,
+    template: str,
+    rng: random.Random,
+    tokenizer: Tokenizer,
+    max_len: int,
+    report: DataReport,
+) -> list[PairExample]:
+    """Pairs of the rows, again and again until there are `count` (None: each row once); every cycle draws its forms."""
     wanted = len(rows) if count is None else count
     made: dict[tuple[int, Form], PairExample | None] = {}
     pairs: list[PairExample] = []
@@ -138,12 +164,49 @@ def pair_records(
                 pairs.append(made[at, form])
         if count is None or len(pairs) == before:
             break
-    if count is not None and count < len(rows):
-        report.notice(f"{path}: {len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}")
-    if shuffle or (shuffle is None and count is not None):
-        rng.shuffle(pairs)
-    _count(pairs, report)
-    return pairs, report
+    return pairs
+
+
+def split_records(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    shares: Sequence[float],
+    template: str = "world",
+    count: int | None = None,
+    max_len: int = 0,
+    seed: int = MIXED_SEED,
+    skip_bad: bool = False,
+    drop_ties: bool = False,
+) -> tuple[list[list[PairExample]], DataReport]:
+    """As `pair_records`, in parts of these shares (train first); rows of one conversation stay in one part.
+
+    Of `count` pairs each part has its share; only the first part cycles its rows to reach it.
+    Raises ValueError when a part would be empty.
+    """
+    report = DataReport(str(path), skip_bad=skip_bad)
+    rows = _read(path, report, template, count, drop_ties)
+    rng = random.Random(seed)
+    groups: dict[tuple[Turn, ...], list[RawPair]] = {}
+    for row in rows if count is None else rows[:count]:
+        groups.setdefault(row.turns, []).append(row)
+    order = list(groups.values())
+    rng.shuffle(order)
+    total = sum(map(len, order))
+    parts: list[list[PairExample]] = []
+    for share in shares[:0:-1]:  # the held-out parts first, from the end
+        some: list[RawPair] = []
+        while len(order) > 1 and (not some or len(some) + len(order[-1]) <= share * total):
+            some += order.pop()
+        parts.insert(0, _cycled(some, None, template, rng, tokenizer, max_len, report))
+    rest = [row for group in order for row in group]
+    wanted = None if count is None else max(1, round(count * shares[0]))
+    train = _cycled(rest, wanted, template, rng, tokenizer, max_len, report)
+    rng.shuffle(train)
+    parts.insert(0, train)
+    if not all(parts):
+        raise ValueError(f"--split: {path} has {len(groups)} usable prompts, too few for {len(shares)} parts")
+    _count([pair for part in parts for pair in part], report)
+    return parts, report
 
 
 def _count(pairs: Sequence[PairExample], report: DataReport) -> None:
