@@ -118,10 +118,10 @@ def test_binidx_and_pre_training_by_magic_prime(run, script, text_jsonl, vocab_f
 
 
 RWKV5 = f"""--wandb "" --ctx_len 32 --epoch_count 2 --epoch_begin 0 --epoch_steps 4 --data_type binidx
- --vocab_size {VOCAB} --epoch_save 1 --micro_bsz 1 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0 --lr_init 5e-6 --lr_final 1e-6
- --warmup_steps 50 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator auto --devices 1 --precision bf16 --grad_cp 0
- --accumulate_grad_batches 2 --enable_progress_bar True --ds_bucket_mb 200 --dpo 1 --dpo_general_corpus_ratio 0.8
- --dpo_beta 0.02"""
+ --vocab_size {VOCAB} --epoch_save 1 --micro_bsz 1 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0 --lr_init 5e-6
+ --lr_final 1e-6 --warmup_steps 50 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator auto --devices 1
+ --precision bf16 --grad_cp 0 --accumulate_grad_batches 2 --enable_progress_bar True --ds_bucket_mb 200 --dpo 1
+ --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02"""
 
 
 def test_dpo_with_a_general_corpus_as_on_rwkv5(run, pairs_csv, text_jsonl, tmp_path):
