@@ -120,7 +120,7 @@ def pair_metrics(sums: Tensor, counts: Tensor, reference: Tensor | None, beta: f
     loss is the token-weighted negative log-likelihood of the chosen answers; margin (nats, mean over pairs) and
     accuracy are against `reference` (n, 2) if there is one; a margin of 0 counts one half. log_odds is ORPO's log odds
     ratio of the mean log-probabilities. With a reference, chosen_reward and reject_reward are the implicit rewards
-    beta * (log policy - log reference).
+    beta * (log policy - log reference), and raw_accuracy compares the answers without it.
     """
     margin = sums[:, 0] - sums[:, 1]
     if reference is not None:
@@ -137,7 +137,8 @@ def pair_metrics(sums: Tensor, counts: Tensor, reference: Tensor | None, beta: f
     }
     if reference is not None:
         chosen, reject = (beta * (sums - reference)).mean(0).tolist()
-        found |= {"chosen_reward": chosen, "reject_reward": reject}
+        raw = float((sums[:, 0] > sums[:, 1]).float().mean())
+        found |= {"raw_accuracy": raw, "chosen_reward": chosen, "reject_reward": reject}
     return found
 
 
