@@ -97,6 +97,15 @@ def test_kto_on_rated_answers_ignores_accumulation(go, rated_csv):
     assert held_out["answers"] == 32 and held_out["margin"] > 0 and held_out["kto_kl"] >= 0
 
 
+@pytest.mark.parametrize("loss", ["simpo", "kto"])
+def test_a_split_off_share_is_measured_against_the_start_model(go, pairs_csv, loss):
+    """If this breaks, --val_split tells less than --val_file, or a prompt stands on both sides."""
+    records, _ = go("out", f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--val_split", 0.25, *LEARNING)
+    (held_out,) = of(records, "val")
+    assert held_out["kl"] > 0 and {"accuracy", "margin", "chosen_reward", "reject_reward"} <= set(held_out)
+    assert held_out.get("pairs", held_out.get("answers")) == (6 if loss == "simpo" else 12)
+
+
 def test_no_answer_is_matched_with_its_own_prompt(typed, rated_csv, tmp_path):
     """If this breaks, KTO's divergence is measured on answers that belong to their prompts."""
     words = [*typed, "--kto", 1, "--rlhf_train_file", rated_csv, "--micro_bsz", 4, "--accumulate_grad_batches", 2]

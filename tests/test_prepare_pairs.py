@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import chat
 import PrepareOrpoDataset
 import rlhf_dpo_generate_save
 import rlhf_generate_reject_csv as rejects
+from src.data.chat_template import load_chat_template
 from src.data.pairs import split_records
 from src.data.tokenizer import load_tokenizer
 from src.training import kept_scores
@@ -236,6 +238,65 @@ def test_chat_template_of_a_tokenizer(tmp_path):
         "Hello.<|end|>\n",
         "Go.<|end|>\n",
     ]
+
+
+HARD = """{%- if tools is not none %}{{ raise_exception('no tools') }}{% endif -%}
+{{ bos_token }}{% for m in messages %}
+    {%- if loop.index0 > 9 %}{% break %}{% endif -%}
+    {%- if m.role == 'assistant' %}
+<|assistant|>
+{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}
+
+    {%- else %}
+<|{{ m.role }}|>
+{{ {'text': m.content} | tojson }}
+    {%- endif %}
+{% endfor %}
+{%- if add_generation_prompt %}
+<|assistant|>
+{% endif %}"""
+
+
+def test_transformers_writes_the_same(tmp_path):
+    """The library whose format this is, as judge: white space, loop controls, tojson, special tokens, absent tools."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    judge = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"chat_template": HARD, "bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    form = load_chat_template(str(path))
+    turns = [("system", "be <kind>"), ("user", "\u732b 'a' \"b\""), ("assistant", " first "), ("user", "two")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+
+    def written(messages, cue):
+        return judge.apply_chat_template(messages, chat_template=HARD, tokenize=False, add_generation_prompt=cue)
+
+    assert form.prompt(turns) == written(messages, True)
+    prompt, (answer,) = form.written(turns, ["gladly"])
+    assert prompt + answer == written([*messages, {"role": "assistant", "content": "gladly"}], False)
+    assert answer.startswith("gladly</s>") and form.end == "</s>"
+
+
+def test_talking_with_a_chat_template(script, base_model, vocab_file, tmp_path, monkeypatch):
+    """Each turn is asked with the whole conversation as the template writes it, not as a piece of it."""
+    (tmp_path / "chat.jinja").write_text(JINJA)
+    lines, asked = iter(["hello", "again", "/quit"]), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    generate = chat.generate
+
+    def spy(model, prompts, *, tokenizer, state, **settings):
+        asked.append((tokenizer.decode(prompts[0]), state))
+        found = generate(model, prompts, tokenizer=tokenizer, state=state, **settings)
+        found[0].text = "yes"
+        return found
+
+    monkeypatch.setattr(chat, "generate", spy)
+    words = ["--load_model", base_model, "--vocab_file", vocab_file, "--template", tmp_path / "chat.jinja"]
+    status, _, err = script(chat.main, *words, "--max_tokens", 3)
+    assert status == 0, err
+    first = "<|user|>hello<|end|>\n<|assistant|>"
+    assert asked == [(first, None), (f"{first}yes<|end|>\n<|user|>again<|end|>\n<|assistant|>", None)]
 
 
 def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):

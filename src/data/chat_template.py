@@ -62,7 +62,10 @@ class JinjaForm(Form):
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
         messages = [{"role": role, "content": text} for role, text in turns]
         try:
-            return _compiled(self.source).render(messages=messages, add_generation_prompt=cue, **dict(self.special))
+            nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
+            return _compiled(self.source).render(
+                messages=messages, add_generation_prompt=cue, **nothing, **dict(self.special)
+            )
         except (RowError, MemoryError):
             raise
         except Exception as error:  # a template is a program: it may fail in any way

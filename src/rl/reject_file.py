@@ -86,7 +86,8 @@ class JsonRows:
 
     def decode(self, data: bytes) -> list[Row]:
         """Finished rows; ValueError for what is no JSONL."""
-        return [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        return [row if isinstance(row, dict) else {} for row in rows]
 
     def row(self, values: Row) -> Row:
         """The row as it is read back."""

@@ -59,12 +59,13 @@ class Divergence:
 
 
 @torch.no_grad()
-def mismatch_kl(model: RWKV, batches: Sequence[PairBatch], chunk: int) -> Tensor:
-    """() the mean of log policy - log reference of whole answers put to prompts that they do not belong to, at least 0:
-    KTO's estimate (arXiv 2402.01306, section 4.1). `batches` have one answer to each prompt."""
+def mismatch_ratio(model: RWKV, batches: Sequence[PairBatch], chunk: int) -> Tensor:
+    """() the mean of log policy - log reference of whole answers put to prompts that they do not belong to: KTO's
+    estimate of KL(policy || reference) before it is cut off at 0 (arXiv 2402.01306, section 4.1). `batches` have one
+    answer to each prompt."""
     ratios = []
     for batch in batches:
         assert batch.reference is not None, "KTO without reference log-probabilities"
         scores = token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk)
         ratios.append(segment_sums(scores.logp, batch.starts) - batch.reference)
-    return torch.cat(ratios).mean().clamp_min(0)
+    return torch.cat(ratios).mean()

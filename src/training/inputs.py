@@ -183,6 +183,11 @@ class Inputs:
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
         if known:
             log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+        return self._computed_reference(pairs)
+
+    def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
+        """(n, 2) summed log-probabilities under the reference model, from the cache of the project folder if there."""
+        c = self.config
         model, model_hash, layout = self.start.model, self.start.hash, self.start.report.layout
         if c.reference_model:
             model, layout = self._foreign_model(c.reference_model)
@@ -230,7 +235,9 @@ class Inputs:
             if isinstance(examples[0], TextExample):
                 return self._held_out_texts(examples)
             known = [pair.reference for pair in examples]
-            return self._held_out_pairs(examples, torch.tensor(known) if None not in known else None)
+            if None not in known:
+                return self._held_out_pairs(examples, torch.tensor(known))
+            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":

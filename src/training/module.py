@@ -22,7 +22,7 @@ from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
-from src.training.divergence import mismatch_kl
+from src.training.divergence import mismatch_ratio
 from src.training.evaluate import evaluating
 from src.training.forward import pair_hidden, text_hidden
 from src.training.optimizer import OPTIMIZERS, parameter_groups
@@ -43,6 +43,18 @@ def tokens_run(batch: TextBatch | PairBatch) -> int:
         return batch.tokens.numel()
     beside = [*([] if batch.general is None else [batch.general]), *getattr(batch, "others", ())]
     return batch.prompts.numel() + batch.answers.numel() + sum(map(tokens_run, beside))
+
+
+def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
+    """Every tensor of a batch by name, those of the text beside pairs as `general.<name>`."""
+    found: dict[str, Tensor] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif isinstance(value, TextBatch):
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
+    return found
 
 
 class Trainee(pl.LightningModule):
@@ -87,7 +99,8 @@ class Trainee(pl.LightningModule):
         if isinstance(batch, RatedBatch):
             if batch.others:
                 with evaluating(self.model):
-                    self._kl = mismatch_kl(self.model, batch.others, self.config.head_chunk)
+                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk)
+                self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)  # over all ranks
             batch = replace(batch, kl=self._kl)
         hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
         value, metrics = self._per_total(self.loss, hidden, batch)
@@ -97,8 +110,9 @@ class Trainee(pl.LightningModule):
         more, parts = self._per_total(LOSSES["sft"], text_hidden(self.model, general), general)
         rho = self.config.dpo_general_corpus_ratio
         metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
-        extra = {"l2wrap": rho * parts["l2wrap"]} if "l2wrap" in parts else {}
-        return rho * more + (1 - rho) * value, metrics | extra | {"general": parts["nll"]}
+        if "l2wrap" in parts:
+            metrics["l2wrap"] = rho * parts["l2wrap"] + (1 - rho) * metrics.get("l2wrap", 0.0)
+        return rho * more + (1 - rho) * value, metrics | {"general": parts["nll"]}
 
     def _per_total(self, loss: Loss, hidden: Tensor, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics as shares of the optimizer step's means."""
@@ -113,7 +127,7 @@ class Trainee(pl.LightningModule):
         rows = ""
         if batch is not None:
             path = self.folder / f"bad-step-{step}-{index}.pth"
-            write_atomic({f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}, path)
+            write_atomic(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
