@@ -76,12 +76,12 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
     random.Random(seed).shuffle(some)
     order = [index for group in some for index in group]
     step = max(map(len, some))
+    largest = max(some, key=len)
+    rest = [index for group in some if group is not largest for index in group]
     found: dict[int, list[int]] = {}
     for at, index in enumerate(order):
-        prompt = examples[index].prompt
         other = order[(at + step) % len(order)]
-        if examples[other].prompt == prompt:
-            rest = [number for number in order if examples[number].prompt != prompt]
+        if examples[other].prompt == examples[index].prompt:  # only in a group of more than half of all
             other = rest[at % len(rest)]
         found[index] = examples[other].chosen
     return [RatedExample(e.prompt, e.chosen, found[i], None, e.good) for i, e in enumerate(examples)]
