@@ -10,6 +10,10 @@ from src.cli import INTERRUPTED, parse, run
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = parse(argv)
+    if config.doctor:
+        from src.training.doctor import doctor
+
+        return doctor()
 
     from src.training.folder import open_folder
     from src.training.plan_report import dry_run

@@ -1,14 +1,14 @@
-"""Time the recurrence kernels: python benchmarks/kernels.py [--large] [--json PATH]
+"""Time the recurrence kernels: python benchmarks/kernels.py [--op wkv6] [--large] [--json PATH]
 
 Prints a Markdown table. Best and median of several runs after warm-up; on a shared machine only the best says anything
 about the kernel. Processor ms is the best processor time of forward and backward over all threads: with --threads 1 it
-hardly feels other programs, with more it counts waiting threads too. GFLOP/s counts the textbook recurrence (9
-floating-point operations per state element and token forward, 26 more backward), whatever an implementation really
-executes; its share is of a float32 matrix product of the same torch on the same threads, timed in the same run. "Kept"
-is what autograd holds between forward and backward besides the six inputs, per token and channel. Errors are
-RMS(difference) / RMS(reference) against the plain loop, the largest of y's and the six gradients'.
+hardly feels other programs, with more it counts waiting threads too. GFLOP/s counts the textbook recurrence (`FLOPS`),
+whatever an implementation really executes; its shares are of the rate of float32 multiply-adds in the registers of the
+same threads and of a float32 matrix product, both timed in the same run. "Kept" is what autograd holds between forward
+and backward besides the inputs, per token and channel. The error is RMS(difference) / RMS(reference) against the plain
+loop in float64, the largest of y's and of all gradients'.
 
-B batch, T tokens, H heads, N head size, C = H * N channels, L tokens per chunk
+B batch, T tokens, H heads, N head size
 """
 
 import argparse
@@ -26,54 +26,22 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.chunked import CHUNKED, LENGTH
+from benchmarks.peers import load_peers
+from benchmarks.rates import fma_gflops, gemm_gflops
 from src.ops.build import instruction_set
-from src.ops.select import BACKENDS
-from src.ops.wkv7 import wkv7
+from src.ops.judge import RECURRENCES, error, make_inputs
+from src.ops.select import BACKENDS, choose
 
-FORWARD_FLOPS, BACKWARD_FLOPS = 9, 26  # per state element and token
-Run = Callable[..., tuple[Tensor, Tensor]]
-
-
-def chunked(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """WKV-7 from zero states in matrix products over chunks of `length` tokens (T a multiple of it): the WY form.
-
-    With g the cumulative log decay in a chunk and e that of the token before: sa of a chunk is u = U0 + W S^T, where
-    (I - Aab) [U0, W] = [Aak v, a e^e]; A.. are the masked products of r or a with k or b, decayed in between.
-    """
-    batch, tokens, heads, size = r.shape
-
-    def split(x: Tensor) -> Tensor:  # (B, T, H, N) -> (B, H, chunks, L, N)
-        return x.view(batch, tokens // length, length, heads, size).permute(0, 3, 1, 2, 4)
-
-    r, w, k, v, a, b = map(split, (r, w, k, v, a, b))
-    log_decay = -math.exp(-0.5) * torch.sigmoid(w)
-    g = log_decay.cumsum(-2)
-    end = g[..., -1:, :]
-    r_in, a_in = r * g.exp(), a * (g - log_decay).exp()
-    k_out, b_out = k * (-g).exp(), b * (-g).exp()
-    k_end, b_end = k * (end - g).exp(), b * (end - g).exp()
-    A_qk, A_qb = (r_in @ k_out.mT).tril(), (r_in @ b_out.mT).tril()
-    A_ak, A_ab = (a_in @ k_out.mT).tril(-1), (a_in @ b_out.mT).tril(-1)
-    eye = torch.eye(length, dtype=r.dtype)
-    solved = torch.linalg.solve_triangular(eye - A_ab, torch.cat([A_ak @ v, a_in], -1), upper=False)
-    U0, W = solved.split(size, dim=-1)
-    local, decay = A_qk @ v, end.exp()
-    state = r.new_zeros(batch, heads, size, size)  # (B, H, N_v, N_k)
-    ys = []
-    for c in range(tokens // length):
-        u = U0[:, :, c] + W[:, :, c] @ state.mT
-        ys.append(r_in[:, :, c] @ state.mT + local[:, :, c] + A_qb[:, :, c] @ u)
-        state = state * decay[:, :, c] + v[:, :, c].mT @ k_end[:, :, c] + u.mT @ b_end[:, :, c]
-    return torch.stack(ys, 2).permute(0, 2, 3, 1, 4).reshape(batch, tokens, heads, size), state
-
-
-def make_inputs(batch: int, tokens: int, heads: int, size: int, dtype: torch.dtype) -> list[Tensor]:
-    """Inputs in the ranges of a trained model."""
-    generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(batch, tokens, heads, size, generator=generator) for _ in range(6)]
-    kk = torch.nn.functional.normalize(x[4], dim=-1)
-    parts = (x[0] * 0.5, x[1] * 2, x[2] * 0.3, x[3], -kk, kk * torch.sigmoid(x[5]))
-    return [part.to(dtype).requires_grad_() for part in parts]
+# Floating-point operations forward and backward, for each state element and token (wkv4: channel and token; an
+# exponential, a maximum or a division is one). Of two for a multiply-add:
+#   wkv4  8 for y's weights, 6 for y, 6 + 5 for the state; backward the same again, then 23
+#   wkv5, wkv6  2 for y, 3 for the state; backward 3 for the state again, 3 for its gradient, 2 each for dr, dk, dv, dw
+#   wkv7  2 for sa, 5 for the state, 2 for y; backward 7 + 4 for both again, 2 each for seven sums, 1 for the decay
+FLOPS = {"wkv4": (25, 48), "wkv5": (5, 14), "wkv6": (5, 14), "wkv7": (9, 26)}
+LOOP_BYTES = 12e9  # the plain loop is left out where what it holds for backward would be more
+Run = Callable[..., Tensor]
+Shape = tuple[int, int, int, int]
 
 
 def bytes_kept(run: Run, inputs: list[Tensor]) -> float:
@@ -88,7 +56,7 @@ def bytes_kept(run: Run, inputs: list[Tensor]) -> float:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        y, _ = run(*inputs)
+        y = run(*inputs)
     held = sum(kept.values()) / inputs[0].numel()
     del y
     return held
@@ -97,12 +65,16 @@ def bytes_kept(run: Run, inputs: list[Tensor]) -> float:
 def measure(run: Run, inputs: list[Tensor], dy: Tensor, repeats: int, seconds: float) -> dict:
     """Times in ms of forward and of forward + backward, and the results of the last run."""
     forward, both, processor = [], [], []
+    wait = torch.cuda.synchronize if dy.is_cuda else lambda: None
     began = time.perf_counter()
     while len(both) < 2 or (len(both) < repeats and time.perf_counter() - began < seconds):
+        wait()
         start, start_processor = time.perf_counter(), time.process_time()
-        y, _ = run(*inputs)
+        y = run(*inputs)
+        wait()
         middle = time.perf_counter()
         grads = torch.autograd.grad(y, inputs, dy)
+        wait()
         forward.append((middle - start) * 1e3)
         both.append((time.perf_counter() - start) * 1e3)
         processor.append((time.process_time() - start_processor) * 1e3)
@@ -118,84 +90,122 @@ def measure(run: Run, inputs: list[Tensor], dy: Tensor, repeats: int, seconds: f
     }
 
 
-def gemm_gflops(size: int = 1536, seconds: float = 2.0) -> float:
-    """Best float32 rate of a square matrix product."""
-    a = torch.randn(size, size)
-    best, began = math.inf, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2e-9 * size**3 / best
+def runs_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device, peers: dict) -> dict[str, tuple]:
+    """name -> (inputs, run), ours first: what can run this shape. The plain loop is not among them."""
+    inputs = make_inputs(op, shape, dtype, device)
+    runs: dict[str, tuple[list[Tensor], Run]] = {}
+    for name in BACKENDS[op]:
+        try:
+            choose(op, device, dtype, tuple(inputs[0].shape), name)
+        except ValueError:
+            continue
+        if name != "naive":
+            runs[name] = inputs, lambda *x, name=name: RECURRENCES[op].function(*x, backend=name)[0]
+    if dtype == torch.float32 and shape[1] % LENGTH == 0:
+        name, chunked = CHUNKED[op]
+        runs[name] = inputs, chunked
+    for name, (prepare, run) in peers.get(op, {}).items():
+        runs[name] = prepare(inputs), run
+    return runs
 
 
-def error(results: list[Tensor], references: list[Tensor]) -> float:
-    """The largest relative RMS difference of y and the six gradients."""
-    pairs = [(x.double(), y.double()) for x, y in zip(results, references, strict=True)]
-    return max(float((x - y).square().mean().sqrt() / y.square().mean().sqrt()) for x, y in pairs)
-
-
-def bench(shape: tuple[int, int, int, int], dtype: torch.dtype, repeats: int, seconds: float) -> list[dict]:
+def bench(
+    op: str, shape: Shape, dtype: torch.dtype, device: torch.device, peers: dict, limits: tuple[int, float]
+) -> list[dict]:
     """One row per implementation for one shape (B, T, H, N); the plain loop last, as it is the slowest."""
-    inputs = make_inputs(*shape, dtype)
-    dy = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    runs: dict[str, Run] = {}
-    for name in BACKENDS["wkv7"]:
-        runs[name] = lambda *x, name=name: wkv7(*x, backend=name)
-    if dtype == torch.float32 and shape[1] % 32 == 0:
-        runs["chunked PyTorch, L=32"] = lambda *x: chunked(*x, length=32)
-    loop = runs.pop("naive")
-    rows = [{"name": name, **measure(run, inputs, dy, repeats, seconds)} for name, run in runs.items()]
-    rows.append({"name": "naive", **measure(loop, inputs, dy, 3, 20.0)})
-    elements = math.prod(shape) * shape[-1]
+    elements = math.prod(shape) * (shape[-1] if op != "wkv4" else 1)
+    rows = []
+    first = make_inputs(op, shape, dtype, device)
+    dy = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    for name, (inputs, run) in runs_of(op, shape, dtype, device, peers).items():
+        try:
+            rows.append({"name": name, **measure(run, inputs, dy, *limits)})
+        except (RuntimeError, ValueError, AssertionError) as failure:  # a peer's own words for what it cannot do
+            print(f"{op} {shape} {name}: {str(failure).strip().partition(chr(10))[0]}", file=sys.stderr)
+    held = elements * (16 if op != "wkv4" else 100)  # four float32 of each state element and token
+    references = None
+    if held < LOOP_BYTES:
+        loop = lambda *x: RECURRENCES[op].function(*x, backend="naive")[0]  # noqa: E731
+        rows.append({"name": "naive", **measure(loop, first, dy, 3, 20.0)})
+        if 2 * held < LOOP_BYTES:
+            exact = [x.detach().double().requires_grad_() for x in first]
+            y = loop(*exact)
+            references = [y.detach(), *torch.autograd.grad(y, exact, dy.double())]
     for row in rows:
-        row["shape"], row["dtype"] = shape, str(dtype).removeprefix("torch.")
-        row["gflops"] = elements * (FORWARD_FLOPS + BACKWARD_FLOPS) / row["both_ms"] * 1e-6
-        row["speedup"] = rows[-1]["both_ms"] / row["both_ms"]
-        row["error"] = error(row["results"], rows[-1]["results"])
-    for row in rows:
-        del row["results"]
+        row["op"], row["shape"], row["dtype"] = op, shape, str(dtype).removeprefix("torch.")
+        row["gflops"] = elements * sum(FLOPS[op]) / row["both_ms"] * 1e-6
+        row["speedup"] = rows[-1]["both_ms"] / row["both_ms"] if rows[-1]["name"] == "naive" else None
+        found = row.pop("results")
+        # A peer's gradient of its own form of the decay is another function's.
+        ours = references is not None and row["name"] not in peers.get(op, {})
+        row["error"] = max(error(x, y) for x, y in zip(found, references, strict=True)) if ours else None
     return rows
 
 
-def table(rows: list[dict], gemm: float) -> str:
+def shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def table(rows: list[dict], fma: float | None, gemm: float) -> str:
     """The rows in Markdown."""
     lines = [
-        "| shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median)"
-        " | processor ms | GFLOP/s | share of GEMM | times the loop | kept B per token-channel | error |",
-        "|" + "---|" * 11,
+        "| op | shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median)"
+        " | processor ms | GFLOP/s | share of FMA rate | of GEMM | times the loop | kept B per token-channel | error |",
+        "|" + "---|" * 13,
     ]
     for row in rows:
         shape = " ".join(f"{letter}{n}" for letter, n in zip("BTHN", row["shape"], strict=True))
         lines.append(
-            f"| {shape} | {row['dtype']} | {row['name']} | {row['forward_ms']:.2f} ({row['forward_median_ms']:.2f})"
+            f"| {row['op']} | {shape} | {row['dtype']} | {row['name']}"
+            f" | {row['forward_ms']:.2f} ({row['forward_median_ms']:.2f})"
             f" | {row['both_ms']:.2f} ({row['both_median_ms']:.2f}) | {row['processor_ms']:.1f} | {row['gflops']:.0f}"
-            f" | {row['gflops'] / gemm:.0%} | {row['speedup']:.1f} | {row['kept_bytes']:.1f} | {row['error']:.1e} |"
+            f" | {shown(row['gflops'] / fma if fma else None, '.0%')} | {row['gflops'] / gemm:.0%}"
+            f" | {shown(row['speedup'], '.1f')} | {row['kept_bytes']:.1f} | {shown(row['error'], '.1e')} |"
         )
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the WKV-7 kernels.")
-    parser.add_argument("--large", action="store_true", help="also B1 T4096 H32 N64 (the loop then holds 2.5 GB)")
-    parser.add_argument("--bf16", action="store_true", help="also bfloat16 inputs")
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "T", "H", "N"), default=(1, 1024, 12, 64))
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time the recurrence kernels.")
+    parser.add_argument("--op", nargs="+", choices=list(RECURRENCES), default=list(RECURRENCES))
+    parser.add_argument("--large", action="store_true", help="also B1 T4096 H32 N64 (the loop then holds up to 9 GB)")
+    parser.add_argument("--bf16", action="store_true", help="also bfloat16 inputs; on a GPU they are always timed")
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "T", "H", "N"), help="instead of the usual ones")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help="see benchmarks/peers.py")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=200, help="at most so many runs of one implementation")
-    parser.add_argument("--seconds", type=float, default=8.0, help="and no longer than this")
+    parser.add_argument("--seconds", type=float, default=4.0, help="and no longer than this")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     torch.set_num_threads(args.threads)
-    shapes = [tuple(args.shape)] + ([(1, 4096, 32, 64)] if args.large else [])
+    device, on_gpu = torch.device(args.device), args.device == "cuda"
+    shapes: list[Shape] = [(1, 1024, 12, 64)]
+    if on_gpu:
+        shapes += [(8, 4096, 64, 64), (1, 4096, 32, 64)]
+    elif args.large:
+        shapes += [(1, 4096, 32, 64)]
+    if args.shape:
+        shapes = [tuple(args.shape)]
+    peers = load_peers(args.peer, shapes[0][-1])
+    dtypes = [torch.float32] + [torch.bfloat16] * (args.bf16 or on_gpu)
+    fma, gemm = (None if on_gpu else fma_gflops(args.threads)), gemm_gflops(device)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + args.bf16]:
-        for shape in shapes:
-            rows += bench(shape, dtype, args.repeats, args.seconds)
-    gemm = gemm_gflops()
-    machine = f"{platform.machine()} {instruction_set()}, {args.threads} threads, torch {torch.__version__}"
-    print(f"{machine}; float32 matrix product: {gemm:.0f} GFLOP/s\n\n{table(rows, gemm)}")
+    for op in args.op:
+        for dtype in dtypes:
+            for shape in shapes:
+                rows += bench(op, shape, dtype, device, peers, (args.repeats, args.seconds))
+    on = f"{platform.machine()} {instruction_set()}, {args.threads} threads"
+    machine = f"{torch.cuda.get_device_name() if on_gpu else on}, torch {torch.__version__}"
+    rates = f"float32 matrix product: {gemm:.0f} GFLOP/s" + (f"; multiply-adds: {fma:.0f} GFLOP/s" if fma else "")
+    print(f"{machine}; {rates}\n\n{table(rows, fma, gemm)}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "gemm_gflops": gemm, "rows": rows}, indent=1) + "\n")
+        figures = {"machine": machine, "gemm_gflops": gemm, "fma_gflops": fma, "rows": rows}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

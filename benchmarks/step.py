@@ -1,7 +1,8 @@
-"""One training step of RWKV-7 on this machine: tokens per second, peak memory, where the time goes.
+"""One training step on this machine: tokens per second, peak memory, where the time goes.
 
 python benchmarks/step.py [--json PATH]             # the table: full and LoRA r 16, ctx 512 and 1024, fp32 and bf16
 python benchmarks/step.py --only full,bf16,512      # one row
+python benchmarks/step.py --version x060            # another version than RWKV-7
 python benchmarks/step.py --pairs 1                 # DPO with LoRA r 16 on pairs of 51 tokens, 4 a step
 
 Random weights, L12-D768, 65536 tokens, the trainer's own model, losses, optimizer and clipping. Every row runs in a
@@ -49,7 +50,7 @@ def peak_mib() -> float:
     return float("nan")
 
 
-def prepare(mode: str, kind: str, grad_cp: bool, loss: str):
+def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
@@ -62,7 +63,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str):
 
     keep_pages()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
-    tensors = initial_tensors("x070", LAYERS, WIDTH, VOCAB, 64, seed=1)
+    tensors = initial_tensors(version, LAYERS, WIDTH, VOCAB, 64, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, value in tensors.items():  # nothing at zero, so that every product is a real one
         if value.dim() == 2 and not value.any():
@@ -74,7 +75,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str):
     for name in names:
         del tensors[name]
     model.train()
-    optimizer = adamw(parameter_groups(model, plan, "x070", True), (0.9, 0.99), 1e-8)
+    optimizer = adamw(parameter_groups(model, plan, version, True), (0.9, 0.99), 1e-8)
     return model, optimizer, Config(loss=loss), dtype
 
 
@@ -96,14 +97,14 @@ def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[
     return times
 
 
-def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int) -> dict:
+def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, version: str) -> dict:
     """Single-row steps of `ctx` tokens."""
     import torch
 
     from src.data.batch import TextBatch
     from src.training.forward import text_hidden
 
-    model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft")
+    model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft", version)
     generator = torch.Generator().manual_seed(3)
     rows = (torch.randint(1, VOCAB, (ctx + 1,), generator=generator) for _ in range(steps + 1))
     batches = (TextBatch(row[:-1], row[1:], torch.tensor([0, ctx]), float(ctx)) for row in rows)
@@ -123,14 +124,14 @@ def update(optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def measure_pairs(kind: str, steps: int) -> dict:
+def measure_pairs(kind: str, steps: int, version: str) -> dict:
     """DPO with LoRA r 16: 4 pairs a step, 51 tokens a sequence (prompt 24, answer 27), the reference's scores known."""
     import torch
 
     from src.data.batch import PairExample, pack_pairs
     from src.training.forward import pair_hidden
 
-    model, optimizer, config, _ = prepare("lora", kind, False, "dpo")
+    model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version)
     generator = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> list[int]:
@@ -180,21 +181,22 @@ def main() -> None:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--version", default="x070")
     parser.add_argument("--raw", default="")
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
     if flags.raw:  # one row, in this process
         mode, kind, ctx = flags.raw.split(",")
         if mode == "pairs":
-            print(json.dumps(measure_pairs(kind, flags.steps)))
+            print(json.dumps(measure_pairs(kind, flags.steps, flags.version)))
         else:
-            print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), flags.steps)))
+            print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), flags.steps, flags.version)))
         return
     results = {}
     if flags.pairs:
         print("| DPO, LoRA r 16 | pairs/s median | best | peak MiB |\n|---|---|---|---|")
         for kind in ("bf16", "fp32"):
-            found = in_process(["--raw", f"pairs,{kind},51", "--steps", str(flags.steps)])
+            found = in_process(["--raw", f"pairs,{kind},51", "--steps", str(flags.steps), "--version", flags.version])
             results[f"pairs,{kind}"] = found
             rates = f"{found['pairs_per_s']:.1f} | {found['best_pairs_per_s']:.1f}"
             print(f"| {kind} | {rates} | {found['peak_mib']:.0f} |")
@@ -203,7 +205,16 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|")
         rows = [tuple(flags.only.split(","))] if flags.only else ROWS
         for mode, kind, ctx in rows:
-            words = ["--raw", f"{mode},{kind},{ctx}", "--grad_cp", str(flags.grad_cp), "--steps", str(flags.steps)]
+            words = [
+                "--raw",
+                f"{mode},{kind},{ctx}",
+                "--grad_cp",
+                str(flags.grad_cp),
+                "--steps",
+                str(flags.steps),
+                "--version",
+                flags.version,
+            ]
             r = results[f"{mode},{kind},{ctx}"] = in_process(words)
             split = f"{r['forward']:.2f} / {r['backward']:.2f} / {r['update']:.2f}"
             rates = f"{r['tokens_per_s']:.0f} | {r['best_tokens_per_s']:.0f}"

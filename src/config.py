@@ -129,7 +129,7 @@ class Config:
     initial_ctx_len: int = setting(0, "length at the first step, growing to {ctx_len}; 0 = off", at_least=0)
     ctx_warmup_steps: int = setting(1, "optimizer steps in which the length grows", at_least=1)
     infctx: bool = setting(False, "infinite context: run the model in chunks of {chunk_ctx}")
-    chunk_ctx: int = setting(512, "tokens per chunk with {infctx}", at_least=1)
+    chunk_ctx: int = setting(512, "tokens per chunk with {infctx}; 0 = the whole sample", at_least=0)
     state_cp: bool = setting(False, "infinite context in {ctx_parts} chunks")
     ctx_parts: int = setting(1, "chunks that a sample is cut into", at_least=1)
     bptt: str = setting("exact", "gradient across chunks", choices=("exact", "truncated"))

@@ -77,7 +77,7 @@ LAWS = (
         "{train_stage} 1 needs {vocab_size}, e.g. 65536 for the World vocabulary",
     ),
     Law(
-        lambda c: c.train_stage == 1 and c.n_embd % c.head_size != 0,
+        lambda c: c.train_stage == 1 and c.version != "x040" and c.n_embd % c.head_size != 0,
         "{n_embd=} is not a multiple of {head_size=}",
     ),
     Law(
@@ -161,7 +161,7 @@ LAWS = (
         "{ctx_warmup_steps=} needs {initial_ctx_len}, the length to start from",
     ),
     Law(
-        lambda c: c.state_shift and not c.state,
+        lambda c: c.state_shift and not c.state and c.peft != "state",
         "{state_shift} 1 needs {state} 1",
     ),
     Law(
@@ -230,6 +230,12 @@ def notices(config: Config) -> list[str]:
             "{kto} 1 estimates its divergence from the answers of one optimizer step: "
             "let {micro_bsz} times {accumulate_grad_batches} be 8 or more"
         )
+    if config.infctx and not 0 < config.chunk_ctx < config.ctx_len:
+        said.append(say("{chunk_ctx=} makes one chunk of a sample of {ctx_len=}: {infctx} saves nothing", config))
+    if config.ctx_parts > 1 and not config.state_cp:
+        said.append(say("{ctx_parts=} without {state_cp} 1 has no effect: the kernels run any length", config))
+    if not config.chunk and (config.bptt != "exact" or config.state_offload):
+        said.append(say("{bptt} and {state_offload} have no effect without {infctx} 1 or {state_cp} 1", config))
     if trains(config) and config.epoch_steps % config.accumulate_grad_batches:
         whole = config.steps_per_epoch * config.accumulate_grad_batches
         said.append(

@@ -29,6 +29,10 @@ ADAPTER_MATRIX = re.compile(r"lora_[AB]|bone|miss")
 MULTIPLIERS = {
     ("x040", "time_decay"): 2.0,
     ("x040", "time_first"): 3.0,
+    ("x050", "time_decay"): 2.0,
+    ("x050", "time_first"): 3.0,
+    ("x051", "time_decay"): 2.0,
+    ("x051", "time_first"): 3.0,
     ("x052", "time_decay"): 2.0,
     ("x060", "time_decay"): 2.0,
     ("x070", "w0"): 2.0,
@@ -58,10 +62,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One row for emb, for each block and for head, and the parts of a block that adapter rows touch."""
+    """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
+    initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
+    states: tuple[str, ...] = ()
 
     @property
     def modes(self) -> frozenset[str]:
@@ -86,7 +92,9 @@ class Plan:
         row = self.row_of(name)
         if row.rejects(name):
             return False
-        if is_state(name) or row.mode == "full":
+        if is_state(name):
+            return name.endswith(self.states) if self.states else False
+        if row.mode == "full":
             return True
         if row.mode == "freeze" or limited:
             return False
@@ -146,9 +154,13 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     """
     rates = {"lr_init": config.lr_init, "lr_final": config.lr_final, "weight_decay": config.weight_decay}
     if config.layer_profile:
-        return read_profile(config.layer_profile, n_layer, own_rates=config.lr_advanced, **rates)
-    adapter = {"rank": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-    return make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
+        plan = read_profile(config.layer_profile, n_layer, own_rates=config.lr_advanced, **rates)
+    else:
+        adapter = {"rank": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
+        plan = make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
+    tuned = config.state
+    shifts = ("att.shift_state", "ffn.shift_state") if config.state_shift else ()
+    return dataclasses.replace(plan, states=("att.time_state", *shifts) if tuned else ())
 
 
 def make_plan(

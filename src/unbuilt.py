@@ -27,10 +27,6 @@ BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
-        lambda c: c.version in ("x040", "x052", "x060"),
-        "{version=}: of the RWKV versions only x070 (RWKV-7) is built yet",
-    ),
-    Missing(
         lambda c: c.loss in ("distillation", "rm", "ppo", "grpo"),
         "{loss=}: this loss is not built yet; {sft}, {dpo}, {orpo}, {simpo}, {cpo}, {kto} and {wpo} are",
     ),
@@ -47,14 +43,6 @@ NOT_BUILT = (
         "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
     ),
     Missing(
-        lambda c: c.infctx,
-        "{infctx} 1: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
-    ),
-    Missing(
-        lambda c: c.state_cp or c.ctx_parts > 1,
-        "{ctx_parts=}: infinite context is not built yet; without it a sample of any {ctx_len} runs in one piece",
-    ),
-    Missing(
         lambda c: c.initial_ctx_len > 0,
         "{initial_ctx_len=}: growing sample lengths are not built yet; leave it 0",
     ),
@@ -63,20 +51,12 @@ NOT_BUILT = (
         "{infctx_dataset_multiplier=}: joining documents to one sample is not built yet; use 1",
     ),
     Missing(
-        lambda c: c.state_offload or c.bptt != "exact",
-        "{state_offload} and {bptt}: infinite context is not built yet",
-    ),
-    Missing(
         lambda c: not c.reset_state,
         "{reset_state} 0: carrying the state over document borders is not built yet; use 1",
     ),
     Missing(
-        lambda c: c.state or c.state_shift,
-        "{state} 1: state tuning is not built yet; {peft} lora trains a small part of the model",
-    ),
-    Missing(
-        lambda c: c.peft not in ("full", "lora"),
-        "{peft=}: this adapter is not built yet; full and lora are",
+        lambda c: c.peft not in ("full", "lora", "state"),
+        "{peft=}: this adapter is not built yet; full, lora and state are",
     ),
     Missing(
         lambda c: c.storage in ("int8", "fp8"),
@@ -99,8 +79,8 @@ NOT_BUILT = (
         "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
     ),
     Missing(
-        lambda c: c.wkv_backend not in ("auto", "naive", "cpu"),
-        "{wkv_backend=}: this kernel is not built yet; auto, naive and cpu are",
+        lambda c: c.wkv_backend not in ("auto", "naive", "cpu", "cuda"),
+        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu and cuda are",
     ),
     Missing(
         lambda c: c.compile,
@@ -118,22 +98,16 @@ NOT_BUILT = (
         lambda c: bool(c.resume),
         "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
     ),
-    Missing(
-        lambda c: c.doctor,
-        "{doctor} 1: examining the machine is not built yet",
-    ),
 )
 
 
 def refuse_unbuilt(config: Config, modes: Collection[str] = (), version: str | None = None) -> None:
     """Raises ValueError with the sentence of the first missing part that the run asks for.
 
-    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says, once it is read.
+    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says (every one is built).
     """
     for part in NOT_BUILT:
         if part.wanted(config):
             raise ValueError(say(part.sentence, config))
     for mode in sorted(set(modes) - set(BUILT_MODES)):
         raise ValueError(say(f"{{layer_profile=}}: mode {mode} is not built yet; {', '.join(BUILT_MODES)} are", config))
-    if version not in (None, "x070"):
-        raise ValueError(say(f"{{load_model=}} is an RWKV model of version {version}; only x070 is built yet", config))

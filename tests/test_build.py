@@ -62,36 +62,36 @@ def test_missing_compiler_is_named(sources, monkeypatch):
 
 def test_second_process_reuses_the_binary_and_a_changed_source_does_not(sources):
     (sources / "good.cpp").write_text(GOOD)
-    first = build._binary("good")
+    first = build.binary(build._host_recipe("good"))
     stamp = first.stat().st_mtime_ns
-    assert build._binary("good") == first and first.stat().st_mtime_ns == stamp
+    assert build.binary(build._host_recipe("good")) == first and first.stat().st_mtime_ns == stamp
     (sources / "good.cpp").write_text(GOOD.replace("42", "43"))
-    assert build._binary("good") != first
+    assert build.binary(build._host_recipe("good")) != first
 
 
 def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):
     (sources / "good.cpp").write_text(GOOD)
-    binary = build._binary("good")
+    binary = build.binary(build._host_recipe("good"))
     binary.unlink()
     (binary.parent / "lock").write_text("left behind")
     began = time.monotonic()
-    assert build._binary("good").is_file()
+    assert build.binary(build._host_recipe("good")).is_file()
     assert time.monotonic() - began < 30
 
 
 def test_lock_held_for_too_long_is_ignored(sources, monkeypatch):
     (sources / "good.cpp").write_text(GOOD)
     monkeypatch.setattr(build, "LOCK_PATIENCE", 0.2)
-    binary = build._binary("good")
+    binary = build.binary(build._host_recipe("good"))
     binary.unlink()
     with open(binary.parent / "lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        assert build._binary("good").is_file()
+        assert build.binary(build._host_recipe("good")).is_file()
 
 
 def test_damaged_binary_is_rebuilt(sources):
     (sources / "good.cpp").write_text(GOOD)
-    binary = build._binary("good")
+    binary = build.binary(build._host_recipe("good"))
     binary.write_bytes(binary.read_bytes()[:200])
     build.library("good")
     assert binary.stat().st_size > 200

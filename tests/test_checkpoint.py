@@ -13,11 +13,21 @@ from safetensors.torch import save_file
 from src.files import file_hash
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
-from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tensors, trainable, write_atomic
+from src.model import VERSIONS
+from src.model.checkpoint import (
+    build_model,
+    file_sizes,
+    load_adapter,
+    load_model,
+    read_tensors,
+    trainable,
+    write_atomic,
+)
 from src.model.initial import initial_tensors
 from src.model.sizes import check_flags, sizes_of
 from src.plan import make_plan
 from src.training.sidecar import read_sidecar, sidecar_of, sidecar_path, write_sidecar
+from tests.conftest import random_tensors
 
 
 def tiny(n_layer: int = 2) -> dict[str, torch.Tensor]:
@@ -142,19 +152,64 @@ def test_sizes_are_read_from_the_tensors():
     assert set(sizes.low_rank) == {"w", "a", "v", "g"}
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_version_is_recognised_and_no_other(version):
+    """A model that is taken for its neighbour (5.1 for 5.2) would run with the wrong decays."""
+    tensors = random_tensors(version, 2, 64, 40, 16)
+    sizes = sizes_of(tensors)
+    wide = 224 if version[1:4] in ("050", "051", "052", "060") else 256
+    assert (sizes.version, sizes.n_layer, sizes.n_embd, sizes.vocab_size) == (version, 2, 64, 40)
+    assert (sizes.head_size, sizes.dim_att, sizes.dim_ffn) == (1 if version == "x040" else 16, 64, wide)
+    assert sizes.low_rank.keys() == {"x060": {"mix", "decay"}, "x070": {"w", "a", "v", "g"}}.get(version, set())
+
+
+def test_other_shapes_of_rwkv_5():
+    """One number per head may come as (H, 1, 1), the bonus as its logarithm under another name; one head is legal."""
+    tensors = random_tensors("x051", 2, 64, 40, 16)
+    for name in [name for name in tensors if name.endswith("time_faaaa")]:
+        tensors[name.replace("faaaa", "first")] = tensors.pop(name).view(4, 1, 1)
+    for name in [name for name in tensors if name.endswith("time_decay")]:
+        tensors[name] = tensors[name].view(4, 1, 1)
+    sizes = sizes_of(tensors)
+    assert (sizes.version, sizes.head_size, sizes.bonus) == ("x051", 16, "time_first")
+    build_model(tensors, compute_dtype=torch.float32)
+    assert sizes_of(random_tensors("x052", 2, 64, 40, 64)).version == "x052"
+    assert sizes_of(random_tensors("x050", 2, 64, 40, 64)).head_size == 64
+
+
+def changed(version: str, **parts: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """A model whose `blocks.*.att` has other tensors: None takes one away."""
+    tensors = random_tensors(version, 2, 64, 40, 16)
+    for part, value in parts.items():
+        for block in range(2):
+            tensors.pop(f"blocks.{block}.att.{part}", None)
+            tensors |= {f"blocks.{block}.att.{part}": value} if value is not None else {}
+    return tensors
+
+
 @pytest.mark.parametrize(
-    ("version", "names"),
+    "tensors",
     [
-        ("x040", {"time_first": (8,), "time_decay": (8,), "time_mix_k": (1, 1, 8)}),
-        ("x052", {"time_faaaa": (2, 4), "time_decay": (2, 4), "gate.weight": (8, 8), "ln_x.weight": (8,)}),
-        ("x060", {"time_faaaa": (2, 4), "time_maa_w1": (8, 160), "time_decay_w1": (8, 64), "time_decay": (1, 1, 8)}),
+        changed("x060", time_maa_w1=None),
+        changed("x052", time_faaaa=None),
+        changed("x050", time_decay=torch.zeros(4, 16)),  # a decay per channel without a gate was never released
+        changed("x040", time_first=None),
+        changed("x070", r_k=None),
     ],
+    ids=["x060", "x052", "x050", "x040", "x070"],
 )
-def test_older_versions_are_recognised_by_name(version, names):
-    tensors = {f"blocks.0.att.{name}": torch.empty(shape, device="meta") for name, shape in names.items()}
-    tensors |= {"emb.weight": torch.empty(9, 8), "head.weight": torch.empty(9, 8)}
-    tensors |= {"blocks.0.att.key.weight": torch.empty(8, 8), "blocks.0.ffn.key.weight": torch.empty(32, 8)}
-    assert sizes_of(tensors).version == version
+def test_a_version_that_nobody_knows_is_refused(tensors):
+    """An experiment of the past must not run as something that it is not."""
+    with pytest.raises(ValueError, match=r"not a known RWKV version \(x040, x050, x051, x052, x060, x070\)"):
+        sizes_of(tensors)
+
+
+def test_experiments_of_rwkv_4_are_refused_by_the_names_of_their_tensors(tmp_path):
+    """--pre_ffn 1 or --head_qk 1 models: ignoring what they add would give nonsense."""
+    extra = {"head_q.weight": torch.zeros(8, 64), "head_k.weight": torch.zeros(8, 64)}
+    torch.save(random_tensors("x040", 2, 64, 40) | extra, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"is not an x040 model of 2 layers: 2 unexpected: head_q.weight"):
+        load_model(tmp_path / "m.pth", compute_dtype=torch.float32)
 
 
 def test_a_typed_size_that_disagrees_names_both_numbers():

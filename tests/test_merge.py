@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 import merge
+from src.model import VERSIONS
 from src.model.checkpoint import build_model, kept, load_adapter, load_model, read_tensors, trainable, write_atomic
-from src.model.initial import initial_tensors
 from src.plan import Row, make_plan
 from src.training.folder import trained_tensors
 from src.training.merging import load_combined
 from src.training.sidecar import sidecar_of, write_sidecar
+from tests.conftest import any_initial_tensors
 
 VOCABULARY, WIDTH, HEAD = 300, 128, 64
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
@@ -24,18 +26,20 @@ TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
 GREEDY = """
 import json, sys
 from rwkv.model import RWKV
-model = RWKV(model=sys.argv[1], strategy='cpu fp32')
-logits, state = model.forward(json.loads(sys.argv[2]), None)
-answer = []
-for _ in range(12):
-    answer.append(int(logits.argmax()))
-    logits, state = model.forward([answer[-1]], state)
-print(json.dumps(answer))
+answers = []
+for path in sys.argv[2:]:
+    model, answer = RWKV(model=path, strategy='cpu fp32'), []
+    logits, state = model.forward(json.loads(sys.argv[1]), None)
+    for _ in range(12):
+        answer.append(int(logits.argmax()))
+        logits, state = model.forward([answer[-1]], state)
+    answers.append(answer)
+print(json.dumps(answers))
 """
 
 
-def base_tensors(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    tensors = initial_tensors("x070", 2, WIDTH, VOCABULARY, HEAD, 0)
+def base_tensors(dtype: torch.dtype, version: str = "x070") -> dict[str, torch.Tensor]:
+    tensors = any_initial_tensors(version, 2, WIDTH, VOCABULARY, HEAD, 0)
     generator = torch.Generator().manual_seed(1)
     for name, value in tensors.items():
         scale = 1.0 if name == "emb.weight" else 0.5 / WIDTH**0.5 if value.dim() == 2 else 0.05
@@ -56,10 +60,12 @@ def mixed_plan():
     return plan
 
 
-def train(folder: Path, *, dtype=torch.float32, quant="none", plan=None, sidecar=True) -> tuple[Path, Path]:
+def train(
+    folder: Path, *, version="x070", dtype=torch.float32, quant="none", plan=None, sidecar=True
+) -> tuple[Path, Path]:
     """A base file and a checkpoint "trained" on it by adding noise to all that trains."""
     base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
-    write_atomic(base_tensors(dtype), base)
+    write_atomic(base_tensors(dtype, version), base)
     plan = plan or mixed_plan()
     model, report = load_model(base, compute_dtype=torch.float32, plan=plan, quant=quant)
     generator = torch.Generator().manual_seed(2)
@@ -68,7 +74,7 @@ def train(folder: Path, *, dtype=torch.float32, quant="none", plan=None, sidecar
             parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.02 if "lora" in name else 0.01))
     write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
     if sidecar:
-        write_sidecar(sidecar_of("x070", report.layout, plan, base), checkpoint)
+        write_sidecar(sidecar_of(version, report.layout, plan, base), checkpoint)
     return base, checkpoint
 
 
@@ -254,19 +260,49 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert before == (base.read_bytes(), checkpoint.read_bytes())
 
 
-def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path):
-    """The whole point of merging: every other RWKV program answers as the trained model does."""
-    base, checkpoint = train(tmp_path)
-    run_merge(base, checkpoint, tmp_path / "merged.pth")
-    environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, str(tmp_path / "merged"), json.dumps(TOKENS)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+def greedy(base: Path, checkpoint: Path) -> list[int]:
+    """12 tokens after TOKENS of base and adapter together, all read again for each."""
     model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
-    ours, text = [], list(TOKENS)
+    text = list(TOKENS)
     with torch.no_grad():
         for _ in range(12):
-            ours.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
-            text.append(ours[-1])
-    assert ours == theirs
+            text.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
+    return text[len(TOKENS) :]
+
+
+@pytest.mark.parametrize("v7", [False, True])
+def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, v7):
+    """The whole point of merging: every other RWKV program answers as the trained model does."""
+    ours, paths = [], []
+    for version in VERSIONS:
+        if (version == "x070") == v7:
+            folder = tmp_path / version
+            folder.mkdir()
+            base, checkpoint = train(folder, version=version)
+            run_merge(base, checkpoint, folder / "merged.pth")
+            ours.append(greedy(base, checkpoint))
+            paths.append(str(folder / "merged"))
+    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
+    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, version):
+    """A matrix or small tensor that only one version has must not be left out, nor change its shape or name."""
+    pytest.importorskip("bitsandbytes")
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
+    base, checkpoint = train(tmp_path, version=version, dtype=torch.bfloat16, quant="nf4", plan=plan)
+    merged, before = run_merge(base, checkpoint, tmp_path / "merged.pth"), read_tensors(base)
+    assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [(n, t.shape, t.dtype) for n, t in before.items()]
+    own = read_tensors(checkpoint)
+    kept = re.compile(r"emb\.weight|blocks\.0\.ln0\..*|ln_out\..*|blocks\.0\.att\.v[012]")  # the last: unused there
+    for name, tensor in merged.items():
+        if name in own:
+            assert torch.equal(tensor, own[name].bfloat16().reshape(tensor.shape)), name
+        else:
+            assert torch.equal(tensor, before[name]) == bool(kept.fullmatch(name)), name
+    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    assert spread(logits(model), plain_logits(merged)) <= 2e-2

@@ -1,12 +1,19 @@
 """Layer profiles: what is read, what is refused, and which tensor learns how fast."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.config import Config
+from src.layers.placing import plan_layout
+from src.model import VERSIONS
+from src.model.rwkv import RWKV
+from src.model.sizes import sizes_of
 from src.plan import COLUMNS, MODES, Plan, make_plan, parse_layers, plan_for, read_profile
+from tests.conftest import random_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
@@ -159,7 +166,12 @@ def test_what_trains(profile):
     assert not plan.trains("blocks.1.ln2.weight", "x070", False), "RejectParts"
     for name in ("emb.weight", "blocks.0.ln0.weight", "blocks.0.att.key.weight", "blocks.0.ln1.weight"):
         assert not plan.trains(name, "x070", False)
-    assert plan.trains("blocks.0.att.time_state", "x070", True)
+    assert not plan.trains("blocks.0.att.time_state", "x070", True), "a state that the file has, without --state 1"
+    tuned = dataclasses.replace(plan, states=("att.time_state",))
+    assert tuned.trains("blocks.0.att.time_state", "x070", True) and tuned.trains(
+        "blocks.1.att.time_state", "x070", True
+    )
+    assert not tuned.trains("blocks.0.att.shift_state", "x070", True)
 
     plan = profile(HEADER, EMB, LORA, FULL, "head,lora,8,8,0,1,1,0,0,0,")
     small = ["ln1.weight", "ln2.bias", "att.ln_x.weight", *V7_SMALL]
@@ -169,6 +181,45 @@ def test_what_trains(profile):
     assert plan.trains("ln_out.weight", "x070", False) and not plan.trains("head.weight", "x070", False)
     for name in ("att.time_decay", "att.time_maa_w1", "ffn.time_mix_k"):
         assert plan.trains(f"blocks.0.{name}", "x060", False)
+
+
+GATED = {"ffn.key", "ffn.receptance", "ffn.value"}
+ADAPTED = {
+    "x040": {"att.key", "att.value", "att.receptance", "att.output"} | GATED,
+    "x050": {"att.key", "att.value", "att.receptance", "att.output"} | GATED,
+    "x051": {"att.key", "att.value", "att.receptance", "att.output", "att.gate"} | GATED,
+    "x052": {"att.key", "att.value", "att.receptance", "att.output", "att.gate"} | GATED,
+    "x060": {"att.key", "att.value", "att.receptance", "att.output", "att.gate"} | GATED,
+    "x070": {"att.key", "att.value", "att.receptance", "att.output", "ffn.key", "ffn.value"},
+}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_lora_does_with_each_tensor_of_each_version(version):
+    """A tensor that no rule knows would stay frozen, or decay, without a word."""
+    plan = make_plan("lora", 2, rank=4, alpha=4.0, lr_init=1.0, lr_final=1.0, weight_decay=0.5)
+    with torch.device("meta"):
+        model = RWKV(sizes_of(random_tensors(version, 2)))
+    prefix = "blocks.1."
+    matrices = {name.removeprefix(prefix) for name in plan_layout(model, plan).adapted if name.startswith(prefix)}
+    assert matrices == ADAPTED[version]
+    for name, _ in model.named_parameters():
+        last = name.removeprefix(prefix).removesuffix(".weight")
+        if name.startswith(prefix):
+            assert plan.trains(name, version, False) != (last in matrices), name
+            assert not plan.trains(name, version, True)
+        is_matrix = re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") in matrices | {"emb", "head"}
+        assert plan.group(name, version, True)[2] == (0.5 if is_matrix else 0.0), name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_multipliers_reach_the_tensors_of_each_version(version):
+    """time_decay (w0 in x070) learns twice, time_first three times as fast; a misspelt name would learn as the rest."""
+    plan = make_plan("full", 2, lr_init=1.0, lr_final=1.0)
+    rates = {name.split(".")[-1]: plan.group(name, version, True)[0] for name in random_tensors(version, 2)}
+    faster = {name: rate for name, rate in rates.items() if rate != 1.0}
+    expected = {"x040": {"time_decay": 2.0, "time_first": 3.0}, "x070": {"w0": 2.0}}
+    assert faster == expected.get(version, {"time_decay": 2.0})
 
 
 def test_what_is_adapted(profile):

@@ -141,6 +141,21 @@ def test_general_text_beside_dpo(go, pairs_csv, text_jsonl):
     assert "general" not in none and none["loss"] == alone["loss"]
 
 
+@pytest.mark.parametrize("loss", ["simpo", "wpo", "kto", "mix"])
+def test_in_pieces_as_in_one(go, pairs_csv, text_jsonl, loss):
+    """--infctx 1 changes memory, not what is learnt: weights of WPO, KTO's divergence and general text included."""
+    words = ["--micro_bsz", 4, "--epoch_steps", 3, "--lr_init", "2e-3", "--lr_final", "2e-3", "--val_file", pairs_csv]
+    words += ["--rlhf_train_file", pairs_csv, "--dpo" if loss == "mix" else f"--{loss}", 1]
+    if loss == "mix":
+        words += ["--data_file", text_jsonl, "--dpo_general_corpus_ratio", 0.5]
+    one, _ = go("one", *words)
+    many, _ = go("many", *words, "--infctx", 1, "--chunk_ctx", 7)
+    assert len(of(one, "train")) == 3
+    for a, b in zip(one, many, strict=True):
+        for name in {"loss", "margin", "grad_norm", "kl", "general", "weight", "chosen_reward"} & set(a):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
+
+
 def test_the_gradient_of_the_mix_is_the_mix_of_gradients(go, pairs_csv, text_jsonl):
     """If this breaks, the logged loss is mixed and what is learnt is not."""
     shared = ["--micro_bsz", 4, "--epoch_steps", 1, "--random_mode", 0, "--l2wrap", 0, "--grad_clip", 0]

@@ -53,9 +53,10 @@ def script(text: str, size: int = 128) -> Chain:
     return Chain(table)
 
 
-@pytest.fixture(scope="module")
-def model():
-    tensors = initial_tensors("x070", 2, 64, V, 64, 5)
+@pytest.fixture(scope="module", params=["x040", "x060", "x070"])
+def model(request):
+    """x040 has a state of another form than the later versions."""
+    tensors = initial_tensors(request.param, 2, 64, V, 64, 5)
     draw = torch.Generator().manual_seed(0)
     tensors = {name: t + 0.1 * torch.randn(t.shape, generator=draw) for name, t in tensors.items()}
     tensors["head.weight"] *= 4  # a decided opinion at every step

@@ -55,6 +55,14 @@ INLINE vec load(const bf16* p) {
     return bit_copy<vec>(__builtin_convertvector(x, uvec) << 16);
 }
 
+// The first n < W elements, zeros after them.
+template <typename T>
+INLINE vec load_first(const T* p, int n) {
+    T lanes[W] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    return load(lanes);
+}
+
 INLINE void store(float* p, vec x) { std::memcpy(p, &x, sizeof(x)); }
 
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
@@ -69,10 +77,21 @@ INLINE void store(bf16* p, vec x) {
     std::memcpy(p, &y, sizeof(y));
 }
 
-// exp within 2 ulp; results beyond e^+-87 are held there, NaN stays NaN.
-INLINE vec exp(vec x) {
-    x = x > 87.f ? splat(87.f) : x;
-    x = x < -87.f ? splat(-87.f) : x;
+template <typename T>
+INLINE void store_first(T* p, vec x, int n) {
+    T lanes[W];
+    store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Ask for the memory of n elements ahead of their use.
+template <typename T>
+INLINE void prefetch(const T* p, int n) {
+    for (int i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(p + i);
+}
+
+// exp within 2 ulp, for x in [-87.3, 88]; NaN stays NaN.
+INLINE vec exp_in_range(vec x) {
     const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
     vec shifted = x * 1.44269504088896f + magic;
     vec n = shifted - magic;
@@ -83,6 +102,19 @@ INLINE vec exp(vec x) {
     uvec power = (bit_copy<uvec>(shifted) - bit_copy<uint32_t>(magic) + 127) << 23;
     return p * bit_copy<vec>(power);
 }
+
+// exp; results beyond e^+-87 are held there.
+INLINE vec exp(vec x) {
+    x = x > 87.f ? splat(87.f) : x;
+    x = x < -87.f ? splat(-87.f) : x;
+    return exp_in_range(x);
+}
+
+// exp of x <= 0, exactly 0 where `exp` would hold on to e^-87: for decays and weights.
+INLINE vec exp_decay(vec x) { return x < -87.f ? splat(0) : exp_in_range(x); }
+
+// 0 instead of numbers so small that their products are denormal, which are slow; NaN stays NaN.
+INLINE vec flushed(vec x) { return (x < 1e-30f) & (x > -1e-30f) ? splat(0) : x; }
 
 // Exchange blocks of D lanes: low = a's even blocks between b's, high = the odd ones. D = W/2, W/4 ... 1 in turn,
 // over rows W/2, W/4 ... 1 apart, transposes a W x W tile.

@@ -12,23 +12,13 @@
 // Forward keeps S by [key][value], so its sums over keys are plain vector sums. Backward keeps S, G by [value][key]:
 // five of its seven sums are over values, and rows need nothing of each other, so it works through RV rows at a time
 // and the states of a whole checkpoint interval fit the second-level cache.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <omp.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <array>
-#include <memory>
-#include <vector>
-
-#include "simd.h"
+#include "recurrence.h"
 
 namespace rwkv {
 namespace {
 
 constexpr int BLOCK = 16;     // tokens that share one origin of the cumulative decay
-constexpr int INTERVAL = 64;  // tokens between checkpoints; a multiple of BLOCK
+static_assert(INTERVAL % BLOCK == 0);
 constexpr int RV = 32;        // value rows that backward handles together; a multiple of W
 constexpr float RATE = 0.60653066f;
 constexpr int MAX_VB = W == 16 ? 4 : 2;  // registers of values per forward sweep
@@ -37,38 +27,6 @@ constexpr int KB = W == 16 ? 2 : 1;      // registers of keys per backward sweep
 template <typename T>
 struct Inputs {
     const T *r, *w, *k, *v, *a, *b;
-};
-
-// One (row, head): `tokens` tokens, each `stride` elements after the last.
-struct Run {
-    int64_t first, stride, tokens;  // first: offset of the first element in the (tokens, H, N) inputs
-    int64_t state, checkpoint;      // offsets in the states and in the checkpoints (key by value, one per interval)
-};
-
-// The rows of a batch, or the packed segments: where each one and its checkpoints begin.
-struct Rows {
-    const int64_t* starts;
-    int64_t count, heads, size;
-    std::vector<int64_t> checkpoints;
-    std::vector<int64_t> order;  // longest first, so that the last ones to finish are short
-
-    Rows(const at::Tensor& starts_, int64_t heads_, int64_t size_)
-        : starts(starts_.const_data_ptr<int64_t>()), count(starts_.numel() - 1), heads(heads_), size(size_) {
-        checkpoints.push_back(0);
-        for (int64_t i = 0; i < count; ++i) {
-            checkpoints.push_back(checkpoints.back() + (starts[i + 1] - starts[i] + INTERVAL - 1) / INTERVAL);
-            order.push_back(i);
-        }
-        std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
-            return starts[x + 1] - starts[x] > starts[y + 1] - starts[y];
-        });
-    }
-
-    Run run(int64_t task) const {
-        const int64_t row = order[task / heads], head = task % heads;
-        return {(starts[row] * heads + head) * size, heads * size, starts[row + 1] - starts[row],
-                (row * heads + head) * size * size, (checkpoints[row] * heads + head) * size * size};
-    }
 };
 
 // exp(z) for z in [-RATE, RATE], by its series about the nearer half.
@@ -146,7 +104,7 @@ INLINE void forward_sweep(float* S, int width, const float* r, const float* k, c
 
 // One run, for the values [value, value + width) of its head. sa and checkpoints may be null (nothing is kept then).
 template <int N, int VB, typename T>
-void forward_run(const Inputs<T>& x, const Run& run, int64_t heads, int value, int width, const float* state, T* y,
+void forward_run(const Inputs<T>& x, const Run& run, int value, int width, const float* state, T* y,
                  float* state_out, float* sa_out, float* checkpoints) {
     alignas(64) float S[N * N], r[BLOCK * N], k[BLOCK * N], b[BLOCK * N], a_next[BLOCK * N], P[N], sa_now[N] = {};
     transpose(state + run.state + value * N, N, S, width, width, N);
@@ -162,7 +120,7 @@ void forward_run(const Inputs<T>& x, const Run& run, int64_t heads, int value, i
     for (int64_t first = 0; first < run.tokens; first += BLOCK) {
         if (checkpoints && first % INTERVAL == 0)
             for (int j = 0; j < N; ++j)
-                std::memcpy(checkpoints + run.checkpoint + first / INTERVAL * heads * N * N + j * N + value,
+                std::memcpy(checkpoints + run.checkpoint + first / INTERVAL * run.interval + j * N + value,
                             S + j * width, width * sizeof(float));
         const int n = std::min<int64_t>(BLOCK, run.tokens - first);
         prepare<N, false>(x, run, first, n, block, P);
@@ -336,14 +294,14 @@ void close_interval(const Interval<N>& m, const Run& run, int64_t first, int n, 
 }
 
 template <int N, typename T>
-void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t heads, const float* sa,
+void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, const float* sa,
                   const float* checkpoints, const T* dy, const float* dstate_out, const std::array<T*, 6>& out,
                   float* dstate) {
     std::memcpy(m.G, dstate_out + run.state, sizeof(m.G));
     for (int64_t first = (run.tokens - 1) / INTERVAL * INTERVAL; run.tokens && first >= 0; first -= INTERVAL) {
         const int n = std::min<int64_t>(INTERVAL, run.tokens - first);
         open_interval<N>(m, x, run, first, n, dy, sa);
-        transpose(checkpoints + run.checkpoint + first / INTERVAL * heads * N * N, N, m.S0, N, N, N);
+        transpose(checkpoints + run.checkpoint + first / INTERVAL * run.interval, N, m.S0, N, N, N);
         for (int row = 0; row < N; row += RV) {
             std::memcpy(m.S, m.S0 + row * N, RV * N * sizeof(float));
             std::memset(m.dsa, 0, sizeof(m.dsa));
@@ -366,105 +324,54 @@ void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t he
 
 // ---------------------------------------------------------------- tensors
 
-using Six = std::array<at::Tensor, 6>;
+const Signature SIGNATURE{"r, w, k, v, a, b", 6, 0, 3, 0};
 
 template <typename T>
-T* pointer(const at::Tensor& x) {
-    return reinterpret_cast<T*>(x.data_ptr());
-}
-
-template <typename T>
-Inputs<T> inputs(const Six& x) {
+Inputs<T> inputs_of(const Tensors& x) {
     return {pointer<T>(x[0]), pointer<T>(x[1]), pointer<T>(x[2]), pointer<T>(x[3]), pointer<T>(x[4]), pointer<T>(x[5])};
 }
 
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+Rows rows_of(const Tensors& x, const at::Tensor& starts) {
+    const int64_t n = x[0].size(2);
+    return Rows(starts, x[0].size(1) * n, n, n);
+}
+
+struct Nothing {};  // forward's scratch is on the stack
 
 template <int N, typename T>
-void forward_all(const Six& x, const Rows& rows, const at::Tensor& state, const at::Tensor& y, const at::Tensor& last,
-                 const at::Tensor& sa, const at::Tensor& checkpoints) {
-    const Inputs<T> in = inputs<T>(x);
-    const int64_t tasks = rows.count * rows.heads;
+void forward_all(const Tensors& x, const Rows& rows, const at::Tensor& state, const at::Tensor& y,
+                 const at::Tensor& last, const at::Tensor& sa, const at::Tensor& checkpoints) {
+    const Inputs<T> in = inputs_of<T>(x);
     int width = N;  // with fewer heads than threads, several threads share a head's values
-    while (tasks * (N / width) < threads() && width > W) width /= 2;
+    while (rows.tasks * (N / width) < threads() && width > W) width /= 2;
     const int parts = N / width, registers = std::min(MAX_VB, width / W);
     const auto run_task = [&](auto vb, int64_t task) {
-        forward_run<N, decltype(vb)::value, T>(in, rows.run(task / parts), rows.heads, task % parts * width, width,
+        forward_run<N, decltype(vb)::value, T>(in, rows.run(task / parts), task % parts * width, width,
                                               pointer<float>(state), pointer<T>(y), pointer<float>(last),
                                               sa.numel() ? pointer<float>(sa) : nullptr,
                                               checkpoints.numel() ? pointer<float>(checkpoints) : nullptr);
     };
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads())
-    for (int64_t task = 0; task < tasks * parts; ++task) {
+    for_tasks<Nothing>(rows.tasks * parts, [&](int64_t task, Nothing&) {
         if (registers >= 4)
             run_task(std::integral_constant<int, std::min(4, N / W)>{}, task);
         else if (registers == 2)
             run_task(std::integral_constant<int, 2>{}, task);
         else
             run_task(std::integral_constant<int, 1>{}, task);
-    }
-}
-
-template <int N, typename T>
-void backward_all(const Six& x, const Rows& rows, const at::Tensor& sa, const at::Tensor& checkpoints,
-                  const at::Tensor& dy, const at::Tensor& dlast, const Six& out, const at::Tensor& dstate) {
-    const Inputs<T> in = inputs<T>(x);
-    std::array<T*, 6> grads;
-    for (int i = 0; i < 6; ++i) grads[i] = pointer<T>(out[i]);
-    const int64_t tasks = rows.count * rows.heads;
-    const int team = std::min<int64_t>(threads(), std::max<int64_t>(tasks, 1));
-    std::vector<std::unique_ptr<Interval<N>>> scratch(team);
-    for (auto& m : scratch) m.reset(new Interval<N>);  // here: nothing may throw inside the parallel loop
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (int64_t task = 0; task < tasks; ++task)
-        backward_run<N, T>(*scratch[omp_get_thread_num()], in, rows.run(task), rows.heads, pointer<float>(sa),
-                           pointer<float>(checkpoints), pointer<T>(dy), pointer<float>(dlast), grads,
-                           pointer<float>(dstate));
-}
-
-template <typename F>
-void dispatch(const at::Tensor& r, F&& f) {
-    const auto with_dtype = [&](auto n) {
-        r.scalar_type() == at::kBFloat16 ? f(n, bf16{}) : f(n, float{});
-    };
-    switch (r.size(-1)) {
-        case 32: return with_dtype(std::integral_constant<int, 32>{});
-        case 64: return with_dtype(std::integral_constant<int, 64>{});
-        case 128: return with_dtype(std::integral_constant<int, 128>{});
-    }
-    TORCH_CHECK(false, "head size ", r.size(-1), " is not one of 32, 64, 128");
-}
-
-// Dense copies of r, w, k, v, a, b (tokens, H, N), after checks that keep every offset inside its memory.
-Six dense(at::TensorList x, const at::Tensor& starts, const at::Tensor& state) {
-    TORCH_CHECK(x.size() == 6, "six inputs: r, w, k, v, a, b");
-    Six y;
-    for (int i = 0; i < 6; ++i) {
-        TORCH_CHECK(x[i].dim() == 3 && x[i].sizes() == x[0].sizes() && x[i].scalar_type() == x[0].scalar_type() &&
-                        (x[i].scalar_type() == at::kFloat || x[i].scalar_type() == at::kBFloat16),
-                    "r, w, k, v, a, b must be (tokens, heads, head size), all float32 or all bfloat16");
-        y[i] = x[i].contiguous();
-    }
-    const int64_t h = x[0].size(1), n = x[0].size(2), rows = starts.numel() - 1;
-    TORCH_CHECK(starts.scalar_type() == at::kLong && starts.is_contiguous() && rows >= 0, "bad starts");
-    const int64_t* s = starts.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < rows; ++i) TORCH_CHECK(s[i] <= s[i + 1], "starts must not fall");
-    TORCH_CHECK(s[0] == 0 && s[rows] == x[0].size(0), "starts must run from 0 to the number of tokens");
-    TORCH_CHECK(state.scalar_type() == at::kFloat && state.sizes() == at::IntArrayRef({rows, h, n, n}), "bad state");
-    return y;
+    });
 }
 
 // -> y, final state, and when `keep`: sa (tokens, H, N) and checkpoints (intervals, H, N_key, N_value), both float32.
-std::vector<at::Tensor> forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
-    const Six x = dense(inputs, starts, state);
+Tensors forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
+    const Tensors x = dense(SIGNATURE, inputs, starts, state);
     const int64_t h = x[0].size(1), n = x[0].size(2);
-    const Rows rows(starts, h, n);
+    const Rows rows = rows_of(x, starts);
     const auto options = x[0].options().dtype(at::kFloat);
     const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), options);
     const at::Tensor sa = at::empty(keep ? x[0].sizes() : at::IntArrayRef({0}), options);
     const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, h, n, n}, options);
     const at::Tensor start = state.contiguous();
-    dispatch(x[0], [&](auto size, auto element) {
+    by_size(x[0], [&](auto size, auto element) {
         forward_all<decltype(size)::value, decltype(element)>(x, rows, start, y, last, sa, checkpoints);
     });
     if (!keep) return {y, last};
@@ -472,22 +379,29 @@ std::vector<at::Tensor> forward(at::TensorList inputs, const at::Tensor& state, 
 }
 
 // -> gradients of r, w, k, v, a, b in their dtype and of the initial state in float32.
-std::vector<at::Tensor> backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts,
-                                 const at::Tensor& dy, const at::Tensor& dlast) {
-    const Six x = dense(inputs, starts, dlast);
-    const Rows rows(starts, x[0].size(1), x[0].size(2));
+Tensors backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts, const at::Tensor& dy,
+                 const at::Tensor& dlast) {
+    const Tensors x = dense(SIGNATURE, inputs, starts, dlast);
+    const Rows rows = rows_of(x, starts);
     TORCH_CHECK(kept.size() == 2 && kept[0].sizes() == x[0].sizes() && kept[1].size(0) == rows.checkpoints.back(),
                 "forward kept nothing");
-    TORCH_CHECK(dy.sizes() == x[0].sizes() && dy.scalar_type() == x[0].scalar_type(), "bad dy");
-    Six out;
-    for (auto& grad : out) grad = at::empty_like(x[0]);
+    const at::Tensor dy_dense = dense_dy(dy, x[0]), dlast_dense = dlast.contiguous();
+    Tensors out;
+    for (const at::Tensor& input : x) out.push_back(at::empty_like(input));
     const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
-    const at::Tensor dy_dense = dy.contiguous(), dlast_dense = dlast.contiguous();
-    dispatch(x[0], [&](auto size, auto element) {
-        backward_all<decltype(size)::value, decltype(element)>(x, rows, kept[0], kept[1], dy_dense, dlast_dense, out,
-                                                              dstate);
+    by_size(x[0], [&](auto size, auto element) {
+        constexpr int N = decltype(size)::value;
+        using T = decltype(element);
+        const Inputs<T> in = inputs_of<T>(x);
+        std::array<T*, 6> grads;
+        for (int i = 0; i < 6; ++i) grads[i] = pointer<T>(out[i]);
+        for_tasks<Interval<N>>(rows.tasks, [&](int64_t task, Interval<N>& m) {
+            backward_run<N, T>(m, in, rows.run(task), pointer<float>(kept[0]), pointer<float>(kept[1]),
+                               pointer<T>(dy_dense), pointer<float>(dlast_dense), grads, pointer<float>(dstate));
+        });
     });
-    return {out[0], out[1], out[2], out[3], out[4], out[5], dstate};
+    out.push_back(dstate);
+    return out;
 }
 
 }  // namespace

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 
+from src.plan import SCALED_MODES
+
+UNDROPPED_MODES = ("pissa", "bone")  # as their authors define them
+
+
+class RankError(ValueError):
+    """A rank that the matrix of a layer cannot have; who knows the layer's name adds it."""
+
 
 @dataclass(frozen=True)
 class Adaptation:
-    """`mode` is a key of ADAPTERS; the update is multiplied by `scaling` (alpha / rank, or alpha / sqrt(rank))."""
+    """`mode` is a key of ADAPTERS; the update is multiplied by `scaling`: alpha / rank, alpha / sqrt(rank), or 1."""
 
     mode: str
     rank: int
@@ -25,8 +33,9 @@ class Adaptation:
 
     @classmethod
     def make(cls, mode: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> Adaptation:
-        """From what a profile row says. `rslora` scales as arXiv 2312.03732."""
-        return cls(mode, rank, alpha, alpha / (math.sqrt(rank) if rslora else rank), dropout)
+        """From what a profile row says; modes without a scale or dropout ignore it. `rslora`: arXiv 2312.03732."""
+        scaling = alpha / (math.sqrt(rank) if rslora else rank) if mode in SCALED_MODES else 1.0
+        return cls(mode, rank, alpha, scaling, 0.0 if mode in UNDROPPED_MODES else dropout)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.layers.adaptation import Adaptation
-from src.layers.stores import Store, store_class
+from src.layers.store import ExactBuffers, Store
+from src.layers.stores import store_class
 
 
 @dataclass(frozen=True)
 class Placement:
     """In what form a matrix is taken: `store` packs it, `dtype` is that of a dense one, `master` that of adapters.
 
-    `generator` draws the adapter's first values. With `share` a dense matrix that already fits is not copied.
+    `generator` draws the adapter's first values. With `share` a dense matrix that already fits is not copied. PiSSA
+    takes its initial factors from `initial` (by the names in its `initial`) or else, with `svd_niter` iterations, anew.
     """
 
     dtype: torch.dtype
@@ -28,6 +31,8 @@ class Placement:
     master: torch.dtype = torch.float32
     generator: torch.Generator | None = None
     share: bool = False
+    svd_niter: int = 4
+    initial: Mapping[str, Tensor] | None = None
 
     def dense(self, weight: Tensor) -> nn.Parameter:
         """`weight` as a frozen parameter in this form."""
@@ -35,10 +40,17 @@ class Placement:
         return nn.Parameter(placed, requires_grad=False)
 
 
-class Linear(nn.Module):
-    """y = x W^T without bias. `weight` is (out, in), or None when the matrix lives packed in `store`."""
+class Linear(ExactBuffers):
+    """y = x W^T without bias. `weight` is (out, in), or None when the matrix lives packed in `store`.
+
+    Adapters say which parameters they add (`tensors`; `fast` are those that LoRA+, arXiv 2402.12354, trains at a higher
+    rate) and which buffers outside the state dict they began with and cannot be merged without (`initial`).
+    """
 
     adaptation: Adaptation | None = None
+    tensors: tuple[str, ...] = ()
+    fast: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -81,10 +93,13 @@ class Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {stored}"
 
 
-class Embedding(nn.Module):
+class Embedding(ExactBuffers):
     """Rows of `weight` (V, C) by token number. A table is never packed: only the rows of a batch are read."""
 
     adaptation: Adaptation | None = None
+    tensors: tuple[str, ...] = ()
+    fast: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
 
     def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None) -> None:
         super().__init__()

@@ -28,12 +28,18 @@ class LoRA(Linear):
     """y = x W^T + scaling * (drop(x) A^T) B^T with lora_A (r, in), lora_B (out, r). Starts as the base (B = 0)."""
 
     tensors = ("lora_A", "lora_B")
+    fast = ("lora_B",)
 
     def __init__(self, in_features: int, out_features: int, adaptation: Adaptation, device=None, dtype=None) -> None:
         super().__init__(in_features, out_features, device, dtype)
         self.adaptation = adaptation
         self.lora_A = nn.Parameter(torch.empty(adaptation.rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.empty(out_features, adaptation.rank, device=device))
+
+    @staticmethod
+    def rank_of(lora_A: Tensor) -> int:
+        """The rank, from the first of `tensors`."""
+        return lora_A.shape[0]
 
     @classmethod
     def over(cls, linear: Linear, adaptation: Adaptation) -> LoRA:
@@ -50,8 +56,11 @@ class LoRA(Linear):
         return torch.add(super().merged(), delta, alpha=self.adaptation.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        inner = F.linear(F.dropout(x, self.adaptation.dropout, self.training), self.lora_A.to(x.dtype))
+        return self.updated(self.base(x), F.dropout(x, self.adaptation.dropout, self.training))
+
+    def updated(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (..., out) + scaling * (x A^T) B^T."""
+        inner = F.linear(x, self.lora_A.to(x.dtype))
         rows = torch.addmm(
             y.reshape(-1, self.out_features),
             inner.reshape(-1, self.adaptation.rank),
@@ -65,12 +74,15 @@ class LoRAEmbedding(Embedding):
     """Row t of W + scaling * (B A)^T with lora_A (r, V), lora_B (C, r). A one-hot input has nothing to drop."""
 
     tensors = ("lora_A", "lora_B")
+    fast = ("lora_B",)
 
     def __init__(self, num_embeddings: int, embedding_dim: int, adaptation: Adaptation, device=None, dtype=None):
         super().__init__(num_embeddings, embedding_dim, device, dtype)
         self.adaptation = adaptation
         self.lora_A = nn.Parameter(torch.empty(adaptation.rank, num_embeddings, device=device))
         self.lora_B = nn.Parameter(torch.empty(embedding_dim, adaptation.rank, device=device))
+
+    rank_of = LoRA.rank_of
 
     @classmethod
     def over(cls, embedding: Embedding, adaptation: Adaptation) -> LoRAEmbedding:

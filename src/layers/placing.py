@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src.layers import ADAPTERS
-from src.layers.adaptation import Adaptation, seeded
+from src.layers.adaptation import Adaptation, RankError, seeded
 from src.layers.linear import Embedding, Linear, Placement
 from src.layers.stores import store_class
 
@@ -88,6 +88,7 @@ def plan_layout(
         rejected = {part for part in parts if row.rejects(part)}
         if rejected != set(parts):
             adapted[name] = Adaptation.make(row.mode, row.rank, row.alpha, row.dropout, rslora)
+            _adapter(layer, name, adapted[name])  # refuses a rank that does not fit before anything is read
             held |= rejected
             trained.discard(f"{name}.weight")
         frozen = f"{name}.weight" not in trained
@@ -141,8 +142,14 @@ def adapter_for(name: str, layer: Linear | Embedding, layout: Layout) -> Linear 
     """The adapter that `layout` has for the plain `layer`, on the meta device, or None. Raises ValueError."""
     if name not in layout.adapted:
         return None
-    adaptation = layout.adapted[name]
-    return _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+    return _adapter(layer, name, layout.adapted[name])
+
+
+def _adapter(layer: Linear | Embedding, name: str, adaptation: Adaptation) -> Linear | Embedding:
+    try:
+        return _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+    except RankError as mistake:
+        raise ValueError(f"layer {name}: mode {adaptation.mode}: {mistake}") from mistake
 
 
 def replace(model: nn.Module, layout: Layout) -> None:

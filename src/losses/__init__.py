@@ -35,6 +35,10 @@ def step_loss(loss: Loss, head: nn.Module, hidden: Tensor, batch: Any, config: A
     `hidden` (T,C) belongs to `batch.targets` (T,). `config` has the attributes `head_chunk`, `l2wrap` (None: the loss's
     own default) and those that `loss.settings` names. The caller divides by the optimizer step's total.
     """
+    return loss.from_hidden(head, hidden, batch, chunk=config.head_chunk, **loss_settings(loss, config))
+
+
+def loss_settings(loss: Loss, config: Any) -> dict[str, Any]:
+    """`l2wrap` and the settings of the loss, as keywords of its `from_hidden` and `from_scores`."""
     l2wrap = loss.l2wrap if config.l2wrap is None else bool(config.l2wrap)
-    settings = {name: getattr(config, name) for name in loss.settings}
-    return loss.from_hidden(head, hidden, batch, chunk=config.head_chunk, l2wrap=l2wrap, **settings)
+    return {"l2wrap": l2wrap, **{name: getattr(config, name) for name in loss.settings}}

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from src.losses.pairs import log_weights, pair_scores, segment_sums
-from src.losses.squares import log_squares
-from src.losses.tokens import IGNORE, L2WRAP, token_scores
+from src.losses.tokens import IGNORE, L2WRAP, TokenScores, token_scores
 
 Metrics = dict[str, Tensor]
 
@@ -39,12 +38,21 @@ class Loss:
         """Scores -> (sum over trained tokens or pairs, detached sums by name; "loss" is what is logged as the loss)."""
         raise NotImplementedError
 
+    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+        """What `token_scores` must find besides log p, as its keywords."""
+        return {"want_max": l2wrap}
+
+    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
+        """As `__call__`, from the scores of all tokens; with `l2wrap` the objective, but not the metric "loss",
+        includes the penalty."""
+        raise NotImplementedError
+
     def from_hidden(
         self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
     ) -> tuple[Tensor, Metrics]:
-        """As `__call__`, from hidden states (T,C) through the chunked head; with `l2wrap` the objective, but not the
-        metric "loss", includes the penalty."""
-        raise NotImplementedError
+        """As `from_scores`, from hidden states (T,C) through the chunked head."""
+        scores = token_scores(head, hidden, batch.targets, chunk=chunk, **self.wants(l2wrap=l2wrap, **settings))
+        return self.from_scores(scores, batch, l2wrap=l2wrap, **settings)
 
     @staticmethod
     def penalty(max_logit: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
@@ -60,10 +68,10 @@ class TextLoss(Loss):
     kind = "text"
     l2wrap = True
 
-    def from_hidden(
-        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
-    ) -> tuple[Tensor, Metrics]:
-        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_mean=True, want_max=l2wrap)
+    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+        return {"want_mean": settings.get("smoothing", 0) > 0, "want_max": l2wrap}
+
+    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
         value, metrics = self(scores, batch, **settings)
         if l2wrap:
             penalty = L2WRAP * scores.max_logit.square().sum()
@@ -76,13 +84,13 @@ class PairLoss(Loss):
 
     kind = "pairs"
 
-    def from_hidden(
-        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
-    ) -> tuple[Tensor, Metrics]:
-        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_max=l2wrap)
+    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+        return {"want_max": l2wrap, "want_square": self.needs_weights}
+
+    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
         pairs = pair_scores(scores.logp, batch.targets, batch.starts)
         if self.needs_weights:
-            excess = scores.logp.detach() - log_squares(head, hidden, batch.targets, chunk)
+            excess = scores.logp.detach() - scores.log_square
             pairs = pairs._replace(log_weight=log_weights(excess, batch.targets, batch.starts))
         value, metrics = self(pairs, batch, **settings)
         if l2wrap:

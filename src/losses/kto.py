@@ -18,11 +18,11 @@ Legend: n answers.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.losses.kinds import Loss, Metrics
 from src.losses.pairs import TIE, segment_sums
-from src.losses.tokens import token_scores
+from src.losses.tokens import TokenScores
 
 
 def kto(ratio: Tensor, good: Tensor, divergence: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
@@ -39,11 +39,8 @@ class KTO(Loss):
     needs_reference = True
     settings = ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight")
 
-    def from_hidden(
-        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
-    ) -> tuple[Tensor, Metrics]:
-        """hidden (A,C) of the answers, segments as `batch.starts` (n+1,) says."""
-        scores = token_scores(head, hidden, batch.targets, chunk=chunk, want_max=l2wrap)
+    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
+        """Segments of the scores are answers, `batch.starts` (n+1,)."""
         value, metrics = self(segment_sums(scores.logp, batch.starts), batch, **settings)
         if l2wrap:
             penalty = self.penalty(scores.max_logit, batch.targets, batch.starts)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from src.losses.head import Product, open_head, random_state, replayed
+from src.losses.squares import log_squares
 from src.ops.logprob import row_grad_, row_stats
 
 IGNORE = -100
@@ -24,11 +25,12 @@ L2WRAP = 0.5e-4
 
 class TokenScores(NamedTuple):
     """Of each position, float32 (float64 of a float64 model), 0 where the target is IGNORE: log p(target) and, where
-    asked for, the mean over the vocabulary of log p and the largest logit."""
+    asked for, the mean over the vocabulary of log p, the largest logit, and log sum_v p(v)^2 (without gradient)."""
 
     logp: Tensor
     mean_logp: Tensor | None
     max_logit: Tensor | None
+    log_square: Tensor | None = None
 
 
 def token_scores(
@@ -39,6 +41,7 @@ def token_scores(
     chunk: int = CHUNK,
     want_mean: bool = False,
     want_max: bool = False,
+    want_square: bool = False,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C); differentiable.
 
@@ -51,8 +54,9 @@ def token_scores(
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
         found = _Scores.apply(head, chunk, wanted, trained, *params)
+        square = _spread(log_squares(head, trained, chunk), rows, targets) if want_square else None
     logp, mean_logp, max_logit = (_spread(value, rows, targets) for value in found)
-    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None)
+    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None, square)
 
 
 def weighted_nll(

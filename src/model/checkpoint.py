@@ -5,6 +5,7 @@ A checkpoint is a flat dict of tensors, `.pth` (torch.save) or `.safetensors`. O
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pickle
 import re
@@ -31,7 +32,7 @@ from src.layers.placing import (
     replace,
     report_of,
 )
-from src.model.sizes import Sizes, check_flags, sizes_of
+from src.model.sizes import STATES, Sizes, check_flags, sizes_of, states_in
 
 if TYPE_CHECKING:
     from src.model.rwkv import RWKV
@@ -176,9 +177,12 @@ def build_model(
     shapes are exactly those of the model.
     """
     sizes = _sizes(tensors, source)
+    learnt = plan.states if plan is not None else states_in(layout.trained) if layout is not None else ()
+    sizes = dataclasses.replace(sizes, states=tuple(s for s in STATES if s in (*sizes.states, *learnt)))
     model = plain_model(sizes, compute_dtype=compute_dtype, **options)
     wanted = dict(model.named_parameters())
-    difference = key_diff(tensors, wanted, OPTIONAL - wanted.keys())
+    states = {name for name in wanted if name.endswith(STATES)}  # one that the file lacks begins at zero
+    difference = key_diff(tensors, wanted, (OPTIONAL - wanted.keys()) | states)
     if difference:
         raise ValueError(f"{source} is not an {sizes.version} model of {sizes.n_layer} layers: {difference}")
     if layout is None and plan is None:
@@ -193,8 +197,9 @@ def build_model(
         if reopen is not None and _block(name) != block:
             block, tensors = _block(name), {}
             tensors = reopen()
-        dtypes[name] = tensors[name].dtype
-        place(model, name, tensors[name].reshape(shape), layout, placement, seed)
+        tensor = tensors[name] if name in tensors or name not in states else torch.zeros(shape)
+        dtypes[name] = tensor.dtype
+        place(model, name, tensor.reshape(shape), layout, placement, seed)
     report = report_of(model, layout)
     report.dtypes = dtypes
     return model, report

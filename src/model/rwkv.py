@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.layers.linear import Embedding, Linear
-from src.model.rwkv7 import normalise
+from src.model.blocks import normalise
 from src.model.sizes import Sizes
 from src.model.state import State
 
@@ -42,6 +42,10 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
+
+    def initial(self, rows: int) -> State:
+        """What `rows` sequences remember before any token; the same as no state at all."""
+        return State(block.initial(rows, self.compute_dtype) for block in self.blocks)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None

@@ -8,27 +8,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from src.layers.linear import Linear
+from src.model import blocks
+from src.model.blocks import LN_X_EPS, low_rank, stacked
 from src.model.sizes import Sizes
-from src.model.state import LayerState, carry
 from src.ops.pointwise7 import delta_keys, gated_norm, relu_squared, token_mix, value_gate
 from src.ops.wkv7 import wkv7
 
-LN_X_EPS = 64e-5  # the tradition's constant for every head size
 ATT_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
-
-
-def normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm over the width in the dtype of `x`, whatever the dtype of its weights (float32 masters)."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-
-
-def low_rank(x: Tensor, down: Tensor, up: Tensor, between=None) -> Tensor:
-    """x (B, T, C) -> up(between(down(x))), both matrices cast to the dtype of `x`."""
-    inner = x @ down.to(x.dtype)
-    return (inner if between is None else between(inner)) @ up.to(x.dtype)
 
 
 class TimeMix(nn.Module):
@@ -68,8 +56,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> (output (B, T, C), v_first (B, T, A), wkv state (B or S, H, N, N))."""
         B, T, _ = x.shape
-        mixes = torch.cat([getattr(self, name) for name in ATT_MIXES]).squeeze(1)  # (6, C)
-        xr, xw, xk, xv, xa, xg = token_mix(x, shift, starts, mixes)
+        xr, xw, xk, xv, xa, xg = token_mix(x, shift, starts, stacked(self, ATT_MIXES))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (B, T, A)
         w = self.w0.to(x.dtype) + low_rank(xw, self.w1, self.w2, torch.tanh)
         if v_first is None:
@@ -105,34 +92,8 @@ class ChannelMix(nn.Module):
         return self.value(relu_squared(self.key(xk)))
 
 
-class Block(nn.Module):
-    """ln1 -> time mixing -> ln2 -> channel mixing, each added to the residual stream. Block 0 owns ln0."""
+class Block(blocks.Block):
+    """A block of RWKV-7; what it carries to the next one is v_first, the values of block 0."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
-        super().__init__()
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(sizes.n_embd)
-        self.ln1 = nn.LayerNorm(sizes.n_embd)
-        self.ln2 = nn.LayerNorm(sizes.n_embd)
-        self.att = TimeMix(sizes, layer)
-        self.ffn = ChannelMix(sizes)
-
-    def embedded(self, x: Tensor) -> Tensor:
-        """ln0 after the embedding (block 0 only)."""
-        return normalise(x, self.ln0)
-
-    def forward(
-        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor, LayerState]:
-        """x (B, T, C), `carried` = v_first of block 0 (None in block 0) -> (x, carried, new state)."""
-        att_in = normalise(x, self.ln1)
-        att_shift = state.att_shift if state is not None else None
-        y, carried, wkv = self.att(
-            att_in, carried, att_shift, state.wkv if state is not None else None, starts, backend
-        )
-        x = x + y
-        ffn_in = normalise(x, self.ln2)
-        ffn_shift = state.ffn_shift if state is not None else None
-        x = x + self.ffn(ffn_in, ffn_shift, starts)
-        after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
-        return x, carried, after
+    time_mix = TimeMix
+    channel_mix = ChannelMix

@@ -21,6 +21,23 @@ ALIASES = {
     "x070": "x070",
 }
 
+# By what a version is known: tensors that blocks.0.att has, those that it has not, and whether time_decay has a number
+# for each channel of each head (None: not asked).
+SIGNS: dict[str, tuple[set[str], set[str], bool | None]] = {
+    "x040": ({"time_first", "time_mix_k"}, {"ln_x.weight"}, None),
+    "x050": ({"ln_x.weight", "time_mix_k"}, {"gate.weight"}, False),
+    "x051": ({"ln_x.weight", "time_mix_k", "gate.weight"}, set(), False),
+    "x052": ({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}, set(), True),
+    "x060": ({"time_maa_w1"}, set(), None),
+    "x070": ({"r_k", "x_r"}, set(), None),
+}
+
+# Learnt initial states: that of the recurrence, and what the two token shifts see before the first token.
+STATES = ("att.time_state", "att.shift_state", "ffn.shift_state")
+
+# The tensor of blocks.0.att that tells the heads: time_decay is (H,), the others are (H, N). x040 has no heads.
+PER_HEAD = {"x050": "time_decay", "x051": "time_decay", "x052": "time_faaaa", "x060": "time_faaaa", "x070": "r_k"}
+
 # The flag by which the user states each size.
 _FLAGS = {
     "version": "--my_testing",
@@ -38,6 +55,8 @@ class Sizes:
     """Sizes of a model. `low_rank` holds the inner widths of the low-rank factors.
 
     x070: `w`, `a`, `v`, `g`. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its channels do not mix.
+    `bonus` is the tensor that weighs the current token: time_first, in x050 and x051 its logarithm, or time_faaaa.
+    `states` are the learnt initial states that each block has, of `STATES`.
     """
 
     version: str
@@ -48,28 +67,34 @@ class Sizes:
     dim_att: int
     dim_ffn: int
     low_rank: dict[str, int] = field(default_factory=dict)
+    bonus: str = "time_faaaa"
+    states: tuple[str, ...] = ()
 
     @property
     def n_head(self) -> int:
         return self.dim_att // self.head_size
 
 
-def version_of(names: Iterable[str]) -> str:
-    """RWKV version told by the parameter names. Raises ValueError when they are not those of an RWKV model."""
-    names = set(names)
-    if "emb.weight" not in names or "head.weight" not in names:
-        missing = "emb.weight" if "emb.weight" not in names else "head.weight"
-        raise ValueError(f"not an RWKV checkpoint: it has no {missing}")
-    att = {name.removeprefix("blocks.0.att.") for name in names if name.startswith("blocks.0.att.")}
-    if "r_k" in att and "x_r" in att:
-        return "x070"
-    if "time_maa_w1" in att:
-        return "x060"
-    if "time_faaaa" in att and "time_decay" in att and "gate.weight" in att:
-        return "x052"
-    if "time_first" in att and "time_mix_k" in att and "ln_x.weight" not in att:
-        return "x040"
-    raise ValueError("not a known RWKV version (x040, x052, x060, x070): blocks.0.att does not look like any of them")
+def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """RWKV version told by names and shapes. Raises ValueError when they are not those of an RWKV model.
+
+    x050 to x052 are RWKV-5.0, 5.1 and 5.2: one decay per head, the same with a gate, one decay per channel with a gate.
+    """
+    for name in ("emb.weight", "head.weight"):
+        if name not in tensors:
+            raise ValueError(f"not an RWKV checkpoint: it has no {name}")
+    prefix = "blocks.0.att."
+    att = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    by_channel = "time_decay" in att and max(att["time_decay"][1:], default=1) > 1
+    found = [
+        version
+        for version, (wanted, unwanted, per_channel) in SIGNS.items()
+        if wanted <= att.keys() and not unwanted & att.keys() and per_channel in (None, by_channel)
+    ]
+    if len(found) != 1:
+        known = ", ".join(SIGNS)
+        raise ValueError(f"not a known RWKV version ({known}): blocks.0.att does not look like any of them")
+    return found[0]
 
 
 def _count_layers(names: Iterable[str]) -> int:
@@ -106,6 +131,21 @@ def _low_rank(tensors: Mapping[str, torch.Tensor], version: str, n_layer: int) -
     return {}
 
 
+def _head_size(tensors: Mapping[str, torch.Tensor], version: str, dim_att: int) -> int:
+    if version not in PER_HEAD:
+        return 1
+    name = f"blocks.0.att.{PER_HEAD[version]}"
+    if name.endswith("time_decay"):
+        heads = tensors[name].numel()
+        size = dim_att // max(1, heads)
+    else:
+        heads, size = _shape(tensors, name, 2)
+    if heads * size != dim_att:
+        shape = tuple(tensors[name].shape)
+        raise ValueError(f"{name} is {shape} but blocks.0.att.key.weight has {dim_att} rows")
+    return size
+
+
 def sizes_of(tensors: Mapping[str, torch.Tensor]) -> Sizes:
     """Sizes of a flat state dict (only names and shapes are looked at, so meta tensors do).
 
@@ -119,15 +159,17 @@ def sizes_of(tensors: Mapping[str, torch.Tensor]) -> Sizes:
         raise ValueError(f"emb.weight is {(vocab_size, n_embd)} but head.weight is {tuple(head)}: they must agree")
     dim_att = _shape(tensors, "blocks.0.att.key.weight", 2)[0]
     dim_ffn = _shape(tensors, "blocks.0.ffn.key.weight", 2)[0]
-    if version == "x040":
-        head_size = 1
-    else:
-        name = "blocks.0.att.r_k" if version == "x070" else "blocks.0.att.time_faaaa"
-        heads, head_size = _shape(tensors, name, 2)
-        if heads * head_size != dim_att:
-            raise ValueError(f"{name} is {(heads, head_size)} but blocks.0.att.key.weight has {dim_att} rows")
+    bonus = "time_first" if "blocks.0.att.time_first" in tensors else "time_faaaa"
+    head_size = _head_size(tensors, version, dim_att)
     low_rank = _low_rank(tensors, version, n_layer)
-    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank)
+    states = states_in(tensors)
+    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus, states)
+
+
+def states_in(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of `STATES` the tensors of a checkpoint have, in some block at least."""
+    found = {".".join(name.split(".")[2:]) for name in names if name.endswith("_state")}
+    return tuple(state for state in STATES if state in found)
 
 
 def check_flags(sizes: Sizes, **typed: int | str | None) -> None:

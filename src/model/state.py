@@ -1,6 +1,6 @@
 """What a recurrent model remembers between two calls.
 
-Legend: B rows (or S packed segments), C width, H heads, N head size.
+Legend: B rows (or S packed segments), C width, A attention width, H heads, N head size.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from torch import Tensor
 
 
 class LayerState(NamedTuple):
-    """Memory of one block: the last normalised inputs of its two halves and the matrix of the recurrence."""
+    """Memory of one block: the last normalised inputs of its two halves and the state of the recurrence.
+
+    An empty state is None in place of the whole tuple: x040's would not be zeros (its scale pp is -1e38).
+    """
 
     att_shift: Tensor  # (B, C) compute dtype
-    wkv: Tensor  # (B, H, N_value, N_key) float32 (float64 in float64 runs)
+    wkv: Tensor  # (B, H, N_value, N_key), x040: (B, A, 3), float32 (float64 in float64 runs)
     ffn_shift: Tensor  # (B, C) compute dtype
 
 
@@ -29,6 +32,13 @@ class State(list[LayerState]):
     def detach(self) -> State:
         """The same values without history."""
         return State(LayerState(*(part.detach() for part in layer)) for layer in self)
+
+    def joined(self, other: State) -> State:
+        """The rows of this state, then those of `other`."""
+        return State(
+            LayerState(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
+            for one, two in zip(self, other, strict=True)
+        )
 
     @property
     def rows(self) -> int:

@@ -1,9 +1,10 @@
-"""Compile cuda/cpu/<name>.cpp on first use and load it: nothing is compiled or loaded at import.
+"""Compile a kernel on first use and load it: nothing is compiled or loaded at import.
 
-A binary is kept under the user's cache folder, in a folder named by a hash of everything it depends on (source, flags
-and with them the instruction set, torch, compiler), so one cache serves several machines and versions. It is compiled
-to a temporary name and renamed, so nobody can load half a file. The lock only spares other processes the same work:
-the operating system drops it when its owner dies, and one held for longer than `LOCK_PATIENCE` seconds is ignored.
+`library` is for cuda/cpu/<name>.cpp; src/ops/gpu.py makes recipes of cuda/<name>.cu. A binary is kept under the user's
+cache folder, in a folder named by a hash of everything it depends on (source, command and with it the instruction set
+or architecture, torch, compiler), so one cache serves several machines and versions. It is compiled to a temporary name
+and renamed, so nobody can load half a file. The lock only spares other processes the same work: the operating system
+drops it when its owner dies, and one held for longer than `LOCK_PATIENCE` seconds is ignored.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils import cpp_extension
@@ -35,8 +36,20 @@ ISA_FLAGS = {
     "AVX2": ("-march=x86-64-v3",),
 }
 
-_loaded: dict[tuple[str, Path], Any] = {}
+T = TypeVar("T")
+_loaded: dict[tuple, Any] = {}
 _guard = threading.Lock()
+
+
+class Recipe(NamedTuple):
+    """How to make one binary."""
+
+    source: Path
+    headers: Sequence[Path]
+    command: Sequence[str]  # compiler and flags; the source and -o follow
+    links: Sequence[str]  # what follows these
+    depends: Sequence[str]  # what else another binary is needed for: versions, the kind of machine
+    label: str  # a word for the folder's name: the instruction set or architecture
 
 
 class BuildError(RuntimeError):
@@ -48,18 +61,42 @@ def library(name: str) -> Any:
 
     Raises BuildError (again on every call: a failed build is not retried within a process).
     """
-    key = (name, SOURCES)
+
+    def make() -> Any:
+        load(_host_recipe(name), torch.ops.load_library)
+        return getattr(torch.ops, f"rwkv_{name}")
+
+    return once((name, SOURCES), make)
+
+
+def once(key: tuple, make: Callable[[], T]) -> T:
+    """The result of `make`, which is called once per process and key; a BuildError is a result too, raised again."""
     with _guard:
         if key not in _loaded:
             try:
-                _load(name)
-                _loaded[key] = getattr(torch.ops, f"rwkv_{name}")
+                _loaded[key] = make()
             except BuildError as error:
                 _loaded[key] = error
     found = _loaded[key]
     if isinstance(found, BuildError):
         raise found
     return found
+
+
+def load(recipe: Recipe, open_library: Callable[[str], T]) -> T:
+    """Open the binary of a recipe; one from the cache that does not open (damaged, say) is rebuilt once.
+
+    `open_library` takes a path and raises OSError. Raises BuildError.
+    """
+    path = binary(recipe)
+    try:
+        return open_library(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+    try:
+        return open_library(str(binary(recipe)))
+    except OSError as error:
+        raise BuildError(f"{recipe.source.name}: {error}") from error
 
 
 def instruction_set() -> str:
@@ -102,44 +139,57 @@ def first_error(output: str) -> str:
     """The first line of a compiler's output that states an error, else the first line that says anything."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for line in lines:
-        if re.search(r"\berror\b|undefined reference|not found|cannot find", line, re.IGNORECASE):
+        if re.search(r"\berror\b|\bfatal\b|undefined reference|not found|cannot find", line, re.IGNORECASE):
             return line
     return lines[0] if lines else "the compiler failed without a message"
 
 
-def _binary(name: str) -> Path:
+def binary(recipe: Recipe) -> Path:
     """Path of the compiled library, compiled now unless a process with the same hash did so before."""
-    source = SOURCES / f"{name}.cpp"
+    source = recipe.source
     if not source.is_file():
         raise BuildError(f"no source file {source}")
-    command, version = compiler()
-    flags = (*FLAGS, *ISA_FLAGS.get(instruction_set(), ()))
-    headers = b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.h")))
-    parts = (command, version, " ".join(flags), torch.__version__, platform.machine())
-    digest = hashlib.sha256("\0".join(parts).encode() + source.read_bytes() + headers).hexdigest()[:16]
-    folder = cache_folder() / f"{name}-{instruction_set().lower()}-{digest}"
-    target = folder / f"rwkv_{name}.so"
+    digest = hashlib.sha256("\0".join((*recipe.command, *recipe.depends)).encode())
+    for path in (source, *recipe.headers):
+        digest.update(path.read_bytes())
+    folder = cache_folder() / f"{source.stem}-{recipe.label}-{digest.hexdigest()[:16]}"
+    target = folder / f"rwkv_{source.stem}.so"
     if target.is_file():
         return target
     try:
         folder.mkdir(exist_ok=True)
         with _lock(folder / "lock"):
             if not target.is_file():
-                _compile(command, flags, source, target)
+                _compile(recipe, target)
     except OSError as error:  # a full or vanished disk
-        raise BuildError(f"{name}: {error}") from error
+        raise BuildError(f"{source.name}: {error}") from error
     return target
 
 
-def _compile(command: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
-    """Compile and link `source`, then give the result its final name in one step."""
-    began = time.monotonic()
-    logger.info("compiling %s (once; about 15 s)", source.name)
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
+def _host_recipe(name: str) -> Recipe:
+    """The recipe of cuda/cpu/<name>.cpp for this machine's instruction set."""
+    command, version = compiler()
+    isa = instruction_set()
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
     links = [part for path in cpp_extension.library_paths("cpu") for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    line = [command, *flags, abi, *includes, str(source), "-shared", "-o", str(partial), *links, "-lc10", "-ltorch_cpu"]
+    return Recipe(
+        source=SOURCES / f"{name}.cpp",
+        headers=sorted(SOURCES.glob("*.h")),
+        command=(command, *FLAGS, *ISA_FLAGS.get(isa, ()), "-shared", abi, *includes),
+        links=(*links, "-lc10", "-ltorch_cpu"),
+        depends=(version, torch.__version__, platform.machine()),
+        label=isa.lower(),
+    )
+
+
+def _compile(recipe: Recipe, target: Path) -> None:
+    """Compile and link a recipe's source, then give the result its final name in one step."""
+    began = time.monotonic()
+    source = recipe.source
+    logger.info("compiling %s (once; about 15 s)", source.name)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    line = [*recipe.command, str(source), "-o", str(partial), *recipe.links]
     try:
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode != 0:
@@ -150,17 +200,18 @@ def _compile(command: str, flags: tuple[str, ...], source: Path, target: Path) -
     logger.info("compiled %s in %.0f s", source.name, time.monotonic() - began)
 
 
-def _load(name: str) -> None:
-    """Load the library; a cached one that does not load (damaged, or its libraries are gone) is rebuilt once."""
-    for attempt in (1, 2):
-        binary = _binary(name)
-        try:
-            torch.ops.load_library(str(binary))
-            return
-        except OSError as error:
-            binary.unlink(missing_ok=True)
-            if attempt == 2:
-                raise BuildError(f"{name}: {error}") from error
+def held(path: Path) -> bool:
+    """Whether another process compiles under this lock now; a lock file alone says nothing, its owner may be dead."""
+    import fcntl  # absent on Windows, where compiler() has already refused
+
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ class Recurrence(NamedTuple):
 # from kk, the normalised a, and a rate, the sigmoid of b.
 RECURRENCES = {
     "wkv4": Recurrence(wkv4, {"k": (0, 1), "v": (0, 1)}, {"w": (-1, 2), "u": (0, 0.5)}),
-    "wkv5": Recurrence(wkv5, {"r": (0, 0.5), "k": (0, 0.3), "v": (0, 1)}, {"w": (-2, 2), "u": (0, 0.5)}),
-    "wkv6": Recurrence(wkv6, {"r": (0, 0.5), "k": (0, 0.3), "v": (0, 1), "w": (-2, 2)}, {"u": (0, 0.5)}),
+    "wkv5": Recurrence(wkv5, {"r": (0, 0.5), "k": (0, 0.3), "v": (0, 1)}, {"w": (-3, 1.5), "u": (0, 0.5)}),
+    "wkv6": Recurrence(wkv6, {"r": (0, 0.5), "k": (0, 0.3), "v": (0, 1), "w": (-3, 1.5)}, {"u": (0, 0.5)}),
     "wkv7": Recurrence(wkv7, {"r": (0, 0.5), "w": (0, 2), "k": (0, 0.3), "v": (0, 1), "a": (0, 1), "b": (0, 1)}, {}),
 }
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.ops.build import library
-from src.ops.select import choose
+from src.ops.select import choose, kernel
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 # One pass over all tokens: (per-token inputs, vectors, state) -> (y, final state), all in the state's dtype.
@@ -49,7 +48,7 @@ def recur(
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, lengths)
     edges = torch.tensor([0, *(lengths if lengths is not None else [count] * batch)]).cumsum(0)
-    return _Compiled.apply(library(op), len(inputs), edges, state, *inputs, *constants)
+    return _Compiled.apply(kernel(op, name, first.device), len(inputs), edges, state, *inputs, *constants)
 
 
 def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:

@@ -6,9 +6,11 @@ To add a backend: one function that refuses what it cannot do, and one entry in 
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from src.ops import gpu
 from src.ops.build import BuildError, library
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ def host_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple
         return f"the tensors are on {device}"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"no kernel for {dtype}"
-    return _build_failure(op)
+    return _build_failure(op, "cpu", device)
 
 
 def host_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -39,12 +41,28 @@ def host_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tu
     return host_library(op, device, dtype, shape)
 
 
+def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """The file cuda/<op>.cu: tensors of a GPU in bfloat16 or float32, and a compiler that works."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if dtype not in gpu.DTYPES:
+        return f"no kernel for {dtype}"
+    return _build_failure(op, "cuda", device)
+
+
+def device_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """As `device_library`, for the head sizes that the kernels are compiled for (last axis of `shape`)."""
+    if shape[-1] not in HEAD_SIZES:
+        return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
+    return device_library(op, device, dtype, shape)
+
+
 # op -> backend -> rule, the preferred backend first.
 BACKENDS: dict[str, dict[str, Rule]] = {
-    "wkv4": {"naive": any_tensor},
-    "wkv5": {"naive": any_tensor},
-    "wkv6": {"naive": any_tensor},
-    "wkv7": {"cpu": host_recurrence, "naive": any_tensor},
+    "wkv4": {"cuda": device_library, "cpu": host_library, "naive": any_tensor},
+    "wkv5": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
+    "wkv6": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
+    "wkv7": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "pointwise7": {"cpu": host_library, "naive": any_tensor},
     "logprob": {"cpu": host_library, "naive": any_tensor},
 }
@@ -70,11 +88,16 @@ def choose(
     raise ValueError(f"the backend asked for cannot run {op}: {'; '.join(refusals)}")
 
 
+def kernel(op: str, backend: str, device: torch.device) -> Any:
+    """What runs `op` on a backend other than "naive": a library of C++ or a `gpu.Kernel`. Raises BuildError."""
+    return gpu.kernel(op, device) if backend == "cuda" else library(op)
+
+
 @functools.cache
-def _build_failure(op: str) -> str | None:
-    """Why the library of `op` cannot be built, warned about once; None if it can."""
+def _build_failure(op: str, backend: str, device: torch.device) -> str | None:
+    """Why the kernel of `op` cannot be had, warned about once; None if it can."""
     try:
-        library(op)
+        kernel(op, backend, device)
     except BuildError as error:
         logger.warning("%s runs as plain PyTorch, which is much slower: %s", op, error)
         return str(error)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from src.data.batch import PairBatch, PairExample, pack_pairs
 from src.losses.pairs import segment_sums
-from src.losses.tokens import token_scores
 from src.model.rwkv import RWKV
-from src.training.forward import pair_hidden
+from src.training.context import piecewise
+from src.training.forward import answer_logp, cut, pair_hidden
 
 POSITIONS = 128  # a World vocabulary's float32 log-probabilities of so many are 32 MiB
 TOKENS = 8192  # tokens of the pairs that they are drawn from
@@ -27,7 +27,9 @@ class Divergence:
     Exact at each position: the whole distribution of the reference is kept, up to POSITIONS of them, drawn once.
     """
 
-    def __init__(self, reference: RWKV, pairs: Sequence[PairExample], seed: int) -> None:
+    def __init__(self, reference: RWKV, pairs: Sequence[PairExample], seed: int, length: int = 0) -> None:
+        """`length`: rows run in pieces of so many tokens; 0 = in one."""
+        self.length = length
         rng = random.Random(seed)
         order = rng.sample(range(len(pairs)), min(len(pairs), POSITIONS))
         taken: list[PairExample] = []
@@ -49,8 +51,12 @@ class Divergence:
     def _logp(self, model: RWKV) -> Tensor:
         """(P, V) float32 log-probabilities of the next token."""
         device = next(model.parameters()).device
-        hidden = pair_hidden(model, self.batch.to(device))[self.positions.to(device)]
-        return torch.log_softmax(model.head(hidden).float(), 1)
+        batch = self.batch.to(device)
+        if self.length:
+            hidden = piecewise(model, cut(batch, self.length), lambda found, _: (found,))[0]
+        else:
+            hidden = pair_hidden(model, batch)
+        return torch.log_softmax(model.head(hidden[self.positions.to(device)]).float(), 1)
 
     def of(self, policy: RWKV) -> float:
         """The mean over the positions."""
@@ -59,13 +65,12 @@ class Divergence:
 
 
 @torch.no_grad()
-def mismatch_ratio(model: RWKV, batches: Sequence[PairBatch], chunk: int) -> Tensor:
+def mismatch_ratio(model: RWKV, batches: Sequence[PairBatch], chunk: int, length: int = 0) -> Tensor:
     """() the mean of log policy - log reference of whole answers put to prompts that they do not belong to: KTO's
     estimate of KL(policy || reference) before it is cut off at 0 (arXiv 2402.01306, section 4.1). `batches` have one
     answer to each prompt."""
     ratios = []
     for batch in batches:
         assert batch.reference is not None, "KTO without reference log-probabilities"
-        scores = token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk)
-        ratios.append(segment_sums(scores.logp, batch.starts) - batch.reference)
+        ratios.append(segment_sums(answer_logp(model, batch, chunk, length), batch.starts) - batch.reference)
     return torch.cat(ratios).mean()

@@ -97,16 +97,18 @@ def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
 
 
 @torch.no_grad()
-def score_pairs(model: RWKV, pairs: Sequence[PairExample], chunk: int, progress: Any = None) -> tuple[Tensor, Tensor]:
+def score_pairs(
+    model: RWKV, pairs: Sequence[PairExample], chunk: int, progress: Any = None, length: int = 0
+) -> tuple[Tensor, Tensor]:
     """(n, 2) float32 summed log-probabilities and (n, 2) token counts of (chosen, reject).
 
     Pairs run in file order, packed up to ROW tokens: the reference and the policy of a run see the same arithmetic.
-    `progress` is called with the number of pairs done.
+    `progress` is called with the number of pairs done. With `length` the rows run in pieces of so many tokens.
     """
     device = next(model.parameters()).device
     sums, counts = [], []
     for row in pair_rows(pairs):
-        scores = pair_sums(model, pack_pairs(row).to(device), chunk)
+        scores = pair_sums(model, pack_pairs(row).to(device), chunk, length)
         sums.append(torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu())
         counts.append(torch.stack([scores.chosen_count, scores.reject_count], 1).cpu())
         if progress is not None:

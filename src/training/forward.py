@@ -1,17 +1,23 @@
-"""From a batch to per-token scores: packed documents in one pass, pairs with the prompt run once.
+"""From a batch to per-token scores: packed documents in one pass, pairs with the prompt run once, or all of it piece by
+piece.
 
 Legend: T tokens of a packed row, n pairs, P prompt tokens, A answer tokens, C width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from src.data.batch import PairBatch, TextBatch
+from src.losses import loss_settings, step_loss
+from src.losses.kinds import Loss, Metrics
 from src.losses.pairs import PairScores, pair_scores
-from src.losses.tokens import token_scores
+from src.losses.tokens import TokenScores, token_scores
 from src.model.rwkv import RWKV
+from src.training.context import Pieces, piecewise
 
 
 def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
@@ -33,8 +39,61 @@ def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
     return hidden[0]
 
 
+def batch_hidden(model: RWKV, batch: TextBatch | PairBatch) -> Tensor:
+    """Hidden states of the tokens that `batch.targets` belong to."""
+    return pair_hidden(model, batch) if isinstance(batch, PairBatch) else text_hidden(model, batch)
+
+
+def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
+    """The rows of a batch in pieces of at most `length` tokens; answers begin from the end of their prompt."""
+    pieces = Pieces(length)
+    if isinstance(batch, PairBatch):
+        ends = pieces.add_row(batch.prompts, batch.prompt_starts, keep=True, scored=False)
+        each = (batch.starts.numel() - 1) // len(ends)  # two answers to a prompt, or one
+        pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(each)])
+    else:
+        pieces.add_row(batch.tokens, batch.starts)
+    return pieces
+
+
+def long_scores(
+    model: RWKV, batch: TextBatch | PairBatch, length: int, *, chunk: int, wants: dict[str, bool], **how: bool
+) -> TokenScores:
+    """`token_scores` of a batch that runs in pieces of `length` tokens; `how` goes to `piecewise`."""
+
+    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
+        scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **wants)
+        return tuple(x for x in scores if x is not None)
+
+    found = iter(piecewise(model, cut(batch, length), score, **how))
+    logp = next(found)
+    asked = (wants.get(name) for name in ("want_mean", "want_max", "want_square"))  # in the order of the fields
+    return TokenScores(logp, *(next(found) if want else None for want in asked))
+
+
+def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: Any) -> tuple[Tensor, Metrics]:
+    """(objective, metrics) of one micro-batch, sums over its trained tokens or pairs.
+
+    With `config.chunk` the rows run in pieces of so many tokens, with the gradient of one long pass (or, with
+    `config.bptt` truncated, without any across the cuts).
+    """
+    if not config.chunk:
+        return step_loss(loss, model.head, batch_hidden(model, batch), batch, config)
+    settings = loss_settings(loss, config)
+    how = {"truncated": config.bptt == "truncated", "offload": config.state_offload}
+    wants = loss.wants(**settings)
+    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=wants, **how)
+    return loss.from_scores(scores, batch, **settings)
+
+
 @torch.no_grad()
-def pair_sums(model: RWKV, batch: PairBatch, chunk: int) -> PairScores:
-    """Summed log-probabilities of both answers of each pair, without a graph."""
-    scores = token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk)
-    return pair_scores(scores.logp, batch.targets, batch.starts)
+def answer_logp(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> Tensor:
+    """(A,) log-probabilities of the answers' tokens, without a graph; in pieces of `length` tokens if not 0."""
+    if length:
+        return long_scores(model, batch, length, chunk=chunk, wants={}).logp
+    return token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk).logp
+
+
+def pair_sums(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> PairScores:
+    """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
+    return pair_scores(answer_logp(model, batch, chunk, length), batch.targets, batch.starts)

@@ -202,6 +202,7 @@ class Inputs:
                 folder=self.folder,
                 chunk=c.head_chunk,
                 progress=done,
+                length=c.chunk,
             )
 
     def _same_reference(self, about: dict) -> bool:
@@ -262,7 +263,7 @@ class Inputs:
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
             with evaluating(reference):
-                distance = Divergence(reference, pairs, c.seed)
+                distance = Divergence(reference, pairs, c.seed, c.chunk)
             log.info(
                 "held out: kl is KL(policy || reference) of the next token, exact at %d positions of %d chosen answers",
                 len(distance.positions),
@@ -271,7 +272,7 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(model):
-                sums, counts = score_pairs(model, pairs, c.head_chunk)
+                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
                 near = {} if distance is None else {"kl": distance.of(model)}
             if rated:
                 return rated_metrics(sums, counts, good, base, beta) | near

@@ -24,6 +24,7 @@ from src.layers.stores import store_class
 from src.model.checkpoint import build_model, fill, kept, key_diff, plain_model, read_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import sizes_of
+from src.plan import is_state
 from src.training.sidecar import Sidecar, read_sidecar
 
 log = logging.getLogger(__name__)
@@ -160,10 +161,7 @@ def _guessed(
 
 def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layout: Layout, source: str | Path) -> None:
     """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
-    states = [name for name in layout.trained if name.endswith("_state")]
-    if states:
-        raise ValueError(f"{source} holds learnt states ({states[0]}): state tuning is not built yet")
-    own = {name: adapter[name] for name in sorted(layout.trained)}
+    own = {name: adapter[name] for name in sorted(layout.trained) if not is_state(name)}
     lost = [name for name in layout.adapted if f"{name}.weight" not in base]
     difference = key_diff(own, {name: base[name] for name in own if name in base})
     if lost:
@@ -233,7 +231,8 @@ def merged_tensors(
     _check_names(base, adapter, layout, source)
     result = dict(base)
     for name in layout.trained:
-        result[name] = adapter[name].to(base[name].dtype).reshape(base[name].shape)
+        like = base.get(name, adapter[name])  # a learnt state may be new: it stays as it is
+        result[name] = adapter[name].to(like.dtype).reshape(like.shape)
     for name, plain in matrices(plain_model(sizes_of(base), compute_dtype=torch.float32)):
         if name in layout.adapted or name in layout.packed:
             weight = base[f"{name}.weight"]
@@ -285,5 +284,5 @@ def check_merged(
     after = probe_logits(model, vocab_size)
     difference = (before - after).abs().max() / (before.max() - before.min()).clamp(min=1e-12)
     changed = {base[f"{name}.weight"].dtype for name in layout.adapted.keys() | layout.packed}
-    changed |= {base[name].dtype for name in layout.trained}
+    changed |= {merged[name].dtype for name in layout.trained}
     return float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from src.config import Config
 from src.data.batch import PairBatch, RatedBatch, TextBatch
-from src.losses import LOSSES, step_loss
+from src.losses import LOSSES
 from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
 from src.training.divergence import mismatch_ratio
 from src.training.evaluate import evaluating
-from src.training.forward import pair_hidden, text_hidden
+from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
 
@@ -99,24 +99,23 @@ class Trainee(pl.LightningModule):
         if isinstance(batch, RatedBatch):
             if batch.others:
                 with evaluating(self.model):
-                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk)
+                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk, self.config.chunk)
                 self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)  # over all ranks
             batch = replace(batch, kl=self._kl)
-        hidden = pair_hidden(self.model, batch) if isinstance(batch, PairBatch) else text_hidden(self.model, batch)
-        value, metrics = self._per_total(self.loss, hidden, batch)
+        value, metrics = self._per_total(self.loss, batch)
         general = batch.general if isinstance(batch, PairBatch) else None
         if general is None:
             return value, metrics
-        more, parts = self._per_total(LOSSES["sft"], text_hidden(self.model, general), general)
+        more, parts = self._per_total(LOSSES["sft"], general)
         rho = self.config.dpo_general_corpus_ratio
         metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
         if "l2wrap" in parts:
             metrics["l2wrap"] = rho * parts["l2wrap"] + (1 - rho) * metrics.get("l2wrap", 0.0)
         return rho * more + (1 - rho) * value, metrics | {"general": parts["nll"]}
 
-    def _per_total(self, loss: Loss, hidden: Tensor, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _per_total(self, loss: Loss, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics as shares of the optimizer step's means."""
-        value, metrics = step_loss(loss, self.model.head, hidden, batch, self.config)
+        value, metrics = batch_loss(self.model, batch, loss, self.config)
         return value / batch.total, {name: amount / batch.total for name, amount in metrics.items()}
 
     def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:

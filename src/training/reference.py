@@ -56,13 +56,14 @@ def reference_scores(
     folder: Path,
     chunk: int,
     progress: Any = None,
+    length: int = 0,
 ) -> Tensor:
     """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
 
     Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
-    are held (storage, masters, device).
+    are held (storage, masters, device). With `length` rows run in pieces of so many tokens, as in training.
     """
-    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend}")
+    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
     found = cached_scores(path, len(pairs))
     if found is not None:
@@ -72,7 +73,7 @@ def reference_scores(
     why = f" (what {path.parent} holds is of another model, data or setting)" if others else ""
     log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
-        sums, _ = score_pairs(model, pairs, chunk, progress)
+        sums, _ = score_pairs(model, pairs, chunk, progress, length)
     path.parent.mkdir(exist_ok=True)
     write_atomic({"sums": sums}, path)
     return sums

@@ -1,0 +1,69 @@
+"""What every storage of a frozen matrix can do. The storages themselves are in files of their own (`stores.STORES`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ExactBuffers(nn.Module):
+    """A module whose own buffers follow moves between devices but no casts: `model.to(bfloat16)`, which trainers do,
+    would round block scales, which is another matrix."""
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class Store(ExactBuffers):
+    """A packed matrix of shape (out, in). It knows nothing of adapters. Its tensors are buffers outside the state dict.
+
+    A new storage is one file with a subclass (`mode`, `pack`, `unpack`) and one line in `stores.STORES`.
+    """
+
+    mode = ""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Store:
+        """Pack a dense (out, in) matrix of any float dtype on the device where it lies."""
+        raise NotImplementedError
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix (out, in) as a new dense tensor."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., in) -> x W^T (..., out) in x.dtype, outside autograd."""
+        return nn.functional.linear(x, self.unpack(x.dtype))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x (..., in) -> x W^T (..., out) in x.dtype. A dense matrix lives only while the product runs."""
+        return _PackedProduct.apply(x, self)
+
+    def bytes(self) -> int:
+        """Bytes that the packed matrix takes."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x W^T with W unpacked in forward and once more in backward, so that autograd keeps no dense copy alive."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, store: Store) -> Tensor:
+        ctx.store = store
+        return store.product(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return upstream @ ctx.store.unpack(upstream.dtype), None

@@ -1,0 +1,98 @@
+"""State tuning: the learnt initial state is the state that every sequence begins from, in training and afterwards."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from src.model import VERSIONS
+from src.model.checkpoint import load_model, read_tensors, trainable, write_atomic
+from src.model.sizes import STATES
+from src.model.state import LayerState, State
+from src.plan import make_plan
+from src.training.context import Pieces, piecewise
+from src.training.folder import trained_tensors
+from src.training.merging import check_merged, load_combined, merged_tensors
+from src.training.sidecar import read_sidecar, sidecar_of, write_sidecar
+from tests.conftest import random_tensors
+
+TOKENS = torch.tensor([[5, 0, 17, 299, 3, 3, 42]])
+PLAN = make_plan("state", 2, lr_init=1.0, lr_final=0.01)
+
+
+def tuned(tmp_path, version, states=STATES, **options):
+    base = tmp_path / "base.pth"
+    if not base.exists():
+        write_atomic(random_tensors(version, n_layer=2), base)
+    plan = dataclasses.replace(PLAN, states=states)
+    return load_model(base, compute_dtype=torch.float64, plan=plan, **options)
+
+
+def learn(model):
+    """Numbers in the learnt states, as training would leave them."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.3 + 0.1)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_only_the_states_learn_and_zeros_are_no_state(tmp_path, version):
+    """If this breaks, state tuning starts from another model than the one that was loaded."""
+    model, _ = tuned(tmp_path, version)
+    assert {name.split(".", 2)[2] for name in trainable(model)} == set(STATES)
+    plain, _ = load_model(tmp_path / "base.pth", compute_dtype=torch.float64)
+    hidden, _ = model(TOKENS)
+    assert torch.allclose(hidden, plain(TOKENS)[0], atol=1e-12)
+    hidden.square().sum().backward()
+    for name, parameter in trainable(model).items():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_learnt_state_is_the_state_given_by_hand(tmp_path, version):
+    """Every row of a batch and every packed document begins from it, whole or in chunks."""
+    model, _ = tuned(tmp_path, version)
+    learn(model)
+    plain, _ = load_model(tmp_path / "base.pth", compute_dtype=torch.float64)
+    given = State()
+    for block in model.blocks:
+        wkv = block.att.time_state.detach()
+        if version == "x040":
+            wkv = torch.cat([wkv, torch.zeros(len(wkv), 1, dtype=wkv.dtype)], 1)  # p and q with the scale e^0
+        given.append(LayerState(block.att.shift_state.detach()[None], wkv[None], block.ffn.shift_state.detach()[None]))
+    whole, _ = model(TOKENS)
+    assert torch.allclose(whole, plain(TOKENS, given)[0], atol=1e-12)
+    starts = torch.tensor([0, 3, 3, 7])
+    packed, _ = model(TOKENS, None, starts)
+    assert torch.allclose(packed, plain(TOKENS, given.index(torch.zeros(3, dtype=torch.long)), starts)[0], atol=1e-12)
+    packed.square().sum().backward()
+    wanted = {name: p.grad.clone() for name, p in trainable(model).items()}
+    model.zero_grad()
+    pieces = Pieces(2)
+    pieces.add_row(TOKENS[0], starts)
+    (hidden,) = piecewise(model, pieces, lambda hidden, here: (hidden,))
+    hidden.square().sum().backward()
+    for name, parameter in trainable(model).items():
+        assert torch.allclose(parameter.grad, wanted[name], atol=1e-10), name
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_learnt_state_is_merged_into_the_model(tmp_path, version):
+    """The merged file carries the states, and answers as base and checkpoint do together."""
+    model, report = tuned(tmp_path, version, ("att.time_state",))
+    learn(model)
+    checkpoint = tmp_path / "rwkv-0.pth"
+    write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    write_sidecar(sidecar_of(version, report.layout, PLAN, tmp_path / "base.pth"), checkpoint)
+    together, _ = load_combined(tmp_path / "base.pth", checkpoint, compute_dtype=torch.float64)
+    assert torch.allclose(together(TOKENS)[0], model(TOKENS)[0], atol=1e-6)
+    base, adapter = read_tensors(tmp_path / "base.pth"), read_tensors(checkpoint)
+    layout = read_sidecar(checkpoint).layout(adapter)
+    merged = merged_tensors(base, adapter, layout)
+    assert merged.keys() - base.keys() == {f"blocks.{i}.att.time_state" for i in range(2)}
+    difference, allowed = check_merged(base, adapter, layout, merged)
+    assert difference <= allowed
+    write_atomic(merged, tmp_path / "merged.pth")
+    again, _ = load_model(tmp_path / "merged.pth", compute_dtype=torch.float64)
+    assert torch.allclose(again(TOKENS)[0], model(TOKENS)[0], atol=1e-6) and not trainable(again)
