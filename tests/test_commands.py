@@ -181,21 +181,13 @@ RWKV5 = f"""--wandb "" --ctx_len 32 --epoch_count 2 --epoch_begin 0 --epoch_step
 def test_dpo_with_a_general_corpus_as_on_rwkv5(run, pairs_csv, text_jsonl, tmp_path):
     """If this breaks, the RWKV-5 recipe (pairs in trainset.save, general text in a binidx corpus) does not run."""
     corpus, folder = tmp_path / "corpus", tmp_path / "dpo"
-    run(
-        make_binidx.main,
-        ["--input", text_jsonl, "--output", corpus, "--ctx_len", 32, "--vocab_size", VOCAB],
-        model=False,
-    )
-    sizes = shlex.split(
-        f"--train_stage 1 --load_model 0 --my_testing r3r4 --n_layer 2 --n_embd 64 --vocab_size {VOCAB}"
-    )
-    run(train.main, [*sizes, "--proj_dir", tmp_path / "base"], model=False)
-    model = ["--load_model", tmp_path / "base" / "rwkv-init.pth"]
+    words = ["--input", text_jsonl, "--output", corpus, "--ctx_len", 32, "--vocab_size", VOCAB]
+    run(make_binidx.main, words, "")
     words = ["--input_csv", pairs_csv, "--output_save", tmp_path / "trainset.save", "--split", "0.8,0.1,0.1"]
-    run(rlhf_dpo_generate_save.main, [*model, *words, "--target_pair_count", 24], model=False)
+    run(rlhf_dpo_generate_save.main, [*words, "--target_pair_count", 24], "x052")
     assert (tmp_path / "validset.save").exists() and (tmp_path / "testset.save").exists()
     files = ["--data_file", corpus, "--dpo_train_file", tmp_path / "trainset.save", "--proj_dir", folder]
-    run(train.main, [*model, *shlex.split(RWKV5), *files, "--val_file", tmp_path / "validset.save"], model=False)
+    run(train.main, [*shlex.split(RWKV5), *files, "--val_file", tmp_path / "validset.save"], "x052")
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 4 and all(step["general"] > 0 and step["dpo"] > 0 for step in steps)
     assert steps[0]["loss"] == pytest.approx(0.8 * steps[0]["general"] + 0.2 * steps[0]["dpo"], rel=1e-5)
