@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     parts, report = tokenised(flags, tokenizer)
     distinct = {id(pair): pair for pairs in parts for pair in pairs}  # cycled rows are the same object
     model_hash = file_hash(flags.load_model)
-    kept = KeptScores(
-        f"{flags.output_save}.part", reference_key(model_hash, list(distinct.values()), str(model.compute_dtype))
-    )
+    arithmetic = f"{model.compute_dtype} {model.emb.weight.device}"
+    key = reference_key(model_hash, list(distinct.values()), arithmetic)
+    kept = KeptScores(f"{flags.output_save}.part", key)
     with counted(len(distinct), "reference", shown=True) as done:
         sums = kept.score(model, list(distinct.values()), progress=done)
     scores = dict(zip(distinct, sums.tolist()))

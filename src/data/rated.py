@@ -37,7 +37,8 @@ def is_rated(path: str | os.PathLike) -> bool:
     """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
     if Path(path).suffix.lower() not in PAIR_ROWS:
         return False
-    first: Row | None = next(iter(_rows(path, DataReport(str(path), skip_bad=True), checked=False)), None)
+    looking = DataReport(str(path), skip_bad=True, quiet=True)
+    first: Row | None = next(iter(_rows(path, looking, checked=False)), None)
     return first is not None and is_rated_record(first[1])
 
 

@@ -21,6 +21,7 @@ class DataReport:
 
     Attributes:
         source: the file's name as the user gave it.
+        skip_bad: bad rows are counted instead of raised. quiet: without a warning for the first of them.
         rows: rows (documents, records) found in the file.
         examples: examples that training can draw from.
         trained: trained target tokens (text) or pairs.
@@ -33,6 +34,7 @@ class DataReport:
 
     source: str
     skip_bad: bool = False
+    quiet: bool = False
     rows: int = 0
     examples: int = 0
     trained: int = 0
@@ -47,7 +49,7 @@ class DataReport:
         if not self.skip_bad:
             raise ValueError(f"{where}: {error}; correct it, or leave such rows out with --skip_bad 1") from error
         self.skip(error.reason)
-        if self.skipped.total() <= 5:
+        if self.skipped.total() <= 5 and not self.quiet:
             log.warning("skipped %s: %s", where, error)
 
     def skip(self, reason: str) -> None:
