@@ -5,7 +5,7 @@
 //   * `template <...> __global__ void BOUNDS(threads, registers) name(Arguments x)`: the compiler may use as many
 //     registers per thread. Grids and blocks have one axis: block_index(), thread_index(). Blocks have a multiple of 64
 //     threads, so warps of 32 or 64 are always full.
-//   * Shared memory is one struct: `SHARED(Stage, stage);`, once per kernel. Its contents start undefined (NaN in tests).
+//   * Shared memory is one struct: `SHARED(Stage, stage);`, once per kernel. It starts undefined (NaN in tests).
 //   * sync() is met by all threads of a block, a shuffle by all threads of a warp; partners of a shuffle lie within 32
 //     threads, because 32 (NVIDIA) and 64 (AMD) must give the same result.
 //   * Offsets into tensors are int64_t. No atomics: results are repeatable to the bit.

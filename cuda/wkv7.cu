@@ -28,7 +28,8 @@ namespace {
 
 constexpr int INTERVAL = 64;  // as in src/ops/gpu.py
 constexpr float RATE = 0.60653066f, LOG2E = 1.44269504f;
-constexpr int REGISTERS = 128, WIDE_REGISTERS = 168;  // a little more than 128 would do, but 168 are next
+// For 64 x 64 numbers in 64 threads `rows` needs a little more than 128; the next step of a multiprocessor is 168.
+constexpr int REGISTERS = 128, WIDE_REGISTERS = 168;
 constexpr int NARROW = 3;  // fewer blocks than this for each multiprocessor: smaller blocks, of one row per thread
 
 // How the threads of a block share an N by (SLOTS R) tile. Threads that differ in their lowest bits have other rows of
@@ -112,14 +113,15 @@ struct RowSweep {
     float *x, *checkpoints, *end;  // x and checkpoints may be null
 };
 
-// One block: SLOTS R value rows of one head of one row of the batch. Step s = 0 .. T: forward updates M with token s - 1
-// and makes x for token s; REVERSE (order of tokens reversed) decays M by token s - 1 and does the rest for token s.
+// One block: SLOTS R value rows of one head of one row of the batch. Step s = 0 .. T: forward updates M with token
+// s - 1 and makes x for token s; REVERSE (order of tokens reversed) decays M by token s - 1 and does the rest for s.
 template <int N, int R, bool REVERSE, typename T>
-__global__ void BOUNDS(Tile<N>::THREADS, R == Tile<N>::R ? WIDE_REGISTERS : REGISTERS) rows(const RowSweep<T> args) {
+__global__ void BOUNDS(Tile<N>::THREADS, (R == Tile<N>::R ? WIDE_REGISTERS : REGISTERS))
+    rows(const RowSweep<T> args) {
     using Shape = Tile<N>;
     constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
     constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
-    constexpr int STAGE = 4;                               // tokens that are read while as many others are filled in
+    constexpr int STAGE = 4;  // tokens that are read while as many others are filled in
     struct Stage {
         alignas(16) float at[2 * STAGE][5 * N + ROWS];
         int64_t state, checkpoint;  // where this block's rows are in begin, and in the first checkpoint of its row
@@ -269,8 +271,8 @@ struct ColumnBlock {
     }
 };
 
-// One pass over an interval in steps 0 .. tokens, REVERSE or not. Step s updates M with token s - 1 (in the order of the
-// pass; REVERSE: decays it by that one) and calls sums(s, its place on the stage, y, z).
+// One pass over an interval in steps 0 .. tokens, REVERSE or not, as in `rows`. Each step calls sums(step, its place on
+// the stage, y, z).
 template <int N, bool REVERSE, typename T, typename F>
 DEVICE void column_pass(const Roles<T>& in, const ColumnBlock<N>& block, ColumnStage<N>& stage,
                         float (&m)[Tile<N>::R][Tile<N>::PIECE], F&& sums) {
@@ -387,6 +389,7 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
 // r, w, k, v, a, b, state, places | y, final state | S before each interval (intervals, H, N, N), sa (tokens, H, N)
 RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int device, void* stream) {
     const Sizes sizes = sizes_of(numbers);
+    if (sizes.interval != INTERVAL) return "compiled for another interval of checkpoints";
     const OnDevice here(device);
     const char* refused = dispatch(sizes, dtype, [&](auto size, auto element) {
         using T = decltype(element);
@@ -405,6 +408,7 @@ RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int 
 // dr, dw, dk, dv, da, db, gradient of the initial state | dsa, G at the last token of each interval, sums
 RWKV_EXPORT rwkv_backward(void* const* x, const int64_t* numbers, int dtype, int device, void* stream) {
     const Sizes sizes = sizes_of(numbers);
+    if (sizes.interval != INTERVAL) return "compiled for another interval of checkpoints";
     const OnDevice here(device);
     const char* refused = dispatch(sizes, dtype, [&](auto size, auto element) {
         using T = decltype(element);

@@ -13,7 +13,7 @@ trap 'rm -rf "$parts"' EXIT
 
 timeout 200 "$python" tests/gpu_check.py --json "$parts/check.json" | tee "$parts/check.md"
 checked=${PIPESTATUS[0]}
-timeout 260 "$python" benchmarks/kernels.py --device cuda --json "$parts/kernels.json" "$@" | tee "$parts/kernels.md"
+timeout 260 "$python" benchmarks/kernels.py --device cuda --seconds 1.5 --json "$parts/kernels.json" "$@" | tee "$parts/kernels.md"
 measured=${PIPESTATUS[0]}
 
 cat "$parts"/kernels.md <(echo) "$parts"/check.md >"$out/gpu.md"

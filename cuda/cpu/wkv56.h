@@ -20,8 +20,9 @@
 // multiply-adds forward and 5 + 3/GROUP backward, where the token by token form has 3 and 8 (KERNELS.md counts 7 with
 // its running difference for d(log d), which rounds off what strong decays leave).
 //
-// A sweep keeps a tile of S or G in registers over all groups of an interval. Forward has S by [key][value], so that its
-// sums over keys are plain vector sums; backward has S and G by [value][key], where only dv sums within registers.
+// A sweep keeps a tile of S or G in registers over all groups of an interval. Forward has S by [key][value], so that
+// its sums over keys are plain vector sums; backward has S and G by [value][key], where only dv's sums are within
+// registers.
 #pragma once
 
 #include "recurrence.h"

@@ -175,19 +175,20 @@ def cuda_recipe(op: str, capability: str) -> Recipe:
     """For an NVIDIA GPU of a compute capability as in "90". Raises BuildError if there is no nvcc."""
     command = _compiler("nvcc", cpp_extension.CUDA_HOME, "install the CUDA toolkit or set CUDA_HOME")
     code = f"arch=compute_{capability},code=sm_{capability}"
-    return _recipe(op, (command, *NVCC_FLAGS, "-gencode", code), f"sm_{capability}")
+    return _recipe(op, (command,), (*NVCC_FLAGS, "-gencode", code), f"sm_{capability}")
 
 
 def hip_recipe(op: str, architecture: str) -> Recipe:
     """For an AMD GPU of an architecture as in "gfx90a". Raises BuildError if there is no hipcc."""
-    command = _compiler("hipcc", cpp_extension.ROCM_HOME, "install ROCm or set ROCM_HOME")
-    return _recipe(op, (command, *HIPCC_FLAGS, f"--offload-arch={architecture}"), architecture)
+    # With a CUDA toolkit beside it, hipcc would call nvcc.
+    command = ("env", "HIP_PLATFORM=amd", _compiler("hipcc", cpp_extension.ROCM_HOME, "install ROCm or set ROCM_HOME"))
+    return _recipe(op, command, (*HIPCC_FLAGS, f"--offload-arch={architecture}"), architecture)
 
 
-def _recipe(op: str, command: Sequence[str], label: str) -> Recipe:
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+def _recipe(op: str, command: Sequence[str], flags: Sequence[str], label: str) -> Recipe:
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     headers = sorted(SOURCES.glob("*.h"))
-    return Recipe(SOURCES / f"{op}.cu", headers, command, links=(), depends=(version,), label=label)
+    return Recipe(SOURCES / f"{op}.cu", headers, (*command, *flags), links=(), depends=(version,), label=label)
 
 
 def _compiler(name: str, home: str | None, remedy: str) -> str:
