@@ -7,11 +7,12 @@ read, cut and left out is printed; F.save.json beside the output says how it was
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from src.cli import Parser, run
 from src.data.batch import PairExample
 from src.data.pair_save import write_save
-from src.data.pairs import MIXED_SEED, pair_records
+from src.data.pairs import MIXED_SEED, pair_records, split_records
 from src.data.report import DataReport
 from src.data.templates import TEMPLATES, check_template
 from src.data.tokenizer import WORLD_SIZE, Tokenizer, load_tokenizer
@@ -21,16 +22,20 @@ from src.model.sizes import sizes_of
 
 log = logging.getLogger("prepare")
 
+PARTS = ("train", "valid", "test")
+
 
 def add_pair_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
     flags.add_argument("--input_csv", required=True, help="pairs: .csv, .jsonl or .parquet")
     flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
-    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)} [world]")
+    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
     flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
     flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
     flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"templates and shuffle [{MIXED_SEED}]")
+    flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
+    flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
     flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
 
 
@@ -39,37 +44,68 @@ def check_pair_flags(flags: Namespace) -> None:
     if flags.rlhf_max_corpus_len < 0:
         raise ValueError(f"--rlhf_max_corpus_len {flags.rlhf_max_corpus_len}: must be at least 0")
     check_template(flags.template)
-    refuse_same_file(flags.input_csv, flags.output_save, "--output_save")
-    check_writable(flags.output_save)
+    for path in outputs(flags):
+        refuse_same_file(flags.input_csv, path, "--output_save")
+        check_writable(path)
 
 
-def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[PairExample], DataReport]:
-    """The pairs of --input_csv as the flags say, and what was read."""
-    return pair_records(
-        flags.input_csv,
-        tokenizer,
+def shares_of(text: str) -> list[float]:
+    """The shares of --split, [] for none. Raises ValueError for other than two or three that add up to 1."""
+    try:
+        shares = [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        shares = [0.0]
+    if shares and (len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
+        raise ValueError(f"--split {text}: two or three shares above 0 that add up to 1, e.g. 0.8,0.1,0.1")
+    return shares
+
+
+def outputs(flags: Namespace) -> list[Path]:
+    """The files to write: --output_save, or with --split one for each part.
+
+    trainset.save has validset.save and testset.save beside it, as in the RWKV-5 recipe; pairs.save becomes
+    pairs-train.save, pairs-valid.save, pairs-test.save.
+    """
+    path, shares = Path(flags.output_save), shares_of(flags.split)
+    if not shares:
+        return [path]
+    parts = PARTS[: len(shares)]
+    if "train" in path.stem:
+        return [path.with_name(path.name.replace("train", part)) for part in parts]
+    return [path.with_stem(f"{path.stem}-{part}") for part in parts]
+
+
+def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExample]], DataReport]:
+    """The pairs of --input_csv as the flags say, one list for each file of `outputs`, and what was read."""
+    common = (
         flags.template,
         flags.target_pair_count,
         flags.rlhf_max_corpus_len,
         flags.random_seed,
         flags.skip_bad,
     )
+    shares = shares_of(flags.split)
+    if shares:
+        return split_records(flags.input_csv, tokenizer, shares, *common, drop_ties=flags.drop_ties)
+    pairs, report = pair_records(flags.input_csv, tokenizer, *common, drop_ties=flags.drop_ties)
+    return [pairs], report
 
 
 def write_pairs(
-    flags: Namespace, tokenizer: Tokenizer, pairs: Sequence[PairExample], report: DataReport, about: dict
+    flags: Namespace, tokenizer: Tokenizer, parts: Sequence[Sequence[PairExample]], report: DataReport, about: dict
 ) -> None:
-    """Writes --output_save and its sidecar (`about` says what the reference is), and logs the report."""
+    """Writes each part and its sidecar (`about` says what the reference is), and logs the report."""
     about = about | {
         "template": flags.template,
         "tokenizer": tokenizer.name,
         "max_len": flags.rlhf_max_corpus_len,
         "seed": flags.random_seed,
     }
-    write_save(flags.output_save, pairs, about)
     for line in report.lines():
         log.info("%s", line)
-    log.info("wrote %d pairs to %s", len(pairs), flags.output_save)
+    for path, pairs in zip(outputs(flags), parts, strict=True):
+        write_save(path, pairs, about)
+        log.info("wrote %d pairs to %s", len(pairs), path)
 
 
 def parser() -> Parser:
@@ -96,8 +132,8 @@ def main(argv: Sequence[str]) -> None:
     flags = parser().parse_args(argv)
     check_pair_flags(flags)
     tokenizer = load_tokenizer(vocabulary_size(flags.load_model, flags.vocab_size), flags.vocab_file or None)
-    pairs, report = tokenised(flags, tokenizer)
-    write_pairs(flags, tokenizer, pairs, report, {"model": None, "reference": None})
+    parts, report = tokenised(flags, tokenizer)
+    write_pairs(flags, tokenizer, parts, report, {"model": None, "reference": None})
 
 
 if __name__ == "__main__":

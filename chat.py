@@ -15,7 +15,7 @@ from typing import Any
 from src.cli import Parser, run
 from src.data.report import DataReport
 from src.data.rows import read_jsonl
-from src.data.templates import TEMPLATES, Form, check_template, normalise
+from src.data.templates import TEMPLATES, Form, Turn, forms_of, normalise
 from src.files import atomic_write, check_writable, refuse_same_file
 from src.rl.sampling import Generated, generate
 from src.training.answering import open_model
@@ -57,7 +57,7 @@ def parser() -> Parser:
     flags.add_argument("--max_tokens", type=int, default=512, help="longest answer in tokens [512]")
     flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered together [32]")
     flags.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
-    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)} [world]")
+    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
     flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
     return flags
 
@@ -142,11 +142,16 @@ class Talk:
     def reset(self) -> None:
         """Forget everything."""
         self.state, self.pending = None, []
+        self.said: list[Turn] = []
 
     def say(self, text: str) -> None:
         """One turn of the user, and the answer on stdout."""
         self.turns += 1
-        prompt = self.pending + self.tokenizer.encode(self.form.prompt([("user", text)]))
+        turns = [("user", text)]
+        if self.form.whole:  # such a template writes a conversation, not a turn of it: the model reads it again
+            turns = [*self.said, *turns]
+            self.state, self.pending = None, []
+        prompt = self.pending + self.tokenizer.encode(self.form.prompt(turns))
         one = generate(
             self.model,
             [prompt],
@@ -158,6 +163,7 @@ class Talk:
             **options(self.flags, self.form),
         )[0]
         self.state = one.state
+        self.said = [*turns, ("assistant", one.text.strip())]
         self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.form.end))
         sys.stdout.write("\n\n")
 
@@ -208,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--prompt_file and --output go together")
     if min(flags.max_tokens, flags.batch_size) < 1:
         raise ValueError("--max_tokens and --batch_size must be at least 1")
-    form = TEMPLATES[check_template(flags.template)][0][1]
+    form = forms_of(flags.template)[0][1]
 
     said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
     if not flags.load_adapter and any(value is not None for value in said.values()):

@@ -2,7 +2,8 @@
 
 The reference scores are summed log-probabilities of exactly the tokens that are written, so after any cut.
 F.save.json beside the output holds the model's hash and the arithmetic: train.py uses the scores when both are its own,
-and computes them anew otherwise.
+and computes them anew otherwise. Scores are kept in F.save.part while they are computed: the same command goes on
+after a kill.
 """
 
 import dataclasses
@@ -13,8 +14,9 @@ from PrepareOrpoDataset import add_pair_flags, check_pair_flags, tokenised, writ
 from src.cli import Parser, run
 from src.files import file_hash
 from src.training.answering import STRATEGY_HELP, open_model
-from src.training.evaluate import score_pairs
 from src.training.inputs import counted
+from src.training.kept_scores import KeptScores
+from src.training.reference import reference_key
 from src.training.start import DTYPES
 
 log = logging.getLogger("prepare")
@@ -34,19 +36,24 @@ def main(argv: Sequence[str]) -> None:
     flags = parser().parse_args(argv)
     check_pair_flags(flags)
     model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file)
-    pairs, report = tokenised(flags, tokenizer)
-    distinct = {id(pair): pair for pair in pairs}  # cycled rows are the same object
+    parts, report = tokenised(flags, tokenizer)
+    distinct = {id(pair): pair for pairs in parts for pair in pairs}  # cycled rows are the same object
+    model_hash = file_hash(flags.load_model)
+    arithmetic = f"{model.compute_dtype} {model.emb.weight.device}"
+    key = reference_key(model_hash, list(distinct.values()), arithmetic)
+    kept = KeptScores(f"{flags.output_save}.part", key)
     with counted(len(distinct), "reference", shown=True) as done:
-        sums, _ = score_pairs(model, list(distinct.values()), chunk=1024, progress=done)
+        sums = kept.score(model, list(distinct.values()), progress=done)
     scores = dict(zip(distinct, sums.tolist()))
-    scored = [dataclasses.replace(pair, reference=tuple(scores[id(pair)])) for pair in pairs]
+    scored = [[dataclasses.replace(pair, reference=tuple(scores[id(pair)])) for pair in pairs] for pairs in parts]
     about = {
-        "model": file_hash(flags.load_model),
+        "model": model_hash,
         "reference": "sum",
         "precision": next(name for name, dtype in DTYPES.items() if dtype == model.compute_dtype),
         "storage": "none",
     }
     write_pairs(flags, tokenizer, scored, report, about)
+    kept.forget()
     log.info("%d of them distinct, each scored once", len(distinct))
 
 

@@ -247,6 +247,13 @@ def notices(config: Config) -> list[str]:
         )
     if config.loss == "dpo" and config.data_file and config.dpo_general_corpus_ratio == 0:
         said.append(say("{data_file} is not read, because {dpo_general_corpus_ratio} is 0", config))
+    if config.drop_ties and not config.pair_file and not config.val_file:
+        said.append(say("{drop_ties} 1 has no effect without preference pairs", config))
+    if trains(config) and config.loss == "kto" and config.micro_bsz * config.accumulate_grad_batches < 4:
+        said.append(
+            "{kto} 1 estimates its divergence from the answers of one optimizer step: "
+            "let {micro_bsz} times {accumulate_grad_batches} be 8 or more"
+        )
     if config.infctx and not 0 < config.chunk_ctx < config.ctx_len:
         said.append(say("{chunk_ctx=} makes one chunk of a sample of {ctx_len=}: {infctx} saves nothing", config))
     if config.ctx_parts > 1 and not config.state_cp:

@@ -22,12 +22,8 @@ BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
-        lambda c: c.loss not in ("", "sft", "dpo", "orpo", "distillation"),
-        "{loss=}: this loss is not built yet; {sft}, {distillation}, {dpo} and {orpo} are",
-    ),
-    Missing(
-        lambda c: c.dpo_general_corpus_ratio > 0,
-        "{dpo_general_corpus_ratio=}: mixing general text into DPO is not built yet; leave it 0",
+        lambda c: c.loss in ("rm", "ppo", "grpo"),
+        "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     Missing(
         lambda c: c.strategy != "auto",

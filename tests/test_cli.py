@@ -41,7 +41,7 @@ PUBLISHED = {
         --adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
         --accumulate_grad_batches 20 --enable_progress_bar True --ds_bucket_mb 200 --my_testing r3r4 --dpo 1
         --dpo_train_file trainset.save --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02""",
-        "--dpo_general_corpus_ratio",
+        "deepspeed_stage_2",
     ),
     "infinite context": (
         """--load_model M --proj_dir P --data_file D --data_type binidx --vocab_size 50277 --ctx_len 32768

@@ -169,3 +169,38 @@ def test_rwkv_4_from_zero_with_a_tokenizer_json(script, tokenizer_json, text_jso
     rejects = ["--input_csv", pairs_csv, "--output_csv", tmp_path / "rejects.csv", "--max_tokens", 4]
     go(rlhf_generate_reject_csv.main, *model, *rejects, "--overwrite", 1)
     go(PrepareOrpoDataset.main, *model, "--input_csv", pairs_csv, "--output_save", tmp_path / "orpo.save")
+
+
+RWKV5 = f"""--wandb "" --ctx_len 32 --epoch_count 2 --epoch_begin 0 --epoch_steps 4 --data_type binidx
+ --vocab_size {VOCAB} --epoch_save 1 --micro_bsz 1 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0 --lr_init 5e-6
+ --lr_final 1e-6 --warmup_steps 50 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator auto --devices 1
+ --precision bf16 --grad_cp 0 --accumulate_grad_batches 2 --enable_progress_bar True --ds_bucket_mb 200 --dpo 1
+ --my_testing r3r4 --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02"""
+
+
+def test_dpo_with_a_general_corpus_as_on_rwkv5(run, pairs_csv, text_jsonl, tmp_path):
+    """If this breaks, the RWKV-5 recipe (pairs in trainset.save, general text in a binidx corpus) does not run."""
+    corpus, folder = tmp_path / "corpus", tmp_path / "dpo"
+    words = ["--input", text_jsonl, "--output", corpus, "--ctx_len", 32, "--vocab_size", VOCAB]
+    run(make_binidx.main, words, "")
+    words = ["--input_csv", pairs_csv, "--output_save", tmp_path / "trainset.save", "--split", "0.8,0.1,0.1"]
+    run(rlhf_dpo_generate_save.main, [*words, "--target_pair_count", 24], "x052")
+    assert (tmp_path / "validset.save").exists() and (tmp_path / "testset.save").exists()
+    files = ["--data_file", corpus, "--dpo_train_file", tmp_path / "trainset.save", "--proj_dir", folder]
+    run(train.main, [*shlex.split(RWKV5), *files, "--val_file", tmp_path / "validset.save"], "x052")
+    steps = read_jsonl(folder / "metrics.jsonl", "train")
+    assert len(steps) == 4 and all(step["general"] > 0 and step["dpo"] > 0 for step in steps)
+    assert steps[0]["loss"] == pytest.approx(0.8 * steps[0]["general"] + 0.2 * steps[0]["dpo"], rel=1e-5)
+    held_out = read_jsonl(folder / "metrics.jsonl", "val")
+    assert len(held_out) == 2 and {"accuracy", "margin", "kl", "log_odds", "chosen_reward"} <= set(held_out[0])
+
+
+@pytest.mark.parametrize("loss", ["simpo", "cpo", "wpo", "kto"])
+def test_the_other_preference_losses_as_the_page_shows_them(run, pairs_csv, tmp_path, loss):
+    """If this breaks, --simpo 1 and its kin do not train a packed model by layer profile, save and merge."""
+    words = shlex.split(f"{COMMON} --ctx_len 256 --epoch_steps 4 --epoch_count 1 --micro_bsz 4 --{loss} 1")
+    files = ["--proj_dir", tmp_path / loss, "--layer_profile", PROFILE, "--rlhf_train_file", pairs_csv]
+    run(train.main, [*words, *files, "--val_file", pairs_csv])
+    steps = read_jsonl(tmp_path / loss / "metrics.jsonl", "train")
+    assert len(steps) == 4 and all("accuracy" in step and "margin" in step for step in steps)
+    assert (tmp_path / loss / "rwkv-best.pth").exists()

@@ -81,7 +81,7 @@ def test_gathered_scores_and_gradients_equal_full_logits(kind, chunk):
     mix, weights = torch.randn(3, len(TARGETS), dtype=torch.float64), torch.randn(len(TARGETS), K, dtype=torch.float64)
     tokens, picked = gathered_scores(head, hidden, TARGETS, at, chunk=chunk)
     same = token_scores(head, hidden, TARGETS, chunk=chunk, want_mean=True, want_max=True)
-    for a, b in zip(tokens, same):
+    for a, b in zip(tokens[:3], same[:3]):
         assert torch.equal(a, b)
     trained = (TARGETS != IGNORE)[:, None]
     logits = head(hidden)

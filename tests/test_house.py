@@ -13,6 +13,7 @@ import pytest
 from src.cli import kinds, parse, train_parser
 from src.config import settings
 from src.laws import SETTINGS_OF
+from src.losses import LOSSES
 from src.unbuilt import NOT_BUILT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +200,7 @@ def test_every_setting_is_read():
     config = tree_of(ROOT / "src" / "config.py")
     derived = {node.attr for node in ast.walk(config) if isinstance(node, ast.Attribute)}
     refused = {name for part in NOT_BUILT for name in part.wanted.__code__.co_names}
-    missing = {name for loss, names in SETTINGS_OF.items() if loss not in ("dpo", "orpo") for name in names}
+    missing = {name for loss, names in SETTINGS_OF.items() if loss not in LOSSES for name in names}
     companions = {"ds_bucket_mb", "svd_niter", "state_output_mode", "ctx_warmup_steps", "reward_model"}
     unread = set(settings()) - read - derived - refused - missing - companions - {"debug"}
     assert not unread

@@ -4,6 +4,7 @@ Legend: T tokens, n pairs, A answer tokens, C width, V vocabulary.
 """
 
 import math
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,16 @@ def config(**changes):
         "alpha": 0.5,
         "kd": "forward",
         "kd_tail": True,
+        "simpo_alpha": 0.0,
+        "simpo_beta": 2.0,
+        "simpo_gamma": 1.0,
+        "cpo_alpha": 1.0,
+        "cpo_beta": 0.1,
+        "kto_beta": 0.1,
+        "kto_desirable_weight": 1.0,
+        "kto_undesirable_weight": 1.0,
+        "wpo_alpha": 0.0,
+        "wpo_beta": 0.01,
     }
     return SimpleNamespace(**(values | changes))
 
@@ -64,6 +75,24 @@ def text_batch():
     """With the three largest logits of a teacher that is sure of other tokens."""
     values, indices = torch.randn(len(TEXT), V, dtype=torch.float64).topk(3, dim=1)
     return SimpleNamespace(targets=TEXT, top_values=values, top_indices=indices, top_lse=values.logsumexp(1) + 0.5)
+
+
+def rated_batch(kl=0.4):
+    """The four answers as rated ones: good, bad, bad, good."""
+    return SimpleNamespace(
+        targets=ANSWERS,
+        starts=STARTS,
+        reference=REFERENCE.flatten(),
+        good=torch.tensor([True, False, False, True]),
+        good_total=2.0,
+        total=4.0,
+        kl=torch.tensor(kl, dtype=torch.float64),
+    )
+
+
+def batch_of(name):
+    """A batch of the kind that the loss takes."""
+    return {"text": text_batch, "pairs": pair_batch, "rated": rated_batch}[LOSSES[name].kind]()
 
 
 def probabilities(head, hidden):
@@ -201,6 +230,120 @@ def test_orpo_formula(mode, chunk):
     torch.testing.assert_close(metrics["loss"], metrics["ce"] + alpha * metrics["odds"])
 
 
+def sigmoid(x):
+    """By its definition."""
+    return 1 / (1 + (-x).exp())
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_simpo_formula(alpha, chunk):
+    """sum over pairs of -log sigmoid(beta/|c| log P_c - beta/|r| log P_r - gamma) - alpha/|c| log P_c."""
+    beta, gamma = 2.5, 1.4
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for chosen, reject in zip(answers[0::2], answers[1::2]):
+        mean_c, mean_r = sum(chosen) / len(chosen), sum(reject) / len(reject)
+        truth = truth - sigmoid(beta * mean_c - beta * mean_r - gamma).log() - alpha * mean_c
+    settings = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
+    found, metrics = step_loss(LOSSES["simpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["simpo"] + alpha * metrics["ce"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_cpo_formula(alpha, chunk):
+    """sum over pairs of -log sigmoid(beta log P_c - beta log P_r) - alpha/|c| log P_c."""
+    beta = 0.3
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for chosen, reject in zip(answers[0::2], answers[1::2]):
+        truth = truth - sigmoid(beta * sum(chosen) - beta * sum(reject)).log() - alpha * sum(chosen) / len(chosen)
+    settings = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
+    found, metrics = step_loss(LOSSES["cpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["cpo"] + alpha * metrics["ce"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_wpo_formula(shift, alpha, chunk):
+    """sum over pairs of -w_c w_r log sigmoid(beta h) - alpha/|c| log P_c with constant weights
+    w = exp(mean_t log (p_t / sum_v p_v^2)), their product at most 1 (the shifted targets reach that)."""
+    beta = 0.2
+    head, hidden = head_and_hidden(len(ANSWERS))
+    with torch.no_grad():  # the trained tokens become likely: their weights go above 1
+        hidden += shift * head.weight[ANSWERS.clamp(min=0)]
+    answers = token_logps(head, hidden)
+    _, p = probabilities(head, hidden)
+    weights = []
+    for begin, end in zip(STARTS[:-1].tolist(), STARTS[1:].tolist()):
+        logs = [(p[t, ANSWERS[t]] / (p[t] ** 2).sum()).log() for t in range(begin, end) if ANSWERS[t] != IGNORE]
+        weights.append((sum(logs) / len(logs)).exp().item())
+    truth = 0.0
+    for pair in range(2):
+        chosen, reject = answers[2 * pair], answers[2 * pair + 1]
+        h = (sum(chosen) - sum(reject)) - (REFERENCE[pair, 0] - REFERENCE[pair, 1])
+        weight = min(1.0, weights[2 * pair] * weights[2 * pair + 1])
+        truth = truth - weight * sigmoid(beta * h).log() - alpha * sum(chosen) / len(chosen)
+    found, metrics = step_loss(
+        LOSSES["wpo"], head, hidden, pair_batch(), config(head_chunk=chunk, wpo_alpha=alpha, wpo_beta=beta)
+    )
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["wpo"] + alpha * metrics["ce"])
+    assert 0 < metrics["weight"].item() <= 2
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kl", [0.0, 1.7])
+def test_kto_formula(kl, chunk):
+    """lambda_D (1 - sigmoid(beta (r - z))) for good answers, lambda_U (1 - sigmoid(beta (z - r))) for bad ones."""
+    beta, desirable, undesirable = 0.3, 1.3, 0.6
+    head, hidden = head_and_hidden(len(ANSWERS))
+    batch, truth, rewards = rated_batch(kl), 0.0, []
+    for answer, base, good in zip(token_logps(head, hidden), batch.reference, batch.good.tolist()):
+        ratio = sum(answer) - base
+        rewards.append(beta * ratio.item())
+        if good:
+            truth = truth + desirable * (1 - sigmoid(beta * (ratio - kl)))
+        else:
+            truth = truth + undesirable * (1 - sigmoid(beta * (kl - ratio)))
+    settings = config(
+        head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable
+    )
+    found, metrics = step_loss(LOSSES["kto"], head, hidden, batch, settings)
+    same_as(found, truth, head, hidden)
+    means = {name: metrics[name].item() / batch.total for name in ("kl", "chosen_reward", "reject_reward")}
+    want = {"kl": kl, "chosen_reward": (rewards[0] + rewards[3]) / 2, "reject_reward": (rewards[1] + rewards[2]) / 2}
+    assert means == pytest.approx(want)
+
+
+def test_kto_by_hand():
+    """beta 0.5, z = 1, r = 3 and -1: both margins are 1, each loss 1 - sigmoid(1) = 0.268941."""
+    batch = SimpleNamespace(
+        reference=torch.tensor([-7.0, -4.0]),
+        good=torch.tensor([True, False]),
+        good_total=1.0,
+        total=2.0,
+        kl=torch.tensor(1.0),
+    )
+    value, metrics = LOSSES["kto"](torch.tensor([-4.0, -5.0]), batch, kto_beta=0.5, kto_undesirable_weight=2.0)
+    assert value.item() == pytest.approx(3 * 0.268941, abs=1e-5)
+    assert metrics["accuracy"].item() == 2 and metrics["margin"].item() == pytest.approx(2.0)
+
+
+def test_simpo_by_hand():
+    """Means -2.5 and -2, beta 2, gamma 1: -log sigmoid(-5 + 4 - 1) = log(1 + e^2)."""
+    scores = PairScores(*(torch.tensor([value]) for value in (-10.0, -14.0, 4, 7)))
+    value, metrics = LOSSES["simpo"](scores, None)
+    assert value.item() == pytest.approx(math.log(1 + math.exp(2)), abs=1e-6)
+    assert metrics["accuracy"].item() == 0 and metrics["margin"].item() == pytest.approx(-1.0)
+
+
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
     """Off unless asked for; then a mean over trained positions, of each pair."""
@@ -219,8 +362,7 @@ def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_ignores_the_chunk_length(name):
     """Parametrised over the table: a loss that notices chunking fails here without a test of its own."""
-    text = LOSSES[name].kind == "text"
-    batch = text_batch() if text else pair_batch()
+    batch = batch_of(name)
     head, hidden = head_and_hidden(len(batch.targets))
     whole, parts = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
     assert "loss" in parts and not any(value.requires_grad for value in parts.values())
@@ -388,3 +530,86 @@ def test_liger_agrees(name):
     torch.testing.assert_close(ours / 2, other, rtol=1e-5, atol=1e-5)
     got, want = torch.autograd.grad(ours / 2, head.weight)[0], torch.autograd.grad(other, head.weight)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Trainer:
+    """What TRL's loss methods ask of their trainer; everything else is None."""
+
+    def __init__(self, **settings):
+        same = SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value, gather=lambda value: value)
+        self.__dict__.update(settings, accelerator=same, model=SimpleNamespace(training=True), _total_train_tokens=0)
+        self._metrics = defaultdict(lambda: defaultdict(list))
+
+    def __getattr__(self, name):
+        return None
+
+
+def trl_batch(length=4):
+    """Four answers of `length` tokens as ours and, behind a prompt of one token, as TRL's: chosen ones first."""
+    head, hidden = head_and_hidden(4 * length)
+    targets, base = torch.randint(V, (4 * length,)), -torch.rand(4, dtype=torch.float64) * 9 - 3
+    ours = SimpleNamespace(targets=targets, starts=torch.arange(5) * length, reference=base.view(2, 2), total=2.0)
+    order = torch.tensor([0, 2, 1, 3])
+    ids = torch.cat([torch.zeros(4, 1, dtype=torch.int64), targets.view(4, length)[order]], 1)
+    logits = head(hidden).view(4, length, V)[order]
+    logits = torch.cat([logits, torch.zeros(4, 1, V, dtype=logits.dtype)], 1)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    theirs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    return head, hidden, ours, theirs, logits, base[order]
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust", "wpo"])
+def test_trl_agrees_about_pairs(name):
+    """TRL's own method on the same logits, value and gradient, where it is installed."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    method = getattr(trl.DPOTrainer, "_compute_loss", None)
+    if method is None:
+        pytest.skip("this trl computes the loss of DPO elsewhere")
+    beta, eps = 0.3, 0.15 if name == "robust" else 0.0
+    head, hidden, batch, inputs, logits, base = trl_batch()
+    settings = {"beta": beta, "label_smoothing": eps, "loss_weights": [1.0], "f_divergence_type": "reverse_kl"}
+    kind = {"loss_types": ["sigmoid" if name == "wpo" else name], "use_weighting": name == "wpo"}
+    made = Trainer(**settings, **kind, precompute_ref_logps=True)
+    inputs |= {"ref_chosen_logps": base[:2], "ref_rejected_logps": base[2:]}
+    other = method(made, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    if name == "wpo":
+        ours, metrics = step_loss(LOSSES["wpo"], head, hidden, batch, config(wpo_beta=beta))
+        assert metrics["weight"].item() < 2  # no weight was at its limit of 1, which this trl no longer has
+    else:
+        chosen = config(dpo_beta=beta, dpo_alpha=0.0, dpo_loss=name, dpo_label_smoothing=eps)
+        ours, _ = step_loss(LOSSES["dpo"], head, hidden, batch, chosen)
+    same_as(ours / 2, other, head, hidden)
+
+
+def test_trl_agrees_about_kto():
+    """As above, for two good and two bad answers and a divergence above 0."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    method = getattr(trl.KTOTrainer, "_compute_loss", None)
+    if method is None:
+        pytest.skip("this trl computes the loss of KTO elsewhere")
+    beta, weights = 0.3, (1.3, 0.6)
+    head, hidden, batch, inputs, logits, base = trl_batch()
+    made = Trainer(beta=beta, loss_type="kto", desirable_weight=weights[0], undesirable_weight=weights[1])
+    made.precompute_ref_logps = made.calculate_KL = True
+    inputs |= {"label": torch.tensor([1, 1, 0, 0]), "ref_logps": base, "ref_KL_logps": torch.full((4,), -3.0)}
+    made._compute_kl_logps = lambda model, batch: torch.full((4,), -1.5)
+    other = method(made, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    rated = {"good": torch.tensor([True, False, True, False]), "good_total": 2.0, "kl": torch.tensor(1.5)}
+    batch = SimpleNamespace(**vars(batch) | rated | {"reference": batch.reference.flatten(), "total": 4.0})
+    settings = config(kto_beta=beta, kto_desirable_weight=weights[0], kto_undesirable_weight=weights[1])
+    ours, metrics = step_loss(LOSSES["kto"], head, hidden, batch, settings)
+    same_as(ours / 4, other, head, hidden)
+    found = {name: metrics[name].item() / 4 for name in ("chosen_reward", "reject_reward")}
+    theirs = made._metrics["train"]
+    assert found == pytest.approx({k: theirs[f"rewards/{k[:6]}{'ed' * (k[0] == 'r')}"][0] for k in found})
+
+
+def test_trl_agrees_about_orpo():
+    """The odds ratio of the same mean log-probabilities."""
+    orpo = pytest.importorskip("trl.experimental.orpo", reason="trl is not installed, or has no ORPO")
+    chosen, reject = (-torch.rand(4) * 3 - 0.1 for _ in range(2))
+    other = orpo.ORPOTrainer.odds_ratio_loss(Trainer(beta=0.3), chosen, reject)[0].sum()
+    ones = torch.ones(4)
+    _, metrics = LOSSES["orpo"](PairScores(chosen, reject, ones, ones), None, orpo_alpha=0.3)
+    torch.testing.assert_close(-0.3 * metrics["odds"], other, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 from src.data.h5 import holds_pairs, open_h5
 from src.data.pair_rows import is_pair_record
 from src.data.pairs import PAIR_FORMATS, open_pairs, pair_type
+from src.data.rated import is_rated, is_rated_record, open_rated, taken_apart
 from src.data.report import DataReport
 from src.data.rows import read_jsonl
 from src.data.text import TEXT_FORMATS, open_slices, open_text, text_type
@@ -16,7 +17,17 @@ FORMATS: dict[str, str] = {
     for name in (*TEXT_FORMATS, *PAIR_FORMATS)
 }
 
-__all__ = ["FORMATS", "kind_of", "open_h5", "open_pairs", "open_slices", "open_text"]
+__all__ = [
+    "FORMATS",
+    "is_rated",
+    "kind_of",
+    "open_h5",
+    "open_pairs",
+    "open_rated",
+    "open_slices",
+    "open_text",
+    "taken_apart",
+]
 
 
 def kind_of(path: str | os.PathLike, data_type: str = "") -> str:
@@ -34,5 +45,5 @@ def kind_of(path: str | os.PathLike, data_type: str = "") -> str:
     if text_type(path, data_type) != "jsonl":
         return "text"
     for _, record in read_jsonl(path, DataReport(str(path), skip_bad=True)):
-        return "pairs" if is_pair_record(record) else "text"
+        return "pairs" if is_pair_record(record) or is_rated_record(record) else "text"
     return "text"

@@ -71,11 +71,24 @@ class PairExample:
     reference: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class RatedExample(PairExample):
+    """One answer, `chosen`, that is good or bad; `reject` is the answer to another prompt, from which KTO estimates its
+    divergence. `reference`: summed log-probabilities of both after this prompt."""
+
+    good: bool = True
+
+
 class _Movable:
     def to(self, device: torch.device | str) -> Self:
-        """The batch with every tensor on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+        """The batch with every tensor on `device`, those of batches inside it too."""
+
+        def moved(value: object) -> object:
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            return value.to(device) if isinstance(value, torch.Tensor | _Movable) else value
+
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,7 @@ class PairBatch(_Movable):
             without its own last. targets: (A,) the answers. starts: (2n+1,).
         reference: (n, 2) float32 summed log-probabilities (chosen, reject), or None when any pair lacks them.
         total: pairs of the whole optimizer step, over micro-batches and ranks.
+        general: general text that the same step learns, or None.
     """
 
     prompts: torch.Tensor
@@ -118,6 +132,24 @@ class PairBatch(_Movable):
     starts: torch.Tensor
     reference: torch.Tensor | None
     total: float
+    general: TextBatch | None = None
+
+
+@dataclass(frozen=True)
+class RatedBatch(PairBatch):
+    """As PairBatch, with one answer to each prompt: starts (n+1,), reference (n,).
+
+    Attributes:
+        good: (n,) bool, the label of each answer.
+        good_total: good answers of the whole optimizer step (`total`: all of them).
+        others: in the first micro-batch of a step, answers to other prompts, for all of this rank's micro-batches.
+        kl: () the divergence estimated from them, once it is known.
+    """
+
+    good: torch.Tensor | None = None
+    good_total: float = 0.0
+    others: tuple[PairBatch, ...] = ()
+    kl: torch.Tensor | None = None
 
 
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
@@ -192,26 +224,68 @@ def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> P
     for example in examples:
         if not (example.prompt and example.chosen and example.reject):
             raise ValueError("a preference pair needs a prompt and two answers of at least one token")
-    prompts = [e.prompt[:-1] for e in examples]
-    inputs, targets = [], []
-    for e in examples:
-        for answer in (e.chosen, e.reject):
-            inputs.append([e.prompt[-1], *answer[:-1]])
-            targets.append(answer)
     known = bool(examples) and all(e.reference is not None for e in examples)
     return PairBatch(
-        prompts=_flat(prompts),
-        prompt_starts=_starts([len(p) for p in prompts]),
-        answers=_flat(inputs),
-        targets=_flat(targets),
-        starts=_starts([len(t) for t in targets]),
+        **_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
         reference=torch.tensor([e.reference for e in examples], dtype=torch.float32) if known else None,
         total=float(len(examples) if total is None else total),
     )
 
 
+def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
+    """Token tensors of prompts that each run once and of their answers, equally many for each prompt."""
+    inputs = [[prompt[-1], *answer[:-1]] for prompt, some in zip(prompts, answers) for answer in some]
+    targets = [answer for some in answers for answer in some]
+    return {
+        "prompts": _flat([prompt[:-1] for prompt in prompts]),
+        "prompt_starts": _starts([len(prompt) - 1 for prompt in prompts]),
+        "answers": _flat(inputs),
+        "targets": _flat(targets),
+        "starts": _starts([len(answer) for answer in targets]),
+    }
+
+
+def _rated_column(examples: Sequence[RatedExample], column: int) -> torch.Tensor | None:
+    """(n,) float32 reference scores of the answers (column 0) or of those to other prompts (1); None if one lacks."""
+    if any(e.reference is None for e in examples):
+        return None
+    return torch.tensor([e.reference[column] for e in examples], dtype=torch.float32)
+
+
+def pack_rated(
+    examples: Sequence[RatedExample],
+    total: float | None = None,
+    good_total: float | None = None,
+    others: Sequence[Sequence[RatedExample]] = (),
+) -> RatedBatch:
+    """Packs rated answers; `total` and `good_total` count the step's, the batch's own when None.
+
+    Args:
+        others: the examples of each micro-batch of the step, whose answers to other prompts go along.
+    """
+    good = [e.good for e in examples]
+    rest = (
+        PairBatch(
+            **_forked([e.prompt for e in some], [(e.reject,) for e in some]),
+            reference=_rated_column(some, 1),
+            total=float(len(some)),
+        )
+        for some in others
+    )
+    return RatedBatch(
+        **_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
+        reference=_rated_column(examples, 0),
+        total=float(len(examples) if total is None else total),
+        good=torch.tensor(good),
+        good_total=float(sum(good) if good_total is None else good_total),
+        others=tuple(rest),
+    )
+
+
 def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> TextBatch | PairBatch:
-    """Packs examples of either kind (one kind at a time)."""
+    """Packs examples of any kind (one kind at a time)."""
+    if isinstance(examples[0], RatedExample):
+        return pack_rated(examples, total)
     if isinstance(examples[0], PairExample):
         return pack_pairs(examples, total)
     return pack_texts(examples, total)

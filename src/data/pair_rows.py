@@ -1,7 +1,7 @@
 """Preference pairs as text: a conversation and two answers, from CSV, JSONL or parquet rows."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from src.data.templates import ROLES, Turn, normalise
 
 _PROMPT = ("prompt", "question")
 _REJECT = ("reject", "rejected")
+_SCORES = ("score_chosen", "chosen_score"), ("score_rejected", "rejected_score", "score_reject")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def messages_to_turns(messages: list, name: str) -> list[Turn]:
     return turns
 
 
-def _answer(value: object, name: str, need: bool) -> tuple[list[Turn], str]:
+def answer_of(value: object, name: str, need: bool) -> tuple[list[Turn], str]:
     """(turns before the answer, the answer) of a text or of a list of messages whose last is the assistant's."""
     if isinstance(value, list):
         turns = messages_to_turns(value, name)
@@ -81,7 +82,8 @@ def _first(record: dict, names: tuple[str, ...]) -> object:
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def _prompt(record: dict) -> list[Turn]:
+def prompt_of(record: dict) -> list[Turn]:
+    """The turns under prompt or question; RowError when they are neither text nor messages."""
     value = _first(record, _PROMPT)
     if isinstance(value, list):
         turns = messages_to_turns(value, "prompt")
@@ -95,37 +97,84 @@ def _prompt(record: dict) -> list[Turn]:
 
 def to_pair(record: dict, where: str, need_reject: bool = True) -> RawPair:
     """One row as a pair; RowError when a part is missing or empty, or the two answers are the same."""
-    before, chosen = _answer(record.get("chosen"), "chosen", True)
-    other, reject = _answer(_first(record, _REJECT), "reject", need_reject)
+    before, chosen = answer_of(record.get("chosen"), "chosen", True)
+    other, reject = answer_of(_first(record, _REJECT), "reject", need_reject)
     if before and other and before != other:
         raise RowError("chosen and reject answer different conversations", "different conversations")
-    turns = before or other or _prompt(record)  # message lists hold the whole conversation, prompt only a copy of it
-    if not any(role == "user" for role, _ in turns):
-        raise RowError("the prompt is empty", "empty prompt")
-    system = record.get("system")
-    if isinstance(system, str) and normalise(system) and turns[0][0] != "system":
-        turns = [("system", normalise(system)), *turns]
+    turns = before or other or prompt_of(record)  # message lists hold the whole conversation, prompt only a copy of it
+    turns = with_system(record, turns)
+    check_text([*turns, ("assistant", chosen), ("assistant", reject)])
     if chosen == reject:
         raise RowError("chosen and reject are identical", "identical answers")
     return RawPair(tuple(turns), chosen, reject, where)
 
 
-def read_pairs(path: str | os.PathLike, report: DataReport, need_reject: bool = True) -> Iterator[RawPair]:
+def with_system(record: dict, turns: list[Turn]) -> list[Turn]:
+    """The turns with the optional column `system` in front; RowError when no user speaks in them."""
+    if not any(role == "user" for role, _ in turns):
+        raise RowError("the prompt is empty", "empty prompt")
+    system = record.get("system")
+    if isinstance(system, str) and normalise(system) and turns[0][0] != "system":
+        turns = [("system", normalise(system)), *turns]
+    return turns
+
+
+def check_text(turns: Sequence[Turn]) -> None:
+    """RowError for a NUL byte: it is text for no model, and usually a file of another encoding."""
+    for role, text in turns:
+        if "\0" in text:
+            raise RowError(f"a text of the {role} holds a NUL byte: is the file UTF-16, or binary?", "NUL byte")
+
+
+def _score(record: dict, names: tuple[str, ...]) -> float | None:
+    value = _first(record, names)
+    try:
+        return None if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _tie(record: dict, report: DataReport, drop: bool) -> bool:
+    """Whether to leave out a row whose answers were scored the same; odd scores are remarked."""
+    chosen, reject = (_score(record, names) for names in _SCORES)
+    if chosen is None or reject is None or chosen > reject:
+        return False
+    if chosen < reject:
+        report.remarked["score the rejected answer higher than the chosen one"] += 1
+    elif drop:
+        report.skip("tie: both answers have the same score")
+        return True
+    else:
+        report.remarked["have the same score for both answers (--drop_ties 1 leaves them out)"] += 1
+    return False
+
+
+def read_pairs(
+    path: str | os.PathLike, report: DataReport, need_reject: bool = True, drop_ties: bool = False
+) -> Iterator[RawPair]:
     """Pairs of a CSV, JSONL or parquet file, normalised and checked.
 
     Args:
         report: counts rows and skips; its `skip_bad` decides between an error and a counted skip.
         need_reject: False lets the column or a cell of `reject` be absent (then it is an empty string).
+        drop_ties: rows whose answers have the same score (score_chosen, score_rejected) are left out and counted.
 
     Raises:
         ValueError: with file, line and what is wrong.
     """
+    seen: set[int] = set()
     for where, record in _rows(path, report, need_reject):
         try:
             pair = to_pair(record, where, need_reject)
         except RowError as error:
             report.bad(where, error)
             continue
+        if _tie(record, report, drop_ties):
+            continue
+        key, swapped = hash((pair.turns, pair.chosen, pair.reject)), hash((pair.turns, pair.reject, pair.chosen))
+        report.remarked["repeat another one"] += key in seen
+        report.remarked["say the opposite of another one"] += swapped in seen
+        seen.add(key)
         yield pair
 
 

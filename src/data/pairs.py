@@ -6,12 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from src.data.batch import PairExample
+from src.data.batch import PairExample, RatedExample
 from src.data.pair_h5 import read_pair_h5
 from src.data.pair_rows import RawPair, read_pairs
 from src.data.pair_save import read_save, read_sidecar
 from src.data.report import DataReport, RowError
-from src.data.templates import Form, check_template, draw_form
+from src.data.templates import Form, Turn, check_template, draw_form
 from src.data.tokenizer import Tokenizer
 from src.files import check_readable
 
@@ -55,11 +55,16 @@ class Pairs(Sequence[PairExample]):
     def with_reference(self, sums: Sequence[Sequence[float]]) -> "Pairs":
         """The same pairs with `sums` (n, 2), summed log-probabilities of (chosen, reject), as reference scores."""
         assert len(sums) == len(self)
-        new = object.__new__(Pairs)
+        new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         scored = zip(self._pairs, sums)
         new._pairs = [dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored]
         return new
+
+
+def cut_prompt(prompt: list[int], max_len: int) -> list[int]:
+    """A prompt keeps its end, with the cue for the answer."""
+    return prompt[-max_len:]
 
 
 def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample:
@@ -71,7 +76,7 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     """
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
-    cut = PairExample(pair.prompt[-max_len:], pair.chosen[:max_len], pair.reject[:max_len])
+    cut = PairExample(cut_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len])
     if cut.chosen == cut.reject:
         raise RowError(
             f"chosen and reject do not differ in their first {max_len} tokens (--rlhf_max_corpus_len)",
@@ -87,9 +92,9 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
 
 def tokenise_pair(pair: RawPair, form: Form, tokenizer: Tokenizer) -> PairExample:
     """Token ids of a pair under one form; prompt and answers are tokenised apart, as sampling meets them."""
-    texts = [pair.chosen, pair.reject]
-    chosen, reject = ([*tokenizer.encode(text), *form.end_ids] for text in form.answers(texts))
-    return PairExample(tokenizer.encode(form.prompt(pair.turns, texts)), chosen, reject)
+    prompt, answers = form.written(pair.turns, [pair.chosen, pair.reject])
+    chosen, reject = ([*tokenizer.encode(text), *form.end_ids] for text in answers)
+    return PairExample(tokenizer.encode(prompt), chosen, reject)
 
 
 def pair_records(
@@ -101,6 +106,7 @@ def pair_records(
     seed: int = MIXED_SEED,
     skip_bad: bool = False,
     shuffle: bool | None = None,
+    drop_ties: bool = False,
 ) -> tuple[list[PairExample], DataReport]:
     """Tokenised pairs of a CSV, JSONL or parquet file.
 
@@ -114,12 +120,38 @@ def pair_records(
     Raises:
         ValueError: with file and line for a row that cannot be used; a count below 1; no usable row.
     """
+    report = DataReport(str(path), skip_bad=skip_bad)
+    rows = _read(path, report, template, count, drop_ties)
+    rng = random.Random(seed)
+    pairs = _cycled(rows, count, template, rng, tokenizer, max_len, report)
+    if shuffle or (shuffle is None and count is not None):
+        rng.shuffle(pairs)
+    _count(pairs, report)
+    return pairs, report
+
+
+def _read(
+    path: str | os.PathLike, report: DataReport, template: str, count: int | None, drop_ties: bool
+) -> list[RawPair]:
     check_template(template)
     if count is not None and count < 1:
         raise ValueError(f"--target_pair_count {count}: must be at least 1")
-    report = DataReport(str(path), skip_bad=skip_bad)
-    rows = list(read_pairs(path, report))
-    rng = random.Random(seed)
+    rows = list(read_pairs(path, report, drop_ties=drop_ties))
+    if count is not None and count < len(rows):
+        report.notice(f"{path}: {len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}")
+    return rows
+
+
+def _cycled(
+    rows: Sequence[RawPair],
+    count: int | None,
+    template: str,
+    rng: random.Random,
+    tokenizer: Tokenizer,
+    max_len: int,
+    report: DataReport,
+) -> list[PairExample]:
+    """Pairs of the rows, again and again until there are `count` (None: each row once); every cycle draws its forms."""
     wanted = len(rows) if count is None else count
     made: dict[tuple[int, Form], PairExample | None] = {}
     pairs: list[PairExample] = []
@@ -133,12 +165,49 @@ def pair_records(
                 pairs.append(made[at, form])
         if count is None or len(pairs) == before:
             break
-    if count is not None and count < len(rows):
-        report.notice(f"{path}: {len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}")
-    if shuffle or (shuffle is None and count is not None):
-        rng.shuffle(pairs)
-    _count(pairs, report)
-    return pairs, report
+    return pairs
+
+
+def split_records(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    shares: Sequence[float],
+    template: str = "world",
+    count: int | None = None,
+    max_len: int = 0,
+    seed: int = MIXED_SEED,
+    skip_bad: bool = False,
+    drop_ties: bool = False,
+) -> tuple[list[list[PairExample]], DataReport]:
+    """As `pair_records`, in parts of these shares (train first); rows of one conversation stay in one part.
+
+    Of `count` pairs each part has its share; only the first part cycles its rows to reach it.
+    Raises ValueError when a part would be empty.
+    """
+    report = DataReport(str(path), skip_bad=skip_bad)
+    rows = _read(path, report, template, count, drop_ties)
+    rng = random.Random(seed)
+    groups: dict[tuple[Turn, ...], list[RawPair]] = {}
+    for row in rows if count is None else rows[:count]:
+        groups.setdefault(row.turns, []).append(row)
+    order = list(groups.values())
+    rng.shuffle(order)
+    total = sum(map(len, order))
+    parts: list[list[PairExample]] = []
+    for share in shares[:0:-1]:  # the held-out parts first, from the end
+        some: list[RawPair] = []
+        while len(order) > 1 and (not some or len(some) + len(order[-1]) <= share * total):
+            some += order.pop()
+        parts.insert(0, _cycled(some, None, template, rng, tokenizer, max_len, report))
+    rest = [row for group in order for row in group]
+    wanted = None if count is None else max(1, round(count * shares[0]))
+    train = _cycled(rest, wanted, template, rng, tokenizer, max_len, report)
+    rng.shuffle(train)
+    parts.insert(0, train)
+    if not all(parts):
+        raise ValueError(f"--split: {path} has {len(groups)} usable prompts, too few for {len(shares)} parts")
+    _count([pair for part in parts for pair in part], report)
+    return parts, report
 
 
 def _count(pairs: Sequence[PairExample], report: DataReport) -> None:
@@ -146,7 +215,12 @@ def _count(pairs: Sequence[PairExample], report: DataReport) -> None:
     if not pairs:
         raise ValueError(f"{report.source}: holds no usable preference pair ({report.rows} rows read)")
     report.examples = report.trained = len(pairs)
-    report.lengths = [len(p.prompt) + max(len(p.chosen), len(p.reject)) for p in pairs]
+    report.lengths = [len(p.prompt) + longest_answer(p) for p in pairs]
+
+
+def longest_answer(pair: PairExample) -> int:
+    """Tokens of the longer answer; of a rated answer, its own."""
+    return len(pair.chosen) if isinstance(pair, RatedExample) else max(len(pair.chosen), len(pair.reject))
 
 
 def _usable(row: RawPair, form: Form, tokenizer: Tokenizer, max_len: int, report: DataReport) -> PairExample | None:
@@ -182,9 +256,15 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
 
 
 def _from_rows(
-    path: str | os.PathLike, tokenizer: Tokenizer, max_len: int, skip_bad: bool, template: str, seed: int
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    max_len: int,
+    skip_bad: bool,
+    template: str,
+    seed: int,
+    drop_ties: bool,
 ) -> Opened:
-    return *pair_records(path, tokenizer, template, None, max_len, seed, skip_bad), None
+    return *pair_records(path, tokenizer, template, None, max_len, seed, skip_bad, drop_ties=drop_ties), None
 
 
 # data type (and suffix) -> opener
@@ -217,6 +297,7 @@ def open_pairs(
     ctx_len: int = 0,
     seed: int = MIXED_SEED,
     skip_bad: bool = False,
+    drop_ties: bool = False,
 ) -> Pairs:
     """Preference pairs from any file that holds them, by its suffix.
 
@@ -231,6 +312,6 @@ def open_pairs(
     if not kind:
         raise ValueError(f"{path}: not a file of preference pairs; one of .{', .'.join(PAIR_FORMATS)}")
     pairs, report, sidecar = PAIR_FORMATS[kind](
-        path, tokenizer=tokenizer, max_len=max_len, skip_bad=skip_bad, template=template, seed=seed
+        path, tokenizer=tokenizer, max_len=max_len, skip_bad=skip_bad, template=template, seed=seed, drop_ties=drop_ties
     )
     return Pairs(pairs, report, ctx_len, sidecar)

@@ -21,22 +21,26 @@ class DataReport:
 
     Attributes:
         source: the file's name as the user gave it.
+        skip_bad: bad rows are counted instead of raised. quiet: without a warning for the first of them.
         rows: rows (documents, records) found in the file.
         examples: examples that training can draw from.
         trained: trained target tokens (text) or pairs.
         skipped: reason -> rows left out.
         truncated: part (prompt, chosen, reject) -> rows cut to the cap.
+        remarked: what is odd about rows that were kept ("repeat another one") -> rows.
         lengths: tokens of each row that was kept (a pair: prompt plus its longer answer), after cutting.
         notices: sentences for the user, each said once.
     """
 
     source: str
     skip_bad: bool = False
+    quiet: bool = False
     rows: int = 0
     examples: int = 0
     trained: int = 0
     skipped: Counter = field(default_factory=Counter)
     truncated: Counter = field(default_factory=Counter)
+    remarked: Counter = field(default_factory=Counter)
     lengths: list[int] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -45,7 +49,7 @@ class DataReport:
         if not self.skip_bad:
             raise ValueError(f"{where}: {error}; correct it, or leave such rows out with --skip_bad 1") from error
         self.skip(error.reason)
-        if self.skipped.total() <= 5:
+        if self.skipped.total() <= 5 and not self.quiet:
             log.warning("skipped %s: %s", where, error)
 
     def skip(self, reason: str) -> None:
@@ -73,7 +77,8 @@ class DataReport:
             out.append(f"  lengths: {min(self.lengths)} to {max(self.lengths)} tokens, mean {mean:.1f}")
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
-        return out + [f"  {part} cut in {count} rows" for part, count in self.truncated.items()]
+        out += [f"  {part} cut in {count} rows" for part, count in self.truncated.items() if count]
+        return out + [f"  {count} rows {what}" for what, count in self.remarked.items() if count]
 
     def as_dict(self) -> dict:
         """Counts for a log: builtins only."""
@@ -84,6 +89,7 @@ class DataReport:
             "trained": self.trained,
             "skipped": dict(self.skipped),
             "truncated": dict(self.truncated),
+            "remarked": dict(self.remarked),
             "longest": max(self.lengths, default=0),
             "notices": list(self.notices),
         }

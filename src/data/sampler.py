@@ -6,11 +6,22 @@ was not, and on any number of ranks the positions are shared out without overlap
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from src.data.batch import PairBatch, PairExample, TextBatch, TextExample, pack
+from src.data.batch import (
+    PairBatch,
+    PairExample,
+    RatedBatch,
+    RatedExample,
+    TextBatch,
+    TextExample,
+    pack,
+    pack_rated,
+)
 from src.data.joined import Growing, shortened
 
 
@@ -218,4 +229,35 @@ class Steps:
         """The k-th micro-batch of this rank, counted from the very start of training."""
         step = k // self.accumulate
         examples = [part for index in self.indices(k) for part in self._sample(index, step)]
+        if isinstance(examples[0], RatedExample):
+            return self._rated(k, examples)
         return pack(examples, self.step_total(step))
+
+    def _rated(self, k: int, examples: Sequence[RatedExample]) -> RatedBatch:
+        """Rated answers; the step's first micro-batch carries what the whole step's divergence is estimated from."""
+        step, part = divmod(k, self.accumulate)
+        size = self.samples_per_step
+        good = sum(self.examples[self.order(position)].good for position in range(step * size, (step + 1) * size))
+        mine = range(k, k + self.accumulate) if part == 0 else ()
+        others = [[self.examples[index] for index in self.indices(one)] for one in mine]
+        return pack_rated(examples, self.step_total(step), good, others)
+
+
+class MixedSteps:
+    """Pairs and, in the same micro-batches, general text; each keeps its own order and total.
+
+    Args:
+        pairs, general: with equal micro_bsz, accumulate, rank and world.
+    """
+
+    def __init__(self, pairs: Steps, general: Steps):
+        self.pairs, self.general = pairs, general
+        self.examples, self.samples_per_step = pairs.examples, pairs.samples_per_step
+
+    def indices(self, k: int) -> list[int]:
+        """Indices of the pairs in micro-batch k."""
+        return self.pairs.indices(k)
+
+    def micro_batch(self, k: int) -> PairBatch:
+        """The k-th micro-batch: pairs, with text under `general`."""
+        return replace(self.pairs.micro_batch(k), general=self.general.micro_batch(k))

@@ -6,11 +6,12 @@ A turn is (role, text) with role `system`, `user` or `assistant`. The tradition 
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 Turn = tuple[str, str]
 ROLES = ("system", "user", "assistant")
+FILES = (".jinja", ".jinja2", ".j2", ".json")  # what --template may name beside the built-in ones
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 _THINK = "<think>"
 
@@ -32,6 +33,7 @@ class Form:
         end: text that closes an answer.
         end_ids: token ids after that text (plain text has no mark of its own, so it takes the end of document, 0).
         think: answers follow the g1 models' think or no-think cue.
+        whole: a turn's text depends on the turns around it, so a conversation must be written as one.
     """
 
     user: str = "User"
@@ -40,6 +42,7 @@ class Form:
     end: str = "\n\n"
     end_ids: tuple[int, ...] = ()
     think: bool = False
+    whole: bool = False
 
     def _turn(self, role: str, text: str) -> str:
         name = {"user": self.user, "assistant": self.assistant, "system": self.system}[role]
@@ -73,6 +76,24 @@ class Form:
         lead = ">\n" if cue else " "
         return [lead + answer + self.end for answer in answers]
 
+    def written(self, turns: Sequence[Turn], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """The prompt and the answers that follow it."""
+        return self.prompt(turns, answers), self.answers(answers)
+
+    def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+        """A chat as pieces of text, each tokenised apart: (text, whether it is an answer of the assistant)."""
+        waiting: list[Turn] = []
+        for role, text in turns:
+            if role != "assistant":
+                waiting.append((role, text))
+                continue
+            prompt, (answer,) = self.written(waiting, [text])
+            yield prompt, False
+            yield answer, True
+            waiting = []
+        if waiting:
+            yield self.history(waiting), False
+
 
 WORLD = Form()
 PLAIN = Form(user="", assistant="", system="", end="", end_ids=(0,))
@@ -90,16 +111,31 @@ TEMPLATES: dict[str, tuple[tuple[float, Form], ...]] = {
 }
 
 
+def forms_of(name: str) -> tuple[tuple[float, Form], ...]:
+    """(share, form) pairs of a template: a name of TEMPLATES, or a file (.jinja, tokenizer_config.json).
+
+    Raises ValueError that lists the legal names, or says what is wrong with the file.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name.lower().endswith(FILES):
+        from src.data.chat_template import load_chat_template  # it builds on Form
+
+        return ((1.0, load_chat_template(name)),)
+    raise ValueError(
+        f"--template {name} is not known; one of {', '.join(TEMPLATES)}, or a chat template ({', '.join(FILES)})"
+    )
+
+
 def check_template(name: str) -> str:
-    """`name` itself; ValueError that lists the legal names otherwise."""
-    if name not in TEMPLATES:
-        raise ValueError(f"--template {name} is not known; one of {', '.join(TEMPLATES)}")
+    """`name` itself; ValueError when `forms_of` does not know it."""
+    forms_of(name)
     return name
 
 
 def draw_form(name: str, rng: random.Random) -> Form:
     """The form for one row; `mixed` draws 80/10/10, one draw a row, from `rng` (the tradition's seed is 100)."""
-    forms = TEMPLATES[check_template(name)]
+    forms = forms_of(name)
     if len(forms) == 1:
         return forms[0][1]
     point = rng.random()

@@ -100,22 +100,13 @@ def tokenise_chat(turns: list[Turn], form: Form, tokenizer: Tokenizer, train_on_
     """
     ids: list[int] = []
     mask: list[bool] = []
-
-    def add(text: str, trained: bool, end: tuple[int, ...] = ()) -> None:
-        new = [*tokenizer.encode(text), *end]
+    pieces = list(form.pieces(turns))
+    if pieces and not pieces[-1][1] and not train_on_prompt:
+        pieces.pop()  # turns that nobody answered teach nothing
+    for text, answer in pieces:
+        new = [*tokenizer.encode(text), *(form.end_ids if answer else ())]
         ids.extend(new)
-        mask.extend([trained] * len(new))
-
-    waiting: list[Turn] = []
-    for role, text in turns:
-        if role != "assistant":
-            waiting.append((role, text))
-            continue
-        add(form.prompt(waiting, [text]), train_on_prompt)
-        add(form.answers([text])[0], True, form.end_ids)
-        waiting = []
-    if waiting and train_on_prompt:
-        add(form.history(waiting), True)
+        mask.extend([answer or train_on_prompt] * len(new))
     return ids, None if train_on_prompt else mask
 
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from src.losses.cpo import CPO
 from src.losses.distill import Distillation
 from src.losses.dpo import DPO
 from src.losses.kinds import Loss
+from src.losses.kto import KTO
 from src.losses.orpo import ORPO
 from src.losses.sft import SFT
+from src.losses.simpo import SimPO
+from src.losses.wpo import WPO
 
 # By the name of the setting `loss`; "" is next-token training on plain text.
 LOSSES: dict[str, Loss] = {
@@ -20,6 +24,10 @@ LOSSES: dict[str, Loss] = {
     "distillation": Distillation(),
     "dpo": DPO(),
     "orpo": ORPO(),
+    "simpo": SimPO(),
+    "cpo": CPO(),
+    "kto": KTO(),
+    "wpo": WPO(),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from src.losses.pairs import pair_scores, segment_sums
+from src.losses.pairs import log_weights, pair_scores, segment_sums
 from src.losses.tokens import IGNORE, L2WRAP, TokenScores, gathered_scores, token_scores
 
 Metrics = dict[str, Tensor]
@@ -21,9 +21,10 @@ class Loss:
     """A loss as the training loop sees it.
 
     Attributes:
-        kind: "text" (sums over trained tokens) or "pairs" (sums over pairs).
+        kind: "text" (sums over trained tokens), "pairs" (sums over pairs) or "rated" (sums over single answers).
         needs_reference: whether the batch must carry the reference's log-probabilities.
         needs_teacher: whether the batch must carry a teacher's logits.
+        needs_weights: whether the scores of pairs must carry `log_weight`.
         l2wrap: whether the penalty on large logits is on unless the user says otherwise.
         settings: names of the settings that `__call__` takes as keywords.
     """
@@ -31,6 +32,7 @@ class Loss:
     kind: ClassVar[str]
     needs_reference: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
     l2wrap: ClassVar[bool] = False
     settings: ClassVar[tuple[str, ...]] = ()
 
@@ -62,6 +64,13 @@ class Loss:
             scores = token_scores(head, hidden, batch.targets, chunk=chunk, **self.wants(l2wrap=l2wrap, **settings))
         return self.from_scores(scores, batch, l2wrap=l2wrap, **settings)
 
+    @staticmethod
+    def penalty(max_logit: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+        """L2Wrap summed over segments: the mean of each one's trained positions; `starts` are the segments'."""
+        squares = segment_sums(max_logit.square(), starts)
+        counts = segment_sums((targets != IGNORE).to(squares.dtype), starts)
+        return (L2WRAP * squares / counts.clamp_min(1)).sum()
+
 
 class TextLoss(Loss):
     """A sum over the trained tokens of packed text; `__call__` takes `TokenScores`."""
@@ -85,12 +94,16 @@ class PairLoss(Loss):
 
     kind = "pairs"
 
+    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+        return {"want_max": l2wrap, "want_square": self.needs_weights}
+
     def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
         pairs = pair_scores(scores.logp, batch.targets, batch.starts)
+        if self.needs_weights:
+            excess = scores.logp.detach() - scores.log_square
+            pairs = pairs._replace(log_weight=log_weights(excess, batch.targets, batch.starts))
         value, metrics = self(pairs, batch, **settings)
         if l2wrap:
-            squares = segment_sums(scores.max_logit.square(), batch.starts[::2])
-            counts = segment_sums((batch.targets != IGNORE).to(squares.dtype), batch.starts[::2])
-            penalty = (L2WRAP * squares / counts.clamp_min(1)).sum()
+            penalty = self.penalty(scores.max_logit, batch.targets, batch.starts[::2])
             value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
         return value, metrics

@@ -14,12 +14,16 @@ TIE = 1e-6  # a margin below this is none: an untrained adapter shows an accurac
 
 
 class PairScores(NamedTuple):
-    """Summed log-probabilities of both answers of each pair, (n,) float32, and their token counts, (n,) int64."""
+    """Summed log-probabilities of both answers of each pair, (n,) float32, and their token counts, (n,) int64.
+
+    `log_weight` (n,): where a loss asks for it, how much both answers look like the policy's own (see `wpo.py`).
+    """
 
     chosen_sum: Tensor
     reject_sum: Tensor
     chosen_count: Tensor
     reject_count: Tensor
+    log_weight: Tensor | None = None
 
     def chosen_mean(self) -> Tensor:
         """Mean log-probability of a token of the chosen answer, (n,); 0 for an answer without tokens."""
@@ -38,6 +42,14 @@ def pair_scores(logp: Tensor, targets: Tensor, starts: Tensor) -> PairScores:
     sums = segment_sums(logp, starts)
     counts = segment_sums((targets != IGNORE).double(), starts).long()
     return PairScores(sums[0::2], sums[1::2], counts[0::2], counts[1::2])
+
+
+def log_weights(excess: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
+    """(n,) sum over both answers of a pair of the mean over its tokens of `excess` (A,), 0 where not trained."""
+    sums = segment_sums(excess, starts)
+    counts = segment_sums((targets != IGNORE).to(excess.dtype), starts)
+    means = sums / counts.clamp_min(1)
+    return means[0::2] + means[1::2]
 
 
 def segment_sums(values: Tensor, starts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from src.losses.head import Product, open_head, random_state, replayed
+from src.losses.squares import log_squares
 from src.ops.logprob import row_grad_, row_stats
 
 IGNORE = -100
@@ -24,11 +25,12 @@ L2WRAP = 0.5e-4
 
 class TokenScores(NamedTuple):
     """Of each position, float32 (float64 of a float64 model), 0 where the target is IGNORE: log p(target) and, where
-    asked for, the mean over the vocabulary of log p and the largest logit."""
+    asked for, the mean over the vocabulary of log p, the largest logit, and log sum_v p(v)^2 (without gradient)."""
 
     logp: Tensor
     mean_logp: Tensor | None
     max_logit: Tensor | None
+    log_square: Tensor | None = None
 
 
 def token_scores(
@@ -39,6 +41,7 @@ def token_scores(
     chunk: int = CHUNK,
     want_mean: bool = False,
     want_max: bool = False,
+    want_square: bool = False,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C); differentiable.
 
@@ -47,8 +50,8 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     Raises ValueError for a target outside the vocabulary or a chunk below 1.
     """
-    found = _scores(head, hidden, targets, None, chunk)
-    return TokenScores(found[0], found[1] if want_mean else None, found[2] if want_max else None)
+    (logp, mean_logp, max_logit), square = _scores(head, hidden, targets, None, chunk, want_square)
+    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None, square)
 
 
 def gathered_scores(
@@ -60,18 +63,23 @@ def gathered_scores(
     looked at. Beside the logits of one chunk it costs K numbers a trained position. Raises as `token_scores`.
     """
     assert at.dim() == 2 and at.shape[:1] == targets.shape, (at.shape, targets.shape)
-    logp, mean_logp, max_logit, picked = _scores(head, hidden, targets, at, chunk)
+    (logp, mean_logp, max_logit, picked), _ = _scores(head, hidden, targets, at, chunk)
     return TokenScores(logp, mean_logp, max_logit), picked
 
 
-def _scores(head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor | None, chunk: int) -> list[Tensor]:
+def _scores(
+    head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor | None, chunk: int, want_square: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """What `_Scores` finds, spread over all positions, and log sum_v p(v)^2 if wanted."""
     rows, trained, wanted = _trained(hidden, targets, chunk)
     if at is not None and rows is not None:
         at = at[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
         found = _Scores.apply(head, chunk, wanted, at, trained, *params)
-    return [_spread(value, rows, targets) for value in found if value is not None]
+        square = log_squares(head, trained, chunk) if want_square else None
+    spread = [_spread(value, rows, targets) for value in found if value is not None]
+    return spread, None if square is None else _spread(square, rows, targets)
 
 
 def weighted_nll(

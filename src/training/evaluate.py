@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from src.losses.orpo import log_odds
 from src.losses.tokens import token_scores
 from src.model.rwkv import RWKV
 from src.training.forward import pair_sums, text_hidden
@@ -80,6 +81,21 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": count}
 
 
+def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
+    """Neighbouring pairs that are scored together, up to ROW tokens: always the same ones for the same pairs."""
+    row: list[PairExample] = []
+    held = 0
+    for pair in pairs:
+        size = len(pair.prompt) + len(pair.chosen) + len(pair.reject)
+        if row and held + size > ROW:
+            yield row
+            row, held = [], 0
+        row.append(pair)
+        held += size
+    if row:
+        yield row
+
+
 @torch.no_grad()
 def score_pairs(
     model: RWKV, pairs: Sequence[PairExample], chunk: int, progress: Any = None, length: int = 0
@@ -91,47 +107,71 @@ def score_pairs(
     """
     device = next(model.parameters()).device
     sums, counts = [], []
-    row: list[PairExample] = []
-    held = 0
-
-    def run() -> None:
-        if row:
-            scores = pair_sums(model, pack_pairs(row).to(device), chunk, length)
-            sums.append(torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu())
-            counts.append(torch.stack([scores.chosen_count, scores.reject_count], 1).cpu())
-            if progress is not None:
-                progress(len(row))
-
-    for pair in pairs:
-        size = len(pair.prompt) + len(pair.chosen) + len(pair.reject)
-        if row and held + size > ROW:
-            run()
-            row, held = [], 0
-        row.append(pair)
-        held += size
-    run()
+    for row in pair_rows(pairs):
+        scores = pair_sums(model, pack_pairs(row).to(device), chunk, length)
+        sums.append(torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu())
+        counts.append(torch.stack([scores.chosen_count, scores.reject_count], 1).cpu())
+        if progress is not None:
+            progress(len(row))
     return torch.cat(sums), torch.cat(counts)
 
 
-def pair_metrics(sums: Tensor, counts: Tensor, reference: Tensor | None) -> dict[str, Any]:
+def pair_metrics(sums: Tensor, counts: Tensor, reference: Tensor | None, beta: float = 1.0) -> dict[str, Any]:
     """What `--eval_only` prints of pairs, from (n, 2) sums and counts of (chosen, reject).
 
     loss is the token-weighted negative log-likelihood of the chosen answers; margin (nats, mean over pairs) and
-    accuracy are against `reference` (n, 2) if there is one; a margin of 0 counts one half.
+    accuracy are against `reference` (n, 2) if there is one; a margin of 0 counts one half. log_odds is ORPO's log odds
+    ratio of the mean log-probabilities. With a reference, chosen_reward and reject_reward are the implicit rewards
+    beta * (log policy - log reference), and raw_accuracy compares the answers without it.
     """
     margin = sums[:, 0] - sums[:, 1]
     if reference is not None:
         margin = margin - (reference[:, 0] - reference[:, 1])
     right = (margin > 0).float().masked_fill(margin.abs() < 1e-6, 0.5)
-    tokens = int(counts[:, 0].sum())
-    loss = -float(sums[:, 0].double().sum()) / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "tokens": tokens,
+    means = sums / counts.clamp_min(1)
+    found = likelihood(sums[:, 0], counts[:, 0]) | {
         "pairs": len(sums),
         "accuracy": float(right.mean()),
         "margin": float(margin.mean()),
         "chosen_logp": float(sums[:, 0].mean()),
         "reject_logp": float(sums[:, 1].mean()),
+        "log_odds": float((log_odds(means[:, 0]) - log_odds(means[:, 1])).mean()),
     }
+    if reference is not None:
+        chosen, reject = (beta * (sums - reference)).mean(0).tolist()
+        raw = float((sums[:, 0] > sums[:, 1]).float().mean())
+        found |= {"raw_accuracy": raw, "chosen_reward": chosen, "reject_reward": reject}
+    return found
+
+
+def rated_metrics(
+    sums: Tensor, counts: Tensor, good: Tensor, reference: Tensor | None, beta: float = 1.0
+) -> dict[str, Any]:
+    """As `pair_metrics` for rated answers: columns are the answer itself and the answer to another prompt.
+
+    loss is over the good answers. With a reference: kto_kl, KTO's estimate of KL(policy || reference) from the second
+    column; accuracy, the share of answers on their side of it; margin, the mean log-ratio to the reference of good
+    answers less that of bad ones, in nats.
+    """
+    found = likelihood(sums[good, 0], counts[good, 0]) | {"answers": len(sums)}
+    if reference is None:
+        return found
+    ratio, other = (sums - reference).unbind(1)
+    divergence = other.mean().clamp_min(0)
+    margin = torch.where(good, ratio - divergence, divergence - ratio)
+    right = (margin > 0).float().masked_fill(margin.abs() < 1e-6, 0.5)
+    means = [float(ratio[side].mean()) if bool(side.any()) else 0.0 for side in (good, ~good)]
+    return found | {
+        "accuracy": float(right.mean()),
+        "margin": means[0] - means[1],
+        "chosen_reward": beta * means[0],
+        "reject_reward": beta * means[1],
+        "kto_kl": float(divergence),
+    }
+
+
+def likelihood(sums: Tensor, counts: Tensor) -> dict[str, Any]:
+    """Token-weighted negative log-likelihood of answers, from (n,) sums and counts: loss, perplexity, tokens."""
+    tokens = int(counts.sum())
+    loss = -float(sums.double().sum()) / max(1, tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}

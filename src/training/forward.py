@@ -27,14 +27,14 @@ def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
 
 
 def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
-    """Prompts run once; each final state is forked to both answers -> hidden (A, C) of the answers.
+    """Prompts run once; each final state is forked to its answers (two, or one of a rated batch) -> hidden (A, C).
 
-    The gradient of both answers flows back through the fork into the prompt.
+    The gradient of every answer flows back through the fork into the prompt.
     """
     _, state = model(batch.prompts[None], None, batch.prompt_starts)
     if state is not None:
-        pairs = batch.prompt_starts.numel() - 1
-        state = state.index(torch.arange(pairs, device=batch.answers.device).repeat_interleave(2))
+        prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
+        state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
     hidden, _ = model(batch.answers[None], state, batch.starts)
     return hidden[0]
 
@@ -45,11 +45,12 @@ def batch_hidden(model: RWKV, batch: TextBatch | PairBatch) -> Tensor:
 
 
 def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
-    """The rows of a batch in pieces of at most `length` tokens; both answers begin from the end of their prompt."""
+    """The rows of a batch in pieces of at most `length` tokens; answers begin from the end of their prompt."""
     pieces = Pieces(length)
     if isinstance(batch, PairBatch):
         ends = pieces.add_row(batch.prompts, batch.prompt_starts, keep=True, scored=False)
-        pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(2)])
+        each = (batch.starts.numel() - 1) // len(ends)  # two answers to a prompt, or one
+        pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(each)])
     else:
         pieces.add_row(batch.tokens, batch.starts)
     return pieces
@@ -71,7 +72,7 @@ def long_scores(
     def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
         if at is not None:
             tokens, picked = gathered_scores(model.head, hidden, batch.targets[here], at[here], chunk=chunk)
-            return (*tokens, picked)
+            return (*tokens[:3], picked)
         scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **wants)
         return tuple(x for x in scores if x is not None)
 
@@ -80,8 +81,8 @@ def long_scores(
         return TokenScores(*scores[:3]), scores[3]
     found = iter(scores)
     logp = next(found)
-    mean = next(found) if wants.get("want_mean") else None
-    return TokenScores(logp, mean, next(found) if wants.get("want_max") else None)
+    asked = (wants.get(name) for name in ("want_mean", "want_max", "want_square"))  # in the order of the fields
+    return TokenScores(logp, *(next(found) if want else None for want in asked))
 
 
 def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: Any) -> tuple[Tensor, Metrics]:
@@ -100,10 +101,13 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
 
 
 @torch.no_grad()
-def pair_sums(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> PairScores:
-    """Summed log-probabilities of both answers of each pair, without a graph; in pieces of `length` tokens if not 0."""
+def answer_logp(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> Tensor:
+    """(A,) log-probabilities of the answers' tokens, without a graph; in pieces of `length` tokens if not 0."""
     if length:
-        scores = long_scores(model, batch, length, chunk=chunk, wants={})
-    else:
-        scores = token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk)
-    return pair_scores(scores.logp, batch.targets, batch.starts)
+        return long_scores(model, batch, length, chunk=chunk, wants={}).logp
+    return token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk).logp
+
+
+def pair_sums(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> PairScores:
+    """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
+    return pair_scores(answer_logp(model, batch, chunk, length), batch.targets, batch.starts)

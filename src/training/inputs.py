@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from src.config import Config
-from src.data import kind_of, open_h5, open_pairs, open_slices, open_text
-from src.data.batch import PairExample, TextExample
+from src.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
+from src.data.batch import PairExample, RatedExample, TextExample
 from src.data.h5 import H5Texts
 from src.data.joined import Growing, Joined
 from src.data.pairs import Pairs
 from src.data.progress import counted
 from src.data.report import DataReport
-from src.data.sampler import MagicPrime, Order, RandomSlices, Sequential, Shuffled, Steps, check_magic_prime
+from src.data.sampler import MagicPrime, MixedSteps, Order, RandomSlices, Sequential, Shuffled, Steps, check_magic_prime
 from src.data.split import Subset, split
 from src.data.text import Texts, text_type
 from src.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,11 +28,25 @@ from src.layers.placing import Layout
 from src.losses import LOSSES
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
-from src.training.evaluate import evaluate_text, evaluating, pair_metrics, score_pairs
+from src.training.divergence import Divergence
+from src.training.evaluate import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
 from src.training.reference import reference_scores
 from src.training.start import Start, device_of
 
 log = logging.getLogger(__name__)
+
+
+def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[str]:
+    """A sentence when the weights of good and bad answers are far from what KTO's paper advises."""
+    good = sum(rated[index].good for index in range(len(rated)))
+    bad = len(rated) - good
+    ratio = desirable * good / max(1e-9, undesirable * bad)
+    if bad and good and not 0.9 <= ratio <= 1.5:
+        yield (
+            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
+            f"{desirable * good / bad:.3g}"
+        )
 
 
 class Inputs:
@@ -51,16 +65,34 @@ class Inputs:
         return load_tokenizer(self.start.sizes.vocab_size, self.config.vocab_file or None)
 
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
+        """Preference pairs or rated answers, as the file has them."""
         c = self.config
-        pairs = open_pairs(
-            path,
-            self.tokenizer,
-            template=c.template,
-            max_len=c.rlhf_max_corpus_len if cap else 0,
-            ctx_len=c.ctx_len if cap else 0,
-            skip_bad=c.skip_bad,
-        )
+        options = {
+            "template": c.template,
+            "max_len": c.rlhf_max_corpus_len if cap else 0,
+            "ctx_len": c.ctx_len if cap else 0,
+            "skip_bad": c.skip_bad,
+        }
+        if is_rated(path):
+            pairs = open_rated(path, self.tokenizer, **options)
+        else:
+            pairs = open_pairs(path, self.tokenizer, drop_ties=c.drop_ties, **options)
         self.reports.append(pairs.report)
+        return pairs
+
+    def _training_pairs(self, score: bool) -> Pairs:
+        """--rlhf_train_file as the loss wants it, with reference scores if it needs them and `score`."""
+        c = self.config
+        pairs, kind = self._pairs(c.pair_file, cap=True), LOSSES[c.loss].kind
+        rated = isinstance(pairs[0], RatedExample)
+        if kind == "pairs" and rated:
+            raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
+        if kind == "rated":
+            pairs = pairs if rated else taken_apart(pairs)
+            for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
+                log.info(sentence)
+        if score and LOSSES[c.loss].needs_reference:
+            return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
         return pairs
 
     def _texts(self, path: str, *, cut: bool, data_type: str = "", teacher: bool = False) -> Texts | H5Texts:
@@ -76,32 +108,44 @@ class Inputs:
         self.reports.append(texts.report)
         return texts
 
-    def training(self, score: bool = True) -> Steps:
+    def training(self, score: bool = True) -> Steps | MixedSteps:
         """The training examples as optimizer steps; pairs with their reference scores if `score`."""
         c = self.config
-        if LOSSES[c.loss].kind == "pairs":
-            examples: Any = self._pairs(c.pair_file, cap=True)
-            if score and LOSSES[c.loss].needs_reference:
-                examples = examples.with_reference(self.reference(examples, c.trust_reference).tolist())
+        examples: Any
+        if LOSSES[c.loss].kind != "text":
+            examples = self._training_pairs(score)
             order = self._shuffled(len(examples))
-        elif text_type(c.data_file, c.data_type) == "binidx":
-            examples, order = self._corpus()
         else:
-            from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
-            examples = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
-            order = self._shuffled(len(examples))
-        for line in self.reports[-1].lines():
-            log.info(line)
+            examples, order = self._training_text()
+        self._say_report()
         if c.val_split > 0:
             if not isinstance(examples, Pairs | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        if c.infctx_dataset_multiplier > 1 or not c.reset_state:
+        if LOSSES[c.loss].kind == "text" and (c.infctx_dataset_multiplier > 1 or not c.reset_state):
             examples = self._joined(examples)
             order = self._shuffled(len(examples))
-        return Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing())
+        steps = Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing())
+        if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
+            return steps
+        text, order = self._training_text()
+        self._say_report()
+        return MixedSteps(steps, Steps(text, order, c.micro_bsz, c.accumulate_grad_batches))
+
+    def _training_text(self) -> tuple[Any, Order]:
+        """--data_file as examples and their order."""
+        c = self.config
+        if text_type(c.data_file, c.data_type) == "binidx":
+            return self._corpus()
+        from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
+        texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
+        return texts, self._shuffled(len(texts))
+
+    def _say_report(self) -> None:
+        for line in self.reports[-1].lines():
+            log.info(line)
 
     def _shuffled(self, n: int) -> Order:
         return Shuffled(n, self.config.seed) if self.config.random_mode else Sequential(n)
@@ -156,6 +200,13 @@ class Inputs:
         if known and (trust or (not c.reference_model and self._same_reference(pairs.sidecar or {}))):
             log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
+        if known:
+            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+        return self._computed_reference(pairs)
+
+    def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
+        """(n, 2) summed log-probabilities under the reference model, from the cache of the project folder if there."""
+        c = self.config
         model, model_hash, layout = self.start.model, self.start.hash, self.start.report.layout
         if c.reference_model:
             model, layout = self._foreign_model(c.reference_model)
@@ -204,7 +255,9 @@ class Inputs:
                 return self._held_out_texts(self.split_off)
             examples = [self.split_off[index] for index in range(len(self.split_off))]
             known = [pair.reference for pair in examples]
-            return self._held_out_pairs(examples, torch.tensor(known) if None not in known else None)
+            if None not in known:
+                return self._held_out_pairs(examples, torch.tensor(known))
+            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
@@ -220,9 +273,28 @@ class Inputs:
         return score
 
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
+        """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
+        c, model = self.config, self.start.model
+        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
+        rated = isinstance(pairs[0], RatedExample)
+        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        distance: Divergence | None = None
+        if base is not None:
+            reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
+            with evaluating(reference):
+                distance = Divergence(reference, pairs, c.seed, c.chunk)
+            log.info(
+                "held out: kl is KL(policy || reference) of the next token, exact at %d positions of %d chosen answers",
+                len(distance.positions),
+                distance.pairs,
+            )
+
         def score() -> dict[str, Any]:
-            with evaluating(self.start.model):
-                sums, counts = score_pairs(self.start.model, pairs, self.config.head_chunk, length=self.config.chunk)
-            return pair_metrics(sums, counts, base)
+            with evaluating(model):
+                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                near = {} if distance is None else {"kl": distance.of(model)}
+            if rated:
+                return rated_metrics(sums, counts, good, base, beta) | near
+            return pair_metrics(sums, counts, base, beta) | near
 
         return score

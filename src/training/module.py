@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from src.config import Config
-from src.data.batch import PairBatch, TextBatch
+from src.data.batch import PairBatch, RatedBatch, TextBatch
 from src.losses import LOSSES
+from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
+from src.training.divergence import mismatch_ratio
+from src.training.evaluate import evaluating
 from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
@@ -36,10 +39,23 @@ class NonFiniteLoss(RuntimeError):
 
 
 def tokens_run(batch: TextBatch | PairBatch) -> int:
-    """Tokens that go through the model: prompts once, every answer."""
-    if isinstance(batch, PairBatch):
-        return batch.prompts.numel() + batch.answers.numel()
-    return batch.tokens.numel()
+    """Tokens that go through the model: prompts once, every answer, and the text beside them."""
+    if not isinstance(batch, PairBatch):
+        return batch.tokens.numel()
+    beside = [*([] if batch.general is None else [batch.general]), *getattr(batch, "others", ())]
+    return batch.prompts.numel() + batch.answers.numel() + sum(map(tokens_run, beside))
+
+
+def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
+    """Every tensor of a batch by name, those of the text beside pairs as `general.<name>`."""
+    found: dict[str, Tensor] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif isinstance(value, TextBatch):
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
+    return found
 
 
 class Trainee(pl.LightningModule):
@@ -72,8 +88,8 @@ class Trainee(pl.LightningModule):
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
-        self._sums: dict[str, float] = defaultdict(float)
-        self._total = 1.0
+        self._means: dict[str, float] = defaultdict(float)
+        self._kl: Tensor | None = None  # KTO's divergence of the running optimizer step
         self._tokens = 0
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
@@ -82,16 +98,38 @@ class Trainee(pl.LightningModule):
         """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
         if self.teacher is not None:
             batch = self.teacher(batch)
-        value, metrics = batch_loss(self.model, batch, self.loss, self.config)
-        self._total = batch.total
+        value, metrics = self._share(batch)
         self._tokens += tokens_run(batch)
         for name, amount in metrics.items():
-            self._sums[name] += float(amount)
+            self._means[name] += float(amount)
         if not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
             return None
-        world = self.trainer.world_size
-        return value * (world * self.trainer.accumulate_grad_batches / batch.total)
+        return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a micro-batch adds to the optimizer step's loss and to the means of its metrics."""
+        if isinstance(batch, RatedBatch):
+            if batch.others:
+                with evaluating(self.model):
+                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk, self.config.chunk)
+                self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)  # over all ranks
+            batch = replace(batch, kl=self._kl)
+        value, metrics = self._per_total(self.loss, batch)
+        general = batch.general if isinstance(batch, PairBatch) else None
+        if general is None:
+            return value, metrics
+        more, parts = self._per_total(LOSSES["sft"], general)
+        rho = self.config.dpo_general_corpus_ratio
+        metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
+        if "l2wrap" in parts:
+            metrics["l2wrap"] = rho * parts["l2wrap"] + (1 - rho) * metrics.get("l2wrap", 0.0)
+        return rho * more + (1 - rho) * value, metrics | {"general": parts["nll"]}
+
+    def _per_total(self, loss: Loss, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics as shares of the optimizer step's means."""
+        value, metrics = batch_loss(self.model, batch, loss, self.config)
+        return value / batch.total, {name: amount / batch.total for name, amount in metrics.items()}
 
     def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
@@ -101,7 +139,7 @@ class Trainee(pl.LightningModule):
         rows = ""
         if batch is not None:
             path = self.folder / f"bad-step-{step}-{index}.pth"
-            write_atomic({f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}, path)
+            write_atomic(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
@@ -147,10 +185,10 @@ class Trainee(pl.LightningModule):
         now = time.perf_counter()
         if self._bad:
             self._bad = False
-            self._sums.clear()
+            self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        means = {name: amount / self._total for name, amount in self._sums.items()}
+        means = dict(self._means)
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
@@ -162,5 +200,5 @@ class Trainee(pl.LightningModule):
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)
-        self._sums.clear()
+        self._means.clear()
         self._tokens, self._clock = 0, now

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from src.config import Config
-from src.data.batch import IGNORE, PairBatch
+from src.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
 from src.losses import LOSSES
 from src.training.fit import optimizer_steps
 from src.training.inputs import Inputs
@@ -64,32 +64,52 @@ def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
         yield room, train[room], frozen[room]
 
 
-def coloured(tokens: list[int], trained: list[bool], decode) -> Text:
-    """The text of `tokens`, what is trained on in green, the rest dim."""
+GOOD, BAD = "bold green", "bold red"  # what becomes likelier, and what less likely
+
+
+def coloured(tokens: list[int], trained: list[bool], decode, style: str = GOOD) -> Text:
+    """The text of `tokens`, what is trained on in `style`, the rest dim."""
     text = Text()
     run: list[int] = []
     for at, token in enumerate(tokens[:SHOWN]):
         run.append(token)
         if at + 1 == min(len(tokens), SHOWN) or trained[at + 1] != trained[at]:
-            text.append(decode(run), style="bold green" if trained[at] else "dim")
+            text.append(decode(run), style=style if trained[at] else "dim")
             run = []
     return text
 
 
+def pair_sample(batch: PairBatch, decode) -> Iterator[Text]:
+    """The first prompt of a batch with each of its answers."""
+    prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
+    rated = isinstance(batch, RatedBatch)
+    good = [bool(batch.good[0])] if rated else [True, False]
+    for answer, likes in enumerate(good):
+        targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
+        shown = prompt[-SHOWN // 2 :]
+        trained = [False] * len(shown) + [True] * len(targets)
+        yield coloured(shown + targets, trained, decode, GOOD if likes else BAD)
+
+
+def text_sample(batch: TextBatch, decode) -> Text:
+    """The first document of a batch."""
+    end = int(batch.starts[1])
+    targets = batch.targets[:end]
+    trained = [False, *(targets != IGNORE).tolist()]
+    return coloured([*batch.tokens[:end].tolist(), int(targets[-1].clamp(min=0))], trained, decode)
+
+
 def samples(inputs: Inputs, steps) -> Iterator[Text]:
-    """Three samples as they are trained: the pair's chosen answer, or the text."""
+    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text."""
+    decode = inputs.tokenizer.decode
     for k in range(SAMPLES):
         batch = steps.micro_batch(k)
-        end = int(batch.starts[1])
-        if isinstance(batch, PairBatch):
-            prompt = batch.prompts[: int(batch.prompt_starts[1])].tolist()
-            first, targets = [*prompt, int(batch.answers[0])], batch.targets[:end].tolist()
-            trained = [False] * len(first) + [True] * len(targets)
-        else:
-            first, targets = [int(batch.tokens[0])], batch.targets[:end]
-            trained = [False, *(targets != IGNORE).tolist()]
-            targets = [*batch.tokens[1:end].tolist(), int(targets[-1].clamp(min=0))]
-        yield coloured(first + targets, trained, inputs.tokenizer.decode)
+        if not isinstance(batch, PairBatch):
+            yield text_sample(batch, decode)
+            continue
+        yield from pair_sample(batch, decode)
+        if batch.general is not None:
+            yield text_sample(batch.general, decode)
 
 
 def dry_run(config: Config, folder: Path, start: Start) -> None:
@@ -98,9 +118,9 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
     for report in inputs.reports:
-        console.print("\n".join(report.lines()), markup=False, highlight=False)
+        console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
     for text in samples(inputs, steps):
-        console.rule("what is trained on (green)")
+        console.rule("what is trained on (green: likelier, red: less likely)")
         console.print(text)
     console.rule("parameters")
     for room, train, frozen in rooms(start):

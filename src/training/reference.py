@@ -33,6 +33,20 @@ def reference_key(model_hash: str, pairs: Sequence[PairExample], arithmetic: str
     return digest.hexdigest()[:24]
 
 
+def cached_scores(path: Path, pairs: int) -> Tensor | None:
+    """(pairs, 2) float32 scores of a cache file; None, with a warning, when it is damaged, and when there is none."""
+    if not path.exists():
+        return None
+    try:
+        sums = torch.load(path, weights_only=True)["sums"]
+        if tuple(sums.shape) == (pairs, 2) and bool(torch.isfinite(sums).all()):
+            return sums.float()
+    except Exception as error:  # whatever a damaged file makes torch.load raise
+        log.warning("%s cannot be read (%s)", path, error)
+    log.warning("%s is damaged: its scores are computed anew", path)
+    return None
+
+
 def reference_scores(
     model: RWKV,
     pairs: Sequence[PairExample],
@@ -51,10 +65,13 @@ def reference_scores(
     """
     key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
-    if path.exists():
+    found = cached_scores(path, len(pairs))
+    if found is not None:
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
-        return torch.load(path, weights_only=True)["sums"]
-    log.info("reference scores of %d pairs: computing", len(pairs))
+        return found
+    others = len(list(path.parent.glob("reference-*.pth"))) if path.parent.exists() else 0
+    why = f" (what {path.parent} holds is of another model, data or setting)" if others else ""
+    log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
         sums, _ = score_pairs(model, pairs, chunk, progress, length)
     path.parent.mkdir(exist_ok=True)

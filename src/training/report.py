@@ -16,6 +16,7 @@ PANELS = (
     ("loss", ("loss",), ("loss",)),
     ("preference accuracy", ("pref_percentage",), ("accuracy",)),
     ("margin of rewards", ("margin",), ()),
+    ("KL to the start model, nats a token", (), ("kl",)),
     ("learning rate", ("lr",), ()),
     ("tokens per second", ("tokens_per_s",), ()),
 )
@@ -34,7 +35,8 @@ def draw_curves(folder: Path) -> Path | None:
         return None
     if any("accuracy" in record for record in held_out):  # a pair's loss is not the likelihood that is held out
         held_out = [{name: value for name, value in record.items() if name != "loss"} for record in held_out]
-    panels = [panel for panel in PANELS if any(name in record for record in train for name in panel[1])]
+    drawn = {name for record in train for name in record}, {name for record in held_out for name in record}
+    panels = [panel for panel in PANELS if drawn[0] & set(panel[1]) or (not panel[1] and drawn[1] & set(panel[2]))]
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     for axis, (title, lines, dots) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for name in lines:
