@@ -113,7 +113,8 @@ class _Run:
         self.truncated, self.offload = truncated, offload
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
-        self.kept: dict[int, State] = {}  # slot -> a state of one row
+        self.slots = pieces.slots
+        self.kept: State | None = None  # one row for each slot, made once: single blocks would leave holes in the heap
         drawn = model.training and any(layer.adaptation and layer.adaptation.dropout for _, layer in matrices(model))
         self.random: list[list[Tensor]] | None = [] if drawn else None
 
@@ -123,12 +124,12 @@ class _Run:
         for piece in self.pieces:
             if self.random is not None:
                 self.random.append(generator_states(self.device))
-            scores, states = self._run(piece, {slot: self._back(self.kept[slot]) for slot in piece.slots()})
+            scores, states = self._run(piece, {slot: self._kept(slot) for slot in piece.slots()})
             if scores is not None:
                 found.append(scores)
             for row, slot in enumerate(piece.after):
                 if slot != NEW:
-                    self.kept[slot] = self._away(_row(states, row))
+                    self._keep(slot, _row(states, row))
         return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     def backward(self, upstream: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -148,7 +149,6 @@ class _Run:
                 reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
                 end = begin
             for row, slot in enumerate(piece.after):
-                self.kept.pop(slot, None)
                 if slot in slopes:
                     reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
             found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
@@ -183,13 +183,18 @@ class _Run:
     def _leaf(self, piece: Piece, slot: int) -> State:
         """The state in a slot, asking for its gradient unless the cut is one that no gradient crosses."""
         cut = self.truncated and piece.carries[piece.before.index(slot)]
-        return _state([x.detach().requires_grad_(not cut) for x in _tensors(self._back(self.kept[slot]))])
+        return _state([x.detach().requires_grad_(not cut) for x in _tensors(self._kept(slot))])
 
-    def _away(self, state: State) -> State:
-        return _state([x.to("cpu", non_blocking=False) for x in _tensors(state)]) if self.offload else state
+    def _keep(self, slot: int, state: State) -> None:
+        if self.kept is None:
+            where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.offload else {}
+            self.kept = _state([torch.empty_like(x.expand(self.slots, *x.shape[1:]), **where) for x in _tensors(state)])
+        for place, x in zip(_tensors(self.kept), _tensors(state), strict=True):
+            place[slot] = x[0]
 
-    def _back(self, state: State) -> State:
-        return _state([x.to(self.device) for x in _tensors(state)]) if self.offload else state
+    def _kept(self, slot: int) -> State:
+        assert self.kept is not None
+        return _state([x[slot : slot + 1].to(self.device) for x in _tensors(self.kept)])
 
 
 class _Piecewise(torch.autograd.Function):
@@ -201,7 +206,7 @@ class _Piecewise(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         scores = run.forward()
         if not any(ctx.needs_input_grad):
-            run.kept.clear()
+            run.kept = None
         return scores
 
     @staticmethod
