@@ -24,7 +24,8 @@ def plan_for(config: Config, n_layer: int) -> Plan:
         plan = make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
     tuned = config.state
     shifts = ("att.shift_state", "ffn.shift_state") if config.state_shift else ()
-    return dataclasses.replace(plan, states=("att.time_state", *shifts) if tuned else ())
+    states = ("att.time_state", *shifts) if tuned else ()
+    return dataclasses.replace(plan, states=states, lora_plus=config.lora_plus)
 
 
 def make_plan(

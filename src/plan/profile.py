@@ -133,7 +133,8 @@ def read_row(line: Line, rates: tuple[float, float, float], own_rates: bool) -> 
     if dropout >= 1 and adapter:
         raise line.wrong("Dropout", "a number from 0 to below 1")
     reject = tuple(part.strip() for part in line.cells.get("RejectParts", "").split(",") if part.strip())
-    return Row(line.cells["Layer"], mode, int(rank), alpha, dropout, *read_rates(line, mode, rates, own_rates), reject)
+    found = (*read_rates(line, mode, rates, own_rates), reject, f"{line.path}:{line.number}")
+    return Row(line.cells["Layer"], mode, int(rank), alpha, dropout, *found)
 
 
 def read_rates(

@@ -9,6 +9,7 @@ MODES = ("full", "freeze", *ADAPTERS)
 PARTS = ("att", "ffn", "ln", "time")
 SCALED_MODES = ("lora", "dora")  # those whose update is scaled by Alpha / Rank
 
+# the small tensors of a block, by the last word of their names (RWKV-7; the other versions' all hold "time")
 SMALL_7 = re.compile(r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k")
 ADAPTER_MATRIX = re.compile(r"lora_[AB]|bone|miss")
 # (version, last word of the name) -> multiplier of the learning rate in the tradition
@@ -27,7 +28,10 @@ MULTIPLIERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen."""
+    """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen.
+
+    `where` is the place of the row in a profile, file and line, for messages.
+    """
 
     layer: str
     mode: str
@@ -40,6 +44,7 @@ class Row:
     state_lr_init: float
     state_lr_final: float
     reject: tuple[str, ...] = ()
+    where: str = dataclasses.field(default="", compare=False)
 
     def rejects(self, name: str) -> bool:
         """Whether the parameter `name` is frozen by RejectParts."""
@@ -49,11 +54,13 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
-    initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode."""
+    initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode. `lora_plus` multiplies the
+    learning rate of LoRA's factor B (arXiv 2402.12354)."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
     states: tuple[str, ...] = ()
+    lora_plus: float = 1.0
 
     @property
     def modes(self) -> frozenset[str]:
