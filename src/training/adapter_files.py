@@ -118,20 +118,15 @@ def cold_of(checkpoint: str | Path, sidecar: Sidecar | None, typed: str = "", *,
         if typed and sidecar is not None and not force:
             raise Mismatch("cold", f"{checkpoint} was trained without a cold adapter, not over {typed}")
         return Path(typed) if typed else None
-    places = (
-        [Path(typed)] if typed else [Path(sidecar.cold_file), Path(checkpoint).parent / Path(sidecar.cold_file).name]
-    )
-    found = next((place for place in places if place.exists()), None)
+    recorded = Path(sidecar.cold_file)
+    places = (Path(typed),) if typed else (recorded, Path(checkpoint).parent / recorded.name)
+    there = [place for place in places if place.exists()]
+    found = next((place for place in there if file_hash(place) == sidecar.cold_sha256), None)
+    if found is None and there and force:
+        return there[0]
     if found is None:
-        raise Mismatch(
-            "cold", f"{checkpoint} was trained over the cold adapter {sidecar.cold_file}, which is not there"
-        )
-    if file_hash(found) != sidecar.cold_sha256 and not force:
-        raise Mismatch(
-            "cold",
-            f"{checkpoint} was trained over the cold adapter {sidecar.cold_file} (sha256 {sidecar.cold_sha256[:12]}), "
-            f"{found} is another file",
-        )
+        why = f"{typed} is another file" if typed and there else "which is not there"
+        raise Mismatch("cold", f"{checkpoint} was trained over the cold adapter {recorded}, {why}")
     return found
 
 
