@@ -67,9 +67,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if needed and not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help")
     if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
-        raise ValueError(
-            "--from_peft takes --output, --to_peft takes --lora_checkpoint: one of the three tasks at a time"
-        )
+        raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
     return args
 
 
