@@ -29,7 +29,7 @@ from src.training.adapter_files import (
     hinting,
     layout_of,
 )
-from src.training.allocator import keep_pages
+from src.training.allocator import keep_pages, return_pages
 from src.training.folder import NUMBERED, newest_checkpoint
 from src.training.merging import base_reader, shapes
 from src.training.optimizer import NOTHING
@@ -122,8 +122,7 @@ def base_path(config: Config, folder: Path) -> Path:
 
 def start(config: Config, folder: Path) -> Start:
     """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files."""
-    if device_of(config) == "cpu":
-        keep_pages()
+    return_pages()
     path = base_path(config, folder)
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
@@ -155,6 +154,8 @@ def start(config: Config, folder: Path) -> Start:
         grad_cp=config.grad_cp,
         wkv_backend=config.wkv_backend,
     )
+    if device_of(config) == "cpu":
+        keep_pages()
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
     return Start(path, sizes, plan, model, report, cold)
