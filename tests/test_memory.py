@@ -44,10 +44,9 @@ def large(tmp_path_factory):
     """Four blocks of 12.6 million parameters: large beside what an allocator wastes."""
     path = tmp_path_factory.mktemp("large") / "base.pth"
     tensors = initial_tensors("x070", 4, 1024, 2048, 64, 1)
-    noise = torch.randn(1 << 12) * 0.02
     for name, value in tensors.items():
-        value = value + noise[: value.shape[-1]] if value.dim() == 2 else value
-        tensors[name] = value.bfloat16()
+        noise = 0.02 * torch.randn(value.shape) if value.dim() == 2 else 0.0
+        tensors[name] = (value + noise).bfloat16()
     torch.save(tensors, path)
     return path
 
