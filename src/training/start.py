@@ -171,11 +171,13 @@ def cold_adapter(config: Config) -> Path | None:
 def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
     """PiSSA's initial factors of --load_adapter: made anew they would be another base. None when there is no need."""
     modes = plan.modes if layout is None else {how.mode for how in layout.adapted.values()}
-    if not (config.load_adapter and begins_from_matrix(modes)):
+    sidecar = read_sidecar(config.load_adapter) if config.load_adapter else None
+    other = sidecar is not None and not begins_from_matrix({how.mode for how in sidecar.adapted.values()})
+    if not (config.load_adapter and begins_from_matrix(modes)) or other:  # another kind is refused when it is loaded
         if config.load_adapter and config.load_adapter_pissa_init:
             raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
         return None
-    return factors_of(config.load_adapter, read_sidecar(config.load_adapter), config.load_adapter_pissa_init)
+    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init)
 
 
 def adapter_layout(config: Config) -> Layout | None:
