@@ -18,8 +18,8 @@ from src.data.rows import read_jsonl
 from src.data.templates import TEMPLATES, Form, Turn, forms_of, normalise
 from src.files import atomic_write, check_writable, refuse_same_file
 from src.rl.sampling import Generated, generate
+from src.training.adapter_files import hinting
 from src.training.answering import open_model
-from src.training.merging import hinting
 
 log = logging.getLogger("chat")
 
@@ -28,6 +28,8 @@ HINTS = {
     "base": "give the right --load_model",
     "scaling": "leave --lora_scaling out",
     "alpha": "leave --lora_alpha out",
+    "factors": "give them with --load_adapter_pissa_init",
+    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
     "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
 }
 
@@ -46,6 +48,8 @@ def parser() -> Parser:
     flags.add_argument("--load_adapter", default="", help="adapter checkpoint laid over it")
     flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
     flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
+    flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
+    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
     flags.add_argument("--prompt_file", default="", help="JSONL of prompts; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     flags.add_argument("--strategy", default="auto", help="device and precision, e.g. 'cuda bf16' or 'cpu fp32' [auto]")
@@ -219,6 +223,7 @@ def main(argv: Sequence[str]) -> None:
     said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
     if not flags.load_adapter and any(value is not None for value in said.values()):
         raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+    said |= {"initial_file": flags.load_adapter_pissa_init, "cold": flags.load_cold_adapter}
 
     def load() -> tuple:
         with hinting(HINTS):

@@ -1,6 +1,8 @@
-"""Make one model of a base model and a checkpoint of training.
+"""Make one model of a base model and a checkpoint of training, or take an adapter to the PEFT library and back.
 
 python merge.py --base_model B --lora_checkpoint A --output O
+python merge.py --base_model B --lora_checkpoint A --to_peft DIR
+python merge.py --base_model B --from_peft DIR --output A
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from pathlib import Path
 import torch
 
 from src.cli import Parser, run
-from src.model.checkpoint import file_sizes, read_tensors, write_atomic
-from src.training.merging import check_base, check_merged, chosen_quant, hinting, layout_of, merged_tensors
-from src.training.sidecar import read_sidecar, sidecar_path
+from src.model.checkpoint import file_sizes, write_atomic
+from src.training.adapter_files import AdapterFile, check_base, cold_of, hinting, open_adapter
+from src.training.coefficients import Coefficients, parse_coefficients
+from src.training.exchange import from_peft_folder, to_peft_folder
+from src.training.merging import Merged, base_reader, check_merged
+from src.training.sidecar import sidecar_path
 
 log = logging.getLogger(__name__)
 
@@ -28,22 +33,42 @@ HINTS = {
     "scaling": "leave --lora_scaling out",
     "alpha": "leave --lora_alpha out",
     "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+    "factors": "give the right ones with --lora_init, or --force 1 to go on",
+    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
 }
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The flags of this script. Raises ValueError for a set of them that names no task."""
     parser = Parser("Merge a checkpoint of training into its base model.", prog="merge.py")
-    parser.add_argument("--base_model", required=True, help="the model that training started from")
-    parser.add_argument("--lora_checkpoint", required=True, help="what training saved: rwkv-<n>.pth")
-    parser.add_argument("--output", required=True, help="the merged model, .pth or .safetensors")
-    parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [lora]")
-    parser.add_argument("--lora_init", help="first factors of old PiSSA checkpoints")
+    parser.add_argument("--base_model", default="", help="the model that training started from")
+    parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth")
+    parser.add_argument("--output", default="", help="the merged model, .pth or .safetensors")
+    parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
+    parser.add_argument(
+        "--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint"
+    )
+    parser.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
     parser.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
     parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
+    parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
+    parser.add_argument("--to_peft", default="", help="write the adapter into this folder as the PEFT library has it")
+    parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    wanted = {
+        "base_model": not args.to_peft,
+        "lora_checkpoint": not args.from_peft,
+        "output": not args.to_peft,
+    }
+    for name, needed in wanted.items():
+        if needed and not getattr(args, name):
+            raise ValueError(f"--{name} is missing; see --help")
+    if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
+        raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
+    return args
 
 
 def check_paths(output: Path, *inputs: Path) -> None:
@@ -71,31 +96,54 @@ def chosen_device(name: str) -> str:
     return name
 
 
-def main(words: Sequence[str]) -> int:
-    args = parse(words)
-    base_path, adapter_path, output = Path(args.base_model), Path(args.lora_checkpoint), Path(args.output)
-    check_paths(output, base_path, adapter_path, sidecar_path(adapter_path))
-    if args.lora_init:
-        raise ValueError(f"--lora_init {args.lora_init}: only PiSSA has first factors, and it is not built yet")
-    device = chosen_device(args.device)
-    file_sizes(base_path)  # a base that is no RWKV model is refused before anything is hashed
-    base, adapter = read_tensors(base_path), read_tensors(adapter_path)
-    sidecar = read_sidecar(adapter_path)
-    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha}
+def opened(args: argparse.Namespace) -> AdapterFile:
+    """--lora_checkpoint with what the flags say of it, checked against --base_model. Raises ValueError."""
+    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha, "quant": args.quant}
     with hinting(HINTS):
-        check_base(sidecar, base_path, force=args.force)
-        quant = chosen_quant(sidecar, args.quant, force=args.force)
-        layout = layout_of(adapter, sidecar, quant=quant, **said)
-    merged = merged_tensors(base, adapter, layout, source=adapter_path, device=device)
-    difference, allowed = check_merged(base, adapter, layout, merged)
-    print(f"check: logits of merged and base + adapter differ by at most {difference:.1e} of their range")
+        file = open_adapter(args.lora_checkpoint, initial_file=args.lora_init, force=args.force, **said)
+        if args.base_model:
+            check_base(file.sidecar, args.base_model, force=args.force)
+    return file
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Write the merged model, once its logits are those of base and adapter together."""
+    base_path, adapter_path, output = Path(args.base_model), Path(args.lora_checkpoint), Path(args.output)
+    named = [Path(path) for path in (args.lora_init, args.load_cold_adapter) if path]
+    check_paths(output, base_path, adapter_path, sidecar_path(adapter_path), *named)
+    device = chosen_device(args.device)
+    sizes = file_sizes(base_path)  # a base that is no RWKV model is refused before anything is hashed
+    shares = parse_coefficients(args.layer_filter, sizes.n_layer) if args.layer_filter else Coefficients()
+    file = opened(args)
+    with hinting(HINTS):
+        cold = cold_of(adapter_path, file.sidecar, args.load_cold_adapter, force=args.force)
+        base = base_reader(base_path, cold, device)()
+    base = dict(base) if isinstance(base, Merged) else base
+    merged = dict(Merged(base, file, device=device, coefficients=shares))
+    difference, allowed = check_merged(base, file, merged, shares)
+    if shares.whole:
+        print(f"check: logits of merged and base + adapter differ by at most {difference:.1e} of their range")
+    else:
+        print("check: logits are finite; with --layer_filter there is no trained model to compare with")
     if not difference <= allowed and not args.force:
         raise RuntimeError(
             f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written"
         )
     write_atomic(merged, output)
+    layout = shares.of_layout(file.layout)
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
-    print(f"merged {plain} into {base_path.name} ({quant} while training): {output}")
+    print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
+
+
+def main(words: Sequence[str]) -> int:
+    args = parse(words)
+    if args.to_peft:
+        print(to_peft_folder(opened(args), Path(args.to_peft)))
+    elif args.from_peft:
+        check_paths(Path(args.output), Path(args.base_model))
+        print(from_peft_folder(Path(args.from_peft), Path(args.base_model), Path(args.output), args.quant or "none"))
+    else:
+        merge(args)
     return 0
 
 

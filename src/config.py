@@ -47,6 +47,7 @@ class Config:
     # --- model
     load_model: str = setting("", "checkpoint to start from (.pth or .safetensors); 0 = none (with {train_stage} 1, 3)")
     load_adapter: str = setting("", "adapter checkpoint to continue from, or to evaluate with")
+    load_adapter_pissa_init: str = setting("", "initial factors of a PiSSA {load_adapter}, if they are not beside it")
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised")
     version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=VERSIONS)
     n_layer: int = setting(6, "number of blocks (read from the checkpoint if there is one)", at_least=1)
@@ -117,6 +118,7 @@ class Config:
     lora_layers: str = setting("", 'blocks that learn with {peft}, e.g. "0-3 25-31"; empty = all')
     limited_lora: bool = setting(False, "train the adapters only, no LayerNorms or small vectors")
     rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
+    lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
     svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0)
     quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
     quant_mode: str = setting("nf4", "storage of frozen matrices", choices=("nf4", "fp4", "int8", "fp8", "none"))

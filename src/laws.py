@@ -30,7 +30,7 @@ SETTINGS_OF = {
     ),
 }
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
-ADAPTER_SWITCHES = ("limited_lora", "rslora")
+ADAPTER_SWITCHES = ("limited_lora", "rslora", "lora_plus")
 PARTS = ("att", "ffn", "ln", "time")
 NOT_BINIDX = (".jsonl", ".txt", ".csv", ".save", ".h5", ".hdf5")
 
@@ -189,6 +189,18 @@ LAWS = (
         "{state_shift} 1 needs {state} 1",
     ),
     Law(
+        lambda c: bool(c.load_adapter_pissa_init) and not c.load_adapter and not c.load_cold_adapter,
+        "{load_adapter_pissa_init=} needs {load_adapter}, the adapter that began from it",
+    ),
+    Law(
+        lambda c: c.rslora and c.peft in ("pissa", "bone", "miss"),
+        "{rslora} 1 has no effect with {peft=}: only lora and dora have a scale",
+    ),
+    Law(
+        lambda c: c.lora_plus != 1 and c.peft in ("bone", "miss"),
+        "{lora_plus=} has no effect with {peft=}: it has no factor B",
+    ),
+    Law(
         lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
         "{lora_parts=}: must be a comma list of att, ffn, ln, time",
     ),
@@ -232,7 +244,7 @@ def check(config: Config) -> None:
     if config.peft not in ADAPTERS:
         useless = [name for name in PLAN_FLAGS if name in config.given]
         if not config.layer_profile:
-            useless += [name for name in ADAPTER_SWITCHES if getattr(config, name)]
+            useless += [name for name in ADAPTER_SWITCHES if getattr(config, name) != settings()[name].default]
         if useless:
             why = "{layer_profile} has its own columns" if config.layer_profile else "it needs {lora} or {peft}"
             raise ValueError(say(f"{{{useless[0]}=}} has no effect: {why}", config))

@@ -4,7 +4,7 @@ A command that asks for one of these stops with exit status 2 and the sentence b
 else in silence. Each sentence says what to use meanwhile, where there is something.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 from src.config import Config
@@ -17,8 +17,6 @@ class Missing(NamedTuple):
     wanted: Callable[[Config], bool]
     sentence: str
 
-
-BUILT_MODES = ("full", "freeze", "lora")
 
 NOT_BUILT = (
     Missing(
@@ -36,14 +34,6 @@ NOT_BUILT = (
     Missing(
         lambda c: c.num_nodes > 1,
         "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
-    ),
-    Missing(
-        lambda c: c.peft not in ("full", "lora", "state"),
-        "{peft=}: this adapter is not built yet; full, lora and state are",
-    ),
-    Missing(
-        lambda c: c.storage in ("int8", "fp8"),
-        "{quant_mode=}: this storage is not built yet; nf4, fp4 and none are",
     ),
     Missing(
         lambda c: c.precision == "fp16",
@@ -70,23 +60,14 @@ NOT_BUILT = (
         "{compile} 1: compiling the model is not built yet; leave it 0",
     ),
     Missing(
-        lambda c: bool(c.load_cold_adapter),
-        "{load_cold_adapter}: merging an adapter while loading is not built yet; run merge.py first",
-    ),
-    Missing(
         lambda c: bool(c.resume),
         "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
     ),
 )
 
 
-def refuse_unbuilt(config: Config, modes: Collection[str] = (), version: str | None = None) -> None:
-    """Raises ValueError with the sentence of the first missing part that the run asks for.
-
-    modes: the modes in the rows of the plan, once it is read; version: what the checkpoint says (every one is built).
-    """
+def refuse_unbuilt(config: Config) -> None:
+    """Raises ValueError with the sentence of the first missing part that the run asks for."""
     for part in NOT_BUILT:
         if part.wanted(config):
             raise ValueError(say(part.sentence, config))
-    for mode in sorted(set(modes) - set(BUILT_MODES)):
-        raise ValueError(say(f"{{layer_profile=}}: mode {mode} is not built yet; {', '.join(BUILT_MODES)} are", config))

@@ -10,7 +10,7 @@ import pytest
 from src.cli import Parser, UsageError, as_flags, parse, run, spelled
 from src.config import Config, settings
 from src.laws import LAWS, SETTINGS_OF
-from src.unbuilt import NOT_BUILT, refuse_unbuilt
+from src.unbuilt import NOT_BUILT
 
 SIZES = "--load_model M --proj_dir P --vocab_size 65536 --n_layer 24 --n_embd 2048 --my_testing x070"
 INFCTX = f"{SIZES} --infctx 1 --chunk_ctx 512 --ctx_len 65536"
@@ -308,14 +308,6 @@ def test_each_missing_part_says_so(part):
     """Every sentence of the table names what is missing, and an ordinary run does not meet it."""
     assert re.search(r"not built yet|built yet|not read yet", part.sentence)
     assert not part.wanted(Config(load_model="M", data_file="D", loss="sft"))
-
-
-def test_missing_modes_are_found_later():
-    """The profile is read after the flags; what it asks for is refused as well."""
-    config = Config(load_model="M", layer_profile="L")
-    refuse_unbuilt(config, modes={"full", "lora", "freeze"})
-    with pytest.raises(ValueError, match="mode bone is not built yet"):
-        refuse_unbuilt(config, modes={"full", "bone"})
 
 
 def leave(main, words=()):

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "config": SETTINGS,
     "laws": SETTINGS,
     "unbuilt": SETTINGS,
-    "plan": {"config"},
+    "plan": {"config", "files"},
     "ops": set(),
     "layers": {"plan"},
     "model": {"config", "files", "plan", "ops", "layers"},

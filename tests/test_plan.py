@@ -13,8 +13,18 @@ from src.model import VERSIONS
 from src.model.rwkv import RWKV
 from src.model.sizes import sizes_of
 from src.plan import COLUMNS, MODES, Plan, make_plan, parse_layers, plan_for, read_profile
+from src.plan.__main__ import main as write_profile
 from tests.conftest import random_tensors
 
+SHIPPED = {
+    "24_TEST": "--make lora --layers 24 --top_rank 64",
+    "32_TEST": "--make lora --layers 32 --top_rank 64",
+    **{
+        f"{layers}_TEST_{kind}": f"--make {kind.lower()} --layers {layers}"
+        for layers in (12, 24, 32, 61)
+        for kind in ("lora", "pissa", "bone", "dora", "miss", "full", "State")
+    },
+}
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
     "Layer,Mode,Rank,Alpha,Dropout,Weight_lr_init,Weight_lr_final,Weight_decay,State_lr_init,State_lr_final,RejectParts"
@@ -291,3 +301,33 @@ def test_shipped_profiles(path):
     n_layer = int(path.name.split("_")[0])
     plan = read_profile(str(path), n_layer, **RATES)
     assert len(plan.rows) == n_layer + 2
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_profiles_are_what_the_command_writes(name, capsys):
+    """If this breaks, a user who writes a profile gets another one than the page describes."""
+    assert write_profile(SHIPPED[name].split()) == 0
+    text = capsys.readouterr().out
+    assert text == (ROOT / "layerprofile" / f"{name}.csv").read_text()
+
+
+def test_a_written_profile_is_read_back(tmp_path, capsys):
+    """Ranks double towards the head, the ends and RejectParts are as asked, and what is impossible is one sentence."""
+    path = tmp_path / "p.csv"
+    words = "--make dora --layers 6 --rank 8 --top_rank 32 --alpha 8 --lr_init 1e-5 --emb pissa --head bone"
+    assert write_profile([*words.split(), "--reject", "att.key, ln", "--output", str(path)]) == 0
+    plan = read_profile(str(path), 6, **RATES)
+    assert [plan.rows[str(i)].rank for i in range(6)] == [8, 8, 16, 16, 32, 32]
+    assert {row.alpha / row.rank for name, row in plan.rows.items() if name.isdigit()} == {1.0}
+    assert plan.rows["3"].reject == ("att.key", "ln") and plan.rows["3"].lr_final == pytest.approx(1e-6)
+    assert (plan.rows["emb"].mode, plan.rows["head"].mode) == ("pissa", "bone")
+    for words in (
+        "--make lora --layers 6 --top_rank 20",
+        "--make lora --layers 0",
+        "--make lora",
+        "--make x --layers 1",
+    ):
+        with pytest.raises(SystemExit) as caught:
+            write_profile(words.split())
+        assert caught.value.code == 2
+        assert "error: " in capsys.readouterr().err.splitlines()[-1]

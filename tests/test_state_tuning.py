@@ -10,10 +10,11 @@ from src.model.checkpoint import load_model, read_tensors, trainable, write_atom
 from src.model.sizes import STATES
 from src.model.state import LayerState, State
 from src.plan import make_plan
+from src.training.adapter_files import open_adapter
 from src.training.context import Pieces, piecewise
 from src.training.folder import trained_tensors
-from src.training.merging import check_merged, load_combined, merged_tensors
-from src.training.sidecar import read_sidecar, sidecar_of, write_sidecar
+from src.training.merging import Merged, check_merged, load_combined
+from src.training.sidecar import sidecar_of, write_sidecar
 from tests.conftest import random_tensors
 
 TOKENS = torch.tensor([[5, 0, 17, 299, 3, 3, 42]])
@@ -87,11 +88,10 @@ def test_a_learnt_state_is_merged_into_the_model(tmp_path, version):
     write_sidecar(sidecar_of(version, report.layout, PLAN, tmp_path / "base.pth"), checkpoint)
     together, _ = load_combined(tmp_path / "base.pth", checkpoint, compute_dtype=torch.float64)
     assert torch.allclose(together(TOKENS)[0], model(TOKENS)[0], atol=1e-6)
-    base, adapter = read_tensors(tmp_path / "base.pth"), read_tensors(checkpoint)
-    layout = read_sidecar(checkpoint).layout(adapter)
-    merged = merged_tensors(base, adapter, layout)
+    base, file = read_tensors(tmp_path / "base.pth"), open_adapter(checkpoint)
+    merged = dict(Merged(base, file))
     assert merged.keys() - base.keys() == {f"blocks.{i}.att.time_state" for i in range(2)}
-    difference, allowed = check_merged(base, adapter, layout, merged)
+    difference, allowed = check_merged(base, file, merged)
     assert difference <= allowed
     write_atomic(merged, tmp_path / "merged.pth")
     again, _ = load_model(tmp_path / "merged.pth", compute_dtype=torch.float64)

@@ -5,6 +5,8 @@ Legend: r rank, s scaling, V = W + s B A, m lengths.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,6 +43,10 @@ class DoRA(LoRA):
     def take(self, weight: Tensor, placement: Placement) -> None:
         super().take(weight, placement)
         self._measure(1)
+
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        if "lora_M" in tensors and tensors["lora_M"].dim() == 2 and self.by_row:
+            self.per_column()
 
     def per_column(self) -> None:
         """Change, before its tensors are filled, into the variant with one length for each column, `lora_M` (1, in).

@@ -68,6 +68,9 @@ class Linear(ExactBuffers):
         else:
             self.store, self.weight = store.pack(weight.detach().to(placement.device)), None
 
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the form that the adapter's own `tensors` of a checkpoint have, where an older program had another."""
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The stored matrix as (out, in), without any adapter; unpacked when it is packed."""
         if self.store is not None:
@@ -112,6 +115,9 @@ class Embedding(ExactBuffers):
         assert weight.shape == (self.num_embeddings, self.embedding_dim), weight.shape
         assert placement.store == "none"
         self.weight = placement.dense(weight)
+
+    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `Linear.expect`."""
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table (V, C) without any adapter."""

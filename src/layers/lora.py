@@ -13,7 +13,7 @@ from src.layers.adaptation import Adaptation
 from src.layers.linear import Embedding, Linear, Placement
 
 
-def _first_factors(inner: int, outer: int, rank: int, placement: Placement) -> tuple[nn.Parameter, nn.Parameter]:
+def first_factors(inner: int, outer: int, rank: int, placement: Placement) -> tuple[nn.Parameter, nn.Parameter]:
     """A (r, inner) Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(inner), 1/sqrt(inner)); B (outer, r) zero.
 
     Drawn in float32 on the CPU, so that every device and precision starts with the same numbers.
@@ -48,7 +48,7 @@ class LoRA(Linear):
 
     def take(self, weight: Tensor, placement: Placement) -> None:
         super().take(weight, placement)
-        factors = _first_factors(self.in_features, self.out_features, self.adaptation.rank, placement)
+        factors = first_factors(self.in_features, self.out_features, self.adaptation.rank, placement)
         self.lora_A, self.lora_B = factors
 
     def merged(self) -> Tensor:
@@ -91,7 +91,7 @@ class LoRAEmbedding(Embedding):
 
     def take(self, weight: Tensor, placement: Placement) -> None:
         super().take(weight, placement)
-        factors = _first_factors(self.num_embeddings, self.embedding_dim, self.adaptation.rank, placement)
+        factors = first_factors(self.num_embeddings, self.embedding_dim, self.adaptation.rank, placement)
         self.lora_A, self.lora_B = factors
 
     def merged(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.layers.adaptation import Adaptation, RankError
 from src.layers.linear import Embedding, Linear, Placement
-from src.layers.lora import LoRA, LoRAEmbedding
+from src.layers.lora import LoRA, LoRAEmbedding, first_factors
 
 OVERSAMPLING = 8  # directions beyond r that the search follows, as Halko et al. advise
 ROWS = 512  # rows whose residual is computed at once, in float64
@@ -53,10 +53,16 @@ def residual(weight: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _split(weight: Tensor, rank: int, placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
-    """(W - B A, A, B) of (m, n), the factors in the master dtype: those of `placement.initial` or computed."""
+    """(W - B A, A, B) of (m, n), the factors in the master dtype: those of `placement.initial` or computed.
+
+    A matrix of zeros, as a new RWKV has them, has no principal part, and two factors of zeros would never learn: it
+    begins as LoRA does.
+    """
     weight = weight.detach().to(placement.device)
     if placement.initial is None:
         a, b = principal_factors(weight, rank, placement.svd_niter, placement.generator)
+        if not b.any():
+            a, b = first_factors(weight.shape[1], len(weight), rank, placement)
     else:
         a, b = (placement.initial[name] for name in PiSSA.initial)
         assert a.shape == (rank, weight.shape[1]) and b.shape == (len(weight), rank), (a.shape, b.shape)

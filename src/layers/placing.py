@@ -21,7 +21,7 @@ from src.layers.linear import Embedding, Linear, Placement
 from src.layers.stores import store_class
 
 if TYPE_CHECKING:
-    from src.plan import Plan
+    from src.plan import Plan, Row
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def plan_layout(
     adapted, packed, held = {}, set(), set()
     for name, layer in matrices(model):
         row = plan.adapts(name)
-        parts = adapter_names(layer, name, row.mode) if row is not None else ()
+        parts = _row_names(layer, name, row) if row is not None else ()
         rejected = {part for part in parts if row.rejects(part)}
         if rejected != set(parts):
             adapted[name] = Adaptation.make(row.mode, row.rank, row.alpha, row.dropout, rslora)
-            _adapter(layer, name, adapted[name])  # refuses a rank that does not fit before anything is read
+            _check_row(layer, name, adapted[name], row)
             held |= rejected
             trained.discard(f"{name}.weight")
         frozen = f"{name}.weight" not in trained
@@ -100,9 +100,25 @@ def plan_layout(
     return Layout(adapted, frozenset(packed), frozenset(trained), quant, unmatched, frozenset(held))
 
 
+def _check_row(layer: Linear | Embedding, name: str, adaptation: Adaptation, row: Row) -> None:
+    """Refuse a rank that does not fit the matrix before anything is read, with the place where it was said."""
+    try:
+        _adapter(layer, name, adaptation)
+    except ValueError as mistake:
+        said = f"{row.where}: column Rank: '{row.rank}'" if row.where else f"{{lora_r}} {row.rank}"
+        raise ValueError(f"{said}: {mistake}") from mistake
+
+
 def adapter_names(layer: Linear | Embedding, name: str, mode: str) -> tuple[str, ...]:
     """Names of the tensors that an adapter of `mode` has on the layer `name`. Raises ValueError if there is none."""
     return tuple(f"{name}.{part}" for part in _adapter_class(layer, name, mode).tensors)
+
+
+def _row_names(layer: Linear | Embedding, name: str, row: Row) -> tuple[str, ...]:
+    try:
+        return adapter_names(layer, name, row.mode)
+    except ValueError as mistake:
+        raise ValueError(f"{row.where}: column Mode: {mistake}" if row.where else str(mistake)) from mistake
 
 
 def unmatched_rejects(model: nn.Module, plan: Plan) -> list[str]:
@@ -161,11 +177,21 @@ def replace(model: nn.Module, layout: Layout) -> None:
             setattr(model.get_submodule(parent), leaf, adapter)
 
 
-def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement: Placement, seed: int = 0) -> None:
+def place(
+    model: nn.Module,
+    name: str,
+    tensor: Tensor,
+    layout: Layout,
+    placement: Placement,
+    seed: int = 0,
+    initial: Mapping[str, Tensor] | None = None,
+) -> None:
     """Give the base tensor `name` to the replaced `model`: trained = float32 master, frozen = dense or packed.
 
     `placement.store` is ignored: the layout says which matrices are packed. An adapter's first values depend on `seed`
-    and the layer's name only. With `placement.share` frozen matrices stay as they come, in their dtype.
+    and the layer's name only, and where it begins from its matrix (PiSSA) on `initial`, if given: known factors by
+    `<layer>.<name in the layer's initial>`. With `placement.share` frozen matrices stay as they come, in their dtype.
+    Raises ValueError when `initial` lacks the factors of the layer or has them in another shape.
     """
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
@@ -176,7 +202,8 @@ def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement
         store = layout.store if module_name in layout.packed else "none"
         if placement.share:
             placement = changed(placement, dtype=tensor.dtype)
-        module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name)))
+        known = known_factors(module, module_name, initial)
+        module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name), initial=known))
         if trains:
             module.weight.requires_grad_(True)
         for part in module.tensors if module.adaptation else ():
@@ -185,6 +212,27 @@ def place(model: nn.Module, name: str, tensor: Tensor, layout: Layout, placement
         assert leaf in module._parameters, name
         parameter = placement.dense(tensor)
         setattr(module, leaf, parameter.requires_grad_(trains))
+
+
+def known_factors(
+    module: Linear | Embedding, name: str, initial: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """What the adapter `module` of the layer `name` began with, out of `initial`; None when it is to be made anew.
+
+    Raises ValueError when `initial` lacks it or has it in another shape.
+    """
+    if initial is None or not module.initial:
+        return None
+    found = {}
+    for part, like in zip(module.initial, module.tensors, strict=True):
+        factor = initial.get(f"{name}.{part}")
+        wanted = getattr(module, like).shape
+        if factor is None:
+            raise ValueError(f"layer {name} has no initial factors among those that were given ({name}.{part})")
+        if factor.shape != wanted:
+            raise ValueError(f"the initial factors {name}.{part} are {tuple(factor.shape)} instead of {tuple(wanted)}")
+        found[part] = factor
+    return found
 
 
 def report_of(model: nn.Module, layout: Layout) -> Report:
@@ -220,7 +268,9 @@ def apply_plan(
     return report_of(model, layout)
 
 
-def placement_for(compute_dtype: torch.dtype, device: torch.device | str = "cpu", share: bool = False) -> Placement:
+def placement_for(
+    compute_dtype: torch.dtype, device: torch.device | str = "cpu", share: bool = False, svd_niter: int = 4
+) -> Placement:
     """Frozen tensors in the compute dtype, trained ones in float32 (float64 in float64 runs)."""
     master = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    return Placement(compute_dtype, device, master=master, share=share)
+    return Placement(compute_dtype, device, master=master, share=share, svd_niter=svd_niter)

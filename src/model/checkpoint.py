@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from src.files import atomic_write
+from src.layers import ADAPTERS
 from src.layers.placing import (
     Layout,
     Report,
@@ -121,6 +122,10 @@ def fits(shape: Iterable[int], wanted: Iterable[int]) -> bool:
     return shape == wanted or [n for n in shape if n != 1] == [n for n in wanted if n != 1]
 
 
+# small vectors of the model come in several shapes, but an adapter's lora_M (1, in) is not the (out,) of another kind
+EXACT = frozenset(part for adapter in ADAPTERS.values() for part in adapter.linear.tensors)
+
+
 def key_diff(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], optional: frozenset[str] = frozenset()
 ) -> str:
@@ -130,7 +135,12 @@ def key_diff(
     wrong = [
         f"{name} {tuple(tensors[name].shape)} instead of {tuple(wanted[name].shape)}"
         for name in wanted
-        if name in tensors and not fits(tensors[name].shape, wanted[name].shape)
+        if name in tensors
+        and not (
+            tensors[name].shape == wanted[name].shape
+            if name.split(".")[-1] in EXACT
+            else fits(tensors[name].shape, wanted[name].shape)
+        )
     ]
     groups = {"missing": missing, "unexpected": unexpected, "of the wrong shape": wrong}
     return "; ".join(f"{len(names)} {group}: {_some(names)}" for group, names in groups.items() if names)
@@ -161,6 +171,8 @@ def build_model(
     quant: str = "none",
     limited: bool = False,
     rslora: bool = False,
+    svd_niter: int = 4,
+    initial: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     share: bool = False,
@@ -173,11 +185,12 @@ def build_model(
     Trained tensors become float32 masters, frozen ones the compute dtype or packed, one after the other. With `share`
     frozen matrices are used as they lie in `tensors`, in their own dtype, and cast when they are applied. `reopen`, if
     given, yields the tensors anew for each block, so that pages of the file that were read can be let go; `tensors` may
-    then be on the meta device. `options` go to RWKV's constructor. Raises ValueError with the key diff unless names and
-    shapes are exactly those of the model.
+    then be on the meta device. PiSSA begins from the factors in `initial` or else from `svd_niter` iterations.
+    `options` go to RWKV's constructor. Raises ValueError with the key diff unless names and shapes are exactly those of
+    the model.
     """
     sizes = _sizes(tensors, source)
-    learnt = plan.states if plan is not None else states_in(layout.trained) if layout is not None else ()
+    learnt = states_in(layout.trained) if layout is not None else plan.states if plan is not None else ()
     sizes = dataclasses.replace(sizes, states=tuple(s for s in STATES if s in (*sizes.states, *learnt)))
     model = plain_model(sizes, compute_dtype=compute_dtype, **options)
     wanted = dict(model.named_parameters())
@@ -191,7 +204,7 @@ def build_model(
         layout = plan_layout(model, plan, quant=quant, limited=limited, rslora=rslora)
     shapes = {name: parameter.shape for name, parameter in wanted.items()}
     replace(model, layout)
-    placement = placement_for(compute_dtype, device, share)
+    placement = placement_for(compute_dtype, device, share, svd_niter)
     dtypes, block = {}, ""
     for name, shape in shapes.items():
         if reopen is not None and _block(name) != block:
@@ -199,7 +212,7 @@ def build_model(
             tensors = reopen()
         tensor = tensors[name] if name in tensors or name not in states else torch.zeros(shape)
         dtypes[name] = tensor.dtype
-        place(model, name, tensor.reshape(shape), layout, placement, seed)
+        place(model, name, tensor.reshape(shape), layout, placement, seed, initial)
     report = report_of(model, layout)
     report.dtypes = dtypes
     return model, report
@@ -215,8 +228,7 @@ def load_model(
     """The model in a checkpoint, and the report of its making.
 
     `typed` holds sizes that the user gave (fields of `Sizes`): each must agree with the file. `build` goes to
-    `build_model`: plan, layout, quant, limited, rslora, seed, device, options of RWKV. Peak memory is the finished
-    model and one block of the file. Raises ValueError in one sentence.
+    `build_model`. Peak memory is the finished model and one block of the file. Raises ValueError in one sentence.
     """
     tensors = {name: tensor.to("meta") for name, tensor in read_tensors(path).items()}
     check_flags(_sizes(tensors, path), **(typed or {}))
@@ -247,12 +259,22 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, n
             parameter.copy_(tensors[name].reshape(parameter.shape))
 
 
+def take_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let each adapter of `model` take the form that its tensors in a checkpoint have (`Linear.expect`)."""
+    for name, layer in matrices(model):
+        found = {part: tensors[f"{name}.{part}"] for part in layer.tensors if f"{name}.{part}" in tensors}
+        if found:
+            layer.expect(found)
+
+
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Go on from a checkpoint of training: its tensors replace exactly those that train in `model`.
 
     Raises ValueError with the key diff when the file has others, or of other shapes (another plan, other layers).
     """
-    fill(model, read_tensors(path), kept(model), path)
+    tensors = read_tensors(path)
+    take_forms(model, tensors)
+    fill(model, tensors, kept(model), path)
     log.info("continued from %s", path)
 
 

@@ -1,8 +1,11 @@
-"""Memory of a CPU run: keep freed pages instead of giving them back to the system.
+"""Memory of a CPU run: give freed pages back to the system while loading, keep them while training.
 
 glibc returns every block above 32 MiB to the kernel when it is freed, and the next step's weights, gradients and logits
 come back page by page, zeroed. Measured on two cores: zeroing 200 MiB takes 125 ms that way and 6 ms in pages that were
 kept (benchmarks/README.md).
+
+While a model is loaded it is the other way round: what is dense for a moment leaves holes between the packed matrices
+that stay, and the heap grows to two or three times the model. Blocks of pages of their own leave none.
 """
 
 from __future__ import annotations
@@ -12,15 +15,27 @@ import sys
 
 # the parameters of mallopt(3)
 M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 NEVER = (1 << 31) - 1
+OWN_PAGES = 1 << 17  # bytes of a block that gets pages of its own while loading
+MOST_BLOCKS = 1 << 16  # of them, as glibc counts before anything is set
 
 
 def keep_pages() -> bool:
     """Let glibc serve every size from its heap and never shrink it; False where the C library is another one."""
+    library = _glibc()
+    return bool(library and library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def return_pages() -> bool:
+    """Let glibc give every larger block back when it is freed, for loading; False where the C library is another."""
+    library = _glibc()
+    return bool(library and library.mallopt(M_MMAP_MAX, MOST_BLOCKS) and library.mallopt(M_MMAP_THRESHOLD, OWN_PAGES))
+
+
+def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version"):
-        return False
-    return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, NEVER))
+    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -10,6 +10,7 @@ from src.data.tokenizer import Tokenizer, load_tokenizer
 from src.layers.placing import Layout
 from src.model.checkpoint import load_model, read_tensors
 from src.model.rwkv import RWKV
+from src.training.allocator import keep_pages, return_pages
 from src.training.merging import load_combined
 
 log = logging.getLogger(__name__)
@@ -58,18 +59,25 @@ def open_model(
     *,
     scaling: float | None = None,
     alpha: float | None = None,
+    initial_file: str = "",
+    cold: str = "",
 ) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
-    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar.
+    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar; `initial_file` and `cold` are PiSSA's
+    initial factors and the cold adapter below, where the sidecar's are not found.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     device, dtype, notice = parse_strategy(strategy)
     if notice:
         log.info("%s", notice)
+    return_pages()
     if adapter:
-        model = load_combined(path, adapter, compute_dtype=dtype, device=device, scaling=scaling, alpha=alpha)[0]
+        said = {"scaling": scaling, "alpha": alpha, "initial_file": initial_file, "cold": cold}
+        model = load_combined(path, adapter, compute_dtype=dtype, device=device, **said)[0]
     else:
         model = load_model(path, compute_dtype=dtype, device=device, layout=with_masters(path))[0]
     model.requires_grad_(False).eval()
+    if device == "cpu":
+        keep_pages()
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)

@@ -2,6 +2,7 @@
 
 A checkpoint holds what trains under the tradition's names: adapters and small tensors float32, whole matrices in the
 base file's dtype. `rwkv-{n}.pth` counts mini-epochs, `rwkv-final`, `rwkv-last` (Ctrl+C) and `rwkv-best` say the rest.
+State tuning adds `rwkv-{n}-state.pth`, the learnt states alone. PiSSA's initial factors are in a file of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from src.model.checkpoint import kept, write_atomic
+from src.plan import is_state
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dt
 
 
 class RunFolder:
-    """Writes checkpoints of one run. `describe` gives the sidecar of the moment as a function that writes it."""
+    """Writes checkpoints of one run, each with its sidecar; with `states` learnt states also to a file of their own."""
 
     def __init__(
         self,
@@ -71,21 +73,30 @@ class RunFolder:
         write_sidecar: Callable[[Path], Any],
         suffix: str = ".pth",
         keep: int = 0,
+        states: bool = False,
     ) -> None:
         self.folder = folder
         self.tensors = tensors
         self.write_sidecar = write_sidecar
         self.suffix = suffix
         self.keep = keep
+        self.states = states
         self._numbered: list[Path] = []
 
     def save(self, name: str) -> Path:
         """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot."""
         path = self.folder / f"rwkv-{name}{self.suffix}"
-        write_atomic(self.tensors(), path)
+        tensors = self.tensors()
+        write_atomic(tensors, path)
+        learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
+        if learnt:
+            write_atomic(learnt, self._state_path(path))
         self.write_sidecar(path)
         log.info("saved %s", path)
         return path
+
+    def _state_path(self, path: Path) -> Path:
+        return path.with_name(f"{path.stem}-state{self.suffix}")
 
     def save_numbered(self, number: int) -> Path:
         """Write `rwkv-{number}` and forget the oldest of this run beyond --keep."""
@@ -95,4 +106,5 @@ class RunFolder:
             oldest = self._numbered.pop(0)
             oldest.unlink(missing_ok=True)
             oldest.with_suffix(".json").unlink(missing_ok=True)
+            self._state_path(oldest).unlink(missing_ok=True)
         return path

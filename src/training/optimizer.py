@@ -8,7 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from src.layers.placing import matrices
 from src.plan import Plan
+
+NOTHING = "the layer profile trains nothing: give at least one row a mode other than freeze, or --state 1"
 
 Key = tuple[float, float, float]
 
@@ -16,15 +19,18 @@ Key = tuple[float, float, float]
 def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool) -> list[dict]:
     """Trainable parameters of `model`, grouped by the rates of their profile rows.
 
-    Each group carries `lr_init`, `lr_final`, `weight_decay` and the parameters' names. Raises ValueError when nothing
-    trains.
+    Each group carries `lr_init`, `lr_final`, `weight_decay` and the parameters' names. The rates of the tensors that an
+    adapter calls fast are multiplied by `plan.lora_plus`. Raises ValueError when nothing trains.
     """
+    fast = {f"{name}.{part}" for name, layer in matrices(model) for part in layer.fast}
     members: dict[Key, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[plan.group(name, version, layerwise)].append((name, parameter))
+            init, final, decay = plan.group(name, version, layerwise)
+            times = plan.lora_plus if name in fast else 1.0
+            members[init * times, final * times, decay].append((name, parameter))
     if not members:
-        raise ValueError("the layer profile trains nothing: give at least one row a mode other than freeze")
+        raise ValueError(NOTHING)
     return [
         {
             "params": [parameter for _, parameter in group],

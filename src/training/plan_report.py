@@ -14,43 +14,14 @@ from rich.text import Text
 
 from src.config import Config
 from src.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
-from src.losses import LOSSES
 from src.training.fit import optimizer_steps
 from src.training.inputs import Inputs
+from src.training.memory import loading_peak, memory_by_part
 from src.training.start import Start
 
 SAMPLES = 3
 SHOWN = 200  # tokens of a sample
 MIB = 1 << 20
-
-
-def memory_by_part(config: Config, start: Start, tokens: int) -> dict[str, int]:
-    """Estimated bytes at the peak of a step over `tokens` tokens, by what they are for.
-
-    Weights are counted; moments and gradients follow from what trains; activations use about 30 values of the width
-    per token and layer (one with --grad_cp 1, plus one layer being recomputed). A live teacher counts as its file.
-    """
-    width = {"bf16": 2, "fp32": 4, "fp64": 8}[config.precision]
-    sizes = start.sizes
-    trained = sum(p.numel() for p in start.model.parameters() if p.requires_grad)
-    dense = sum(p.numel() * p.element_size() for p in start.model.parameters())
-    packed = sum(b.numel() * b.element_size() for b in start.model.buffers())
-    per_layer = 30 * tokens * sizes.n_embd * width
-    layers = per_layer + (sizes.n_layer - 1) * tokens * sizes.n_embd * width
-    rows = min(tokens, config.head_chunk)
-    state = sizes.n_layer * sizes.n_embd * sizes.head_size * 4
-    teacher = {}
-    if config.loss == "distillation":
-        logits = 6 * 4 * tokens * config.top_k  # values, indices (8 bytes), the student's scores and their gradients
-        teacher["teacher"] = logits + (Path(config.teacher_model).stat().st_size if config.teacher_model else 0)
-    return teacher | {
-        "weights": dense + packed,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "activations": layers if config.grad_cp else per_layer * sizes.n_layer,
-        "states": 2 * state * config.micro_bsz * (2 if LOSSES[config.loss].kind == "pairs" else 1),
-        "head": 2 * rows * sizes.vocab_size * width,
-    }
 
 
 def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
@@ -131,7 +102,8 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     tokens = config.micro_bsz * min(longest, config.ctx_len)
     parts = memory_by_part(config, start, tokens)
     for part, size in {**parts, "in all": sum(parts.values())}.items():
-        console.print(f"{part:12} {size / MIB:12,.1f} MiB", highlight=False)
+        console.print(f"{part:24} {size / MIB:12,.1f} MiB", highlight=False)
+    console.print(f"{'while loading, host':24} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
     total = optimizer_steps(config, steps)
     mean = sum(sum(r.lengths) / max(1, len(r.lengths)) for r in inputs.reports[:1])

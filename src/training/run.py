@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.config import Config
+from src.training.adapter_files import write_factors
 from src.training.fit import fit, schedule_of
 from src.training.folder import SAVED, RunFolder, trained_tensors
 from src.training.inputs import Inputs
@@ -63,13 +64,21 @@ def train(config: Config, folder: Path, start: Start) -> bool:
 
 
 def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
-    """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
-
-    sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.hash)
+    """Where this run's checkpoints go, each with the sidecar that merge.py reads. Writes PiSSA's initial factors."""
+    sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
+    name, sha256 = write_factors(start.model, folder, f".{config.save_format}")
+    sidecar = dataclasses.replace(
+        sidecar,
+        initial_file=name,
+        initial_sha256=sha256,
+        cold_file=str(start.cold or ""),
+        cold_sha256=start.cold_hash,
+    )
     return RunFolder(
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
         lambda path: write_sidecar(sidecar, path),
         suffix=f".{config.save_format}",
         keep=config.keep,
+        states=bool(config.state_output_mode),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ class Sidecar:
 
     `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
     `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
+    `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
+    base before training ("" without).
     """
 
     version: str
@@ -35,13 +37,13 @@ class Sidecar:
     packed: tuple[str, ...] = ()
     adapted: Mapping[str, Adaptation] = field(default_factory=dict)
     plan: tuple[dict[str, Any], ...] = ()
+    initial_file: str = ""
+    initial_sha256: str = ""
+    cold_file: str = ""
+    cold_sha256: str = ""
     state_layout: str = STATE_LAYOUT
     program_version: str = PROGRAM_VERSION
     format: int = FORMAT
-
-    def layout(self, trained: Iterable[str]) -> Layout:
-        """The layout of the trained model; `trained` names the base model's own tensors in the checkpoint."""
-        return Layout(dict(self.adapted), frozenset(self.packed), frozenset(trained), self.quant_mode)
 
 
 def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path | None, sha256: str = "") -> Sidecar:

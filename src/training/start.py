@@ -9,24 +9,39 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from src.config import Config
 from src.files import file_hash
+from src.laws import trains
 from src.layers.placing import Layout, Report
-from src.model.checkpoint import file_sizes, load_adapter, load_model, read_tensors, write_atomic
+from src.model.checkpoint import build_model, file_sizes, load_adapter, read_tensors, write_atomic
 from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
-from src.training.allocator import keep_pages
+from src.training.adapter_files import (
+    begins_from_matrix,
+    check_base,
+    chosen_quant,
+    cold_of,
+    factors_of,
+    hinting,
+    layout_of,
+)
+from src.training.allocator import keep_pages, return_pages
 from src.training.folder import NUMBERED, newest_checkpoint
-from src.training.merging import check_base, chosen_quant, layout_of
+from src.training.merging import base_reader, shapes
+from src.training.optimizer import NOTHING
 from src.training.sidecar import Sidecar, read_sidecar
-from src.unbuilt import refuse_unbuilt
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+HINTS = {
+    "factors": "give them with {load_adapter_pissa_init}",
+    "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
+}
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
 
 
@@ -67,11 +82,22 @@ class Start:
     plan: Plan
     model: RWKV
     report: Report
+    cold: Path | None = None
+
+    @cached_property
+    def base_hash(self) -> str:
+        """SHA-256 of the base file."""
+        return file_hash(self.path)
+
+    @cached_property
+    def cold_hash(self) -> str:
+        """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
+        return file_hash(self.cold) if self.cold else ""
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the base file."""
-        return file_hash(self.path)
+        """What tells this start model from another: the base file's SHA-256, with that of the cold adapter."""
+        return self.base_hash + (f"+{self.cold_hash}" if self.cold else "")
 
 
 def continues(config: Config) -> bool:
@@ -96,8 +122,7 @@ def base_path(config: Config, folder: Path) -> Path:
 
 def start(config: Config, folder: Path) -> Start:
     """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files."""
-    if device_of(config) == "cpu":
-        keep_pages()
+    return_pages()
     path = base_path(config, folder)
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
@@ -107,21 +132,52 @@ def start(config: Config, folder: Path) -> Start:
             "--load_model 0 goes on from whole models of the project folder, and this plan saves parts of one: "
             "give the model with --load_model"
         )
-    refuse_unbuilt(config, plan.modes, sizes.version)
-    model, report = load_model(
-        path,
+    with hinting(HINTS):
+        cold = cold_adapter(config)
+        layout = adapter_layout(config)
+        initial = resumed_factors(config, plan, layout)
+        read = base_reader(path, cold, device_of(config), "" if config.load_adapter else config.load_adapter_pissa_init)
+    model, report = build_model(
+        shapes(read()),
         compute_dtype=DTYPES[config.precision],
-        layout=adapter_layout(config),
+        layout=layout,
         plan=plan,
         quant=config.storage,
         limited=config.limited_lora,
         rslora=config.rslora,
+        svd_niter=config.svd_niter,
+        initial=initial,
         seed=config.seed,
         device=device_of(config),
+        source=path,
+        reopen=read,
         grad_cp=config.grad_cp,
         wkv_backend=config.wkv_backend,
     )
-    return Start(path, sizes, plan, model, report)
+    if device_of(config) == "cpu":
+        keep_pages()
+    if trains(config) and not report.trained:
+        raise ValueError(NOTHING)
+    return Start(path, sizes, plan, model, report, cold)
+
+
+def cold_adapter(config: Config) -> Path | None:
+    """--load_cold_adapter, or what lay below --load_adapter in its training. Raises ValueError when they differ."""
+    if not config.load_adapter:
+        return Path(config.load_cold_adapter) if config.load_cold_adapter else None
+    return cold_of(config.load_adapter, read_sidecar(config.load_adapter), config.load_cold_adapter)
+
+
+def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
+    """PiSSA's initial factors of --load_adapter: made anew they would be another base. None when there is no need."""
+    modes = plan.modes if layout is None else {how.mode for how in layout.adapted.values()}
+    sidecar = read_sidecar(config.load_adapter) if config.load_adapter else None
+    other = sidecar is not None and not begins_from_matrix({how.mode for how in sidecar.adapted.values()})
+    if not (config.load_adapter and begins_from_matrix(modes)) or other:  # another kind is refused when it is loaded
+        if config.load_adapter and config.load_adapter_pissa_init:
+            raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
+        return None
+    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init)
 
 
 def adapter_layout(config: Config) -> Layout | None:
@@ -142,7 +198,7 @@ def adapter_layout(config: Config) -> Layout | None:
 def resume_adapter(config: Config, start: Start) -> None:
     """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
     sidecar = read_sidecar(config.load_adapter)
-    check_base(sidecar, start.path, sha256=start.hash)
+    check_base(sidecar, start.path, sha256=start.base_hash)
     if sidecar is not None:
         check_same_adapters(sidecar, start.report.layout, config.load_adapter)
     load_adapter(start.model, config.load_adapter)
