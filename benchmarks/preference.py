@@ -194,7 +194,9 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         disable_tqdm=True,
         logging_steps=1000,
     )
-    return Prepared(wrapped(ready.model), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return Prepared(
+        wrapped(ready.model), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
 def theirs(flags: argparse.Namespace, seed: int, count: int) -> dict:
