@@ -93,7 +93,7 @@ class Kernel:
     def _places(self, starts: Tensor, device: torch.device) -> tuple[Tensor, int]:
         """Where rows begin, among tokens and among intervals, and the longest rows first: (3, S+1); and I."""
         marks = _intervals(starts, self.layout.interval)
-        order = torch.cat([starts.diff().argsort(descending=True, stable=True), torch.zeros(1, dtype=torch.int64)])
+        order = torch.cat([starts.diff().argsort(descending=True, stable=True), starts.new_zeros(1)])
         return torch.stack([starts, marks, order]).to(device, non_blocking=True), int(marks[-1])
 
     def _beside(self, kinds: Sequence[str], token: Tensor, state: Tensor, intervals: int) -> list[Tensor]:
@@ -203,7 +203,7 @@ def _compiler(name: str, home: str | None, remedy: str) -> str:
 def _intervals(starts: Tensor, interval: int) -> Tensor:
     """Checkpoint intervals before each row, and of all: (S+1,)."""
     counts = (starts.diff() + interval - 1) // interval
-    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return torch.cat([starts.new_zeros(1), counts.cumsum(0)])
 
 
 def _dense(x: Tensor) -> Tensor:
