@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from src.cli import Parser, run
+from src.layers.stores import STORES
 from src.model.checkpoint import file_sizes, write_atomic
 from src.plan import is_state
 from src.training.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
@@ -68,6 +69,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name, needed in wanted.items():
         if needed and not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help")
+    if args.quant is not None and args.quant not in STORES:
+        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(STORES)}")
     if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
         raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
     return args
