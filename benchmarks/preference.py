@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not benchmarks/, whose kernels.py transformers would take for a package
 HELD_OUT = "example/DPO/heldout.csv"
 BATCH = 16  # pairs a step
 MEASURED = ("accuracy", "raw_accuracy", "margin", "kl")
@@ -148,6 +148,7 @@ def wrapped(model):
 def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
     """TRL's DPOTrainer over pairs that are tokenised and scored: what it would do first is done."""
     import tokenizers
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
@@ -183,7 +184,7 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         beta=0.1,
         max_length=None,
         precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         remove_unused_columns=False,
         bf16=False,
         use_cpu=True,
@@ -193,7 +194,9 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         disable_tqdm=True,
         logging_steps=1000,
     )
-    return Prepared(wrapped(ready.model), args=settings, train_dataset=rows, processing_class=tokenizer)
+    return Prepared(
+        wrapped(ready.model), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
 def theirs(flags: argparse.Namespace, seed: int, count: int) -> dict:
