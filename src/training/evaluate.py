@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from src.data.pieces import together
 from src.losses.orpo import log_odds
 from src.losses.tokens import token_scores
 from src.model.rwkv import RWKV
@@ -34,20 +35,6 @@ def evaluating(model: RWKV) -> Iterator[None]:
         model.train(training)
 
 
-def _rows(examples: Iterable[TextExample]) -> Iterator[list[TextExample]]:
-    """Neighbouring documents together up to ROW tokens."""
-    row: list[TextExample] = []
-    held = 0
-    for example in examples:
-        if row and held + len(example.tokens) > ROW:
-            yield row
-            row, held = [], 0
-        row.append(example)
-        held += len(example.tokens)
-    if row:
-        yield row
-
-
 @torch.no_grad()
 def _long_document(model: RWKV, example: TextExample, chunk: int) -> tuple[float, int]:
     """(summed log-probability, scored tokens) of one document of any length."""
@@ -66,7 +53,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
     """Token-weighted plain negative log-likelihood: no smoothing, no L2Wrap. Keys loss, perplexity, tokens."""
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for row in _rows(examples):
+    for row in together(examples, lambda example: len(example.tokens), ROW):
         if len(row) == 1 and len(row[0].tokens) > ROW:
             logp, scored = _long_document(model, row[0], chunk)
         else:
@@ -83,17 +70,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
 
 def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
     """Neighbouring pairs that are scored together, up to ROW tokens: always the same ones for the same pairs."""
-    row: list[PairExample] = []
-    held = 0
-    for pair in pairs:
-        size = len(pair.prompt) + len(pair.chosen) + len(pair.reject)
-        if row and held + size > ROW:
-            yield row
-            row, held = [], 0
-        row.append(pair)
-        held += size
-    if row:
-        yield row
+    return together(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
 
 
 @torch.no_grad()

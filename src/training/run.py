@@ -71,7 +71,7 @@ def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
         sidecar,
         initial_file=name,
         initial_sha256=sha256,
-        cold_file=str(start.cold or ""),
+        cold_file=str(start.cold.resolve()) if start.cold else "",
         cold_sha256=start.cold_hash,
     )
     return RunFolder(
