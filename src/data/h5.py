@@ -50,6 +50,8 @@ def _readable(path: str) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         text = str(error)
+        if text.startswith(f"{path}:"):
+            raise
         if "truncated" in text:
             raise ValueError(f"{path} is truncated: it was not written to its end; make it again") from error
         if "signature not found" in text:
@@ -65,6 +67,22 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
         yield file
+
+
+def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
+    """ValueError unless `name` is a list of this very file, with no more entries than the file has bytes."""
+    h5 = _library()
+    inside = isinstance(file.get(name, getlink=True), h5.HardLink)
+    column = file[name] if inside else None
+    if not isinstance(column, h5.Dataset) or column.ndim != 1 or column.is_virtual or column.external:
+        raise ValueError(f"{path}: `{name}` is no list of this file")
+    if len(column) > os.path.getsize(path):
+        raise ValueError(f"{path}: `{name}` names {len(column)} entries, more than the file has bytes")
+
+
+def vlen_kind(dtype: np.dtype) -> np.dtype | None:
+    """What variable-length entries consist of, None for entries of another kind."""
+    return _library().check_vlen_dtype(dtype)
 
 
 def holds_pairs(path: str | os.PathLike) -> bool:
@@ -93,9 +111,11 @@ class H5File:
         with _readable(self.path):
             file = self._open()
             self.names = [name for name in KINDS if name in file]
+            for name in self.names:
+                check_column(self.path, file, name)
             self.about = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
             sizes = {name: len(file[name]) for name in self.names}
-            kinds = {name: _library().check_vlen_dtype(file[name].dtype) for name in self.names}
+            kinds = {name: vlen_kind(file[name].dtype) for name in self.names}
         if TOKENS not in sizes:
             raise ValueError(f"{self.path}: holds no dataset `tokens`, so no tokenised documents")
         if (VALUES in sizes) != (INDICES in sizes):
@@ -134,7 +154,10 @@ class H5File:
     def _find_k(self) -> int:
         """K as the file says, or from the lengths of its first document that is not empty."""
         if "top_k" in self.about:
-            return int(self.about["top_k"])
+            k = self.about["top_k"]
+            if type(k) is not int or k < 1:
+                raise ValueError(f"{self.path}: the attribute top_k is {k!r}, it must be a number of logits")
+            return k
         for index in range(len(self)):
             tokens = len(self.read(TOKENS, index))
             if tokens:

@@ -131,5 +131,5 @@ def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
             for record in batch.to_pylist():
                 report.rows += 1
                 yield f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()}
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
