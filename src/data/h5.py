@@ -19,6 +19,7 @@ import numpy as np
 
 from src.config import PROGRAM_VERSION
 from src.data.batch import TextExample, TopK
+from src.data.h5_check import check_column
 from src.data.pieces import NOTHING_TRAINED, pieces
 from src.data.progress import counted
 from src.data.report import DataReport, RowError
@@ -67,17 +68,6 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
         yield file
-
-
-def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
-    """ValueError unless `name` is a list of this very file, with no more entries than the file has bytes."""
-    h5 = _library()
-    inside = isinstance(file.get(name, getlink=True), h5.HardLink)
-    column = file[name] if inside else None
-    if not isinstance(column, h5.Dataset) or column.ndim != 1 or column.is_virtual or column.external:
-        raise ValueError(f"{path}: `{name}` is no list of this file")
-    if len(column) > os.path.getsize(path):
-        raise ValueError(f"{path}: `{name}` names {len(column)} entries, more than the file has bytes")
 
 
 def vlen_kind(dtype: np.dtype) -> np.dtype | None:

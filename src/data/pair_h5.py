@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from src.data.batch import PairExample
-from src.data.h5 import PAIRS, check_column, readable_file, vlen_kind
+from src.data.h5 import PAIRS, readable_file, vlen_kind
+from src.data.h5_check import check_column
 from src.data.pair_save import NO_REFERENCE, pair_record
 from src.data.report import DataReport, RowError
 

@@ -23,6 +23,12 @@ import jinja2.sandbox
 MEMORY = 1 << 30  # bytes of address space
 ROOM = 1 << 20  # characters that a template may write, and as often the conversation itself:
 COPIES = 16
+WARM = (
+    "{{ name | tojson }}{{ strftime_now('%Y') }}",
+    "{{ raise_exception('no') }}",
+    "{{ ''.__class__.x }}",
+    "{% for %}",
+)
 SAID = 300  # characters of a message that are passed on
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks of what is trained; here the answer is
 
@@ -65,7 +71,8 @@ def answer(line: str) -> dict[str, str]:
 
 def main() -> None:
     """Answers until the other side is gone."""
-    answer('{"source": "{{ 1 | tojson }}", "values": {}}')  # what is imported late is imported while that is possible
+    for source in WARM:  # what Python, Jinja and the C library open late is opened while that is possible
+        answer(json.dumps({"source": source, "values": {"name": "x"}}))
     for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 3)):
         resource.setrlimit(kind, (most, most))
     for line in sys.stdin:
