@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -141,19 +142,26 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def check_archive(path: str | os.PathLike) -> None:
-    """Raises ValueError for a file of torch.save that could unfold to more than it is.
+def check_archive(path: str | os.PathLike) -> bool:
+    """Whether a file of torch.save is a zip archive. Raises ValueError for one that could unfold to more than it is.
 
     torch.save packs tensors and names uncompressed into a zip archive; a compressed record of a few bytes could become
-    gigabytes in memory. Files that are no archive pass.
+    gigabytes in memory.
     """
-    if not zipfile.is_zipfile(path):
-        return
+    size = os.path.getsize(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return False
+            if not zipfile.is_zipfile(file):
+                raise ValueError(
+                    f"{path} is cut off: it begins like a checkpoint but its end is missing ({size} bytes)"
+                )
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError) as error:
         raise ValueError(f"{path} is damaged: it begins like a checkpoint, but {error}") from error
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-    if packed or sum(record.file_size for record in records) > os.path.getsize(path):
+    if packed or sum(record.file_size for record in records) > size:
         raise ValueError(f"{path} was not written by torch.save: its records are compressed, or larger than the file")
+    return True

@@ -85,15 +85,13 @@ def mutated(reader: Reader, files: Sample, rng: Random, whole: bool = False) -> 
     if whole:
         return files
     names = [name for name in files if "base" not in name]
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+    count = rng.choice((1, 1, 1, 2, 4))
+    ways = [rng.choice(reader.mutators if reader.mutators and rng.random() < 0.5 else BYTES) for _ in range(count)]
+    for way in sorted(ways, key=BYTES.__contains__):  # those that need a whole file come first
         name = rng.choice(names)
-        if name not in files:
-            continue
         if len(names) > 1 and rng.random() < 0.02:
-            del files[name]
-            continue
-        ways = reader.mutators if reader.mutators and rng.random() < 0.5 else BYTES
-        changed = rng.choice(ways)(files[name], rng)
+            files.pop(name, None)
+        changed = way(files[name], rng) if name in files else None
         if changed is not None:
             files[name] = changed[:LONGEST]
     return files

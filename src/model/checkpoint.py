@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,12 +86,7 @@ def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _read_pth(path: Path) -> Any:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    zipped = magic == b"PK\x03\x04"
-    if zipped and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut off: it begins like a checkpoint but its end is missing ({_size(path)})")
-    check_archive(path)
+    zipped = check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below

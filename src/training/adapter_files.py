@@ -125,7 +125,7 @@ def cold_of(checkpoint: str | Path, sidecar: Sidecar | None, typed: str = "", *,
         return Path(typed) if typed else None
     recorded = Path(sidecar.cold_file)
     places = (Path(typed),) if typed else (recorded, Path(checkpoint).parent / recorded.name)
-    there = [place for place in places if place.exists()]
+    there = [place for place in places if place.is_file()]
     found = next((place for place in there if file_hash(place) == sidecar.cold_sha256), None)
     if found is None and there and force:
         return there[0]
