@@ -154,9 +154,7 @@ def check_archive(path: str | os.PathLike) -> bool:
             if file.read(4) != b"PK\x03\x04":
                 return False
             if not zipfile.is_zipfile(file):
-                raise ValueError(
-                    f"{path} is cut off: it begins like a checkpoint but its end is missing ({size} bytes)"
-                )
+                raise ValueError(f"{path}: not a file written by torch.save, it is cut off ({size:,} bytes)")
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError) as error:

@@ -275,7 +275,7 @@ def torch_values(data: bytes, rng: Random) -> bytes | None:
             if what < 0.2:
                 del value[name]
             elif what < 0.35:
-                value[rng.choice((name + "x", name.upper(), 7, "", f"blocks.{10**6}.att.r_k", None))] = tensor
+                value[rng.choice((f"{name}x", str(name).upper(), 7, "", f"blocks.{10**6}.att.r_k", None))] = tensor
             elif isinstance(tensor, torch.Tensor):
                 value[name] = odd_tensor(tensor, rng)
     elif isinstance(value, list) and value:
