@@ -153,12 +153,11 @@ def check_archive(path: str | os.PathLike) -> bool:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 return False
-            if not zipfile.is_zipfile(file):
-                raise ValueError(f"{path}: not a file written by torch.save, it is cut off ({size:,} bytes)")
-            with zipfile.ZipFile(file) as archive:
-                records = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError) as error:
+            records = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else None
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged: it begins like a checkpoint, but {error}") from error
+    if records is None:
+        raise ValueError(f"{path}: not a file written by torch.save, it is cut off ({size:,} bytes)")
     packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if packed or sum(record.file_size for record in records) > size:
         raise ValueError(f"{path} was not written by torch.save: its records are compressed, or larger than the file")

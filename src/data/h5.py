@@ -97,12 +97,14 @@ class H5File:
         self._file: Any = None
         self._sets: dict[str, Any] = {}  # asking a file for a dataset by name costs more than reading an entry
         self._process = -1
+        self.names: list[str] = []
         check_readable(path)
         with _readable(self.path):
             file = self._open()
-            self.names = [name for name in KINDS if name in file]
+            self.names = [name for name in KINDS if file.get(name, getlink=True) is not None]
             for name in self.names:
                 check_column(self.path, file, name)
+            self._sets = {name: file[name] for name in self.names}
             self.about = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
             sizes = {name: len(file[name]) for name in self.names}
             kinds = {name: vlen_kind(file[name].dtype) for name in self.names}
@@ -132,7 +134,7 @@ class H5File:
             if self._file is not None:
                 self._file.close()  # this process's copy of the handle that the parent goes on using
             self._file, self._process = _library().File(self.path, "r", locking="best-effort"), os.getpid()
-            self._sets = {name: self._file[name] for name in KINDS if name in self._file}
+            self._sets = {name: self._file[name] for name in self.names}
         return self._file
 
     def read(self, name: str, index: int | slice) -> Any:

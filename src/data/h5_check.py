@@ -26,7 +26,7 @@ def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
     """
     import h5py  # whoever opened the file has it
 
-    inside = isinstance(file.get(name, getlink=True), h5py.HardLink)
+    inside = isinstance(file.get(name, getlink=True), h5py.HardLink)  # asked first: a link may open another file
     column = file[name] if inside else None
     if not isinstance(column, h5py.Dataset) or column.ndim != 1 or column.is_virtual or column.external:
         raise ValueError(f"{path}: `{name}` is no list of this file")

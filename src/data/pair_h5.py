@@ -38,7 +38,7 @@ def read_pair_h5(path: str | os.PathLike, report: DataReport, vocab_size: int | 
             the wrong form, by number from 0, unless the report skips.
     """
     with readable_file(path) as file:
-        columns = {name: _column(path, file, name) for name in (*NAMES, *MEANS) if name in file}
+        columns = {name: _column(path, file, name) for name in (*NAMES, *MEANS) if file.get(name, getlink=True)}
     for name in NAMES:
         if name not in columns:
             raise ValueError(f"{path}: holds no dataset `{name}`, so no preference pairs")

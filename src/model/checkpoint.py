@@ -98,8 +98,9 @@ def _read_pth(path: Path) -> Any:
         if name:
             raise ValueError(f"{path} holds a Python object ({name}), not only tensors: it was not opened") from error
         raise ValueError(f"{path} is not a checkpoint, or holds other objects than tensors ({_size(path)})") from error
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
-        # what torch.load raises for bytes that are no checkpoint depends on where it stumbles
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what torch.load raises for bytes that are no checkpoint depends on where it stumbles
         raise ValueError(f"{path} is damaged or not a checkpoint ({_size(path)})") from error
 
 
