@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from src.data.batch import PairExample
-from src.model.checkpoint import write_atomic
+from src.model.checkpoint import read_tensors, write_atomic
 from src.model.rwkv import RWKV
 from src.training.evaluate import evaluating, score_pairs
 
@@ -38,10 +38,10 @@ def cached_scores(path: Path, pairs: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        sums = torch.load(path, weights_only=True)["sums"]
+        sums = read_tensors(path)["sums"]
         if tuple(sums.shape) == (pairs, 2) and bool(torch.isfinite(sums).all()):
             return sums.float()
-    except Exception as error:  # whatever a damaged file makes torch.load raise
+    except (ValueError, KeyError) as error:
         log.warning("%s cannot be read (%s)", path, error)
     log.warning("%s is damaged: its scores are computed anew", path)
     return None
