@@ -54,7 +54,7 @@ def peak() -> int:
 
 
 def measure_length(version: str, tokens: int, repeats: int) -> dict:
-    """Steps of SFT over one document of `tokens` tokens in chunks, until SETTLED tokens have run, `repeats` at least."""
+    """Steps of SFT over one document of `tokens` tokens, `repeats` at least, and until SETTLED tokens have run."""
     import torch
 
     from src.config import Config

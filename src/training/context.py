@@ -106,8 +106,9 @@ def piecewise(
 ) -> tuple[Tensor, ...]:
     """What `score` says of all scored pieces, in their order, differentiable as if all had run in one pass.
 
-    sums: `score` gives one number (1,) for all of a piece. truncated: no gradient crosses a cut within a segment (it still reaches a prompt from its answers). offload: states
-    at the cuts wait in host memory. The backward pass can run only once.
+    sums: `score` gives one number (1,) for all of a piece. truncated: no gradient crosses a cut within a segment (it
+    still reaches a prompt from its answers). offload: states at the cuts wait in host memory. The backward pass can run
+    only once.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     return _Piecewise.apply(_Run(model, pieces, score, sums, truncated, offload), *params)
@@ -153,29 +154,43 @@ class _Run:
         slopes: dict[int, State] = {}  # slot -> gradient of the state that it keeps
         end = self.rows
         for number in range(len(self.pieces) - 1, -1, -1):
-            piece = self.pieces[number]
-            leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
-            with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
-                scores, states = self._run(piece, leaves)
-                ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
-            reached = []  # (output, its gradient)
-            if scores is not None:
-                begin = end - len(scores[0])
-                reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
-                end = begin
-            for row, slot in enumerate(piece.after):
-                if slot in slopes:
-                    reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
-            found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
-            for i, p in enumerate(self.params):
-                if (grad := next(found)) is not None:
-                    totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
-                    totals[i] += grad
-            for slot, leaf in leaves.items():
-                grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
-                if any(x.requires_grad for x in _tensors(leaf)):
-                    slopes[slot] = _sum(slopes.get(slot), _state(grads))
+            end = self._back(number, end, upstream, totals, slopes)
         return totals
+
+    def _back(
+        self,
+        number: int,
+        end: int,
+        upstream: tuple[Tensor | None, ...],
+        totals: list[Tensor | None],
+        slopes: dict[int, State],
+    ) -> int:
+        """Run one piece again and add its gradients to `totals` and `slopes`; its scores end before row `end`.
+
+        Returns the row at which they begin. A function of its own, so that nothing of one piece outlives it.
+        """
+        piece = self.pieces[number]
+        leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
+        with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
+            scores, states = self._run(piece, leaves)
+            ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
+        begin = end if scores is None else end - len(scores[0])
+        reached = []  # (output, its gradient)
+        if scores is not None:
+            reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
+        for row, slot in enumerate(piece.after):
+            if slot in slopes:
+                reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
+        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
+        for i, p in enumerate(self.params):
+            if (grad := next(found)) is not None:
+                totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
+                totals[i] += grad
+        for slot, leaf in leaves.items():
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
+            if any(x.requires_grad for x in _tensors(leaf)):
+                slopes[slot] = _sum(slopes.get(slot), _state(grads))
+        return begin
 
     def _run(self, piece: Piece, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
         """(scores if the piece has any, states after it), from the states in the slots."""

@@ -92,7 +92,7 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
     With `config.chunk` the rows run in pieces of so many tokens, with the gradient of one long pass (or, with
     `config.bptt` truncated, without any across the cuts).
     """
-    if not config.chunk:
+    if not config.chunk or (isinstance(batch, TextBatch) and not len(batch.tokens)):
         return step_loss(loss, model.head, batch_hidden(model, batch), batch, config)
     how = {"truncated": config.bptt == "truncated", "offload": config.state_offload}
     if isinstance(batch, TextBatch):
