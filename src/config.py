@@ -67,6 +67,7 @@ class Config:
     devices: int = setting(1, "devices per machine", at_least=1)
     num_nodes: int = setting(1, "machines", at_least=1)
     strategy: str = setting("auto", "how devices share the work", choices=STRATEGIES)
+    timeout: float = setting(30.0, "minutes after which a process that does not go on is given up", above=0)
     ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
     precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
     wkv_backend: str = setting(

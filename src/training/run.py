@@ -10,6 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.config import Config
+from src.files import fingerprint
+from src.training import ranks
 from src.training.adapter_files import write_factors
 from src.training.fit import fit, schedule_of
 from src.training.folder import SAVED, RunFolder, trained_tensors
@@ -21,6 +23,8 @@ from src.training.start import Start, continues, numbered_from, resume_adapter
 from src.training.teacher import open_teacher
 
 log = logging.getLogger(__name__)
+
+SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
 
 
 def settings_of(config: Config) -> dict[str, object]:
@@ -50,10 +54,12 @@ def train(config: Config, folder: Path, start: Start) -> bool:
     if written and not continues(config):
         raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
     config = numbered_from(config, start.path)
-    pl.seed_everything(config.seed, verbose=False)  # dropout
+    pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
+    ranks.check_same("--load_model", fingerprint(start.path))
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
+    ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
     if config.load_adapter:
         resume_adapter(config, start)
@@ -66,7 +72,7 @@ def train(config: Config, folder: Path, start: Start) -> bool:
 def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
     """Where this run's checkpoints go, each with the sidecar that merge.py reads. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = write_factors(start.model, folder, f".{config.save_format}")
+    name, sha256 = ranks.from_first(lambda: write_factors(start.model, folder, f".{config.save_format}"))
     sidecar = dataclasses.replace(
         sidecar,
         initial_file=name,

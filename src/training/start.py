@@ -20,6 +20,7 @@ from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
+from src.training import ranks
 from src.training.adapter_files import (
     begins_from_matrix,
     check_base,
@@ -87,13 +88,13 @@ class Start:
 
     @cached_property
     def base_hash(self) -> str:
-        """SHA-256 of the base file."""
-        return file_hash(self.path)
+        """SHA-256 of the base file, read by the first of several ranks."""
+        return ranks.from_first(lambda: file_hash(self.path))
 
     @cached_property
     def cold_hash(self) -> str:
         """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
-        return file_hash(self.cold) if self.cold else ""
+        return ranks.from_first(lambda: file_hash(self.cold) if self.cold else "")
 
     @cached_property
     def hash(self) -> str:
