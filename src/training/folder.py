@@ -83,6 +83,15 @@ class RunFolder:
         self.states = states
         self._numbered: list[Path] = []
 
+    @property
+    def numbered(self) -> list[str]:
+        """Names of this run's numbered checkpoints, oldest first."""
+        return [path.name for path in self._numbered]
+
+    @numbered.setter
+    def numbered(self, names: list[str]) -> None:
+        self._numbered = [self.folder / name for name in names]
+
     def save(self, name: str) -> Path:
         """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot."""
         path = self.folder / f"rwkv-{name}{self.suffix}"
