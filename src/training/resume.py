@@ -135,12 +135,13 @@ class KeepPoints(pl.Callback):
         self.trainer, self.trainee = trainer, pl_module
         self.points.join(trainer.global_rank, trainer.world_size, trainer.strategy.broadcast(secrets.token_hex(4)))
         pl_module.after_step.append(self.step_done)
-        if self.resumed is not None:
-            self._go_on(self.resumed)
-        self._note(ended=True)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._signalled)
             signal.signal(signal.SIGTERM, self._signalled)
+        if self.resumed is None:
+            self._note()
+        else:
+            self._go_on(self.resumed)
 
     def _go_on(self, point: Point) -> None:
         if point.about["world"] != self.trainer.world_size:
@@ -159,6 +160,8 @@ class KeepPoints(pl.Callback):
             log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]
         take_run_state(self.trainer, self.trainee, state)
+        if not state["over"]:  # else its end was dealt with just now
+            self.state = state | {"logs": self._log_sizes()}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Trainee, batch: Any, batch_idx: int) -> None:
         """The first batch of all stands in the middle of a mini-epoch when the point did."""
@@ -215,8 +218,10 @@ class KeepPoints(pl.Callback):
             raise
 
     def _note(self, ended: bool = False) -> None:
-        self.state = run_state(self.trainer, self.trainee, ended=ended)
-        self.state["logs"] = {name: _size(self.folder / name) for name in (METRICS, LOG)}
+        self.state = run_state(self.trainer, self.trainee, ended=ended) | {"logs": self._log_sizes()}
+
+    def _log_sizes(self) -> dict[str, int]:
+        return {name: _size(self.folder / name) for name in (METRICS, LOG)}
 
     def _due(self) -> bool:
         return self.every > 0 and self.state["step"] % self.every == 0

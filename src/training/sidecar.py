@@ -97,7 +97,5 @@ def read_sidecar(checkpoint: str | Path) -> Sidecar | None:
 def check_whole(sidecar: Sidecar | None, checkpoint: str | Path) -> None:
     """Raises ValueError when the bytes of `checkpoint` are not those that its sidecar was written for."""
     if sidecar is not None and sidecar.sha256 and file_hash(checkpoint) != sidecar.sha256:
-        raise ValueError(
-            f"{checkpoint} is damaged: its bytes are not those that were saved (sha256 in {sidecar_path(checkpoint)}); "
-            "use another save"
-        )
+        own = sidecar_path(checkpoint).name
+        raise ValueError(f"{checkpoint} is damaged: its bytes are not those that were saved (sha256 in {own})")
