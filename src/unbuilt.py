@@ -51,10 +51,6 @@ NOT_BUILT = (
         lambda c: c.compile,
         "{compile} 1: compiling the model is not built yet; leave it 0",
     ),
-    Missing(
-        lambda c: bool(c.resume),
-        "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
-    ),
 )
 
 

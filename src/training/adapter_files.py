@@ -20,7 +20,7 @@ from src.layers.placing import Layout, matrices
 from src.layers.stores import store_class
 from src.model.checkpoint import read_tensors, write_atomic
 from src.plan import SCALED_MODES
-from src.training.sidecar import Sidecar, read_sidecar
+from src.training.sidecar import Sidecar, check_whole, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def open_adapter(
     beside the checkpoint.
     """
     sidecar, tensors = read_sidecar(path), read_tensors(path)
+    if not force:
+        check_whole(sidecar, path)
     store = chosen_quant(sidecar, quant, force=force)
     try:
         layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)

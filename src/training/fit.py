@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -22,7 +23,9 @@ from src.training.callbacks import Bar, Log, Save, Validate, WandB
 from src.training.folder import RunFolder
 from src.training.launch import here
 from src.training.module import Trainee
+from src.training.points import Point, Points
 from src.training.records import log_new_run
+from src.training.resume import KeepPoints
 from src.training.schedule import Schedule
 from src.training.stopping import Stop
 from src.training.strategies import make_strategy
@@ -39,11 +42,16 @@ class MicroBatches(Dataset):
 
 
 class EpochPositions(Sampler[int]):
-    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`."""
+    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`.
 
-    def __init__(self, per_epoch: int, first_epoch: int) -> None:
+    A run that is resumed in mini-epoch `resumed` leaves out the `done` micro-batches that it had.
+    """
+
+    def __init__(self, per_epoch: int, first_epoch: int, resumed: int = 0, done: int = 0) -> None:
         self.per_epoch = per_epoch
         self.first_epoch = first_epoch
+        self.resumed = resumed
+        self.done = done
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -55,7 +63,8 @@ class EpochPositions(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         begin = (self.first_epoch + self.epoch) * self.per_epoch
-        return iter(range(begin, begin + self.per_epoch))
+        done = self.done if self.epoch == self.resumed else 0
+        return iter(range(begin + done, begin + self.per_epoch))
 
 
 def micro_batches_per_epoch(config: Config) -> int:
@@ -91,8 +100,10 @@ def fit(
     run: RunFolder,
     settings: dict[str, Any],
     evaluate: Callable[[], dict[str, Any]] | None = None,
+    points: Points | None = None,
+    resumed: Point | None = None,
 ) -> bool:
-    """Train to the end; True when Ctrl+C stopped it (rwkv-last is written then)."""
+    """Train to the end, from the point `resumed` on; True when Ctrl+C stopped it (rwkv-last is written then)."""
     folder: Path = run.folder
     # Lightning's advice is about data loaders and loggers that this program does not have
     warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -112,6 +123,8 @@ def fit(
         callbacks.append(WandB(config.wandb, folder, settings))
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    if points is not None:
+        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed))
     device = next(trainee.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -130,12 +143,14 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=str(folder),
     )
-    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin)
-    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions)
+    begin = (resumed.about["epoch"], resumed.about["done"]) if resumed else (0, 0)
+    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin, *begin)
+    # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
+    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
     try:
         trainer.fit(trainee, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
-        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt") from stop
+        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt, --resume auto goes on") from stop
     except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
         if not save.stopped:
             raise

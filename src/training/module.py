@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 
 PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
 
+COUNTERS = ("bad_steps", "pref_percentage", "last_record")
+
 
 class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is no longer a number."""
@@ -90,6 +92,7 @@ class Trainee(pl.LightningModule):
         self.together = ranks.several()  # every rank goes through every backward pass, or the others wait for ever
         self.loss = LOSSES[config.loss]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
+        self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
         self._means: dict[str, float] = defaultdict(float)
@@ -191,6 +194,11 @@ class Trainee(pl.LightningModule):
         """Close the record of an optimizer step when its last micro-batch is done."""
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
+        self._close_record()
+        for call in self.after_step:
+            call()
+
+    def _close_record(self) -> None:
         now = time.perf_counter()
         if self._bad:
             self._bad = False
@@ -213,3 +221,12 @@ class Trainee(pl.LightningModule):
             listener(self.last_record)
         self._means.clear()
         self._tokens, self._clock = 0, now
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run must know of the steps before it."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def take_counters(self, counters: dict[str, Any]) -> None:
+        """Go on counting where `counters` was called."""
+        for name in COUNTERS:
+            setattr(self, name, counters[name])
