@@ -27,7 +27,6 @@ from src.training.points import Point, Points
 from src.training.records import log_new_run
 from src.training.resume import KeepPoints
 from src.training.schedule import Schedule
-from src.training.stopping import Stop
 from src.training.strategies import make_strategy
 
 
@@ -113,7 +112,7 @@ def fit(
         log_new_run(folder / "train_log.txt", settings)
     save = Save(run, config.epoch_begin, config.epoch_save, settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
-    callbacks: list[pl.Callback] = [Stop()] if ranks.several() else []
+    callbacks: list[pl.Callback] = []
     if ranks.first():
         callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
     if evaluate is not None:
