@@ -67,6 +67,7 @@ class Config:
     devices: int = setting(1, "devices per machine", at_least=1)
     num_nodes: int = setting(1, "machines", at_least=1)
     strategy: str = setting("auto", "how devices share the work", choices=STRATEGIES)
+    timeout: float = setting(30.0, "minutes after which a process that does not go on is given up", above=0)
     ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
     precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
     wkv_backend: str = setting(
@@ -75,7 +76,12 @@ class Config:
     compile: bool = setting(False, "compile the model with torch.compile")
     enable_progress_bar: bool = setting(True, "show a progress bar")
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
-    resume: str = setting("", "continue a stopped run exactly: auto or a path; empty = off")
+    resume: str = setting(
+        "", "continue a stopped run exactly: auto (from {proj_dir}, if there is anything) or a path; empty = off"
+    )
+    resume_every: int = setting(
+        100, "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none", at_least=-1
+    )
     dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
     doctor: bool = setting(False, "examine this machine and stop")
     debug: bool = setting(False, "show the traceback of an error")

@@ -20,7 +20,7 @@ from src.layers.placing import Layout, matrices
 from src.layers.stores import store_class
 from src.model.checkpoint import read_tensors, write_atomic
 from src.plan import SCALED_MODES
-from src.training.sidecar import Sidecar, read_sidecar
+from src.training.sidecar import Sidecar, check_whole, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,15 @@ def open_adapter(
     beside the checkpoint.
     """
     sidecar, tensors = read_sidecar(path), read_tensors(path)
+    if not force:
+        check_whole(sidecar, path)
     store = chosen_quant(sidecar, quant, force=force)
-    layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
+    try:
+        layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
+    except Mismatch as mistake:
+        raise Mismatch(mistake.about, f"{path}: {mistake}") from mistake
+    except ValueError as mistake:
+        raise ValueError(f"{path}: {mistake}") from mistake
     initial = {}
     if begins_from_matrix({how.mode for how in layout.adapted.values()}):
         initial = factors_of(path, sidecar, initial_file, force=force)
@@ -120,7 +127,7 @@ def cold_of(checkpoint: str | Path, sidecar: Sidecar | None, typed: str = "", *,
         return Path(typed) if typed else None
     recorded = Path(sidecar.cold_file)
     places = (Path(typed),) if typed else (recorded, Path(checkpoint).parent / recorded.name)
-    there = [place for place in places if place.exists()]
+    there = [place for place in places if place.is_file()]
     found = next((place for place in there if file_hash(place) == sidecar.cold_sha256), None)
     if found is None and there and force:
         return there[0]
