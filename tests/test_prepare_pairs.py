@@ -317,6 +317,10 @@ def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):
     assert script(rejects.main, *run)[0] == 0
     assert asked == [(["<|user|>say one<|end|>\n<|assistant|>"], ["<|end|>"])]
     assert read_csv(tmp_path / "out.csv")[1][2] == "so be it"
+    write_csv(source, ROWS[:2])
+    (tmp_path / "chat.jinja").write_text(JINJA.replace("<|end|>", "<|stop|>"))  # the same name, another template
+    status, _, err = script(rejects.main, *run)
+    assert status == 2 and "begun otherwise: template" in err
 
 
 @pytest.mark.parametrize(
