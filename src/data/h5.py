@@ -134,7 +134,10 @@ class H5File:
     def _find_k(self) -> int:
         """K as the file says, or from the lengths of its first document that is not empty."""
         if "top_k" in self.about:
-            return int(self.about["top_k"])
+            found = self.about["top_k"]
+            if not isinstance(found, int) or found < 1:
+                raise ValueError(f"{self.path}: its attribute top_k is {found!r}, expected a number of at least 1")
+            return found
         for index in range(len(self)):
             tokens = len(self.read(TOKENS, index))
             if tokens:
