@@ -16,7 +16,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
     """Opens a new file beside `path`, under a name that no other process uses."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # the number of a process is unique on one machine only, and a folder may be shared by several
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     if path.is_dir():
         raise ValueError(f"{path}: cannot be written, it is a folder; name a file")
     try:

@@ -89,6 +89,26 @@ def test_lock_held_for_too_long_is_ignored(sources, monkeypatch):
         assert build.binary(build._host_recipe("good")).is_file()
 
 
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_two_processes_that_build_at_once_end_with_one_binary(sources, monkeypatch, patience):
+    """If this breaks, two runs that start together load half a kernel, or one of them fails; with and without locks."""
+    (sources / "good.cpp").write_text(GOOD)
+    monkeypatch.setattr(build, "LOCK_PATIENCE", patience)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = 0 if build.binary(build._host_recipe("good")).is_file() else 2
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    binary = build.binary(build._host_recipe("good"))
+    assert sorted(path.name for path in binary.parent.iterdir()) == sorted(["lock", binary.name])
+
+
 def test_damaged_binary_is_rebuilt(sources):
     (sources / "good.cpp").write_text(GOOD)
     binary = build.binary(build._host_recipe("good"))

@@ -317,6 +317,15 @@ def test_a_vocabulary_that_lacks_its_own_unknown_word(tmp_path):
     refused(lambda: readers.read_vocabulary(path, Random(0)), "tokenizer.json")
 
 
+def test_a_vocabulary_over_which_its_package_panics(tmp_path):
+    """A merge without its letters; the panic is no Exception, and nobody catches it."""
+    path = readers.write_tokenizer(tmp_path)
+    content = json.loads(path.read_text())
+    content["model"] |= {"continuing_subword_prefix": "xxxxxxx"}
+    path.write_text(json.dumps(content))
+    refused(lambda: readers.read_vocabulary(path, Random(0)), path, "not a tokenizer.json")
+
+
 def test_a_sentence_stays_one(capsys):
     """A file's own text in a message must not clear the terminal, colour it, or fill it."""
     assert one_line("a\n b\x1b[2J\u202ec") == "a b\\x1b[2J\\u202ec"

@@ -79,7 +79,7 @@ def package_logits(folder, checkpoints, v7):
     command = [sys.executable, "-c", RUNNER, json.dumps(TOKENS), *paths]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [torch.load(path + ".logits") for path in paths]
+    return [torch.load(path + ".logits", weights_only=True) for path in paths]
 
 
 @pytest.fixture(scope="module")

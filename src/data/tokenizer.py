@@ -9,6 +9,8 @@ loading time and of its memory.
 import ast
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -94,6 +96,17 @@ class TrieTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+@contextmanager
+def _refusing(sentence: str) -> Iterator[None]:
+    """Bare Exceptions of the package `tokenizers`, and its panics, which are not even that, become ValueErrors."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{sentence}: {error}") from error
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json (for example the 20B vocabulary of RWKV-4 Pile), run by the `tokenizers` package."""
 
@@ -102,10 +115,8 @@ class HuggingFaceTokenizer:
             raise ValueError(f"--vocab_file {path} needs the package tokenizers: pip install tokenizers")
         tokenizers = importlib.import_module("tokenizers")
         text = read_bytes(path).decode("utf-8", errors="replace")
-        try:
+        with _refusing(f"--vocab_file {path} is not a tokenizer.json"):
             self._inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the package raises a bare Exception for a malformed file
-            raise ValueError(f"--vocab_file {path} is not a tokenizer.json: {error}") from error
         self.name, self.vocab_size = f"{path.name} {file_hash(path)[:12]}", vocab_size
         _check_ids(max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1), vocab_size, path)
 
@@ -115,14 +126,13 @@ class HuggingFaceTokenizer:
         Raises ValueError when the file's own rules cannot be followed.
         """
         legal = text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
-        try:
+        with _refusing(f"--vocab_file {self.name} cannot tokenise a text"):
             return self._inner.encode(legal, add_special_tokens=False).ids
-        except Exception as error:  # a vocabulary may lack what its own rules ask for
-            raise ValueError(f"--vocab_file {self.name}: cannot tokenise a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included; id 0 (end of document) gives nothing."""
-        return self._inner.decode([number for number in ids if number], skip_special_tokens=False)
+        with _refusing(f"--vocab_file {self.name} cannot write a text"):
+            return self._inner.decode([number for number in ids if number], skip_special_tokens=False)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """UTF-8 of `decode`."""

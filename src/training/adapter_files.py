@@ -86,8 +86,6 @@ def open_adapter(
         layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
     except Mismatch as mistake:
         raise Mismatch(mistake.about, f"{path}: {mistake}") from mistake
-    except ValueError as mistake:
-        raise ValueError(f"{path}: {mistake}") from mistake
     initial = {}
     if begins_from_matrix({how.mode for how in layout.adapted.values()}):
         initial = factors_of(path, sidecar, initial_file, force=force)

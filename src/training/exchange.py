@@ -53,7 +53,7 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
         config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--from_peft {folder}: there is no {CONFIG}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as mistake:
+    except ValueError as mistake:
         raise ValueError(f"{path} is not JSON: {mistake}") from mistake
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -39,9 +39,9 @@ def cached_scores(path: Path, pairs: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        sums = read_tensors(path)["sums"]
+        sums = read_tensors(path)["sums"].float()
         if tuple(sums.shape) == (pairs, 2) and bool(torch.isfinite(sums).all()):
-            return sums.float()
+            return sums
     except (ValueError, KeyError) as error:
         log.warning("%s cannot be read (%s)", path, error)
     log.warning("%s is damaged: its scores are computed anew", path)

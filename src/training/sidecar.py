@@ -12,8 +12,10 @@ from typing import Any
 
 from src.config import PROGRAM_VERSION
 from src.files import file_hash, parse_json
+from src.layers import ADAPTERS
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
+from src.layers.stores import STORES
 from src.model.checkpoint import write_atomic
 from src.plan import Plan
 
@@ -105,13 +107,17 @@ def _sidecar(content: dict[str, Any]) -> Sidecar:
     known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
     if not all(isinstance(name, str) for name in known["packed"]):
         raise TypeError("packed holds other things than names")
+    if known.get("quant_mode", "none") not in STORES:
+        raise ValueError(f"quant_mode {known['quant_mode']!r} is not one of {', '.join(STORES)}")
     return Sidecar(**known)
 
 
 def _adaptation(name: str, entry: dict[str, Any]) -> Adaptation:
     how = Adaptation(**entry)
     numbers = (how.alpha, how.scaling, how.dropout)
-    if type(how.mode) is not str or type(how.rank) is not int or not all(type(n) in (int, float) for n in numbers):
+    if how.mode not in ADAPTERS:
+        raise ValueError(f"the adapter of {name} has mode {how.mode!r}, not one of {', '.join(ADAPTERS)}")
+    if type(how.rank) is not int or not all(type(n) in (int, float) for n in numbers):
         raise TypeError(f"the adapter of {name} is not described by a mode, a rank and numbers")
     if how.rank < 1 or not all(math.isfinite(n) for n in numbers) or not 0 <= how.dropout < 1:
         raise ValueError(f"the adapter of {name} has rank {how.rank}, alpha {how.alpha}, dropout {how.dropout}")

@@ -235,7 +235,7 @@ CSV: tuple[Mutator, ...] = (cells, cells, cells, *TEXT)
 def odd_tensor(tensor: torch.Tensor, rng: Random) -> object:
     """What a file may hold where a tensor of weights is expected."""
     kinds = (torch.int64, torch.bool, torch.complex64, torch.float16, torch.float64, torch.uint8, torch.float8_e4m3fn)
-    plain = tensor.detach().clone().float()
+    plain = tensor.detach().to_dense().clone()
     ways: tuple[Callable[[], object], ...] = (
         lambda: plain.to(rng.choice(kinds)),
         lambda: torch.full_like(plain, rng.choice((float("nan"), float("inf"), 3e38))),
@@ -276,7 +276,7 @@ def torch_values(data: bytes, rng: Random) -> bytes | None:
                 del value[name]
             elif what < 0.35:
                 value[rng.choice((f"{name}x", str(name).upper(), 7, "", f"blocks.{10**6}.att.r_k", None))] = tensor
-            elif isinstance(tensor, torch.Tensor):
+            elif isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.numel() < LONGEST:
                 value[name] = odd_tensor(tensor, rng)
     elif isinstance(value, list) and value:
         value = [list(v) if isinstance(v, tuple) else v for v in value]
