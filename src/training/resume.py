@@ -7,6 +7,7 @@ optimizer's update, and signals wait for the end of that.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import signal
@@ -22,7 +23,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from src.config import Config
-from src.model.checkpoint import fill, kept
+from src.model.checkpoint import fill, kept, write_atomic
 from src.training.background import Background
 from src.training.callbacks import Save
 from src.training.module import Trainee
@@ -35,6 +36,7 @@ from src.training.same_run import identity, refuse_another_run
 log = logging.getLogger(__name__)
 
 METRICS, LOG = "metrics.jsonl", "train_log.txt"
+BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
 
 
@@ -116,12 +118,16 @@ class HostCopy:
 class KeepPoints(pl.Callback):
     """Writes a point at every numbered save and each `every` optimizer steps, in the background; and when stopped.
 
-    `resumed` is the point to go on from. Comes after the callbacks whose state it keeps. Raises ValueError on the
+    `resumed` is the point to go on from; with `again` and none, a run that was killed before its first point is what
+    this one repeats, so the lines of that one go. Comes after the callbacks whose state it keeps. Raises ValueError on the
     training thread, at the next step, when a point could not be written.
     """
 
-    def __init__(self, points: Points, save: Save, every: int, folder: Path, resumed: Point | None = None) -> None:
-        self.points, self.save, self.every, self.folder, self.resumed = points, save, every, folder, resumed
+    def __init__(
+        self, points: Points, save: Save, every: int, folder: Path, resumed: Point | None, again: bool
+    ) -> None:
+        self.points, self.save, self.every, self.folder = points, save, every, folder
+        self.resumed, self.again = resumed, again
         self.background = Background()
         self.copy = HostCopy()
         self.state: dict[str, Any] = {}  # after the last optimizer step
@@ -139,9 +145,22 @@ class KeepPoints(pl.Callback):
             signal.signal(signal.SIGINT, self._signalled)
             signal.signal(signal.SIGTERM, self._signalled)
         if self.resumed is None:
+            if trainer.is_global_zero and self.every != NEVER:
+                self._begin()
             self._note()
         else:
             self._go_on(self.resumed)
+
+    def _begin(self) -> None:
+        """Note where the logs of this run begin."""
+        begun = self.points.folder / BEGUN
+        if self.again and begun.exists():
+            self._drop_lines(json.loads(begun.read_text()))
+        write_atomic(json.dumps(self._log_sizes()), begun)
+
+    def _drop_lines(self, sizes: dict[str, int]) -> None:
+        drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
+        drop_after(self.folder / LOG, sizes[LOG], tuple("0123456789"))
 
     def _go_on(self, point: Point) -> None:
         if point.about["world"] != self.trainer.world_size:
@@ -154,8 +173,7 @@ class KeepPoints(pl.Callback):
         state = found["run"]
         if self.trainer.is_global_zero:
             if point.project.resolve() == self.folder.resolve():
-                drop_after(self.folder / METRICS, state["logs"][METRICS], ('{"event": "train"', '{"event": "val"'))
-                drop_after(self.folder / LOG, state["logs"][LOG], tuple("0123456789"))
+                self._drop_lines(state["logs"])
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
             log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]
