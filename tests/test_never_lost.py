@@ -16,6 +16,7 @@ import torch
 
 import train
 from src.config import Config
+from src.training import callbacks
 from src.training import points as points_module
 from src.training.module import Trainee
 from src.training.out_of_memory import advice, is_out_of_memory
@@ -31,7 +32,8 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import train
 from src.cli import run
-from src.training import fit, run as _, start
+from src.training import callbacks, run as _, start
+callbacks.write_report = lambda *_: None  # takes longer than the training
 for line in sys.stdin:
     child = os.fork()
     if not child:
@@ -60,34 +62,38 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A process that makes processes; `log` is where those write."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    words = [sys.executable, "-c", SERVER, str(ROOT), str(log)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        process.log = log
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_killed_at_random_moments(loss, typed, script, text_jsonl, pairs_csv, tmp_path):
+def test_killed_at_random_moments(loss, typed, script, server, text_jsonl, pairs_csv, tmp_path, monkeypatch):
     """If this breaks, a machine that dies in the middle of a step or of a save takes the training with it."""
     data = ("--data_file", text_jsonl) if loss == "sft" else ("--rlhf_train_file", pairs_csv)
     words = [*typed, f"--{loss}", 1, *data, "--epoch_steps", 12, "--epoch_count", 2, "--accumulate_grad_batches", 2]
     words += ["--resume_every", 2, "--epoch_save", 1, "--keep", 1, "--resume", "auto"]
     whole, folder = tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
     assert script(train.main, *words, "--proj_dir", whole)[0] == 0
     rng = random.Random(loss)
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(ROOT), str(tmp_path / "log")],
-        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT},
-    )
     line = " ".join(map(str, [*words, "--proj_dir", folder])) + "\n"
     kinds, statuses = ["save", "time", "save", "step"], []
-    with server:
-        while True:
-            server.stdin.write(line)
-            server.stdin.flush()
-            child = int(server.stdout.readline())
-            if kinds:
-                wait_for(kinds.pop(), folder, rng)
-                os.kill(child, signal.SIGKILL)
-            statuses.append(int(server.stdout.readline()))
-            if statuses[-1] == 0:
-                break
-            assert statuses[-1] == -signal.SIGKILL, (tmp_path / "log").read_text()
-        server.stdin.close()
+    while not statuses or statuses[-1]:
+        server.stdin.write(line)
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        if kinds:
+            wait_for(kinds.pop(), folder, rng)
+            os.kill(child, signal.SIGKILL)
+        statuses.append(int(server.stdout.readline()))
+        assert statuses[-1] in (0, -signal.SIGKILL), server.log.read_text()
     assert len(statuses) > 3
     assert same(tensors(whole), tensors(folder))
     assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl", "train")] == list(range(1, 13))

@@ -119,8 +119,8 @@ class KeepPoints(pl.Callback):
     """Writes a point at every numbered save and each `every` optimizer steps, in the background; and when stopped.
 
     `resumed` is the point to go on from; with `again` and none, a run that was killed before its first point is what
-    this one repeats, so the lines of that one go. Comes after the callbacks whose state it keeps. Raises ValueError on the
-    training thread, at the next step, when a point could not be written.
+    this one repeats, so the lines of that one go. Comes after the callbacks whose state it keeps. Raises ValueError
+    on the training thread, at the next step, when a point could not be written.
     """
 
     def __init__(
