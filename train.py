@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from src.cli import INTERRUPTED, parse, run
+from src.config import Config
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -15,6 +16,14 @@ def main(argv: Sequence[str]) -> int | None:
 
         return doctor()
 
+    from src.training.launch import launched
+
+    with launched(config, [__file__, *argv]) as config:
+        return None if config is None else ranked(config)
+
+
+def ranked(config: Config) -> int | None:
+    """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
     from src.training.folder import open_folder
     from src.training.out_of_memory import explained
     from src.training.plan_report import dry_run

@@ -28,6 +28,7 @@ OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
+LONGEST = 1000  # characters of a sentence on stderr
 # what an open() or a mkdir() says of a path that the user gave
 PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
@@ -251,9 +252,15 @@ def report_error(text: str, words: Sequence[str], status: int) -> int:
     """Writes one line to stderr, after the traceback of the current exception if `words` ask for it."""
     if wants_debug(words):
         traceback.print_exc()
-    sentence = " ".join(spelled(text).split())
-    sys.stderr.write(f"error: {sentence}\n")
+    sys.stderr.write(f"error: {one_line(spelled(text))}\n")
     return status
+
+
+def one_line(text: str) -> str:
+    """`text` as a sentence for a terminal, whatever a file put into it: no line breaks, no control characters, not
+    longer than two ends of LONGEST / 2 characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
 
 
 def wants_debug(words: Sequence[str]) -> bool:

@@ -2,11 +2,14 @@
 
 import errno
 import hashlib
+import json
 import os
+import struct
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -122,6 +125,20 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def fingerprint(path: str | os.PathLike, length: int = 1 << 20) -> str:
+    """What tells two files apart without reading them: the size, and the SHA-256 of both ends, in hex."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = hashlib.sha256(file.read(length))
+            file.seek(max(0, size - length))
+            digest.update(file.read(length))
+            return f"{size} bytes, {digest.hexdigest()[:16]}"
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
 def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, in hex."""
     try:
@@ -129,3 +146,33 @@ def file_hash(path: str | os.PathLike) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. Raises ValueError for anything else, also for one nested too deeply to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def check_archive(path: str | os.PathLike) -> bool:
+    """Whether a file of torch.save is a zip archive. Raises ValueError for one that could unfold to more than it is.
+
+    torch.save packs tensors and names uncompressed into a zip archive; a compressed record of a few bytes could become
+    gigabytes in memory.
+    """
+    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return False
+            records = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else None
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged: it begins like a checkpoint, but {error}") from error
+    if records is None:
+        raise ValueError(f"{path}: not a file written by torch.save, it is cut off ({size:,} bytes)")
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or sum(record.file_size for record in records) > size:
+        raise ValueError(f"{path} was not written by torch.save: its records are compressed, or larger than the file")
+    return True

@@ -193,6 +193,10 @@ LAWS = (
         "{load_adapter_pissa_init=} needs {load_adapter}, the adapter that began from it",
     ),
     Law(
+        lambda c: c.force and not c.load_adapter and not c.load_cold_adapter,
+        "{force} 1 needs {load_adapter} or {load_cold_adapter}, the adapter of another base model",
+    ),
+    Law(
         lambda c: c.rslora and c.peft in ("pissa", "bone", "miss"),
         "{rslora} 1 has no effect with {peft=}: only lora and dora have a scale",
     ),

@@ -24,16 +24,8 @@ NOT_BUILT = (
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     Missing(
-        lambda c: c.strategy != "auto",
-        "{strategy=}: strategies for several devices are not built yet; use {strategy} auto",
-    ),
-    Missing(
-        lambda c: c.devices > 1,
-        "{devices=}: training on several devices is not built yet; use {devices} 1",
-    ),
-    Missing(
-        lambda c: c.num_nodes > 1,
-        "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
+        lambda c: c.strategy not in ("auto", "ddp"),
+        "{strategy=}: this strategy is not built yet; use {strategy} ddp",
     ),
     Missing(
         lambda c: c.precision == "fp16",

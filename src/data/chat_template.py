@@ -1,47 +1,80 @@
-"""Chat templates that come with a tokenizer: Jinja text, rendered in a sandbox because a user may download any file.
+"""Chat templates that come with a tokenizer: Jinja text, run in a sandbox and in a process of its own
+(src/data/template_process.py), because a user may download any file.
 
 A .jinja file is the template itself. A tokenizer_config.json holds it under `chat_template` (a text, or a list of
 {name, template}, of which `default` is taken) beside the texts of the special tokens, which templates refer to.
 """
 
 import functools
+import importlib.util
 import json
 import os
-import re
+import select
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from src.data.report import RowError
 from src.data.templates import Form, Turn
-from src.files import read_bytes
+from src.files import parse_json, read_bytes
 
 PROBE = "4n5wer"  # an answer whose place in the rendered text shows what the template writes around it
-_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks of what is trained; here the answer is
+SECONDS = 20  # that a template may take for one conversation, on a busy machine; it needs less than a thousandth
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-def _refuse(message: object) -> str:
-    raise RowError(f"the chat template refuses this conversation: {message}", "refused by the template")
+class _Process:
+    """The process that runs templates, started when it is first asked, and one for each process that asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = -1
+
+    def ask(self, source: str, values: dict[str, Any]) -> dict[str, str]:
+        """What src/data/template_process.py answers. Raises ValueError when it does not answer in SECONDS, or dies."""
+        with self._lock:
+            if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+                self._child, self._owner = _start(), os.getpid()
+            try:
+                return _exchange(self._child, {"source": source, "values": values})
+            except (OSError, EOFError, TimeoutError) as error:
+                self._child.kill()
+                self._child = None
+                slow = isinstance(error, TimeoutError)
+                how = f"takes more than {SECONDS} seconds" if slow else "ended the process that runs it"
+                raise ValueError(f"the chat template {how}: it cannot be used") from error
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> Any:
-    """The template, compiled with what Hugging Face's templates expect to find."""
-    try:
-        import jinja2
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2") from error
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(_GENERATION.sub("", source))
+def _start() -> "subprocess.Popen[bytes]":
+    if importlib.util.find_spec("jinja2") is None:
+        raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    program = Path(__file__).with_name("template_process.py")
+    return subprocess.Popen([sys.executable, "-P", str(program)], start_new_session=True, **pipes)
+
+
+def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, str]:
+    """Raises TimeoutError, EOFError, or OSError when the process is gone."""
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(json.dumps(request).encode() + b"\n")
+    child.stdin.flush()
+    end, parts = time.monotonic() + SECONDS, [b""]
+    while not parts[-1].endswith(b"\n"):
+        if not select.select([child.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise TimeoutError
+        parts.append(os.read(child.stdout.fileno(), 1 << 20))
+        if not parts[-1]:
+            raise EOFError
+    return json.loads(b"".join(parts))
+
+
+_process = _Process()
 
 
 @dataclass(frozen=True)
@@ -60,17 +93,17 @@ class JinjaForm(Form):
     special: tuple[tuple[str, str], ...] = ()
 
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
+        nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
         messages = [{"role": role, "content": text} for role, text in turns]
-        try:
-            nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
-            return _compiled(self.source).render(
-                messages=messages, add_generation_prompt=cue, **nothing, **dict(self.special)
-            )
-        except (RowError, MemoryError):
-            raise
-        except Exception as error:  # a template is a program: it may fail in any way
-            sentence = f"the chat template cannot write this conversation: {error}"
-            raise RowError(sentence, "refused by the template") from error
+        values = {"messages": messages, "add_generation_prompt": cue, **nothing, **dict(self.special)}
+        answer = _process.ask(self.source, values)
+        if "text" in answer:
+            return answer["text"]
+        if "refused" in answer:
+            sentence = f"the chat template refuses this conversation: {answer['refused']}"
+        else:
+            sentence = f"the chat template cannot write this conversation: {answer['failed']}"
+        raise RowError(sentence, "refused by the template")
 
     def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
         """The conversation so far and the template's cue for an answer."""
@@ -110,7 +143,7 @@ class JinjaForm(Form):
 def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """(template, special tokens) of a tokenizer_config.json."""
     try:
-        config = json.loads(text)
+        config = parse_json(text)
     except ValueError as error:
         raise ValueError(f"--template {path}: not JSON ({error})") from error
     source = config.get("chat_template") if isinstance(config, dict) else None

@@ -19,6 +19,7 @@ import numpy as np
 
 from src.config import PROGRAM_VERSION
 from src.data.batch import TextExample, TopK
+from src.data.h5_check import check_column
 from src.data.pieces import NOTHING_TRAINED, pieces
 from src.data.progress import counted
 from src.data.report import DataReport, RowError
@@ -50,6 +51,8 @@ def _readable(path: str) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         text = str(error)
+        if text.startswith(f"{path}:"):
+            raise
         if "truncated" in text:
             raise ValueError(f"{path} is truncated: it was not written to its end; make it again") from error
         if "signature not found" in text:
@@ -65,6 +68,11 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
         yield file
+
+
+def vlen_kind(dtype: np.dtype) -> np.dtype | None:
+    """What variable-length entries consist of, None for entries of another kind."""
+    return _library().check_vlen_dtype(dtype)
 
 
 def holds_pairs(path: str | os.PathLike) -> bool:
@@ -89,13 +97,17 @@ class H5File:
         self._file: Any = None
         self._sets: dict[str, Any] = {}  # asking a file for a dataset by name costs more than reading an entry
         self._process = -1
+        self.names: list[str] = []
         check_readable(path)
         with _readable(self.path):
             file = self._open()
-            self.names = [name for name in KINDS if name in file]
+            self.names = [name for name in KINDS if file.get(name, getlink=True) is not None]
+            for name in self.names:
+                check_column(self.path, file, name)
+            self._sets = {name: file[name] for name in self.names}
             self.about = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
             sizes = {name: len(file[name]) for name in self.names}
-            kinds = {name: _library().check_vlen_dtype(file[name].dtype) for name in self.names}
+            kinds = {name: vlen_kind(file[name].dtype) for name in self.names}
         if TOKENS not in sizes:
             raise ValueError(f"{self.path}: holds no dataset `tokens`, so no tokenised documents")
         if (VALUES in sizes) != (INDICES in sizes):
@@ -122,7 +134,7 @@ class H5File:
             if self._file is not None:
                 self._file.close()  # this process's copy of the handle that the parent goes on using
             self._file, self._process = _library().File(self.path, "r", locking="best-effort"), os.getpid()
-            self._sets = {name: self._file[name] for name in KINDS if name in self._file}
+            self._sets = {name: self._file[name] for name in self.names}
         return self._file
 
     def read(self, name: str, index: int | slice) -> Any:
@@ -134,7 +146,10 @@ class H5File:
     def _find_k(self) -> int:
         """K as the file says, or from the lengths of its first document that is not empty."""
         if "top_k" in self.about:
-            return int(self.about["top_k"])
+            k = self.about["top_k"]
+            if type(k) is not int or k < 1:
+                raise ValueError(f"{self.path}: the attribute top_k is {k!r}, it must be a number of logits")
+            return k
         for index in range(len(self)):
             tokens = len(self.read(TOKENS, index))
             if tokens:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from src.data.batch import TextExample, TopK
+from src.files import parse_json
 
 _HEAD = struct.Struct("<4sQI")  # mark, bytes that follow, their CRC-32
 _MARK = b"DOCS"
@@ -56,7 +57,7 @@ class Journal:
             self.path.write_bytes(self._line)
             return
         try:
-            was = json.loads(line)
+            was = parse_json(line)
         except ValueError:
             was = None
         if not isinstance(was, dict):

@@ -6,16 +6,28 @@ logit one position too far, so the references are computed anew unless --trust_r
 """
 
 import os
+from typing import Any
 
 import numpy as np
 
 from src.data.batch import PairExample
-from src.data.h5 import PAIRS, readable_file
+from src.data.h5 import PAIRS, readable_file, vlen_kind
+from src.data.h5_check import check_column
 from src.data.pair_save import NO_REFERENCE, pair_record
 from src.data.report import DataReport, RowError
 
 NAMES = (PAIRS, "chosentokens", "rejecttokens")
 MEANS = ("chosenprob", "rejectprob")
+
+
+def _column(path: str | os.PathLike, file: Any, name: str) -> np.ndarray:
+    """All entries of a dataset; ValueError unless it holds what its name says."""
+    check_column(path, file, name)
+    inner = file[name].dtype if name in MEANS else vlen_kind(file[name].dtype)
+    if inner is None or np.dtype(inner).kind not in ("f" if name in MEANS else "iu"):
+        what = "numbers" if name in MEANS else "variable-length arrays of token ids"
+        raise ValueError(f"{path}: `{name}` is no list of {what}")
+    return file[name][:]
 
 
 def read_pair_h5(path: str | os.PathLike, report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
@@ -26,7 +38,7 @@ def read_pair_h5(path: str | os.PathLike, report: DataReport, vocab_size: int | 
             the wrong form, by number from 0, unless the report skips.
     """
     with readable_file(path) as file:
-        columns = {name: file[name][:] for name in (*NAMES, *MEANS) if name in file}
+        columns = {name: _column(path, file, name) for name in (*NAMES, *MEANS) if file.get(name, getlink=True)}
     for name in NAMES:
         if name not in columns:
             raise ValueError(f"{path}: holds no dataset `{name}`, so no preference pairs")

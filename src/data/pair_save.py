@@ -18,7 +18,7 @@ import torch
 from src.config import PROGRAM_VERSION
 from src.data.batch import PairExample
 from src.data.report import DataReport, RowError
-from src.files import atomic_write, check_readable, file_hash
+from src.files import atomic_write, check_archive, check_readable, file_hash, parse_json
 
 NO_REFERENCE = (0.5, 0.5)
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
@@ -27,6 +27,7 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")
 def _load(path: str | os.PathLike) -> object:
     """What torch.load gives with weights_only; ValueError in one sentence for everything else."""
     check_readable(path)
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -41,7 +42,9 @@ def _load(path: str | os.PathLike) -> object:
                 f"{path}: refused, it holds the foreign global {name}, which could run code when loaded"
             ) from error
         raise ValueError(f"{path}: not a file written by torch.save") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what torch.load raises for other bytes depends on where it stumbles
         raise ValueError(f"{path}: not a file written by torch.save, or truncated") from error
 
 
@@ -56,7 +59,7 @@ def _ids(value: object, name: str, vocab_size: int | None) -> list[int]:
             f"{name} holds token id {wrong}, but the vocabulary has {vocab_size or 'none below 0'}",
             "id outside vocabulary",
         )
-    return list(value)
+    return value if isinstance(value, list) else list(value)  # not copied: a file may use one list many times
 
 
 def pair_record(value: object, vocab_size: int | None) -> PairExample:
@@ -135,7 +138,7 @@ def read_sidecar(path: str | os.PathLike) -> dict | None:
     """What F.save.json says, or None when it is absent, unreadable, or not of this very F.save (its hash differs)."""
     try:
         with open(sidecar_path(path), encoding="utf-8") as file:
-            about = json.load(file)
+            about = parse_json(file.read())
     except (OSError, ValueError):
         return None
     if not isinstance(about, dict) or about.get("sha256") != file_hash(path):

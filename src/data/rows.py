@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 
 from src.data.report import DataReport, RowError
-from src.files import check_readable, read_bytes
+from src.files import check_readable, parse_json, read_bytes
 
 Row = tuple[str, dict]  # where it stands (file:line), and column -> value
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
@@ -33,12 +32,10 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield (
-                line,
-                RowError(
-                    f"not readable as CSV ({error}): is a quotation mark not closed or not doubled?", "unreadable"
-                ),
-            )
+            # a quotation mark that nobody closes swallows the rest of the file: say how much
+            lost = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
+            sentence = f"not readable as CSV ({error}{lost}): is a quotation mark not closed or not doubled?"
+            yield line, RowError(sentence, f"unreadable{lost}")
             continue
         if cells:
             yield line, cells
@@ -107,10 +104,10 @@ def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
 
 def _json_object(raw: bytes) -> dict:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"byte 0x{raw[error.start]:02x} is not UTF-8: save the file as UTF-8", "not UTF-8") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise RowError(f"not a JSON object ({error})", "unreadable") from error
     if not isinstance(value, dict):
         raise RowError(f"a JSON object is needed, this is a {type(value).__name__}", "unreadable")
@@ -131,5 +128,5 @@ def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
             for record in batch.to_pylist():
                 report.rows += 1
                 yield f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()}
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error

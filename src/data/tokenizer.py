@@ -110,9 +110,15 @@ class HuggingFaceTokenizer:
         _check_ids(max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1), vocab_size, path)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special tokens added; a lone surrogate becomes U+FFFD."""
+        """Ids of `text`, no special tokens added; a lone surrogate becomes U+FFFD.
+
+        Raises ValueError when the file's own rules cannot be followed.
+        """
         legal = text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
-        return self._inner.encode(legal, add_special_tokens=False).ids
+        try:
+            return self._inner.encode(legal, add_special_tokens=False).ids
+        except Exception as error:  # a vocabulary may lack what its own rules ask for
+            raise ValueError(f"--vocab_file {self.name}: cannot tokenise a text: {error}") from error
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included; id 0 (end of document) gives nothing."""

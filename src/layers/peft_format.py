@@ -35,6 +35,11 @@ KINDS = {
 }
 
 
+MOST = 1e30  # of any number in a configuration
+# layers in a pattern: names, also with `.*` in them; expressions that could take for ever are none
+NAMES = re.compile(r"\^?[\w.\\]+(?:\.\*[\w.\\]*){0,2}\$?")
+
+
 def to_peft(
     tensors: Mapping[str, Tensor],
     adapted: Mapping[str, Adaptation],
@@ -130,6 +135,8 @@ def from_peft(
             continue
         layer, part = plain.removesuffix(f".{theirs}"), names[theirs]
         found[f"{layer}.{part}"] = tensor
+        if not tensor.dim():
+            raise ValueError(f"{name} is a single number")
         if part in ("lora_A", "miss"):
             adapted[layer] = _adaptation(layer, mode, tensor.shape[0], config)
     if not adapted:
@@ -147,9 +154,25 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"adapter_config.json: an adapter begun as {begun} belongs to a changed base or has another form; "
             "let PEFT save it with path_initial_model_for_weight_conversion first"
         )
+    for name, usual in (("lora_alpha", None), ("lora_dropout", 0.0), ("miss_dropout", 0.0)):
+        if kind == "LORA" or name == "miss_dropout":
+            _number(name, config.get(name, usual))
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError("adapter_config.json: alpha_pattern must name layers and their alpha")
+    for key, value in patterns.items():
+        _number(f"alpha_pattern of {key}", value)
+        if not NAMES.fullmatch(key):
+            raise ValueError(f"adapter_config.json: alpha_pattern {key!r} is no name of a layer or end of one")
     for flag in ("fan_in_fan_out", "use_qalora", "layer_replication", "lora_bias"):
         if config.get(flag):
             raise ValueError(f"adapter_config.json: {flag} has no form in this program")
+
+
+def _number(name: str, value: object) -> None:
+    """ValueError unless `value` is a finite number >= 0."""
+    if type(value) not in (int, float) or not 0 <= value < MOST:
+        raise ValueError(f"adapter_config.json: {name} is {value!r}, it must be a number")
 
 
 def _adaptation(layer: str, mode: str, rank: int, config: Mapping[str, Any]) -> Adaptation:

@@ -105,12 +105,12 @@ class Block(nn.Module):
 
     def begin(self, learnt: Tensor | None) -> Tensor:
         """The recurrence's state of one sequence before any token, from att.time_state if the model has one."""
-        return torch.zeros(self.learnt_shape()) if learnt is None else learnt
+        return torch.zeros(self.learnt_shape(), device=self.ln1.weight.device) if learnt is None else learnt
 
     def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
         """What `rows` sequences remember before any token, learnt or nothing; shifts in `dtype`."""
         device, wide = self.ln1.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
-        none = torch.zeros(self.ln1.normalized_shape)
+        none = torch.zeros(self.ln1.normalized_shape, device=device)
         wkv = self.begin(getattr(self.att, "time_state", None)).to(device, wide)
         shifts = (getattr(half, "shift_state", none).to(device, dtype) for half in (self.att, self.ffn))
         att_shift, ffn_shift = (shift.expand(rows, -1) for shift in shifts)

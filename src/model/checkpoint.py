@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from src.files import atomic_write
+from src.files import atomic_write, check_archive
 from src.layers import ADAPTERS
 from src.layers.placing import (
     Layout,
@@ -45,6 +44,7 @@ log = logging.getLogger(__name__)
 OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 WRAPPER = "_forward_module."  # DeepSpeed's prefix in checkpoints of older trainers
 NAMES_SHOWN = 4
+SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -70,15 +70,23 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
+    _check_plain(found, path)
     return {name.removeprefix(WRAPPER): value.detach() for name, value in found.items()}
 
 
+def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError for tensors that are no weights, and for shapes beyond what the file holds (strides of 0)."""
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
+        if not plain or tensor.is_complex():
+            raise ValueError(f"{path}: {name!r} is no plain tensor of real numbers")
+    named, held = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if named > SHARED * held:
+        raise ValueError(f"{path} describes tensors of {named:,} bytes, but has only {held:,}")
+
+
 def _read_pth(path: Path) -> Any:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    zipped = magic == b"PK\x03\x04"
-    if zipped and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut off: it begins like a checkpoint but its end is missing ({_size(path)})")
+    zipped = check_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong is said below
@@ -90,8 +98,9 @@ def _read_pth(path: Path) -> Any:
         if name:
             raise ValueError(f"{path} holds a Python object ({name}), not only tensors: it was not opened") from error
         raise ValueError(f"{path} is not a checkpoint, or holds other objects than tensors ({_size(path)})") from error
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, ImportError) as error:
-        # what torch.load raises for bytes that are no checkpoint depends on where it stumbles
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what torch.load raises for bytes that are no checkpoint depends on where it stumbles
         raise ValueError(f"{path} is damaged or not a checkpoint ({_size(path)})") from error
 
 

@@ -60,6 +60,8 @@ class RWKV(nn.Module):
         x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state
+        if starts is not None:
+            starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
         x = self.blocks[0].embedded(x)
         carried = None
         after = State()

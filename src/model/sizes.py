@@ -99,9 +99,9 @@ def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _count_layers(names: Iterable[str]) -> int:
     layers = {int(match[1]) for match in map(_LAYER.match, names) if match}
-    gaps = sorted(set(range(max(layers) + 1)) - layers)
-    if gaps:
-        raise ValueError(f"the checkpoint has layers up to {max(layers)} but no layer {gaps[0]}")
+    gap = next(number for number in range(len(layers) + 1) if number not in layers)
+    if gap < len(layers):
+        raise ValueError(f"the checkpoint has layers up to {max(layers)} but no layer {gap}")
     return len(layers)
 
 

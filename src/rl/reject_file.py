@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.files import atomic_write, read_bytes
+from src.files import atomic_write, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class JsonRows:
 
     def decode(self, data: bytes) -> list[Row]:
         """Finished rows; ValueError for what is no JSONL."""
-        rows = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        rows = [parse_json(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
         return [row if isinstance(row, dict) else {} for row in rows]
 
     def row(self, values: Row) -> Row:
@@ -148,15 +148,16 @@ class RejectFile:
         """Whole rows of the file; what follows the last of them (a stop in the middle of a write) is cut off."""
         data = read_bytes(self.path)
         end = self.rows.end(data)
-        if end < len(data):
-            log.info("%s: its last row was cut off and is written again", self.path)
-            os.truncate(self.path, end)
         try:
-            return self.rows.decode(data[:end])
+            found = self.rows.decode(data[:end])
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"{self.path} is not a file that goes on here ({error}): give another --output_csv, or remove it"
             ) from error
+        if end < len(data):
+            log.info("%s: its last row was cut off and is written again", self.path)
+            os.truncate(self.path, end)
+        return found
 
     def _sign(self) -> None:
         if self.about is not None:
@@ -168,7 +169,7 @@ class RejectFile:
         if self.about is None:
             return
         try:
-            was = json.loads(read_bytes(self.sidecar)) if self.sidecar.exists() else None
+            was = parse_json(read_bytes(self.sidecar)) if self.sidecar.exists() else None
         except ValueError:
             was = None
         if not isinstance(was, dict):

@@ -82,7 +82,12 @@ def open_adapter(
     if not force:
         check_whole(sidecar, path)
     store = chosen_quant(sidecar, quant, force=force)
-    layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
+    try:
+        layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
+    except Mismatch as mistake:
+        raise Mismatch(mistake.about, f"{path}: {mistake}") from mistake
+    except ValueError as mistake:
+        raise ValueError(f"{path}: {mistake}") from mistake
     initial = {}
     if begins_from_matrix({how.mode for how in layout.adapted.values()}):
         initial = factors_of(path, sidecar, initial_file, force=force)
@@ -122,7 +127,7 @@ def cold_of(checkpoint: str | Path, sidecar: Sidecar | None, typed: str = "", *,
         return Path(typed) if typed else None
     recorded = Path(sidecar.cold_file)
     places = (Path(typed),) if typed else (recorded, Path(checkpoint).parent / recorded.name)
-    there = [place for place in places if place.exists()]
+    there = [place for place in places if place.is_file()]
     found = next((place for place in there if file_hash(place) == sidecar.cold_sha256), None)
     if found is None and there and force:
         return there[0]
@@ -256,6 +261,12 @@ def write_factors(model: nn.Module, folder: Path, suffix: str) -> tuple[str, str
     return path.name, sha256
 
 
+def factors_path(checkpoint: str | Path, sidecar: Sidecar | None, typed: str | Path = "") -> Path:
+    """Where a checkpoint's initial factors are to be found, if it has any: `typed`, or beside the checkpoint."""
+    name = sidecar.initial_file if sidecar is not None and sidecar.initial_file else OLD_FACTORS
+    return Path(typed) if typed else Path(checkpoint).parent / name
+
+
 def factors_of(
     checkpoint: str | Path, sidecar: Sidecar | None, typed: str | Path = "", *, force: bool = False
 ) -> dict[str, Tensor]:
@@ -264,8 +275,7 @@ def factors_of(
     Files of older programs (`<layer>.init_lora_A`) are read too. Raises ValueError when they are missing or not those
     that the sidecar names (unless `force`).
     """
-    name = sidecar.initial_file if sidecar is not None and sidecar.initial_file else OLD_FACTORS
-    path = Path(typed) if typed else Path(checkpoint).parent / name
+    path = factors_path(checkpoint, sidecar, typed)
     if not path.exists():
         raise Mismatch("factors", f"{checkpoint} holds PiSSA, and its initial factors are not there: {path}")
     factors = {}

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from src.training import ranks
 from src.training.folder import RunFolder
 from src.training.module import Trainee
 from src.training.records import append_json, log_epoch
@@ -108,7 +109,8 @@ class Validate(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Lower loss is better; for pairs higher accuracy, then higher margin."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
-        append_json(self.folder.folder / "metrics.jsonl", record)
+        if ranks.first():
+            append_json(self.folder.folder / "metrics.jsonl", record)
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
         merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
         if self.best is None or merit > self.best:
@@ -158,6 +160,8 @@ class Save(pl.Callback):
 
     def report(self) -> None:
         """Redraw the curves; a page that cannot be written never stops a run."""
+        if not ranks.first():
+            return
         try:
             write_report(self.folder.folder, self.settings)
         except OSError as error:

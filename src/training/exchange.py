@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+from src.files import parse_json
 from src.layers.peft_format import from_peft, to_peft
 from src.layers.placing import Layout
 from src.layers.stores import store_class
@@ -49,7 +50,7 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
     store_class(quant)
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"--from_peft {folder}: there is no {CONFIG}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as mistake:

@@ -18,13 +18,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from src.config import Config
 from src.data.batch import PairBatch, TextBatch
 from src.data.sampler import Steps
+from src.training import ranks
 from src.training.callbacks import Bar, Log, Save, Validate, WandB
 from src.training.folder import RunFolder
+from src.training.launch import here
 from src.training.module import Trainee
 from src.training.points import Point, Points
 from src.training.records import log_new_run
 from src.training.resume import KeepPoints
 from src.training.schedule import Schedule
+from src.training.strategies import make_strategy
 
 
 class MicroBatches(Dataset):
@@ -105,14 +108,17 @@ def fit(
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    log_new_run(folder / "train_log.txt", settings)
+    if ranks.first():
+        log_new_run(folder / "train_log.txt", settings)
     save = Save(run, config.epoch_begin, config.epoch_save, settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
-    callbacks: list[pl.Callback] = [Log(folder, config.log_every, config.epoch_begin, spoken=not bar)]
+    callbacks: list[pl.Callback] = []
+    if ranks.first():
+        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
     if evaluate is not None:
         callbacks.append(Validate(evaluate, run, config.early_stop))
     callbacks.append(save)
-    if config.wandb:
+    if config.wandb and ranks.first():
         callbacks.append(WandB(config.wandb, folder, settings))
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
@@ -121,7 +127,10 @@ def fit(
     device = next(trainee.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config, trainee.model),
+        plugins=here(),
         max_epochs=config.epoch_count,
         max_steps=optimizer_steps(config, steps),
         accumulate_grad_batches=config.accumulate_grad_batches,

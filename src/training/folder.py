@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from src.model.checkpoint import kept, write_atomic
 from src.plan import is_state
+from src.training import ranks
 from src.training.sidecar import check_whole, read_sidecar
+from src.training.watch import at
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +103,15 @@ class RunFolder:
         self._numbered = [self.folder / name for name in names]
 
     def save(self, name: str) -> Path:
-        """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot."""
+        """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot.
+
+        Every rank calls this, as all of them may hold parts of the tensors; the first one writes.
+        """
         path = self.folder / f"rwkv-{name}{self.suffix}"
+        at(f"saving {path.name}")
         tensors = self.tensors()
+        if not ranks.first():
+            return path
         write_atomic(tensors, path)
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
@@ -121,6 +129,8 @@ class RunFolder:
         self._numbered.append(path)
         while 0 < self.keep < len(self._numbered):
             oldest = self._numbered.pop(0)
+            if not ranks.first():
+                continue
             oldest.unlink(missing_ok=True)
             oldest.with_suffix(".json").unlink(missing_ok=True)
             self._state_path(oldest).unlink(missing_ok=True)

@@ -22,12 +22,15 @@ from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
+from src.training import ranks
 from src.training.divergence import mismatch_ratio
 from src.training.evaluate import evaluating
 from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
+from src.training.strategies import gradient_norm
 from src.training.teacher import Teacher
+from src.training.watch import at
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class Trainee(pl.LightningModule):
         self.teacher = teacher  # no torch module, so nothing of it is trained or saved
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
+        self.together = ranks.several()  # every rank goes through every backward pass, or the others wait for ever
         self.loss = LOSSES[config.loss]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
@@ -98,7 +102,9 @@ class Trainee(pl.LightningModule):
         self.grad_norm = 0.0
 
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
-        """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
+        """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
+        number, one of several goes on with it, and the step is left out by all."""
+        at(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
         if self.teacher is not None:
             batch = self.teacher(batch)
         value, metrics = self._share(batch)
@@ -107,7 +113,8 @@ class Trainee(pl.LightningModule):
             self._means[name] += float(amount)
         if not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
-            return None
+            if not self.together:
+                return None
         return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +148,8 @@ class Trainee(pl.LightningModule):
         self._bad = True
         rows = ""
         if batch is not None:
-            path = self.folder / f"bad-step-{step}-{index}.pth"
+            whose = f"-rank-{ranks.rank()}" if self.together else ""
+            path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
             write_atomic(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
@@ -160,9 +168,10 @@ class Trainee(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = gradient_norm(self.trainer, optimizer)
         self.grad_norm = float(norm)
+        if self.together and not self._bad and ranks.largest(self._bad):
+            self._skip("the loss of another rank is not a number")
         if not self._bad and not math.isfinite(self.grad_norm):
             self._skip(f"the gradient's norm is {self.grad_norm}")
         if self._bad:
@@ -196,11 +205,13 @@ class Trainee(pl.LightningModule):
             self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        means = dict(self._means)
+        names = sorted(self._means)
+        self._tokens, *sums = ranks.summed([self._tokens, *(self._means[name] for name in names)])
+        means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
-        record |= {"tokens": self._tokens, "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
+        record |= {"tokens": int(self._tokens), "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
         record |= {"grad_norm": self.grad_norm}
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from src.data.batch import PairExample
-from src.model.checkpoint import write_atomic
+from src.model.checkpoint import read_tensors, write_atomic
 from src.model.rwkv import RWKV
+from src.training import ranks
 from src.training.evaluate import evaluating, score_pairs
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,10 @@ def cached_scores(path: Path, pairs: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        sums = torch.load(path, weights_only=True)["sums"]
+        sums = read_tensors(path)["sums"]
         if tuple(sums.shape) == (pairs, 2) and bool(torch.isfinite(sums).all()):
             return sums.float()
-    except Exception as error:  # whatever a damaged file makes torch.load raise
+    except (ValueError, KeyError) as error:
         log.warning("%s cannot be read (%s)", path, error)
     log.warning("%s is damaged: its scores are computed anew", path)
     return None
@@ -65,7 +66,7 @@ def reference_scores(
     """
     key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
-    found = cached_scores(path, len(pairs))
+    found = ranks.from_first(lambda: cached_scores(path, len(pairs)))
     if found is not None:
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return found
@@ -74,6 +75,7 @@ def reference_scores(
     log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
         sums, _ = score_pairs(model, pairs, chunk, progress, length)
-    path.parent.mkdir(exist_ok=True)
-    write_atomic({"sums": sums}, path)
+    if ranks.first():
+        path.parent.mkdir(exist_ok=True)
+        write_atomic({"sums": sums}, path)
     return sums

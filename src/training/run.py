@@ -10,6 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.config import Config
+from src.files import fingerprint
+from src.training import ranks
 from src.training.adapter_files import write_factors
 from src.training.fit import fit, schedule_of
 from src.training.folder import SAVED, RunFolder, trained_tensors
@@ -23,6 +25,8 @@ from src.training.start import Start, continues, numbered_from, resume_adapter
 from src.training.teacher import open_teacher
 
 log = logging.getLogger(__name__)
+
+SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
 
 
 def settings_of(config: Config) -> dict[str, object]:
@@ -53,10 +57,12 @@ def train(config: Config, folder: Path, start: Start, point: Point | None = None
     if written and not continues(config):
         raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
     typed, config = config, numbered_from(config, start.path)
-    pl.seed_everything(config.seed, verbose=False)  # dropout
+    pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
+    ranks.check_same("--load_model", fingerprint(start.path))
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
+    ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
     if point is not None:
         take_weights(start.model, point, start.hash)
@@ -75,12 +81,12 @@ def train(config: Config, folder: Path, start: Start, point: Point | None = None
 def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
     """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = write_factors(start.model, folder, f".{config.save_format}")
+    name, sha256 = ranks.from_first(lambda: write_factors(start.model, folder, f".{config.save_format}"))
     return dataclasses.replace(
         sidecar,
         initial_file=name,
         initial_sha256=sha256,
-        cold_file=str(start.cold or ""),
+        cold_file=str(start.cold.resolve()) if start.cold else "",
         cold_sha256=start.cold_hash,
     )
 

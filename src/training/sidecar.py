@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from src.config import PROGRAM_VERSION
-from src.files import file_hash
+from src.files import file_hash, parse_json
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
 from src.model.checkpoint import write_atomic
@@ -83,15 +84,38 @@ def read_sidecar(checkpoint: str | Path) -> Sidecar | None:
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
-            raise ValueError(f"{path} has format {content['format']}, this program reads up to {FORMAT}: update it")
-        known = {f.name: content[f.name] for f in dataclasses.fields(Sidecar) if f.name in content}
-        known["adapted"] = {name: Adaptation(**entry) for name, entry in content["adapted"].items()}
-        known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
-        return Sidecar(**known)
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        number = content["format"]
+        found = _sidecar(content) if type(number) is int and number <= FORMAT else None
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a sidecar of this program ({type(error).__name__}: {error})") from error
+    if found is None:
+        raise ValueError(f"{path} has format {number}, this program reads up to {FORMAT}: update it")
+    return found
+
+
+def _sidecar(content: dict[str, Any]) -> Sidecar:
+    """What a sidecar's JSON says. Raises KeyError, TypeError, ValueError and the like for what no program wrote."""
+    plain = {f.name: f.type for f in dataclasses.fields(Sidecar) if f.type in ("str", "int")}
+    known = {name: content[name] for name in plain if name in content}
+    for name, value in known.items():
+        if type(value).__name__ != plain[name]:
+            raise TypeError(f"{name} is a {type(value).__name__}")
+    known["adapted"] = {name: _adaptation(name, entry) for name, entry in content["adapted"].items()}
+    known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
+    if not all(isinstance(name, str) for name in known["packed"]):
+        raise TypeError("packed holds other things than names")
+    return Sidecar(**known)
+
+
+def _adaptation(name: str, entry: dict[str, Any]) -> Adaptation:
+    how = Adaptation(**entry)
+    numbers = (how.alpha, how.scaling, how.dropout)
+    if type(how.mode) is not str or type(how.rank) is not int or not all(type(n) in (int, float) for n in numbers):
+        raise TypeError(f"the adapter of {name} is not described by a mode, a rank and numbers")
+    if how.rank < 1 or not all(math.isfinite(n) for n in numbers) or not 0 <= how.dropout < 1:
+        raise ValueError(f"the adapter of {name} has rank {how.rank}, alpha {how.alpha}, dropout {how.dropout}")
+    return how
 
 
 def check_whole(sidecar: Sidecar | None, checkpoint: str | Path) -> None:

@@ -20,6 +20,7 @@ from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
+from src.training import ranks
 from src.training.adapter_files import (
     begins_from_matrix,
     check_base,
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 HINTS = {
+    "base": "give the right {load_model}, or {force} 1 to go on",
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
 }
@@ -88,13 +90,13 @@ class Start:
 
     @cached_property
     def base_hash(self) -> str:
-        """SHA-256 of the base file."""
-        return file_hash(self.path)
+        """SHA-256 of the base file, read by the first of several ranks."""
+        return ranks.from_first(lambda: file_hash(self.path))
 
     @cached_property
     def cold_hash(self) -> str:
         """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
-        return file_hash(self.cold) if self.cold else ""
+        return ranks.from_first(lambda: file_hash(self.cold) if self.cold else "")
 
     @cached_property
     def hash(self) -> str:
@@ -146,7 +148,8 @@ def start(config: Config, folder: Path, point: Point | None = None) -> Start:
         cold = cold_adapter(config)
         layout = adapter_layout(config)
         initial = resumed_factors(config, plan, layout) if point is None else factors_again(point)
-        read = base_reader(path, cold, device_of(config), "" if config.load_adapter else config.load_adapter_pissa_init)
+        initial_file = "" if config.load_adapter else config.load_adapter_pissa_init
+        read = base_reader(path, cold, device_of(config), initial_file, force=config.force)
     model, report = build_model(
         shapes(read()),
         compute_dtype=DTYPES[config.precision],
@@ -168,14 +171,18 @@ def start(config: Config, folder: Path, point: Point | None = None) -> Start:
         keep_pages()
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
-    return Start(path, sizes, plan, model, report, cold)
+    begun = Start(path, sizes, plan, model, report, cold)
+    if config.load_adapter:
+        check_adapter(config, begun)
+    return begun
 
 
 def cold_adapter(config: Config) -> Path | None:
     """--load_cold_adapter, or what lay below --load_adapter in its training. Raises ValueError when they differ."""
     if not config.load_adapter:
         return Path(config.load_cold_adapter) if config.load_cold_adapter else None
-    return cold_of(config.load_adapter, read_sidecar(config.load_adapter), config.load_cold_adapter)
+    sidecar = read_sidecar(config.load_adapter)
+    return cold_of(config.load_adapter, sidecar, config.load_cold_adapter, force=config.force)
 
 
 def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
@@ -187,7 +194,7 @@ def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[s
         if config.load_adapter and config.load_adapter_pissa_init:
             raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
         return None
-    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init)
+    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init, force=config.force)
 
 
 def factors_again(point: Point) -> dict[str, Tensor] | None:
@@ -216,13 +223,18 @@ def adapter_layout(config: Config) -> Layout | None:
     return layout_of(read_tensors(config.load_adapter), sidecar, quant=quant)
 
 
-def resume_adapter(config: Config, start: Start) -> None:
-    """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
+def check_adapter(config: Config, start: Start) -> None:
+    """Refuse --load_adapter of another base or plan, before references are computed. Raises ValueError."""
     sidecar = read_sidecar(config.load_adapter)
     check_whole(sidecar, config.load_adapter)
-    check_base(sidecar, start.path, sha256=start.base_hash)
+    with hinting(HINTS):
+        check_base(sidecar, start.path, sha256=start.base_hash, force=config.force)
     if sidecar is not None:
         check_same_adapters(sidecar, start.report.layout, config.load_adapter)
+
+
+def resume_adapter(config: Config, start: Start) -> None:
+    """Put --load_adapter into the model, after the reference was taken. Raises ValueError when it does not fit."""
     load_adapter(start.model, config.load_adapter)
 
 

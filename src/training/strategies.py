@@ -1,0 +1,60 @@
+"""How processes share the work: --strategy as a table of makers, each giving Lightning a strategy of its own.
+
+`ddp` keeps the whole model on every rank and adds up gradients; what the others split among the ranks is said in their
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, Strategy
+from torch import Tensor, nn
+
+from src.config import Config
+from src.model.checkpoint import kept
+from src.training import ranks
+
+Maker = Callable[[Config, nn.Module], Strategy | str]
+
+
+def ddp(config: Config, model: nn.Module) -> Strategy | str:
+    """The whole model on each rank. One process needs no strategy."""
+    if not ranks.several():
+        return "auto"
+    ranks.same_start(list(kept(model).values()))
+    return DDPStrategy(
+        timeout=timedelta(minutes=config.timeout),
+        init_sync=False,  # all ranks read the same file; what trains was sent above
+        broadcast_buffers=False,  # packed matrices never change
+        gradient_as_bucket_view=True,
+    )
+
+
+STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp}
+
+
+def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
+    """What --strategy names, for Lightning's trainer."""
+    return STRATEGIES[config.strategy](config, model)
+
+
+def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
+    """() the norm of the whole gradient over all parameters and ranks."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def rank_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """What this rank alone must keep, beside the trained tensors of the model, to go on exactly: tensors and plain
+    numbers. With one process and under ddp that is the optimizer's state."""
+    return trainer.optimizers[0].state_dict()
+
+
+def load_rank_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    """Take up what `rank_state` gave, on the same rank of as many."""
+    trainer.optimizers[0].load_state_dict(state)
