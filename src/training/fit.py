@@ -123,7 +123,7 @@ def fit(
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
     if points is not None:
-        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed))
+        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
     device = next(trainee.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",

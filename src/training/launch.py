@@ -74,7 +74,9 @@ def by_slurm(variables: Variables) -> Place | None:
         raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine needs equally many")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
     address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
-    port = variables.get("MASTER_PORT") or str(15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0))
+    port = variables.get("MASTER_PORT") or str(
+        15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0)
+    )
     rank, local = (_number(name, variables[name]) for name in needed)
     return Place(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
 

@@ -7,6 +7,7 @@ optimizer's update, and signals wait for the end of that.
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 import signal
@@ -22,27 +23,44 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from src.config import Config
-from src.model.checkpoint import fill, kept
+from src.model.checkpoint import fill, kept, write_atomic
+from src.training import ranks
 from src.training.background import Background
 from src.training.callbacks import Save
 from src.training.module import Trainee
 from src.training.out_of_memory import is_out_of_memory
 from src.training.points import FOLDER, Point, Points, explicit_point, last_point, points_in
 from src.training.records import append_json, drop_after
-from src.training.run_state import load_rank_state, rank_state, run_state, skip_batches, take_run_state
+from src.training.run_state import run_state, skip_batches, take_run_state
 from src.training.same_run import identity, refuse_another_run
+from src.training.strategies import load_rank_state, rank_state
 
 log = logging.getLogger(__name__)
 
 METRICS, LOG = "metrics.jsonl", "train_log.txt"
+BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
 
 
 def find_point(config: Config, folder: Path) -> Point | None:
-    """The point that --resume asks for, verified; None without --resume, or with `auto` in a folder without points.
+    """The point that --resume asks for, verified by rank 0; None without --resume, or with `auto` without any point.
 
-    Raises ValueError when the points are damaged, or belong to a run with other settings.
+    Raises ValueError, on every rank alike, when the points are damaged or belong to a run with other settings.
     """
+
+    def look() -> Point | str | None:
+        try:
+            return _found(config, folder)
+        except ValueError as mistake:
+            return str(mistake)
+
+    point = ranks.from_first(look)
+    if isinstance(point, str):
+        raise ValueError(point)
+    return point
+
+
+def _found(config: Config, folder: Path) -> Point | None:
     if not config.resume:
         if points_in(folder / FOLDER) and config.resume_every != NEVER:
             log.warning(
@@ -55,6 +73,11 @@ def find_point(config: Config, folder: Path) -> Point | None:
     if point is None:
         log.info("--resume auto: %s holds no resume point, so the run starts anew", folder)
         return None
+    if point.about["world"] != ranks.world():
+        raise ValueError(
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with as "
+            "many"
+        )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
         log.warning("%s changed since %s: the rest is not the same bit for bit", ", ".join(rounds), point.path)
@@ -116,12 +139,16 @@ class HostCopy:
 class KeepPoints(pl.Callback):
     """Writes a point at every numbered save and each `every` optimizer steps, in the background; and when stopped.
 
-    `resumed` is the point to go on from. Comes after the callbacks whose state it keeps. Raises ValueError on the
-    training thread, at the next step, when a point could not be written.
+    `resumed` is the point to go on from; with `again` and none, a run that was killed before its first point is what
+    this one repeats, so the lines of that one go. Comes after the callbacks whose state it keeps. Raises ValueError
+    on the training thread, at the next step, when a point could not be written.
     """
 
-    def __init__(self, points: Points, save: Save, every: int, folder: Path, resumed: Point | None = None) -> None:
-        self.points, self.save, self.every, self.folder, self.resumed = points, save, every, folder, resumed
+    def __init__(
+        self, points: Points, save: Save, every: int, folder: Path, resumed: Point | None, again: bool
+    ) -> None:
+        self.points, self.save, self.every, self.folder = points, save, every, folder
+        self.resumed, self.again = resumed, again
         self.background = Background()
         self.copy = HostCopy()
         self.state: dict[str, Any] = {}  # after the last optimizer step
@@ -133,29 +160,36 @@ class KeepPoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Go on from the point, if there is one, and watch out for signals."""
         self.trainer, self.trainee = trainer, pl_module
-        self.points.join(trainer.global_rank, trainer.world_size, trainer.strategy.broadcast(secrets.token_hex(4)))
+        self.points.join(trainer.global_rank, trainer.world_size, ranks.from_first(lambda: secrets.token_hex(4)))
         pl_module.after_step.append(self.step_done)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._signalled)
             signal.signal(signal.SIGTERM, self._signalled)
         if self.resumed is None:
+            if trainer.is_global_zero and self.every != NEVER:
+                self._begin()
             self._note()
         else:
             self._go_on(self.resumed)
 
+    def _begin(self) -> None:
+        """Note where the logs of this run begin."""
+        begun = self.points.folder / BEGUN
+        if self.again and begun.exists():
+            self._drop_lines(json.loads(begun.read_text()))
+        write_atomic(json.dumps(self._log_sizes()), begun)
+
+    def _drop_lines(self, sizes: dict[str, int]) -> None:
+        drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
+        drop_after(self.folder / LOG, sizes[LOG], tuple("0123456789"))
+
     def _go_on(self, point: Point) -> None:
-        if point.about["world"] != self.trainer.world_size:
-            raise ValueError(
-                f"{point.path} was written by {point.about['world']} processes, {self.trainer.world_size} are running: "
-                "resume with as many"
-            )
         found = point.read(self.trainer.global_rank)
         load_rank_state(self.trainer, found["optimizer"])
         state = found["run"]
         if self.trainer.is_global_zero:
             if point.project.resolve() == self.folder.resolve():
-                drop_after(self.folder / METRICS, state["logs"][METRICS], ('{"event": "train"', '{"event": "val"'))
-                drop_after(self.folder / LOG, state["logs"][LOG], tuple("0123456789"))
+                self._drop_lines(state["logs"])
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
             log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]

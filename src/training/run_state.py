@@ -35,18 +35,6 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def rank_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What this rank's optimizer remembers: tensors as they are, not copies."""
-    return {"state": trainer.optimizers[0].state_dict()["state"]}
-
-
-def load_rank_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    """Put back what `rank_state` gave, bit for bit; the groups with their rates stay those of this run."""
-    optimizer = trainer.optimizers[0]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
-
-
 def run_state(trainer: pl.Trainer, trainee: Trainee, *, ended: bool) -> dict[str, Any]:
     """Position, counters and random numbers after an optimizer step; cheap enough to take after each.
 

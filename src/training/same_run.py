@@ -13,6 +13,7 @@ from src.training.start import device_of
 # what these say never reaches the weights, or the checkpoint says it too
 FREE = {
     *("proj_dir", "wandb", "enable_progress_bar", "log_every", "resume", "resume_every", "dry_run", "doctor", "debug"),
+    *("devices", "num_nodes", "timeout"),  # a point knows how many processes wrote it
     *("epoch_count", "epoch_save", "keep", "save_dtype", "save_format", "state_output_mode", "max_bad_steps"),
     *("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn"),
     *("load_model", "accelerator", "state_offload", "grad_cp", "svd_niter", "eval_only"),
@@ -53,6 +54,7 @@ def identity(config: Config) -> dict[str, Any]:
             found[name] = value
     if not config.early_stop:
         del found["val_file"]  # it is looked at and changes nothing
+    found["strategy"] = "ddp" if config.strategy == "auto" else config.strategy  # the same, also with one process
     return found | {"device": device_of(config)}
 
 
