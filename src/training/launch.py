@@ -74,7 +74,9 @@ def by_slurm(variables: Variables) -> Place | None:
         raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine needs equally many")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
     address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
-    port = variables.get("MASTER_PORT") or str(15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0))
+    port = variables.get("MASTER_PORT") or str(
+        15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0)
+    )
     rank, local = (_number(name, variables[name]) for name in needed)
     return Place(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
 
@@ -192,6 +194,7 @@ def start_others(place: Place, words: Sequence[str]) -> dict[int, subprocess.Pop
             "LOCAL_WORLD_SIZE": place.local_world,
             "MASTER_ADDR": place.address,
             "MASTER_PORT": place.port,
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # when another process ends it would draw stack traces
         }
         variables = os.environ | {name: str(value) for name, value in told.items()}
         started[rank] = subprocess.Popen([sys.executable, *words], env=variables, stdin=subprocess.DEVNULL)
@@ -239,8 +242,8 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
             handler.setFormatter(logging.Formatter(f"rank {place.rank}: %(message)s"))
     _here.append(place)
     others = {} if place.launcher else start_others(place, words)
-    follows = place.local_rank > 0
-    with Watch(place.rank, place.world, others, config.timeout, follows=follows) as watch:
+    parent = place.node * place.local_world if place.local_rank else None
+    with Watch(place.rank, place.world, others, config.timeout, parent=parent) as watch:
         _meet(place, backend, config.timeout)
         watch.begin(place.address, place.port)
         yield config
