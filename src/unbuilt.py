@@ -24,7 +24,7 @@ NOT_BUILT = (
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     Missing(
-        lambda c: c.strategy not in ("auto", "ddp"),
+        lambda c: c.strategy == "fsdp",
         "{strategy=}: this strategy is not built yet; use {strategy} ddp",
     ),
     Missing(

@@ -223,6 +223,8 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     Raises ValueError where flags, launcher and machine do not fit together.
     """
     place = place_of(config, os.environ)
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
     if place.world == 1:
         yield config
         return

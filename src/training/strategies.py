@@ -15,9 +15,10 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from src.config import Config
+from src.config import DEEPSPEED, Config
 from src.model.checkpoint import kept
 from src.training import ranks
+from src.training.deepspeed import Zero, zero
 
 Maker = Callable[[Config, nn.Module], Strategy | str]
 
@@ -35,12 +36,22 @@ def ddp(config: Config, model: nn.Module) -> Strategy | str:
     )
 
 
-STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp}
+STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, **dict.fromkeys(DEEPSPEED, zero)}
 
 
 def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
     """What --strategy names, for Lightning's trainer."""
     return STRATEGIES[config.strategy](config, model)
+
+
+def clips_itself(trainer: pl.Trainer) -> bool:
+    """Whether the strategy clips the gradient, and leaves out steps whose norm is not a number, in its own step."""
+    return isinstance(trainer.strategy, Zero)
+
+
+def norm_of_last_step(trainer: pl.Trainer) -> float:
+    """With a strategy that clips itself: the norm before clipping, nan when the step was left out."""
+    return trainer.strategy.gradient_norm
 
 
 def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
