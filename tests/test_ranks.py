@@ -46,6 +46,7 @@ def case(text, pairs, name):
         "kto": ("--kto", 1, "--rlhf_train_file", pairs, "--kto_beta", 0.1),
         "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
         "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
+        "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
         "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
     }[name]
     size, parts = (1, 2) if name == "infctx" else (4, 1) if name == "kto" else (2, 2)
@@ -59,6 +60,13 @@ def case(text, pairs, name):
 
 
 CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty")
+STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
+SPLIT = [  # (strategy, case)
+    *((strategy, case) for strategy in (*STAGES, "deepspeed_stage_3_offload", "fsdp") for case in ("sft", "dpo")),
+    *((strategy, case) for strategy in ("deepspeed_stage_3", "fsdp") for case in ("kto", "empty")),
+    *(("deepspeed_stage_2", case) for case in ("infctx", "lora", "empty")),
+    *((strategy, "packed") for strategy in ("deepspeed_stage_1", "deepspeed_stage_3", "fsdp")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +76,37 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     (text_jsonl.parent / "empty.jsonl").write_text(
         "\n".join(json.dumps({"text": "" if n % 4 in (2, 3) else f"line {n}"}) for n in range(24)) + "\n"
     )
-    lists = []
-    words = {name: case(text_jsonl, pairs_csv, name) for name in CASES}
-    for name in CASES:
-        lists.append([*shared_words(base_model, vocab_file), *words[name](2), "--proj_dir", folder / "two" / name])
+    words = {name: case(text_jsonl, pairs_csv, name) for name in (*CASES, "packed")}
+    wanted = [*(("ddp", name) for name in (*CASES, "packed")), *SPLIT]
+    lists = [
+        [*shared_words(base_model, vocab_file), *words[name](2), "--strategy", how, "--proj_dir", folder / how / name]
+        for how, name in wanted
+    ]
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
     process = starter(path, "--devices", 2, script="tests/several_runs.py")
     for name in CASES:
         one = [*shared_words(base_model, vocab_file), *words[name](1), "--proj_dir", folder / "one" / name]
         train.main([str(word) for word in one])
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err[-3000:]
-    return folder / "one", folder / "two"
+    return folder
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_are_one_with_the_same_batch(runs, name):
     """If this breaks, a run on two devices learns something else than the same run on one."""
-    one, two = (folder / name for folder in runs)
+    same_run(runs / "one" / name, runs / "ddp" / name)
+
+
+@pytest.mark.parametrize(("strategy", "name"), SPLIT)
+def test_every_strategy_learns_the_same(runs, strategy, name):
+    """If this breaks, splitting a model over devices changes what it learns, or what is saved."""
+    same_run(runs / "ddp" / name, runs / strategy / name)
+
+
+def same_run(one, two):
+    """The same metrics, weights and files."""
     assert not list(two.glob("error*")), [path.read_text() for path in two.glob("error*")]
     for event in ("train", "val"):
         first, second = (read_jsonl(folder / "metrics.jsonl", event) for folder in (one, two))

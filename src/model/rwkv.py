@@ -60,7 +60,6 @@ class RWKV(nn.Module):
         x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state
-        x = self.blocks[0].embedded(x)
         carried = None
         after = State()
         recompute = self.grad_cp and torch.is_grad_enabled()

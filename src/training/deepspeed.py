@@ -56,13 +56,15 @@ class Zero(DeepSpeedStrategy):
             )
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False  # minutes of compiling, for inference only
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling, for inference only
         self._set_node_environment_variables()
         deepspeed.init_distributed(distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
 
+        if self.zero_stage_3:  # all parameters of a block come and go together, whoever reads them
+            deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in model.model.blocks])
         engine, wrapped, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index or 0),
             config=self.config,
@@ -72,6 +74,8 @@ class Zero(DeepSpeedStrategy):
             lr_scheduler=lr_scheduler,
             dist_init_required=False,
         )
+        if self.zero_stage_3:
+            keep_whole(model.model.head, wrapped)
         return engine, wrapped
 
     @property
@@ -81,6 +85,23 @@ class Zero(DeepSpeedStrategy):
         if self.optimizers[0].overflow:
             return float("nan")
         return float(self.deepspeed_engine.get_global_grad_norm())
+
+
+def keep_whole(module: nn.Module, optimizer: Any) -> None:
+    """Let every rank hold all of `module` between steps (stage 3), and take DeepSpeed's hooks off it.
+
+    The head runs in chunks, on each rank as many as it has trained tokens: gathering it for each would never end.
+    """
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        if not parameter.ds_persist:
+            parameter.ds_persist = True
+            optimizer.persistent_parameters.append(parameter)
+    if parameters:
+        parameters[0].all_gather(parameters)
+    for part in module.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
 
 
 def zero(config: Config, model: nn.Module) -> Zero:
@@ -93,6 +114,8 @@ def zero(config: Config, model: nn.Module) -> Zero:
     elements = config.ds_bucket_mb * 1_000_000
     settings: dict[str, Any] = {
         "stage": stage,
+        "memory_efficient_linear": False,  # it would replace torch's own for the whole process
+        "stage3_param_persistence_threshold": 2 * model.sizes.n_embd,  # vectors are not worth a message
         "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(),
         "reduce_bucket_size": elements,

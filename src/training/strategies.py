@@ -19,6 +19,7 @@ from src.config import DEEPSPEED, Config
 from src.model.checkpoint import kept
 from src.training import ranks
 from src.training.deepspeed import Zero, zero
+from src.training.sharded import fsdp
 
 Maker = Callable[[Config, nn.Module], Strategy | str]
 
@@ -36,7 +37,7 @@ def ddp(config: Config, model: nn.Module) -> Strategy | str:
     )
 
 
-STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, **dict.fromkeys(DEEPSPEED, zero)}
+STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, "fsdp": fsdp, **dict.fromkeys(DEEPSPEED, zero)}
 
 
 def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
@@ -57,7 +58,8 @@ def norm_of_last_step(trainer: pl.Trainer) -> float:
 def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
     """() the norm of the whole gradient over all parameters and ranks."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def rank_state(trainer: pl.Trainer) -> dict[str, Any]:
