@@ -211,6 +211,20 @@ LAWS = (
 )
 
 
+# what strategies cannot do, with the reason; all else goes together with all of them
+SHARING = (
+    Law(
+        lambda c: trains(c) and c.strategy.startswith(("fsdp", "deepspeed_stage_3")) and c.chunk > 0,
+        "{strategy=} puts a block together when its backward pass begins, and infinite context has one backward pass "
+        "for all pieces and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
+    ),
+    Law(
+        lambda c: trains(c) and c.strategy.startswith("deepspeed") and c.precision == "fp64",
+        "{strategy=} keeps its copies in float32, so {precision=} would not be what it says; use {strategy} ddp or fsdp",
+    ),
+)
+
+
 def say(sentence: str, config: Config) -> str:
     """`sentence` with `{name=}` as `{name} value` and `{name!}` as the value; `{name}` stays for the command line."""
 
@@ -242,7 +256,7 @@ def check(config: Config) -> None:
         ):
             if limit in legal and broken(value, legal[limit]):
                 raise ValueError(f"{{{name}}} {value}: must be {words} {legal[limit]}")
-    for law in LAWS:
+    for law in (*LAWS, *SHARING):
         if law.broken(config):
             raise ValueError(say(law.sentence, config))
     if config.peft not in ADAPTERS:

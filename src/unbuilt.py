@@ -24,10 +24,6 @@ NOT_BUILT = (
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     Missing(
-        lambda c: c.strategy not in ("auto", "ddp"),
-        "{strategy=}: this strategy is not built yet; use {strategy} ddp",
-    ),
-    Missing(
         lambda c: c.precision == "fp16",
         "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
     ),

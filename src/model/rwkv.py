@@ -62,7 +62,6 @@ class RWKV(nn.Module):
             return x, state
         if starts is not None:
             starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
-        x = self.blocks[0].embedded(x)
         carried = None
         after = State()
         recompute = self.grad_cp and torch.is_grad_enabled()

@@ -64,12 +64,17 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dtype: str) -> dict[str, Tensor]:
-    """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file."""
+    """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file.
+
+    All ranks call this, as a tensor may be spread over them: each is put together by itself, for the first rank.
+    """
     tensors = {}
     for name, parameter in kept(model).items():
         whole = name.endswith(WHOLE_MATRIX) and not any(norm in f".{name}" for norm in NORMS)
         dtype = dtypes.get(name, torch.float32) if whole and save_dtype == "base" else torch.float32
-        tensors[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        with ranks.whole(parameter) as tensor:
+            if ranks.first():
+                tensors[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
     return tensors
 
 

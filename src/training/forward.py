@@ -18,10 +18,13 @@ from src.losses.pairs import PairScores, pair_scores
 from src.losses.tokens import TokenScores, token_scores
 from src.model.rwkv import RWKV
 from src.training.context import Pieces, piecewise
+from src.training.ranks import is_sharded
 
 
 def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
+    if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
+        return model(batch.tokens.new_zeros(1, 1))[0][0][:0]
     hidden, _ = model(batch.tokens[None], None, batch.starts)
     return hidden[0]
 
@@ -36,6 +39,8 @@ def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
         prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
         state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
     hidden, _ = model(batch.answers[None], state, batch.starts)
+    if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
+        return hidden[0] + model(batch.prompts.new_zeros(1, 1))[0][0][:0].sum()
     return hidden[0]
 
 

@@ -194,6 +194,7 @@ def start_others(place: Place, words: Sequence[str]) -> dict[int, subprocess.Pop
             "LOCAL_WORLD_SIZE": place.local_world,
             "MASTER_ADDR": place.address,
             "MASTER_PORT": place.port,
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # when another process ends it would draw stack traces
         }
         variables = os.environ | {name: str(value) for name, value in told.items()}
         started[rank] = subprocess.Popen([sys.executable, *words], env=variables, stdin=subprocess.DEVNULL)
@@ -222,6 +223,8 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     Raises ValueError where flags, launcher and machine do not fit together.
     """
     place = place_of(config, os.environ)
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
     if place.world == 1:
         yield config
         return
@@ -241,8 +244,8 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
             handler.setFormatter(logging.Formatter(f"rank {place.rank}: %(message)s"))
     _here.append(place)
     others = {} if place.launcher else start_others(place, words)
-    follows = place.local_rank > 0
-    with Watch(place.rank, place.world, others, config.timeout, follows=follows) as watch:
+    parent = place.node * place.local_world if place.local_rank else None
+    with Watch(place.rank, place.world, others, config.timeout, parent=parent) as watch:
         _meet(place, backend, config.timeout)
         watch.begin(place.address, place.port)
         yield config

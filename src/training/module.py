@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from src.config import Config
@@ -28,7 +29,7 @@ from src.training.evaluate import evaluating
 from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
-from src.training.strategies import gradient_norm
+from src.training.strategies import clips_itself, gradient_norm, norm_of_last_step
 from src.training.teacher import Teacher
 from src.training.watch import at
 
@@ -89,7 +90,6 @@ class Trainee(pl.LightningModule):
         self.teacher = teacher  # no torch module, so nothing of it is trained or saved
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
-        self.together = ranks.several()  # every rank goes through every backward pass, or the others wait for ever
         self.loss = LOSSES[config.loss]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
@@ -100,6 +100,11 @@ class Trainee(pl.LightningModule):
         self._tokens = 0
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
+
+    @property
+    def together(self) -> bool:
+        """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
+        return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
@@ -115,6 +120,7 @@ class Trainee(pl.LightningModule):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
             if not self.together:
                 return None
+            value = value * math.nan  # in every gradient, so that all ranks see it
         return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -168,10 +174,10 @@ class Trainee(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
+        if clips_itself(self.trainer):
+            return
         norm = gradient_norm(self.trainer, optimizer)
         self.grad_norm = float(norm)
-        if self.together and not self._bad and ranks.largest(self._bad):
-            self._skip("the loss of another rank is not a number")
         if not self._bad and not math.isfinite(self.grad_norm):
             self._skip(f"the gradient's norm is {self.grad_norm}")
         if self._bad:
@@ -200,6 +206,10 @@ class Trainee(pl.LightningModule):
 
     def _close_record(self) -> None:
         now = time.perf_counter()
+        if clips_itself(self.trainer):
+            self.grad_norm = norm_of_last_step(self.trainer)
+            if not self._bad and not math.isfinite(self.grad_norm):
+                self._skip(f"the gradient's norm is {self.grad_norm}")
         if self._bad:
             self._bad = False
             self._means.clear()

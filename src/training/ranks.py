@@ -6,7 +6,8 @@ what its name says of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +88,20 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether the ranks hold parts of the tensors that train (FSDP, DeepSpeed stage 3), so that a forward pass of one
     needs all the others."""
     return several() and any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """All of a parameter, of which every rank may hold a part; only inside the block, and on all ranks at once."""
+    if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter.detach()
+    elif hasattr(parameter, "full_tensor"):
+        yield parameter.detach().full_tensor()
+    else:
+        yield parameter.detach()
 
 
 def shared_out(work: Callable[[int], Value], count: int, model: nn.Module) -> list[Value]:

@@ -15,9 +15,11 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 
-from src.config import Config
+from src.config import DEEPSPEED, Config
 from src.model.checkpoint import kept
 from src.training import ranks
+from src.training.deepspeed import Zero, zero
+from src.training.sharded import fsdp
 
 Maker = Callable[[Config, nn.Module], Strategy | str]
 
@@ -35,7 +37,7 @@ def ddp(config: Config, model: nn.Module) -> Strategy | str:
     )
 
 
-STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp}
+STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, "fsdp": fsdp, **dict.fromkeys(DEEPSPEED, zero)}
 
 
 def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
@@ -43,10 +45,21 @@ def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
     return STRATEGIES[config.strategy](config, model)
 
 
+def clips_itself(trainer: pl.Trainer) -> bool:
+    """Whether the strategy clips the gradient, and leaves out steps whose norm is not a number, in its own step."""
+    return isinstance(trainer.strategy, Zero)
+
+
+def norm_of_last_step(trainer: pl.Trainer) -> float:
+    """With a strategy that clips itself: the norm before clipping, nan when the step was left out."""
+    return trainer.strategy.gradient_norm
+
+
 def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
     """() the norm of the whole gradient over all parameters and ranks."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def rank_state(trainer: pl.Trainer) -> dict[str, Any]:

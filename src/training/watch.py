@@ -55,17 +55,17 @@ def exit_status(error: BaseException) -> int:
 class Watch:
     """Watches the other ranks from inside the block.
 
-    children: those that this process has started, by rank. follows: whether the end of the process that started this
-    one is its end too. timeout: minutes.
+    children: those that this process has started, by rank. parent: the rank whose process (or whose launcher) started
+    this one, so that its end is this one's too; None for the first of a machine. timeout: minutes.
     """
 
     def __init__(
-        self, rank: int, world: int, children: dict[int, subprocess.Popen], timeout: float, *, follows: bool
+        self, rank: int, world: int, children: dict[int, subprocess.Popen], timeout: float, *, parent: int | None
     ) -> None:
         self.rank, self.world, self.children, self.limit = rank, world, children, 60 * timeout
         self.pause = max(0.5, world / 32)
         self.ticks, self.what = 0, "starting"
-        self.parent = os.getppid() if follows else 0
+        self.parent, self.started_by = parent, os.getppid()
         self.heard: dict[int, tuple[float, dict]] = {}  # rank -> when it last gave a sign of life, and what it said
         self.changed = time.monotonic()  # when the work of any rank last went on
         self.store: TCPStore | None = None
@@ -110,6 +110,7 @@ class Watch:
         if self.rank:  # the first rank speaks for all
             if "--debug" in sys.argv:
                 traceback.print_exception(error)
+            self._let_speak()
             self._leave(status)
         self.over.set()
         time.sleep(2 * self.pause + GRACE)  # the store is here: let the others read it
@@ -168,8 +169,8 @@ class Watch:
             if not said:
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
                 self._end(f"rank {rank} (process {child.pid}) {how}", 1, [rank])
-        if self.parent and self.parent != os.getppid():
-            self._end(f"the process that started rank {self.rank} has died", 1)
+        if self.parent is not None and self.started_by != os.getppid():
+            self._end(f"rank {self.parent}, or what started it, has died", 1, [self.parent])
 
     def _look_for_hang(self) -> None:
         now = time.monotonic()
@@ -202,8 +203,18 @@ class Watch:
             sys.stderr.write(f"error: {sentence}; all ranks are stopped\n")
         if self.rank == 0:
             time.sleep(2 * self.pause + GRACE)
+        else:
+            self._let_speak()
         self._end_children()
         self._leave(status)
+
+    def _let_speak(self) -> None:
+        """Stay until the first rank has said why: launchers kill it when another one ends before it."""
+        end = time.monotonic() + 4 * (self.pause + GRACE)
+        with suppress(RuntimeError), self.lock:  # its end is the end of the store
+            while self.store is not None and time.monotonic() < end:
+                time.sleep(self.pause / 2)
+                self.store.check([FAILED])
 
     def _leave(self, status: int) -> None:
         sys.stdout.flush()
