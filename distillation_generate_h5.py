@@ -21,6 +21,7 @@ from src.cli import Parser, run
 from src.data.batch import TextBatch, TextExample, TopK
 from src.data.h5 import writing
 from src.data.journal import Journal
+from src.data.pieces import together
 from src.data.progress import counted
 from src.data.report import DataReport
 from src.files import file_hash
@@ -49,16 +50,7 @@ def parser() -> Parser:
 
 def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:
     """Neighbouring documents together up to `most` tokens; a longer document alone."""
-    row: list[TextExample] = []
-    held = 0
-    for example in examples:
-        if row and held + len(example.tokens) > most:
-            yield row
-            row, held = [], 0
-        row.append(example)
-        held += len(example.tokens)
-    if row:
-        yield row
+    return together(examples, lambda example: len(example.tokens), most)
 
 
 def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:

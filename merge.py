@@ -15,16 +15,19 @@ from pathlib import Path
 import torch
 
 from src.cli import Parser, run
+from src.layers.stores import STORES
 from src.model.checkpoint import file_sizes, write_atomic
-from src.training.adapter_files import AdapterFile, check_base, cold_of, hinting, open_adapter
+from src.plan import is_state
+from src.training.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
 from src.training.coefficients import Coefficients, parse_coefficients
-from src.training.exchange import from_peft_folder, to_peft_folder
+from src.training.exchange import CONFIG, TENSORS, from_peft_folder, to_peft_folder
 from src.training.merging import Merged, base_reader, check_merged
 from src.training.sidecar import sidecar_path
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".safetensors")
+WITH_STATE = ("x052", "x060")  # versions whose time_state the rwkv package reads from the model file
 # what to do about a mismatch of base, checkpoint and flags
 HINTS = {
     "base": "give the right --base_model, or --force 1 to go on",
@@ -66,18 +69,25 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name, needed in wanted.items():
         if needed and not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help")
+    if args.quant is not None and args.quant not in STORES:
+        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(STORES)}")
     if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
         raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
     return args
+
+
+def check_inputs(flag: str, output: Path, *inputs: Path) -> None:
+    """Refuse to write `output` over one of the inputs; `flag` is what to change."""
+    for path in inputs:
+        if output.resolve() == path.resolve() or (output.exists() and path.exists() and output.samefile(path)):
+            raise ValueError(f"{flag}: {output} is an input of this merge: give another name")
 
 
 def check_paths(output: Path, *inputs: Path) -> None:
     """Refuse an output that is one of the inputs, has an unknown suffix or cannot be put where it should go."""
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output}: the name must end in {' or '.join(SUFFIXES)}")
-    for path in inputs:
-        if output.resolve() == path.resolve() or (output.exists() and path.exists() and output.samefile(path)):
-            raise ValueError(f"--output {output} is an input of this merge: give another name")
+    check_inputs(f"--output {output}", output, *inputs)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder")
     if not output.parent.is_dir():
@@ -117,7 +127,9 @@ def merge(args: argparse.Namespace) -> None:
     file = opened(args)
     with hinting(HINTS):
         cold = cold_of(adapter_path, file.sidecar, args.load_cold_adapter, force=args.force)
-        base = base_reader(base_path, cold, device)()
+        found = [factors_path(adapter_path, file.sidecar)] if file.initial else []
+        check_inputs(f"--output {output}", output, *found, *([cold] if cold else []))
+        base = base_reader(base_path, cold, device, force=args.force)()
     base = dict(base) if isinstance(base, Merged) else base
     merged = dict(Merged(base, file, device=device, coefficients=shares))
     difference, allowed = check_merged(base, file, merged, shares)
@@ -133,15 +145,23 @@ def merge(args: argparse.Namespace) -> None:
     layout = shares.of_layout(file.layout)
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
     print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
+    states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
+    if states and (sizes.version not in WITH_STATE or states != {"time_state"}):
+        print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")
 
 
 def main(words: Sequence[str]) -> int:
     args = parse(words)
     if args.to_peft:
-        print(to_peft_folder(opened(args), Path(args.to_peft)))
+        folder = Path(args.to_peft)
+        check_inputs(f"--to_peft {folder}", folder / TENSORS, Path(args.lora_checkpoint))
+        print(to_peft_folder(opened(args), folder))
     elif args.from_peft:
-        check_paths(Path(args.output), Path(args.base_model))
-        print(from_peft_folder(Path(args.from_peft), Path(args.base_model), Path(args.output), args.quant or "none"))
+        folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
+        inputs = (base, sidecar_path(base), folder / TENSORS, folder / CONFIG)
+        check_paths(output, *inputs)
+        check_inputs(f"--output {output}", sidecar_path(output), *inputs)
+        print(from_peft_folder(folder, base, output, args.quant or "none"))
     else:
         merge(args)
     return 0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from PrepareOrpoDataset import add_pair_flags, check_pair_flags, tokenised, write_pairs
 from src.cli import Parser, run
 from src.files import file_hash
+from src.layers.stores import STORES
 from src.training.answering import STRATEGY_HELP, open_model
 from src.training.inputs import counted
 from src.training.kept_scores import KeptScores
@@ -27,6 +28,8 @@ def parser() -> Parser:
     flags = Parser("Tokenise preference pairs and score them with the reference model.")
     flags.add_argument("--load_model", required=True, help="the reference: the model that training starts from")
     flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
+    packed = "storage of the matrices; train.py uses the scores only with the same --quant_mode [none]"
+    flags.add_argument("--quant_mode", default="none", choices=("none", *STORES), help=packed)
     add_pair_flags(flags, "trainset.save")
     return flags
 
@@ -35,11 +38,11 @@ def main(argv: Sequence[str]) -> None:
     """Reads, tokenises, scores each distinct pair once, writes."""
     flags = parser().parse_args(argv)
     check_pair_flags(flags)
-    model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file)
+    model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file, quant=flags.quant_mode)
     parts, report = tokenised(flags, tokenizer)
     distinct = {id(pair): pair for pairs in parts for pair in pairs}  # cycled rows are the same object
     model_hash = file_hash(flags.load_model)
-    arithmetic = f"{model.compute_dtype} {model.emb.weight.device}"
+    arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {flags.quant_mode}"
     key = reference_key(model_hash, list(distinct.values()), arithmetic)
     kept = KeptScores(f"{flags.output_save}.part", key)
     with counted(len(distinct), "reference", shown=True) as done:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
         "model": model_hash,
         "reference": "sum",
         "precision": next(name for name, dtype in DTYPES.items() if dtype == model.compute_dtype),
-        "storage": "none",
+        "storage": flags.quant_mode,
     }
     write_pairs(flags, tokenizer, scored, report, about)
     kept.forget()

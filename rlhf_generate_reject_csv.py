@@ -56,7 +56,7 @@ def made_by(flags: Namespace, settings: Settings) -> dict[str, Any]:
     return sampling | {
         "model": file_hash(flags.load_model),
         "adapter": file_hash(flags.load_adapter) if flags.load_adapter else None,
-        "template": flags.template,
+        "template": flags.template if flags.template in TEMPLATES else file_hash(flags.template),
         "vocab_file": file_hash(flags.vocab_file) if flags.vocab_file else None,
     }
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from src.cli import INTERRUPTED, parse, run
+from src.config import Config
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -15,8 +16,18 @@ def main(argv: Sequence[str]) -> int | None:
 
         return doctor()
 
+    from src.training.launch import launched
+
+    with launched(config, [__file__, *argv]) as config:
+        return None if config is None else ranked(config)
+
+
+def ranked(config: Config) -> int | None:
+    """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
     from src.training.folder import open_folder
+    from src.training.out_of_memory import explained
     from src.training.plan_report import dry_run
+    from src.training.resume import find_point
     from src.training.run import evaluate, train
     from src.training.start import start, write_initial
 
@@ -24,13 +35,15 @@ def main(argv: Sequence[str]) -> int | None:
     if config.train_stage == 1:
         write_initial(config, folder)
         return None
-    ready = start(config, folder)
-    if config.eval_only:
-        print(json.dumps(evaluate(config, folder, ready)))
-        return None
-    if config.dry_run:
-        return dry_run(config, folder, ready)
-    return INTERRUPTED if train(config, folder, ready) else None
+    with explained(config):
+        point = None if config.eval_only else find_point(config, folder)
+        ready = start(config, folder, point)
+        if config.eval_only:
+            print(json.dumps(evaluate(config, folder, ready)))
+            return None
+        if config.dry_run:
+            return dry_run(config, folder, ready)
+        return INTERRUPTED if train(config, folder, ready, point) else None
 
 
 if __name__ == "__main__":

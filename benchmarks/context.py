@@ -4,8 +4,10 @@ python benchmarks/context.py [--lengths 1024,4096,...]     # infinite context: p
 python benchmarks/context.py --fork 1                      # prompts run once against both sequences run whole
 python benchmarks/context.py --packing PAIRS.csv           # packed rows against padded ones, on real pairs
 
-L6-D256, 8192 tokens of vocabulary, full training in float32, chunks of 1024. Every length runs in a process of its own;
-peak is VmHWM, which counts the interpreter and the libraries. States: what the cuts keep, by count of their tensors.
+L6-D256, 8192 tokens of vocabulary, full training in float32, chunks of 1024. Every length runs in a process of its own,
+for 64 chunks at least, because the heap grows for the first dozens; peak is VmHWM, which counts the interpreter and the
+libraries. States: what the cuts keep, by count of their tensors. CPU: seconds of the processor, which other programs on
+the machine do not lengthen.
 
 B batch, T tokens, P prompt tokens, C answer tokens
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LAYERS, WIDTH, VOCAB, HEAD, CHUNK = 6, 256, 8192, 64, 1024
+SETTLED = 64 * CHUNK  # tokens after which the heap has stopped growing
 MIB = 1 << 20
 
 
@@ -51,7 +54,7 @@ def peak() -> int:
 
 
 def measure_length(version: str, tokens: int, repeats: int) -> dict:
-    """One step of SFT over one document of `tokens` tokens in chunks, after a step over a single chunk."""
+    """Steps of SFT over one document of `tokens` tokens, `repeats` at least, and until SETTLED tokens have run."""
     import torch
 
     from src.config import Config
@@ -63,42 +66,44 @@ def measure_length(version: str, tokens: int, repeats: int) -> dict:
     config = Config(loss="sft", infctx=True, chunk_ctx=CHUNK)
     generator = torch.Generator().manual_seed(2)
 
-    def step(count: int) -> float:
-        row = torch.randint(1, VOCAB, (count + 1,), generator=generator)
-        batch = TextBatch(row[:-1], row[1:], torch.tensor([0, count]), float(count))
-        begin = time.perf_counter()
+    def step() -> tuple[float, float]:
+        row = torch.randint(1, VOCAB, (tokens + 1,), generator=generator)
+        batch = TextBatch(row[:-1], row[1:], torch.tensor([0, tokens]), float(tokens))
+        begin, cpu = time.perf_counter(), time.process_time()
         value, _ = batch_loss(model, batch, LOSSES["sft"], config)
         (value / batch.total).backward()
         model.zero_grad()
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin, time.process_time() - cpu
 
-    step(min(tokens, 2 * CHUNK))
-    took = [step(tokens) for _ in range(repeats)]
+    took = [step() for _ in range(max(repeats, SETTLED // tokens))]
     with torch.no_grad():
         _, state = model(torch.ones(1, 2, dtype=torch.int64))
     size = sum(part.numel() * part.element_size() for layer in state for part in layer)
     cuts = -(-tokens // CHUNK) - 1
-    return {"tokens": tokens, "seconds": min(took), "peak": peak(), "states": cuts * size}
+    wall, cpu = map(min, zip(*took, strict=True))
+    return {"tokens": tokens, "seconds": wall, "cpu": cpu, "peak": peak(), "states": cuts * size}
 
 
 def lengths(version: str, counts: list[int], repeats: int) -> list[dict]:
     """The table of lengths."""
-    print("| tokens | us/token | peak MiB | states MiB | peak above the first row, less states, MiB |")
-    print("|---|---|---|---|---|")
+    print("| tokens | us/token | CPU us/token | peak MiB | states MiB | peak above the first row, less states, MiB |")
+    print("|---|---|---|---|---|---|")
     rows: list[dict] = []
     for count in counts:
-        row = in_process(["--raw", f"{version},{count}", "--repeats", str(repeats if count <= 1 << 16 else 1)])
+        row = in_process(["--raw", f"{version},{count}", "--repeats", str(repeats if count < SETTLED else 1)])
         rows.append(row)
         above = row["peak"] - rows[0]["peak"] - row["states"]
-        each = row["seconds"] / row["tokens"] * 1e6
+        each, cpu = (row[name] / row["tokens"] * 1e6 for name in ("seconds", "cpu"))
         print(
-            f"| {count} | {each:.0f} | {row['peak'] / MIB:.0f} | {row['states'] / MIB:.0f} | {above / MIB:.0f} |",
+            f"| {count} | {each:.0f} | {cpu:.0f} | {row['peak'] / MIB:.0f} | {row['states'] / MIB:.0f} "
+            f"| {above / MIB:.0f} |",
             flush=True,
         )
-    if len(rows) > 1:
-        grown = rows[-1]["peak"] - rows[-2]["peak"]
-        states = rows[-1]["states"] - rows[-2]["states"]
-        print(f"\nslope between the last two: {grown / max(states, 1):.3f} of the states' size")
+    several = [row for row in rows if row["states"]]
+    if len(several) > 1:
+        grown, states = (several[-1][name] - several[0][name] for name in ("peak", "states"))
+        between = f"{several[0]['tokens']} and {several[-1]['tokens']} tokens"
+        print(f"\nfrom {between} the peak grows by {grown / states:.3f} times the states")
     return rows
 
 

@@ -12,6 +12,7 @@ B batch, T tokens, H heads, N head size
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -39,6 +40,7 @@ from src.ops.select import BACKENDS, choose
 #   wkv5, wkv6  2 for y, 3 for the state; backward 3 for the state again, 3 for its gradient, 2 each for dr, dk, dv, dw
 #   wkv7  2 for sa, 5 for the state, 2 for y; backward 7 + 4 for both again, 2 each for seven sums, 1 for the decay
 FLOPS = {"wkv4": (25, 48), "wkv5": (5, 14), "wkv6": (5, 14), "wkv7": (9, 26)}
+PERIOD = 1024  # tokens whose inputs differ
 LOOP_BYTES = 12e9  # the plain loop is left out where what it holds for backward would be more
 Run = Callable[..., Tensor]
 Shape = tuple[int, int, int, int]
@@ -90,18 +92,31 @@ def measure(run: Run, inputs: list[Tensor], dy: Tensor, repeats: int, seconds: f
     }
 
 
-def runs_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device, peers: dict) -> dict[str, tuple]:
-    """name -> (inputs, run), ours first: what can run this shape. The plain loop is not among them."""
-    inputs = make_inputs(op, shape, dtype, device)
+def inputs_of(op: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """`judge.make_inputs`, whose numbers come from the processor (minutes for a large shape): PERIOD tokens of one row,
+    over and over."""
+    batch, tokens, *head = shape
+    period = PERIOD if tokens % PERIOD == 0 else tokens
+    some = (x.detach() for x in make_inputs(op, (1, period, *head), dtype, device))
+    count = len(RECURRENCES[op].tokens)
+    return [
+        (x.repeat(batch, tokens // period, *[1] * (x.dim() - 2)) if i < count else x).requires_grad_()
+        for i, x in enumerate(some)
+    ]
+
+
+def runs_of(op: str, inputs: list[Tensor], peers: dict) -> dict[str, tuple]:
+    """name -> (inputs, run), ours first: what can run these, without the plain loop."""
+    x = inputs[0]
     runs: dict[str, tuple[list[Tensor], Run]] = {}
     for name in BACKENDS[op]:
         try:
-            choose(op, device, dtype, tuple(inputs[0].shape), name)
+            choose(op, x.device, x.dtype, tuple(x.shape), name)
         except ValueError:
             continue
         if name != "naive":
             runs[name] = inputs, lambda *x, name=name: RECURRENCES[op].function(*x, backend=name)[0]
-    if dtype == torch.float32 and shape[1] % LENGTH == 0:
+    if x.dtype == torch.float32 and x.shape[1] % LENGTH == 0:
         name, chunked = CHUNKED[op]
         runs[name] = inputs, chunked
     for name, (prepare, run) in peers.get(op, {}).items():
@@ -115,22 +130,24 @@ def bench(
     """One row per implementation for one shape (B, T, H, N); the plain loop last, as it is the slowest."""
     elements = math.prod(shape) * (shape[-1] if op != "wkv4" else 1)
     rows = []
-    first = make_inputs(op, shape, dtype, device)
-    dy = torch.randn(first[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    for name, (inputs, run) in runs_of(op, shape, dtype, device, peers).items():
+    first = inputs_of(op, shape, dtype, device)
+    dy = torch.randn(first[0].shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
+    runs, held = (
+        runs_of(op, first, peers),
+        elements * (16 if op != "wkv4" else 100),
+    )  # four float32 of each state element
+    if held < LOOP_BYTES:
+        runs["naive"] = first, lambda *x: RECURRENCES[op].function(*x, backend="naive")[0]
+    for name, (inputs, run) in runs.items():
         try:
-            rows.append({"name": name, **measure(run, inputs, dy, *limits)})
+            rows.append({"name": name, **measure(run, inputs, dy, *(limits if name != "naive" else (3, 20.0)))})
         except (RuntimeError, ValueError, AssertionError) as failure:  # a peer's own words for what it cannot do
             print(f"{op} {shape} {name}: {str(failure).strip().partition(chr(10))[0]}", file=sys.stderr)
-    held = elements * (16 if op != "wkv4" else 100)  # four float32 of each state element and token
     references = None
-    if held < LOOP_BYTES:
-        loop = lambda *x: RECURRENCES[op].function(*x, backend="naive")[0]  # noqa: E731
-        rows.append({"name": "naive", **measure(loop, first, dy, 3, 20.0)})
-        if 2 * held < LOOP_BYTES:
-            exact = [x.detach().double().requires_grad_() for x in first]
-            y = loop(*exact)
-            references = [y.detach(), *torch.autograd.grad(y, exact, dy.double())]
+    if 2 * held < LOOP_BYTES:
+        exact = [x.detach().double().requires_grad_() for x in first]
+        y = runs["naive"][1](*exact)
+        references = [y.detach(), *torch.autograd.grad(y, exact, dy.double())]
     for row in rows:
         row["op"], row["shape"], row["dtype"] = op, shape, str(dtype).removeprefix("torch.")
         row["gflops"] = elements * sum(FLOPS[op]) / row["both_ms"] * 1e-6
@@ -146,23 +163,23 @@ def shown(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def table(rows: list[dict], fma: float | None, gemm: float) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| op | shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median)"
-        " | processor ms | GFLOP/s | share of FMA rate | of GEMM | times the loop | kept B per token-channel | error |",
-        "|" + "---|" * 13,
-    ]
-    for row in rows:
-        shape = " ".join(f"{letter}{n}" for letter, n in zip("BTHN", row["shape"], strict=True))
-        lines.append(
-            f"| {row['op']} | {shape} | {row['dtype']} | {row['name']}"
-            f" | {row['forward_ms']:.2f} ({row['forward_median_ms']:.2f})"
-            f" | {row['both_ms']:.2f} ({row['both_median_ms']:.2f}) | {row['processor_ms']:.1f} | {row['gflops']:.0f}"
-            f" | {shown(row['gflops'] / fma if fma else None, '.0%')} | {row['gflops'] / gemm:.0%}"
-            f" | {shown(row['speedup'], '.1f')} | {row['kept_bytes']:.1f} | {shown(row['error'], '.1e')} |"
-        )
-    return "\n".join(lines)
+COLUMNS = (
+    "op | shape | dtype | backend | forward ms: best (median) | forward + backward ms: best (median) | processor ms"
+    " | GFLOP/s | share of FMA rate | of GEMM | times the loop | kept B per token-channel | error"
+)
+HEADING = f"| {COLUMNS} |\n" + "|---" * 13 + "|"
+
+
+def line(row: dict, fma: float | None, gemm: float) -> str:
+    """A row in Markdown."""
+    shape = " ".join(f"{letter}{n}" for letter, n in zip("BTHN", row["shape"], strict=True))
+    return (
+        f"| {row['op']} | {shape} | {row['dtype']} | {row['name']}"
+        f" | {row['forward_ms']:.2f} ({row['forward_median_ms']:.2f})"
+        f" | {row['both_ms']:.2f} ({row['both_median_ms']:.2f}) | {row['processor_ms']:.1f} | {row['gflops']:.0f}"
+        f" | {shown(row['gflops'] / fma if fma else None, '.0%')} | {row['gflops'] / gemm:.0%}"
+        f" | {shown(row['speedup'], '.1f')} | {row['kept_bytes']:.1f} | {shown(row['error'], '.1e')} |"
+    )
 
 
 def read_arguments() -> argparse.Namespace:
@@ -177,7 +194,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=200, help="at most so many runs of one implementation")
     parser.add_argument("--seconds", type=float, default=4.0, help="and no longer than this")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch finds no GPU")
+    return args
 
 
 def main() -> None:
@@ -191,21 +211,23 @@ def main() -> None:
         shapes += [(1, 4096, 32, 64)]
     if args.shape:
         shapes = [tuple(args.shape)]
-    peers = load_peers(args.peer, shapes[0][-1])
+    try:
+        peers = load_peers(args.peer, shapes[0][-1])
+    except ValueError as error:
+        sys.exit(str(error))
     dtypes = [torch.float32] + [torch.bfloat16] * (args.bf16 or on_gpu)
     fma, gemm = (None if on_gpu else fma_gflops(args.threads)), gemm_gflops(device)
-    rows = []
-    for op in args.op:
-        for dtype in dtypes:
-            for shape in shapes:
-                rows += bench(op, shape, dtype, device, peers, (args.repeats, args.seconds))
     on = f"{platform.machine()} {instruction_set()}, {args.threads} threads"
     machine = f"{torch.cuda.get_device_name() if on_gpu else on}, torch {torch.__version__}"
     rates = f"float32 matrix product: {gemm:.0f} GFLOP/s" + (f"; multiply-adds: {fma:.0f} GFLOP/s" if fma else "")
-    print(f"{machine}; {rates}\n\n{table(rows, fma, gemm)}")
-    if args.json:
-        figures = {"machine": machine, "gemm_gflops": gemm, "fma_gflops": fma, "rows": rows}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{machine}; {rates}\n\n{HEADING}")
+    figures = {"machine": machine, "gemm_gflops": gemm, "fma_gflops": fma, "rows": []}
+    for op, dtype, shape in itertools.product(args.op, dtypes, shapes):
+        found = bench(op, shape, dtype, device, peers, (args.repeats, args.seconds))
+        print(*(line(row, fma, gemm) for row in found), sep="\n", flush=True)
+        figures["rows"] += found
+        if args.json:  # at once: what is measured stays when time runs out
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,12 @@ def load_peers(given: list[str], size: int) -> dict[str, dict[str, tuple[Prepare
         if name not in PEERS or not Path(folder).is_dir():
             known = ", ".join(PEERS)
             raise ValueError(f"--peer {text}: give NAME=FOLDER with NAME one of {known} and FOLDER a checkout")
-        for op, runs in PEERS[name](Path(folder).resolve(), size).items():
+        try:
+            made = PEERS[name](Path(folder).resolve(), size)
+        except (ImportError, OSError, RuntimeError) as failure:  # its own needs or its build: ours are measured anyway
+            print(f"--peer {name}: {str(failure).strip().partition(chr(10))[0]}", file=sys.stderr)
+            continue
+        for op, runs in made.items():
             found.setdefault(op, {}).update(runs)
     return found
 

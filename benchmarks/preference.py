@@ -11,7 +11,8 @@ to the start model, nats a token) are means over the seeds, with the range of th
 over the steps; two answers of KTO are a pair.
 
 TRL's DPOTrainer gets the same model behind a thin wrapper, with our kernels, the same adapter, the same reference
-scores and as many pairs as our DPO; the batching (prompts in both answers, padding), log-softmax and loop are its own.
+scores and as many pairs as our DPO; batching (prompts in both answers, padding), chunked log-softmax and loop are its
+own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[0] = str(ROOT)  # not benchmarks/, whose kernels.py transformers would take for a package
 HELD_OUT = "example/DPO/heldout.csv"
 BATCH = 16  # pairs a step
 MEASURED = ("accuracy", "raw_accuracy", "margin", "kl")
@@ -126,28 +127,45 @@ def ours(flags: argparse.Namespace, name: str, seed: int) -> dict:
 
 
 def wrapped(model):
-    """The model as transformers and TRL know models: ids and mask in, logits out. Padding stands on the right, where a
-    recurrent model does not notice it."""
-    from transformers import PretrainedConfig, PreTrainedModel
-    from transformers.modeling_outputs import CausalLMOutput
+    """The model as TRL knows models: a backbone, and a head whose matrix its chunked log-softmax takes. Padding stands
+    on the right, where a recurrent model does not notice it."""
+    from torch import nn
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
 
-    class Wrapper(PreTrainedModel):
-        config_class = PretrainedConfig
+    assert model.head.adaptation is None
 
-        def __init__(self, config, inner):
-            super().__init__(config)
+    class Backbone(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
             self.inner = inner
 
         def forward(self, input_ids, attention_mask=None, **_):
-            hidden, _ = self.inner(input_ids)
-            return CausalLMOutput(logits=self.inner.head(hidden))
+            return BaseModelOutput(last_hidden_state=self.inner(input_ids)[0])
 
-    return Wrapper(PretrainedConfig(vocab_size=model.sizes.vocab_size), model)
+    class Wrapper(PreTrainedModel):
+        config_class = PretrainedConfig
+        base_model_prefix = "backbone"
+
+        def __init__(self, config, inner):
+            super().__init__(config)
+            self.backbone = Backbone(inner)
+
+        def get_output_embeddings(self):
+            return SimpleNamespace(weight=self.backbone.inner.head.weight, bias=None)
+
+        def forward(self, *args, **words):  # replaced by the trainer
+            raise NotImplementedError
+
+    found = Wrapper(PretrainedConfig(vocab_size=model.sizes.vocab_size), model)
+    found.generation_config = GenerationConfig()  # the trainer writes the padding token into it
+    return found
 
 
 def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
     """TRL's DPOTrainer over pairs that are tokenised and scored: what it would do first is done."""
     import tokenizers
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
 
@@ -183,7 +201,7 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         beta=0.1,
         max_length=None,
         precompute_ref_log_probs=True,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         remove_unused_columns=False,
         bf16=False,
         use_cpu=True,
@@ -193,7 +211,9 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         disable_tqdm=True,
         logging_steps=1000,
     )
-    return Prepared(wrapped(ready.model), args=settings, train_dataset=rows, processing_class=tokenizer)
+    return Prepared(
+        wrapped(ready.model), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
 
 
 def theirs(flags: argparse.Namespace, seed: int, count: int) -> dict:

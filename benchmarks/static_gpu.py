@@ -8,7 +8,6 @@ before it; --all prints all. A spill in a forward kernel ends it with status 1.
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -92,12 +91,9 @@ def main() -> None:
     for op in args.ops:
         for architecture in args.architectures:
             hip = architecture.startswith("gfx")
-            if shutil.which("hipcc" if hip else "nvcc") is None:
-                print(f"| {op} | {architecture} | skipped: no compiler | | | |")
-                continue
             try:
                 found = list((hip_kernels if hip else cuda_kernels)(op, architecture))
-            except RuntimeError as error:
+            except RuntimeError as error:  # a BuildError, where there is no compiler, is one
                 print(f"| {op} | {architecture} | skipped: {error} | | | |")
                 continue
             for kernel in found:

@@ -2,8 +2,8 @@
 // runs one channel of one row in float32 and needs nothing of its neighbours, so all accesses are to consecutive
 // addresses and nothing is shared but a cache.
 //
-// Sums p, q are kept as aa e^pp, bb e^pp with a running maximum pp, so that no exponential exceeds 1. Of the two weights
-// e^(pp - top), e^(u + k - top) one is always 1: one exponential gives both.
+// Sums p, q are kept as aa e^pp, bb e^pp with a running maximum pp, so that no exponential exceeds 1. Of the two
+// weights e^(pp - top), e^(u + k - top) one is always 1: one exponential gives both.
 //
 // Backward runs over the intervals from the last to the first, each twice: forwards from its checkpoint to have p, q
 // before every token, then backwards with P = dL/dp and Q = -dL/dq, which have a scale mm of their own.

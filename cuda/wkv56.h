@@ -2,16 +2,16 @@
 // section 4; src/ops/wkv6.py). They differ in the decay alone: WKV-5.2 reads one row of w for all tokens.
 //
 // Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS after a
-// token. Nothing in these recurrences mixes two rows or two columns of S, so a thread holds a few of them and sums along
-// them only; LANES threads share one.
+// token. Nothing in these recurrences mixes two rows or two columns of S, so a thread holds a few of them and sums
+// along them only; LANES threads share one.
 //
 // 1. `sweep`, rows. Forwards: y = S r + (r u k) v, then S = S d + v k^T. Backwards in time the same code, with r and k
 //    exchanged and dy for v, gives dv = G k + (r u k) dy and G = G d + dy r^T. It keeps S before, or G after, each
 //    interval of INTERVAL tokens.
-// 2. `gradients`, columns, for all intervals side by side. Forwards from the kept S: dr = S^T dy + c u k with c = dy . v.
-//    Then backwards from the kept G: dk = G^T v + c u r. With P = sum_i G_i S_i, known exactly at the interval's end,
-//    the gradient of log d is P - k (G^T v), and P before the token is that + r (S^T dy). No state is stored, and the
-//    running difference is exact anew every INTERVAL tokens.
+// 2. `gradients`, columns, for all intervals side by side. Forwards from the kept S: dr = S^T dy + c u k with
+//    c = dy . v. Then backwards from the kept G: dk = G^T v + c u r. With P = sum_i G_i S_i, known exactly at the
+//    interval's end, the gradient of log d is P - k (G^T v), and P before the token is that + r (S^T dy). No state is
+//    stored, and the running difference is exact anew every INTERVAL tokens.
 #pragma once
 
 #include <type_traits>
@@ -350,7 +350,8 @@ __global__ void BOUNDS((threads<N, Tile<N>::WHOLE>), REGISTERS) gradients(Column
     for (int piece = 0; piece < Own::PIECES; ++piece)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            const Pack<VECTORS> keys = load<VECTORS>(x.after + matrix + (int64_t)(Own::at(piece) + e) * N + part + vector);
+            const float* from = x.after + matrix + (int64_t)(Own::at(piece) + e) * N;
+            const Pack<VECTORS> keys = load<VECTORS>(from + part + vector);
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
                 parts[v] += keys[v] * m[v][piece * 4 + e];

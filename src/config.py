@@ -49,6 +49,7 @@ class Config:
     load_adapter: str = setting("", "adapter checkpoint to continue from, or to evaluate with")
     load_adapter_pissa_init: str = setting("", "initial factors of a PiSSA {load_adapter}, if they are not beside it")
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised")
+    force: bool = setting(False, "go on with an adapter that was trained on another base model")
     version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=VERSIONS)
     n_layer: int = setting(6, "number of blocks (read from the checkpoint if there is one)", at_least=1)
     n_embd: int = setting(512, "width of the model (read from the checkpoint if there is one)", at_least=1)
@@ -66,6 +67,7 @@ class Config:
     devices: int = setting(1, "devices per machine", at_least=1)
     num_nodes: int = setting(1, "machines", at_least=1)
     strategy: str = setting("auto", "how devices share the work", choices=STRATEGIES)
+    timeout: float = setting(30.0, "minutes after which a process that does not go on is given up", above=0)
     ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
     precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
     wkv_backend: str = setting(
@@ -74,7 +76,12 @@ class Config:
     compile: bool = setting(False, "compile the model with torch.compile")
     enable_progress_bar: bool = setting(True, "show a progress bar")
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
-    resume: str = setting("", "continue a stopped run exactly: auto or a path; empty = off")
+    resume: str = setting(
+        "", "continue a stopped run exactly: auto (from {proj_dir}, if there is anything) or a path; empty = off"
+    )
+    resume_every: int = setting(
+        100, "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none", at_least=-1
+    )
     dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
     doctor: bool = setting(False, "examine this machine and stop")
     debug: bool = setting(False, "show the traceback of an error")

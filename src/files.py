@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
@@ -48,12 +48,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise ValueError(f"{path}: the disk is full; the file was not written") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -71,15 +71,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) in _FULL or "No space left" in str(error):
+        if getattr(error, "errno", None) in FULL or "No space left" in str(error):
             raise ValueError(f"{path}: the disk is full; the file was not written") from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself last; some file systems do not offer it, and then the rename is as good as it gets."""
     try:
         handle = os.open(folder, os.O_RDONLY)
@@ -122,6 +122,20 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """The whole file; ValueError with one sentence when it is missing, a folder, or not readable."""
     try:
         return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def fingerprint(path: str | os.PathLike, length: int = 1 << 20) -> str:
+    """What tells two files apart without reading them: the size, and the SHA-256 of both ends, in hex."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = hashlib.sha256(file.read(length))
+            file.seek(max(0, size - length))
+            digest.update(file.read(length))
+            return f"{size} bytes, {digest.hexdigest()[:16]}"
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 

@@ -193,6 +193,10 @@ LAWS = (
         "{load_adapter_pissa_init=} needs {load_adapter}, the adapter that began from it",
     ),
     Law(
+        lambda c: c.force and not c.load_adapter and not c.load_cold_adapter,
+        "{force} 1 needs {load_adapter} or {load_cold_adapter}, the adapter of another base model",
+    ),
+    Law(
         lambda c: c.rslora and c.peft in ("pissa", "bone", "miss"),
         "{rslora} 1 has no effect with {peft=}: only lora and dora have a scale",
     ),
@@ -203,6 +207,20 @@ LAWS = (
     Law(
         lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
         "{lora_parts=}: must be a comma list of att, ffn, ln, time",
+    ),
+)
+
+
+# what strategies cannot do, with the reason; all else goes together with all of them
+SHARING = (
+    Law(
+        lambda c: trains(c) and c.strategy.startswith(("fsdp", "deepspeed_stage_3")) and c.chunk > 0,
+        "{strategy=} puts a block together when its backward pass begins, and infinite context has one backward pass "
+        "for all pieces and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
+    ),
+    Law(
+        lambda c: trains(c) and c.strategy.startswith("deepspeed") and c.precision == "fp64",
+        "{strategy=} keeps its copies in float32, so {precision=} would not be what it says; use {strategy} ddp or fsdp",
     ),
 )
 
@@ -238,7 +256,7 @@ def check(config: Config) -> None:
         ):
             if limit in legal and broken(value, legal[limit]):
                 raise ValueError(f"{{{name}}} {value}: must be {words} {legal[limit]}")
-    for law in LAWS:
+    for law in (*LAWS, *SHARING):
         if law.broken(config):
             raise ValueError(say(law.sentence, config))
     if config.peft not in ADAPTERS:

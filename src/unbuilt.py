@@ -24,18 +24,6 @@ NOT_BUILT = (
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     Missing(
-        lambda c: c.strategy != "auto",
-        "{strategy=}: strategies for several devices are not built yet; use {strategy} auto",
-    ),
-    Missing(
-        lambda c: c.devices > 1,
-        "{devices=}: training on several devices is not built yet; use {devices} 1",
-    ),
-    Missing(
-        lambda c: c.num_nodes > 1,
-        "{num_nodes=}: training on several machines is not built yet; use {num_nodes} 1",
-    ),
-    Missing(
         lambda c: c.precision == "fp16",
         "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
     ),
@@ -58,10 +46,6 @@ NOT_BUILT = (
     Missing(
         lambda c: c.compile,
         "{compile} 1: compiling the model is not built yet; leave it 0",
-    ),
-    Missing(
-        lambda c: bool(c.resume),
-        "{resume=}: resuming a run is not built yet; go on from a save with {load_model} or {load_adapter}",
     ),
 )
 

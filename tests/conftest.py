@@ -7,19 +7,9 @@ import pytest
 import torch
 
 from src.cli import run as run_script
-from src.model.initial import initial_tensors
+from tests.harness.models import any_initial_tensors
 
 VOCAB = 257  # id 0 ends a document, id b + 1 is the byte b
-
-
-def any_initial_tensors(version, *sizes):
-    """`initial_tensors`, of x050 and x051 too, which nobody makes any more: x052 with one number per head."""
-    if version not in ("x050", "x051"):
-        return initial_tensors(version, *sizes)
-    tensors = initial_tensors("x052", *sizes)
-    tensors = {name: t[:, 0] if name.endswith(("_decay", "_faaaa")) else t for name, t in tensors.items()}
-    gate = ("mix_g", "gate.weight") if version == "x050" else ()
-    return {name: t for name, t in tensors.items() if not name.endswith(gate)}
 
 
 def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1):

@@ -5,6 +5,7 @@ same step in float64 on the CPU.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.model import VERSIONS
-from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import sizes_of
-from src.ops.check import findings
+from src.ops.check import LIMITS, findings
 from src.ops.judge import error
+from tests.harness.models import any_initial_tensors
 
 STEP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 LAYERS, WIDTH, VOCABULARY, HEAD = 2, 128, 300, 64
@@ -29,7 +30,7 @@ LAYERS, WIDTH, VOCABULARY, HEAD = 2, 128, 300, 64
 def start_tensors(version: str) -> dict[str, Tensor]:
     """A model in which every tensor takes part: initial values with noise."""
     generator = torch.Generator().manual_seed(0)
-    tensors = initial_tensors(version, LAYERS, WIDTH, VOCABULARY, HEAD, seed=0)
+    tensors = any_initial_tensors(version, LAYERS, WIDTH, VOCABULARY, HEAD, 0)
     return {
         name: x + torch.randn(x.shape, generator=generator) * (0.05 if x.dim() < 2 else 0.5 / max(x.shape) ** 0.5)
         for name, x in tensors.items()
@@ -54,22 +55,36 @@ def steps(device: torch.device) -> Iterator[dict]:
         tensors = start_tensors(version)
         exact = step(tensors, torch.device("cpu"), torch.float64, "naive")
         for dtype, limit in STEP_LIMITS.items():
-            values = step(tensors, device, dtype, "cuda")
+            about = {"what": f"step of {version}", "dtype": str(dtype).removeprefix("torch."), "limit": limit}
+            try:
+                values = step(tensors, device, dtype, "cuda")
+            except (RuntimeError, ValueError) as failure:  # the driver's words, or why there is no kernel
+                yield about | {"worst": first_line(failure), "error": 0.0, "agrees": False}
+                continue
             # a gradient that is all but zero is judged by the size of the others
             floor = 1e-3 * max(float(x.detach().square().mean().sqrt()) for x in exact.values())
             errors = {
                 name: error(values[name], x) * min(1.0, float(x.detach().square().mean().sqrt()) / floor)
                 for name, x in exact.items()
+                if name in values
             }
             worst = max(errors, key=errors.get)
-            yield {
-                "what": f"step of {version}",
-                "dtype": str(dtype).removeprefix("torch."),
-                "worst": worst,
-                "error": errors[worst],
-                "limit": limit,
-                "agrees": values.keys() == exact.keys() and errors[worst] <= limit,
-            }
+            agrees = values.keys() == exact.keys() and errors[worst] <= limit
+            yield about | {"worst": worst, "error": errors[worst], "agrees": agrees}
+
+
+def kernels(device: torch.device) -> Iterator[dict]:
+    """One row for each kernel and dtype."""
+    for f in findings([device]):
+        row = {"what": f"{f.case} ({f.backend})", "dtype": str(f.dtype).removeprefix("torch."), "agrees": f.agrees}
+        row |= {"worst": f.worst, "error": f.error, "limit": LIMITS[f.dtype], "ms": f.milliseconds}
+        if f.refusal or f.failure:
+            row |= {"agrees": False, "worst": f.refusal or f.failure}  # on this machine each kernel must run
+        yield row
+
+
+def first_line(failure: Exception) -> str:
+    return str(failure).strip().partition("\n")[0]
 
 
 def main() -> None:
@@ -78,17 +93,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("this PyTorch finds no GPU")
     rows = []
-    for f in findings([device]):
-        row = {"what": f"{f.case} ({f.backend})", "dtype": str(f.dtype).removeprefix("torch."), "agrees": f.agrees}
-        rows.append(row | {"worst": f.worst, "error": f.error, "limit": 0, "ms": f.milliseconds})
-        if f.refusal or f.failure:
-            rows[-1] |= {"agrees": False, "worst": f.refusal or f.failure}  # on this machine each kernel must run
-    rows += steps(device)
     print("| what | dtype | worst tensor | error | |\n|---|---|---|---|---|")
-    for row in rows:
+    for row in itertools.chain(kernels(device), steps(device)):
+        rows.append(row)
         verdict = "ok" if row["agrees"] else "WRONG"
-        print(f"| {row['what']} | {row['dtype']} | {row['worst']} | {row['error']:.1e} | {verdict} |")
+        print(f"| {row['what']} | {row['dtype']} | {row['worst']} | {row['error']:.1e} | {verdict} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     sys.exit(0 if all(row["agrees"] for row in rows) else 1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -150,7 +151,9 @@ def test_a_cold_adapter_is_merged_first_and_once(go, script, base_of, text_jsonl
     assert status == 0, err
     words = planned("bone", "nf4")
     apart = go("apart", "x070", *words, "--load_model", tmp_path / "cold.pth") / "rwkv-0.pth"
-    over = go("over", "x070", *words, "--load_cold_adapter", below) / "rwkv-0.pth"
+    # a path from where the run was started: found again from elsewhere
+    over = go("over", "x070", *words, "--load_cold_adapter", os.path.relpath(below)) / "rwkv-0.pth"
+    assert json.loads(over.with_suffix(".json").read_text())["cold_file"] == str(below)
     one, two = read_tensors(apart), read_tensors(over)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     outputs = []

@@ -65,6 +65,19 @@ def test_an_adapter_of_another_base(refused, script, typed, adapter, base_model,
     refused(merging, "another file", "or --force 1 to go on", main=merge.main)
     status, _, err = script(merge.main, *merging, "--force", 1)
     assert status == 0 and (tmp_path / "m.pth").exists(), err
+    for flag in ("--load_adapter", "--load_cold_adapter"):
+        status, _, err = script(train.main, *words, flag, adapter, "--force", 1)
+        assert status == 0, err
+    refused([*words, "--force", 1], "--force 1 needs --load_adapter")
+
+
+def test_another_base_is_refused_before_the_references(refused, typed, adapter, base_model, pairs_csv, tmp_path):  # noqa: F811
+    """Reference scores of a large file take hours: a wrong file must be known before them."""
+    other = tmp_path / "other.pth"
+    torch.save({name: tensor * 1.01 for name, tensor in torch.load(base_model, weights_only=True).items()}, other)
+    words = [*typed, "--load_model", other, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--peft", "lora", "--lora_r", 4]
+    refused([*words, "--load_adapter", adapter], "other.pth is another file", "--load_model, or --force 1 to go on")
+    assert not (tmp_path / "out" / "cache").exists()
 
 
 def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, text_jsonl, profile):  # noqa: F811
@@ -84,6 +97,28 @@ def test_a_merge_over_its_own_input(refused, adapter, base_model):  # noqa: F811
     words = ["--base_model", base_model, "--lora_checkpoint", adapter]
     for output in (adapter, adapter.with_suffix(".json"), base_model):
         refused([*words, "--output", output], "--output", main=merge.main)
+
+
+def test_what_an_adapter_needs_is_not_overwritten_either(refused, script, typed, text_jsonl, base_model, tmp_path):  # noqa: F811
+    """PiSSA's initial factors, a cold adapter, a PEFT folder: the merge reads them, though nobody named them."""
+    cold, folder = tmp_path / "cold", tmp_path / "pissa"
+    words = [*typed, "--data_file", text_jsonl, "--peft", "pissa", "--lora_r", 4, "--limited_lora", 1]
+    assert script(train.main, *words, "--proj_dir", cold)[0] == 0
+    words = [*words, "--proj_dir", folder, "--load_cold_adapter", cold / "rwkv-0.pth"]
+    status, _, err = script(train.main, *words)
+    assert status == 0, err
+    (factors,) = folder.glob("pissa-init-*.pth")
+    merging = ["--base_model", base_model, "--lora_checkpoint", folder / "rwkv-0.pth"]
+    for output in (factors, cold / "rwkv-0.pth"):
+        refused([*merging, "--output", output], "is an input of this merge", main=merge.main)
+    peft = tmp_path / "peft"
+    status, _, err = script(merge.main, "--lora_checkpoint", cold / "rwkv-0.pth", "--to_peft", peft)
+    assert status == 0, err
+    theirs = peft / "adapter_model.safetensors"
+    back = ["--base_model", base_model, "--from_peft", peft]
+    refused([*back, "--output", theirs], "is an input of this merge", main=merge.main)
+    refused([*back, "--output", peft / "adapter_config.pth"], "adapter_config.json is an input", main=merge.main)
+    refused(["--lora_checkpoint", theirs, "--to_peft", peft], "is an input of this merge", main=merge.main)
 
 
 def test_an_unknown_storage(refused, typed, adapter, base_model, text_jsonl, tmp_path):  # noqa: F811

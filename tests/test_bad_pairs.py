@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+import rlhf_dpo_generate_save
 import train
 from src.data.batch import PairExample
 from src.data.pair_save import read_save, write_save
@@ -142,6 +143,18 @@ def test_fields_of_100000_characters(trained, tmp_path):
     steps, said = trained(path, "--micro_bsz", 3)
     assert all(f"{part} cut in 1 rows" in said for part in ("prompt", "chosen", "reject"))
     assert steps[0]["tokens"] > 3000
+
+
+def test_scores_of_a_packed_reference_are_used(script, trained, base_model, vocab_file, tmp_path):
+    """rlhf_dpo_generate_save.py in the precision and storage of training: the work is not done twice."""
+    path, saved = write(tmp_path / "p.csv", ROWS), tmp_path / "p.save"
+    words = ["--load_model", base_model, "--vocab_file", vocab_file, "--input_csv", path, "--output_save", saved]
+    words += ["--target_pair_count", 2, "--strategy", "cpu bf16", "--quant_mode", "nf4"]
+    assert script(rlhf_dpo_generate_save.main, *words)[0] == 0
+    steps, said = trained(saved, "--precision", "bf16", "--quant", 1, "--peft", "lora", "--lora_r", 4)
+    assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["margin"]) < 0.02
+    _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4)
+    assert said.count("computed anew") == 1  # --quant 0
 
 
 def test_references_of_another_model_are_computed_anew(trained, typed, base_model, tmp_path):

@@ -110,6 +110,25 @@ def test_skip_bad_counts_every_row_left_out(tmp_path, world):
     assert "skipped 1: not UTF-8" in "\n".join(report.lines())
 
 
+def test_rows_that_an_open_quotation_mark_swallows_are_counted(tmp_path, world):
+    """One typing error can cost the rest of the file: the summary says which lines."""
+    text = 'prompt,chosen,reject\np,x,y\nq,"x,y\n' + "r,x,y\n" * 7
+    with pytest.raises(ValueError, match=r"a\.csv:3 .*lines 3 to 10"):
+        open_pairs(write(tmp_path / "a.csv", text), world)
+    report = open_pairs(write(tmp_path / "a.csv", text), world, skip_bad=True).report
+    assert (report.examples, dict(report.skipped)) == (1, {"unreadable, lines 3 to 10": 1})
+
+
+def test_scores_that_are_missing_are_no_ties(tmp_path):
+    """Tables have NaN where nobody scored: such a pair is kept under --drop_ties 1."""
+    scores = [("NaN", "NaN"), ("3", "nan"), ("", "4"), ("4", "4"), ("5", "4"), ("4", "5")]
+    lines = [f"p{n},x,y,{good},{bad}" for n, (good, bad) in enumerate(scores)]
+    path = write(tmp_path / "a.csv", "\n".join(["prompt,chosen,reject,score_chosen,score_rejected", *lines]) + "\n")
+    report = DataReport(str(path))
+    assert [pair.turns[0][1] for pair in read_pairs(path, report, drop_ties=True)] == ["p0", "p1", "p2", "p4", "p5"]
+    assert dict(report.skipped) == {"tie: both answers have the same score": 1}
+
+
 def test_rows_without_rejects_for_the_generator(tmp_path):
     """rlhf_generate_reject_csv.py reads the same files with the rejects still empty or the column absent."""
     pairs, _ = rows(write(tmp_path / "a.csv", "prompt,chosen\np,x\n"), need_reject=False)

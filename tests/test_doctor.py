@@ -4,7 +4,7 @@ import fcntl
 
 import pytest
 
-from src.ops import build, check, select
+from src.ops import build, check, gpu, select
 from src.training import doctor as module
 from src.training.doctor import DISAGREEMENT, doctor
 
@@ -82,3 +82,13 @@ def test_a_lock_that_is_held_is_shown(monkeypatch, capsys, tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         lines = dict(module.cache())
     assert str(tmp_path / "alive" / "lock") in lines["lock"] and "dead" not in lines["lock"]
+
+
+def test_a_toolkit_outside_of_the_path_is_found(monkeypatch, tmp_path):
+    """If this breaks, the doctor misses the very nvcc that the kernels are compiled with."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.9'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(gpu.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert dict(module.compilers())["nvcc"] == f"Cuda compilation tools, release 99.9 ({nvcc})"

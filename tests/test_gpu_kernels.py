@@ -3,6 +3,7 @@
 Errors are RMS(difference) / RMS(reference) against the plain loop in float64, per tensor.
 """
 
+import contextlib
 import re
 import shutil
 
@@ -11,8 +12,10 @@ import torch
 from harness.host import HarnessKernel as Harness
 from harness.host import Options, as_backend, compiled, functions, harnessed
 
+from src.model import VERSIONS
 from src.ops import build, gpu
 from src.ops.judge import RECURRENCES, errors, make_inputs, make_state, results
+from tests import gpu_check
 
 LIMIT = 3e-6  # float32
 BF16_LIMIT = 5e-3
@@ -125,6 +128,24 @@ def test_extreme_decays_stay_exact(op, w):
     names = RECURRENCES[op].names
     inputs[names.index("w")].data[..., ::2] = w
     assert_below(judged(op, inputs, state, roughness=1)[1], 2e-5)
+
+
+def test_the_check_for_gpus_runs_every_version(monkeypatch):
+    """If this breaks, tests/gpu.sh stops half way on the machine that somebody rented for it."""
+    monkeypatch.setattr(gpu_check, "STEP_LIMITS", {torch.float32: 1e-4})
+    with contextlib.ExitStack() as stack:
+        for op in RECURRENCES:
+            stack.enter_context(as_backend(op, harnessed(op, Options(processors=NARROW))))
+        rows = list(gpu_check.steps(torch.device("cpu")))
+    assert [row["what"] for row in rows] == [f"step of {version}" for version in VERSIONS]
+    assert all(row["agrees"] for row in rows), rows
+
+
+def test_the_check_for_gpus_goes_on_after_a_failure():
+    """A kernel that does not run is a row that says why; what else was found is not lost."""
+    rows = [*gpu_check.steps(torch.device("cpu"))]
+    assert len(rows) == 2 * len(VERSIONS) and not any(row["agrees"] for row in rows)
+    assert all("the tensors are on cpu" in row["worst"] for row in rows)
 
 
 # ---------------------------------------------------------------- does the harness see what it should

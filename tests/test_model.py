@@ -47,6 +47,21 @@ def tensors(request):
     return random_tensors(request.param)
 
 
+def test_a_packed_pass_never_waits_for_the_device(tensors):
+    """On a device without values (meta) nothing can be read: on a GPU each reading empties its queue, in each block.
+
+    Documents of 0, 2, 0 and 3 tokens, from no state and from one; values and gradients.
+    """
+    with torch.device("meta"):
+        model = RWKV(sizes_of(tensors))
+        tokens = torch.zeros(1, 5, dtype=torch.int64)
+    starts = torch.tensor([0, 0, 2, 2, 5])
+    _, state = model(tokens, None, starts)
+    hidden, _ = model(tokens, state, starts)
+    hidden.sum().backward()
+    assert all(part.device.type == "meta" for layer in model.initial(2) for part in layer)
+
+
 def bonus_as_logarithm(tensors):
     """The same model with the bonus of the current token written as RWKV-5.0 and 5.1 also have it."""
     name = "att.time_faaaa"

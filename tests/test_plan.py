@@ -326,6 +326,11 @@ def test_a_written_profile_is_read_back(tmp_path, capsys):
         "--make lora --layers 0",
         "--make lora",
         "--make x --layers 1",
+        "--make lora --layers 1 --dropout 1",
+        "--make lora --layers 1 --lr_init nan",
+        "--make lora --layers 1 --lr_init 1e-4 --lr_final -1",
+        "--make lora --layers 1 --weight_decay -1",
+        "--make lora --layers 1 --alpha inf",
     ):
         with pytest.raises(SystemExit) as caught:
             write_profile(words.split())

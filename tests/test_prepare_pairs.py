@@ -138,13 +138,13 @@ def test_sampling_says_its_speed(script, words, tmp_path, caplog):
 
 def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
     """SIGKILL in the middle, twice; the same command goes on and ends with the very bytes of an unbroken run."""
-    source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(60)])
+    source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(30)])
     words = ["--load_model", str(base_model), "--vocab_file", str(vocab_file), "--input_csv", str(source)]
-    words += ["--strategy", "cpu fp32", "--max_tokens", "150", "--batch_size", "2", "--frequency", "0"]
+    words += ["--strategy", "cpu fp32", "--max_tokens", "100", "--batch_size", "2", "--frequency", "0"]
     rejects.main([*words, "--output_csv", str(tmp_path / "whole.csv")])
     out, rows = tmp_path / "out.csv", []
     command = [sys.executable, "rlhf_generate_reject_csv.py", *words, "--output_csv", str(out)]
-    for wanted in (4, 20):
+    for wanted in (4, 10):
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
@@ -154,7 +154,7 @@ def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
             time.sleep(0.005)
         process.communicate()
         rows.append(out.read_bytes().count(b"gladly"))
-    assert process.returncode == -signal.SIGKILL and rows[0] <= rows[1] < 60, "the kills came too late to test anything"
+    assert process.returncode == -signal.SIGKILL and rows[0] <= rows[1] < 30, "the kills came too late to test anything"
     rejects.main([*words, "--output_csv", str(out)])
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
@@ -317,6 +317,10 @@ def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):
     assert script(rejects.main, *run)[0] == 0
     assert asked == [(["<|user|>say one<|end|>\n<|assistant|>"], ["<|end|>"])]
     assert read_csv(tmp_path / "out.csv")[1][2] == "so be it"
+    write_csv(source, ROWS[:2])
+    (tmp_path / "chat.jinja").write_text(JINJA.replace("<|end|>", "<|stop|>"))  # the same name, another template
+    status, _, err = script(rejects.main, *run)
+    assert status == 2 and "begun otherwise: template" in err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src.ops import recurrence
 from src.ops.build import BuildError, library
 from src.ops.judge import RECURRENCES, make_inputs, make_state
 
@@ -28,6 +29,27 @@ def test_only_what_is_asked_for_is_kept(op):
     y, _ = run(*inputs, state=state)
     y.sum().backward()
     assert inputs[0].grad is None and inputs[1].grad is not None and state.grad is not None
+
+
+def test_inference_with_parameters_that_train_writes_no_checkpoints(op, monkeypatch):
+    """If this breaks, sampling and the first pass of a long context write a state every 64 tokens for nobody."""
+    backend_of(op)
+    asked, real = [], recurrence.kernel
+
+    class Noting:
+        def __init__(self, *which):
+            self.real = real(*which)
+
+        def forward(self, inputs, state, starts, keep):
+            asked.append(keep)
+            return self.real.forward(inputs, state, starts, keep)
+
+    monkeypatch.setattr(recurrence, "kernel", Noting)
+    run, inputs = RECURRENCES[op].function, make_inputs(op, (1, 4, 1, ROOM))
+    run(*inputs, state=make_state(op, 1, 1, ROOM), backend="cpu")
+    with torch.no_grad():
+        run(*inputs, state=make_state(op, 1, 1, ROOM), backend="cpu")
+    assert asked == [True, False]
 
 
 def test_kernel_keeps_little_for_backward(op):

@@ -201,11 +201,18 @@ def test_a_torn_line_of_an_earlier_run_is_harmless(script, typed, text_jsonl, tm
     assert (folder / "curves.png").exists()
 
 
+def interruptible():
+    """In the child: SIGINT does what it does in a terminal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_saves_and_says_130(typed, text_jsonl, tmp_path):
     """If this breaks, stopping a run loses what it learnt."""
     words = [*typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 100000, "--epoch_count", 1]
     command = [sys.executable, "train.py", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # a shell's background jobs ignore SIGINT and hand that down
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **pipes)
     metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:

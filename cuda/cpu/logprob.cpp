@@ -129,8 +129,10 @@ void for_rows(int64_t rows, int64_t V, const Work& work) {
 }
 
 void check(const Tensor& logits, const Tensor& targets) {
-    TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1, "logits must be (n, V) with dense rows");
-    TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16, "bfloat16 or float32 logits");
+    TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1,
+                "logits must be (n, V) with dense rows");
+    TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kBFloat16,
+                "bfloat16 or float32 logits");
     TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.numel() == logits.size(0),
                 "targets must be n indices");
     const int64_t* t = targets.const_data_ptr<int64_t>();
@@ -174,7 +176,8 @@ void row_grad_(Tensor logits, const Tensor& targets, const Tensor& lse, const Te
     check(logits, argmax);
     const int64_t rows = logits.size(0), V = logits.size(1), stride = logits.stride(0);
     for (const Tensor& t : {lse, g_logp, g_mean, g_max})
-        TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == rows, "n float32 numbers expected");
+        TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == rows,
+                    "n float32 numbers expected");
     const float *l = lse.const_data_ptr<float>(), *gl = g_logp.const_data_ptr<float>();
     const float *gm = g_mean.const_data_ptr<float>(), *gx = g_max.const_data_ptr<float>();
     const int64_t *t = targets.const_data_ptr<int64_t>(), *a = argmax.const_data_ptr<int64_t>();

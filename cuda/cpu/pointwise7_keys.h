@@ -22,7 +22,8 @@ struct KeyInputs {
   Tensor k, k_k, k_a, a0, a12;
   int64_t rows, width, size;
 
-  KeyInputs(const Tensor& k_, const Tensor& k_k_, const Tensor& k_a_, const Tensor& a0_, const Tensor& a12_, int64_t heads)
+  KeyInputs(const Tensor& k_, const Tensor& k_k_, const Tensor& k_a_, const Tensor& a0_, const Tensor& a12_,
+            int64_t heads)
       : k(k_.contiguous()), k_k(k_k_.contiguous()), k_a(k_a_.contiguous()), a0(a0_.contiguous()),
         a12(a12_.contiguous()), rows(rows_of(k_)), width(width_of(k_)), size(width / heads) {
     check_like(k, {a12});

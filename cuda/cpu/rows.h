@@ -67,8 +67,8 @@ class Buffers {
   std::vector<Line> memory_;
 };
 
-// Sum of the first n floats of a row of `Buffers`, of which nothing beyond n was written. Whole vectors and then halves:
-// a loop with a reduction clause ends in sixteen additions one after the other.
+// Sum of the first n floats of a row of `Buffers`, of which nothing beyond n was written. Whole vectors and then
+// halves: a loop with a reduction clause ends in sixteen additions one after the other.
 inline float sum(const float* p, int64_t n) {
   typedef float Vector16 __attribute__((vector_size(64)));
   typedef float Vector8 __attribute__((vector_size(32)));
@@ -115,7 +115,10 @@ struct Chunks {
 class ColumnSums {
  public:
   ColumnSums(const Chunks& chunks, int64_t vectors, int64_t width)
-      : count_(chunks.count), width_(width), vectors_(vectors), partial_(at::empty({count_, vectors, width}, at::kFloat)) {}
+      : count_(chunks.count),
+        width_(width),
+        vectors_(vectors),
+        partial_(at::empty({count_, vectors, width}, at::kFloat)) {}
 
   // The chunk's own accumulators, (vectors, width), set to zero.
   float* begin(int64_t chunk) {

@@ -111,6 +111,12 @@ class TextBatch(_Movable):
     top_indices: torch.Tensor | None = None
     top_lse: torch.Tensor | None = None
 
+    def part(self, here: slice) -> Self:
+        """The tokens `here` with their targets; `starts` stay those of the whole."""
+        named = ("tokens", "targets", "top_values", "top_indices", "top_lse")
+        found = {name: getattr(self, name) for name in named}
+        return replace(self, **{name: x[here] for name, x in found.items() if x is not None})
+
 
 @dataclass(frozen=True)
 class PairBatch(_Movable):

@@ -1,5 +1,6 @@
 """Preference pairs as text: a conversation and two answers, from CSV, JSONL or parquet rows."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,12 @@ def check_text(turns: Sequence[Turn]) -> None:
 
 
 def _score(record: dict, names: tuple[str, ...]) -> float | None:
-    value = _first(record, names)
+    """A finite number, or None: a gap in a table may be read as NaN, which is no tie."""
     try:
-        return None if value in (None, "") else float(value)
+        value = float(_first(record, names))
     except (TypeError, ValueError):
         return None
+    return value if math.isfinite(value) else None
 
 
 def _tie(record: dict, report: DataReport, drop: bool) -> bool:

@@ -1,9 +1,11 @@
-"""How a document becomes examples: cut into consecutive pieces that overlap by one token."""
+"""How documents become examples, cut into pieces that overlap by one token, and how examples run together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
+Item = TypeVar("Item")
 NOTHING_TRAINED = "no trained token (a single token, or no assistant turn)"
 
 
@@ -18,3 +20,17 @@ def pieces(begin: int, end: int, ctx_len: int, before: np.ndarray | None) -> Ite
         trained = stop - at - 1 if before is None else int(before[stop] - before[at + 1])
         if trained:
             yield at, stop, trained
+
+
+def together(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Neighbours in lists of at most `most` tokens, a longer item alone: always the same lists for the same items."""
+    row: list[Item] = []
+    held = 0
+    for item in items:
+        if row and held + size(item) > most:
+            yield row
+            row, held = [], 0
+        row.append(item)
+        held += size(item)
+    if row:
+        yield row

@@ -32,12 +32,10 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield (
-                line,
-                RowError(
-                    f"not readable as CSV ({error}): is a quotation mark not closed or not doubled?", "unreadable"
-                ),
-            )
+            # a quotation mark that nobody closes swallows the rest of the file: say how much
+            lost = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
+            sentence = f"not readable as CSV ({error}{lost}): is a quotation mark not closed or not doubled?"
+            yield line, RowError(sentence, f"unreadable{lost}")
             continue
         if cells:
             yield line, cells

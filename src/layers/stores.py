@@ -19,7 +19,7 @@ STORES: dict[str, type[Store] | None] = {"none": None, "nf4": NF4, "fp4": FP4, "
 
 
 def store_class(mode: str) -> type[Store] | None:
-    """The store of `--quant_mode`. Raises ValueError with the legal modes."""
+    """The store of a storage's name. Raises ValueError with the legal modes."""
     if mode not in STORES:
-        raise ValueError(f"--quant_mode {mode}: the storages of this program are {', '.join(STORES)}")
+        raise ValueError(f"storage {mode} is unknown: the storages of this program are {', '.join(STORES)}")
     return STORES[mode]

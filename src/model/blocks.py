@@ -87,7 +87,8 @@ class Block(nn.Module):
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
-        if layer == 0:
+        self.first = layer == 0
+        if self.first:
             self.ln0 = nn.LayerNorm(sizes.n_embd)
         self.ln1 = nn.LayerNorm(sizes.n_embd)
         self.ln2 = nn.LayerNorm(sizes.n_embd)
@@ -105,25 +106,26 @@ class Block(nn.Module):
 
     def begin(self, learnt: Tensor | None) -> Tensor:
         """The recurrence's state of one sequence before any token, from att.time_state if the model has one."""
-        return torch.zeros(self.learnt_shape()) if learnt is None else learnt
+        return torch.zeros(self.learnt_shape(), device=self.ln1.weight.device) if learnt is None else learnt
 
     def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
         """What `rows` sequences remember before any token, learnt or nothing; shifts in `dtype`."""
         device, wide = self.ln1.weight.device, torch.float64 if dtype == torch.float64 else torch.float32
-        none = torch.zeros(self.ln1.normalized_shape)
+        none = torch.zeros(self.ln1.normalized_shape, device=device)
         wkv = self.begin(getattr(self.att, "time_state", None)).to(device, wide)
         shifts = (getattr(half, "shift_state", none).to(device, dtype) for half in (self.att, self.ffn))
         att_shift, ffn_shift = (shift.expand(rows, -1) for shift in shifts)
         return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
-    def embedded(self, x: Tensor) -> Tensor:
-        """ln0 after the embedding (block 0 only)."""
-        return normalise(x, self.ln0)
-
     def forward(
         self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state)."""
+        """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state).
+
+        ln0 is applied here, so that whoever shards the model finds all that a block needs in the block's own call.
+        """
+        if self.first:
+            x = normalise(x, self.ln0)
         if state is None and self.states:
             state = self.initial(len(x) if starts is None else len(starts) - 1, x.dtype)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)

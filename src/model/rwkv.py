@@ -60,7 +60,8 @@ class RWKV(nn.Module):
         x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state
-        x = self.blocks[0].embedded(x)
+        if starts is not None:
+            starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
         carried = None
         after = State()
         recompute = self.grad_cp and torch.is_grad_enabled()

@@ -73,6 +73,6 @@ class Block(blocks.Block):
     def begin(self, learnt: Tensor | None) -> Tensor:
         """The sums of one sequence before any token, (A, 3)."""
         if learnt is None:
-            return no_sums(len(self.att.time_decay))
+            return no_sums(len(self.att.time_decay), self.att.time_decay.device)
         p, q = learnt.unbind(-1)
         return torch.stack([p, q.clamp(min=0), torch.zeros_like(p)], -1)

@@ -49,14 +49,14 @@ class State(list[LayerState]):
 def carry(x: Tensor, last: Tensor | None, starts: Tensor | None) -> Tensor:
     """The token-shift memory after `x`: the last row of each sequence, (B, C), or of each segment, (S, C).
 
-    An empty segment keeps what it came with (`last`, zeros if None).
+    An empty segment keeps what it came with (`last`, zeros if None). `starts` on the host spares waiting for a GPU.
     """
     if starts is None:
         return x[:, -1]
     begin, end = starts[:-1], starts[1:]
-    rows = x[0].index_select(0, (end - 1).clamp(min=0))  # (S, C)
+    rows = x[0].index_select(0, (end - 1).clamp(min=0).to(x.device, non_blocking=True))  # (S, C)
     empty = end == begin
     if not bool(empty.any()):
         return rows
     kept = torch.zeros_like(rows) if last is None else last.to(rows.dtype)
-    return torch.where(empty[:, None], kept, rows)
+    return torch.where(empty[:, None].to(x.device, non_blocking=True), kept, rows)

@@ -67,13 +67,14 @@ def examine(case: Case, backend: str, device: torch.device, dtype: torch.dtype) 
         choose(case.op, device, dtype, SHAPE, backend)
     except ValueError as error:
         return about._replace(refusal=str(error).partition(f"{backend}: ")[2] or str(error))
-    inputs = case.make(dtype, device)
-    wide = [x.detach().cpu().double().requires_grad_() if x.is_floating_point() else x.cpu() for x in inputs]
     try:
+        inputs = case.make(dtype, device)
+        wide = [x.detach().cpu().double().requires_grad_() if x.is_floating_point() else x.cpu() for x in inputs]
         took, values = timed(lambda: case.run(inputs, backend), device)
-    except RuntimeError as error:
+        plain, _ = timed(lambda: case.run(inputs, "naive"), device)
+        values = {name: x.cpu() for name, x in values.items()}
+    except RuntimeError as error:  # after a fault on a GPU every further use of it fails, whatever asks
         return about._replace(failure=str(error).strip().partition("\n")[0])
-    plain, _ = timed(lambda: case.run(inputs, "naive"), device)
     found = judge.errors(values, case.run(wide, "naive"))
     worst = max(found, key=found.get)
     return about._replace(worst=worst, error=found[worst], milliseconds=took, plain_milliseconds=plain)
@@ -86,7 +87,7 @@ def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Value
         began = time.perf_counter()
         values = run()
         if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+            torch.cuda.synchronize(device)
         best = min(best, (time.perf_counter() - began) * 1e3)
     return best, values
 

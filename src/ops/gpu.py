@@ -93,7 +93,7 @@ class Kernel:
     def _places(self, starts: Tensor, device: torch.device) -> tuple[Tensor, int]:
         """Where rows begin, among tokens and among intervals, and the longest rows first: (3, S+1); and I."""
         marks = _intervals(starts, self.layout.interval)
-        order = torch.cat([starts.diff().argsort(descending=True, stable=True), torch.zeros(1, dtype=torch.int64)])
+        order = torch.cat([starts.diff().argsort(descending=True, stable=True), starts.new_zeros(1)])
         return torch.stack([starts, marks, order]).to(device, non_blocking=True), int(marks[-1])
 
     def _beside(self, kinds: Sequence[str], token: Tensor, state: Tensor, intervals: int) -> list[Tensor]:
@@ -173,7 +173,7 @@ def architecture(device: torch.device) -> str:
 
 def cuda_recipe(op: str, capability: str) -> Recipe:
     """For an NVIDIA GPU of a compute capability as in "90". Raises BuildError if there is no nvcc."""
-    command = _compiler("nvcc", cpp_extension.CUDA_HOME, "install the CUDA toolkit or set CUDA_HOME")
+    command = compiler("nvcc")
     code = f"arch=compute_{capability},code=sm_{capability}"
     return _recipe(op, (command,), (*NVCC_FLAGS, "-gencode", code), f"sm_{capability}")
 
@@ -181,7 +181,7 @@ def cuda_recipe(op: str, capability: str) -> Recipe:
 def hip_recipe(op: str, architecture: str) -> Recipe:
     """For an AMD GPU of an architecture as in "gfx90a". Raises BuildError if there is no hipcc."""
     # With a CUDA toolkit beside it, hipcc would call nvcc.
-    command = ("env", "HIP_PLATFORM=amd", _compiler("hipcc", cpp_extension.ROCM_HOME, "install ROCm or set ROCM_HOME"))
+    command = ("env", "HIP_PLATFORM=amd", compiler("hipcc"))
     return _recipe(op, command, (*HIPCC_FLAGS, f"--offload-arch={architecture}"), architecture)
 
 
@@ -191,8 +191,10 @@ def _recipe(op: str, command: Sequence[str], flags: Sequence[str], label: str) -
     return Recipe(SOURCES / f"{op}.cu", headers, (*command, *flags), links=(), depends=(version,), label=label)
 
 
-def _compiler(name: str, home: str | None, remedy: str) -> str:
-    """Path of a compiler in the toolkit that torch has found, else in PATH."""
+def compiler(name: str) -> str:
+    """Path of "nvcc" or "hipcc" in the toolkit that torch has found, else in PATH. Raises BuildError."""
+    home = cpp_extension.CUDA_HOME if name == "nvcc" else cpp_extension.ROCM_HOME
+    remedy = "install the CUDA toolkit or set CUDA_HOME" if name == "nvcc" else "install ROCm or set ROCM_HOME"
     found = shutil.which(name, path=str(Path(home) / "bin")) if home else None
     found = found or shutil.which(name)
     if found is None:
@@ -203,7 +205,7 @@ def _compiler(name: str, home: str | None, remedy: str) -> str:
 def _intervals(starts: Tensor, interval: int) -> Tensor:
     """Checkpoint intervals before each row, and of all: (S+1,)."""
     counts = (starts.diff() + interval - 1) // interval
-    return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return torch.cat([starts.new_zeros(1), counts.cumsum(0)])
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -24,10 +24,11 @@ def token_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tens
         head = wide.new_zeros(x.shape[0], x.shape[2]) if last is None else last.to(wide.dtype)
         prev = torch.cat([head[:, None], wide], 1)[:, : x.shape[1]]
     else:
-        starts = starts.to(x.device)
+        starts = starts.cpu()
         filled = (starts[1:] > starts[:-1]).nonzero()[:, 0]
+        first, filled = (rows.to(x.device, non_blocking=True) for rows in (starts[filled], filled))
         heads = wide.new_zeros(len(filled), x.shape[2]) if last is None else last.to(wide.dtype)[filled]
-        prev = F.pad(wide[0], (0, 0, 1, 0))[: x.shape[1]].index_copy(0, starts[filled], heads)[None]
+        prev = F.pad(wide[0], (0, 0, 1, 0))[: x.shape[1]].index_copy(0, first, heads)[None]
     delta = prev - wide
     return tuple((wide + delta * mix).to(x.dtype) for mix in wide_mixes)
 

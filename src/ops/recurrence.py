@@ -47,8 +47,11 @@ def recur(
     inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, lengths)
-    edges = torch.tensor([0, *(lengths if lengths is not None else [count] * batch)]).cumsum(0)
-    return _Compiled.apply(kernel(op, name, first.device), len(inputs), edges, state, *inputs, *constants)
+    edges = torch.tensor([0, *(lengths if lengths is not None else [count] * batch)], device="cpu").cumsum(0)
+    tensors = (state, *inputs, *constants)
+    # the function's own needs_input_grad is true of parameters under no_grad as well
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _Compiled.apply(kernel(op, name, first.device), len(inputs), keep, edges, *tensors)
 
 
 def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:
@@ -118,8 +121,7 @@ class _Compiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernel, count, starts, state, *inputs):
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, kernel, count, keep, starts, state, *inputs):
         y, last, *kept = kernel.forward(_flat(inputs, count), state, starts, keep)
         if keep:
             ctx.save_for_backward(starts, *inputs, *kept)
@@ -132,7 +134,7 @@ class _Compiled(torch.autograd.Function):
         starts, *saved = ctx.saved_tensors
         inputs, kept = saved[: ctx.all], saved[ctx.all :]
         *grads, dstate = ctx.kernel.backward(_flat(inputs, ctx.count), kept, starts, dy.flatten(0, 1), dlast)
-        return (None, None, None, dstate, *(grad.view(x.shape) for grad, x in zip(grads, inputs, strict=True)))
+        return (None, None, None, None, dstate, *(grad.view(x.shape) for grad, x in zip(grads, inputs, strict=True)))
 
 
 def _flat(inputs: Sequence[Tensor], count: int) -> list[Tensor]:

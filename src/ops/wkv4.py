@@ -35,13 +35,15 @@ def wkv4(
     Returns y (B, T, C) in k's dtype and the final state, shaped like `state`. Gradients reach all inputs and the
     initial state, also through the final state. Raises ValueError naming the argument at fault.
     """
-    empty = no_sums(k.shape[-1] if k.dim() else 1)
+    empty = no_sums(k.shape[-1] if k.dim() else 1, k.device)
     return recur("wkv4", scan, {"k": k, "v": v}, {"w": w, "u": u}, state, empty, starts, backend)
 
 
-def no_sums(channels: int) -> Tensor:
-    """The state of one row before any token, (C, 3)."""
-    return torch.tensor([0.0, 0.0, NOTHING]).expand(channels, 3)
+def no_sums(channels: int, device: torch.device) -> Tensor:
+    """The state of one row before any token, (C, 3) float32."""
+    sums = torch.zeros(3, device=device)
+    sums[2] = NOTHING  # a kernel; a tensor of these numbers would be copied, and a GPU waited for
+    return sums.expand(channels, 3)
 
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ def wkv6(
 def no_state(r: Tensor) -> Tensor:
     """The state of one row before any token, (H, N_v, N_k), for r (B, T, H, N)."""
     heads, size = r.shape[-2:] if r.dim() == 4 else (1, 1)
-    return torch.zeros(heads, size, size)
+    return torch.zeros(heads, size, size, device=r.device)
 
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from src.ops.recurrence import recur
+from src.ops.wkv6 import no_state
 
 DECAY_RATE = math.exp(-0.5)  # log decay lies in (-DECAY_RATE, 0)
 
@@ -37,9 +38,8 @@ def wkv7(
     Returns y (B, T, H, N) in r's dtype and the final state, shaped like `state`. Gradients reach all six inputs and
     the initial state, also through the final state. Raises ValueError naming the argument at fault.
     """
-    heads, size = r.shape[-2:] if r.dim() == 4 else (1, 1)
     tokens = {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}
-    return recur("wkv7", scan, tokens, {}, state, torch.zeros(heads, size, size), starts, backend)
+    return recur("wkv7", scan, tokens, {}, state, no_state(r), starts, backend)
 
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,10 @@ def profile_text(
             raise ValueError(f"{word}: must be one of {', '.join(KINDS)}")
     if layers < 1 or min(rank, top_rank, alpha) < 0:
         raise ValueError("layers must be at least 1; rank, top_rank and alpha cannot be negative")
+    numbers = {"lr_init": (rates or (0, 0))[0], "lr_final": (rates or (0, 0))[1], "weight_decay": weight_decay}
+    for name, value in (numbers | {"alpha": alpha, "dropout": dropout}).items():
+        if not 0 <= value < (1 if name == "dropout" else math.inf):  # what read_profile would refuse
+            raise ValueError(f"{name} {value}: must be a number from 0{' to below 1' * (name == 'dropout')}")
     least = rank or RANKS.get(kind, 16)
     doublings = math.log2(top_rank / least) if top_rank else 0.0
     if doublings < 0 or doublings != int(doublings):

@@ -20,7 +20,7 @@ from src.layers.placing import Layout, matrices
 from src.layers.stores import store_class
 from src.model.checkpoint import read_tensors, write_atomic
 from src.plan import SCALED_MODES
-from src.training.sidecar import Sidecar, read_sidecar
+from src.training.sidecar import Sidecar, check_whole, read_sidecar
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def open_adapter(
     beside the checkpoint.
     """
     sidecar, tensors = read_sidecar(path), read_tensors(path)
+    if not force:
+        check_whole(sidecar, path)
     store = chosen_quant(sidecar, quant, force=force)
     try:
         layout = layout_of(tensors, sidecar, mode=mode, scaling=scaling, alpha=alpha, quant=store)
@@ -257,6 +259,12 @@ def write_factors(model: nn.Module, folder: Path, suffix: str) -> tuple[str, str
     return path.name, sha256
 
 
+def factors_path(checkpoint: str | Path, sidecar: Sidecar | None, typed: str | Path = "") -> Path:
+    """Where a checkpoint's initial factors are to be found, if it has any: `typed`, or beside the checkpoint."""
+    name = sidecar.initial_file if sidecar is not None and sidecar.initial_file else OLD_FACTORS
+    return Path(typed) if typed else Path(checkpoint).parent / name
+
+
 def factors_of(
     checkpoint: str | Path, sidecar: Sidecar | None, typed: str | Path = "", *, force: bool = False
 ) -> dict[str, Tensor]:
@@ -265,8 +273,7 @@ def factors_of(
     Files of older programs (`<layer>.init_lora_A`) are read too. Raises ValueError when they are missing or not those
     that the sidecar names (unless `force`).
     """
-    name = sidecar.initial_file if sidecar is not None and sidecar.initial_file else OLD_FACTORS
-    path = Path(typed) if typed else Path(checkpoint).parent / name
+    path = factors_path(checkpoint, sidecar, typed)
     if not path.exists():
         raise Mismatch("factors", f"{checkpoint} holds PiSSA, and its initial factors are not there: {path}")
     factors = {}

@@ -5,13 +5,20 @@ come back page by page, zeroed. Measured on two cores: zeroing 200 MiB takes 125
 kept (benchmarks/README.md).
 
 While a model is loaded it is the other way round: what is dense for a moment leaves holes between the packed matrices
-that stay, and the heap grows to two or three times the model. Blocks of pages of their own leave none.
+that stay, and the heap grows to two or three times the model. Blocks of pages of their own leave none. So do tensors
+that live through a whole step while everything around them comes and goes (`own_pages`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 # the parameters of mallopt(3)
 M_TRIM_THRESHOLD = -1
@@ -32,6 +39,12 @@ def return_pages() -> bool:
     """Let glibc give every larger block back when it is freed, for loading; False where the C library is another."""
     library = _glibc()
     return bool(library and library.mallopt(M_MMAP_MAX, MOST_BLOCKS) and library.mallopt(M_MMAP_THRESHOLD, OWN_PAGES))
+
+
+def own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros of `shape` on the host, outside of the heap: pages come when they are written and go with the tensor."""
+    pages = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(pages, dtype=dtype)[: math.prod(shape)].view(*shape)
 
 
 def _glibc() -> ctypes.CDLL | None:

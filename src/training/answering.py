@@ -44,11 +44,15 @@ def parse_strategy(text: str) -> tuple[str, torch.dtype, str]:
     return words[0], DTYPES[precision], notice
 
 
-def with_masters(path: str) -> Layout:
-    """Small tensors in float32, as training keeps them: scores in bf16 are then those of the first training step."""
+def as_trained(path: str, quant: str) -> Layout:
+    """Small tensors in float32 and matrices packed as `quant`, as training holds them when adapters learn.
+
+    Scores in the same precision are then those of the first training step.
+    """
     tensors = read_tensors(path)
     matrices = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
-    return Layout(trained=frozenset(tensors.keys() - matrices))
+    packed = {name.removesuffix(".weight") for name in matrices - {"emb.weight"}} if quant != "none" else set()
+    return Layout(trained=frozenset(tensors.keys() - matrices), packed=frozenset(packed), store=quant)
 
 
 def open_model(
@@ -61,11 +65,13 @@ def open_model(
     alpha: float | None = None,
     initial_file: str = "",
     cold: str = "",
+    quant: str = "none",
 ) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
     `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar; `initial_file` and `cold` are PiSSA's
-    initial factors and the cold adapter below, where the sidecar's are not found.
+    initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the matrices
+    of a model without adapter.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     device, dtype, notice = parse_strategy(strategy)
@@ -76,7 +82,7 @@ def open_model(
         said = {"scaling": scaling, "alpha": alpha, "initial_file": initial_file, "cold": cold}
         model = load_combined(path, adapter, compute_dtype=dtype, device=device, **said)[0]
     else:
-        model = load_model(path, compute_dtype=dtype, device=device, layout=with_masters(path))[0]
+        model = load_model(path, compute_dtype=dtype, device=device, layout=as_trained(path, quant))[0]
     model.requires_grad_(False).eval()
     if device == "cpu":
         keep_pages()

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from src.training import ranks
 from src.training.folder import RunFolder
 from src.training.module import Trainee
 from src.training.records import append_json, log_epoch
@@ -59,6 +60,14 @@ class Log(pl.Callback):
         """Listen to the module's records."""
         pl_module.listeners.append(self.record)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the running mini-epoch."""
+        return {"losses": list(self._losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._losses = state_dict["losses"]
+
     def record(self, record: dict[str, Any]) -> None:
         """One optimizer step is done."""
         self._losses.append(record["loss"])
@@ -89,10 +98,19 @@ class Validate(pl.Callback):
         self.folder = folder
         self.best: tuple[float, ...] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, and how many mini-epochs were not better."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing; a run that was not validated before has nothing to compare with."""
+        self.best, self.waited = state_dict.get("best"), state_dict.get("waited", 0)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Lower loss is better; for pairs higher accuracy, then higher margin."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
-        append_json(self.folder.folder / "metrics.jsonl", record)
+        if ranks.first():
+            append_json(self.folder.folder / "metrics.jsonl", record)
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
         merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
         if self.best is None or merit > self.best:
@@ -114,12 +132,22 @@ class Save(pl.Callback):
         self.epoch_save = epoch_save
         self.settings = settings
         self.stopped = False
+        self.saved = False  # at the end of the last mini-epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbered checkpoints that --keep counts."""
+        return {"numbered": self.folder.numbered}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting them."""
+        self.folder.numbered = state_dict["numbered"]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
-        if last or epoch % self.epoch_save == 0:
+        self.saved = last or epoch % self.epoch_save == 0
+        if self.saved:
             self.folder.save_numbered(self.epoch_begin + epoch)
             self.report()
 
@@ -132,6 +160,8 @@ class Save(pl.Callback):
 
     def report(self) -> None:
         """Redraw the curves; a page that cannot be written never stops a run."""
+        if not ranks.first():
+            return
         try:
             write_report(self.folder.folder, self.settings)
         except OSError as error:

@@ -3,8 +3,8 @@
 Between two pieces only states cross. The forward pass runs without a graph and keeps the state at each cut; the
 backward pass runs the pieces once more, from the last to the first, each with the gradient of the states that it handed
 on. All pieces together are one autograd function whose inputs are the trained parameters, so that each of them gets its
-summed gradient once, as DDP and ZeRO ask for. Memory: one piece's graph, a state for each cut, one number (or few) for
-each token, and a second buffer of gradients.
+summed gradient once, as DDP and ZeRO ask for. Memory: one piece's graph, a state for each cut, what the loss asks of
+each piece (one number, or one for each token), and a second buffer of gradients.
 
 A slot is the place where a state is kept; the state of a prompt may be begun from twice, by both answers.
 
@@ -25,10 +25,12 @@ from torch.autograd.function import once_differentiable
 from src.layers.placing import matrices
 from src.model.rwkv import RWKV
 from src.model.state import LayerState, State
+from src.training.allocator import own_pages
 
 NEW = -1  # in place of a slot: a segment that begins from the initial state
 
-# (hidden states (t, C) of a piece, which tokens of the scored row they are) -> numbers for each token, (t, ...) each
+# (hidden states (t, C) of a piece, which tokens of the scored row they are) -> tensors to be joined along their first
+# axis: numbers for each token (t, ...), or sums over the piece (1,)
 Score = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
@@ -94,73 +96,101 @@ class Pieces:
 
 
 def piecewise(
-    model: RWKV, pieces: Pieces, score: Score, *, truncated: bool = False, offload: bool = False
+    model: RWKV,
+    pieces: Pieces,
+    score: Score,
+    *,
+    sums: bool = False,
+    truncated: bool = False,
+    offload: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What `score` says of all scored tokens, in their order, differentiable as if all had run in one pass.
+    """What `score` says of all scored pieces, in their order, differentiable as if all had run in one pass.
 
-    truncated: no gradient crosses a cut within a segment (it still reaches a prompt from its answers). offload: states
-    at the cuts wait in host memory. The backward pass can run only once.
+    sums: `score` gives one number (1,) for all of a piece. truncated: no gradient crosses a cut within a segment (it
+    still reaches a prompt from its answers). offload: states at the cuts wait in host memory. The backward pass can run
+    only once.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    return _Piecewise.apply(_Run(model, pieces, score, truncated, offload), *params)
+    return _Piecewise.apply(_Run(model, pieces, score, sums, truncated, offload), *params)
 
 
 class _Run:
     """One pass over all pieces and back."""
 
-    def __init__(self, model: RWKV, pieces: Pieces, score: Score, truncated: bool, offload: bool) -> None:
+    def __init__(self, model: RWKV, pieces: Pieces, score: Score, sums: bool, truncated: bool, offload: bool) -> None:
         self.model, self.pieces, self.score = model, pieces.pieces, score
         self.truncated, self.offload = truncated, offload
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
         self.slots = pieces.slots
-        self.kept: State | None = None  # one row for each slot, made once: single blocks would leave holes in the heap
+        self.rows = sum(1 if sums else len(piece.tokens) for piece in self.pieces if piece.scored)
+        self.kept: State | None = None  # one row for each slot
         drawn = model.training and any(layer.adaptation and layer.adaptation.dropout for _, layer in matrices(model))
         self.random: list[list[Tensor]] | None = [] if drawn else None
 
     def forward(self) -> tuple[Tensor, ...]:
         """Scores of all scored tokens. The state of every cut is kept for `backward`."""
-        found = []
+        joined: tuple[Tensor, ...] = ()
+        done = 0
         for piece in self.pieces:
             if self.random is not None:
                 self.random.append(generator_states(self.device))
             scores, states = self._run(piece, {slot: self._kept(slot) for slot in piece.slots()})
             if scores is not None:
-                found.append(scores)
+                joined = joined or tuple(x.new_empty(self.rows, *x.shape[1:]) for x in scores)
+                here = slice(done, done + len(scores[0]))
+                for whole, x in zip(joined, scores, strict=True):
+                    whole[here] = x
+                done = here.stop
             for row, slot in enumerate(piece.after):
                 if slot != NEW:
                     self._keep(slot, _row(states, row))
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        assert done == self.rows, (done, self.rows)
+        return joined
 
     def backward(self, upstream: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Gradients of the trained parameters from those of the scores."""
         totals: list[Tensor | None] = [None] * len(self.params)
         slopes: dict[int, State] = {}  # slot -> gradient of the state that it keeps
-        end = sum(len(piece.tokens) for piece in self.pieces if piece.scored)
+        end = self.rows
         for number in range(len(self.pieces) - 1, -1, -1):
-            piece = self.pieces[number]
-            leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
-            with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
-                scores, states = self._run(piece, leaves)
-                ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
-            reached = []  # (output, its gradient)
-            if scores is not None:
-                begin = end - len(piece.tokens)
-                reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
-                end = begin
-            for row, slot in enumerate(piece.after):
-                if slot in slopes:
-                    reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
-            found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
-            for i, p in enumerate(self.params):
-                if (grad := next(found)) is not None:
-                    totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
-                    totals[i] += grad
-            for slot, leaf in leaves.items():
-                grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
-                if any(x.requires_grad for x in _tensors(leaf)):
-                    slopes[slot] = _sum(slopes.get(slot), _state(grads))
+            end = self._back(number, end, upstream, totals, slopes)
         return totals
+
+    def _back(
+        self,
+        number: int,
+        end: int,
+        upstream: tuple[Tensor | None, ...],
+        totals: list[Tensor | None],
+        slopes: dict[int, State],
+    ) -> int:
+        """Run one piece again and add its gradients to `totals` and `slopes`; its scores end before row `end`.
+
+        Returns the row at which they begin. A function of its own, so that nothing of one piece outlives it.
+        """
+        piece = self.pieces[number]
+        leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
+        with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
+            scores, states = self._run(piece, leaves)
+            ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
+        begin = end if scores is None else end - len(scores[0])
+        reached = []  # (output, its gradient)
+        if scores is not None:
+            reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
+        for row, slot in enumerate(piece.after):
+            if slot in slopes:
+                reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
+        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
+        for i, p in enumerate(self.params):
+            if (grad := next(found)) is not None:
+                totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
+                totals[i] += grad
+        for slot, leaf in leaves.items():
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
+            if any(x.requires_grad for x in _tensors(leaf)):
+                slopes[slot] = _sum(slopes.get(slot), _state(grads))
+        return begin
 
     def _run(self, piece: Piece, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
         """(scores if the piece has any, states after it), from the states in the slots."""
@@ -187,10 +217,17 @@ class _Run:
 
     def _keep(self, slot: int, state: State) -> None:
         if self.kept is None:
-            where = {"device": "cpu", "pin_memory": self.device.type == "cuda"} if self.offload else {}
-            self.kept = _state([torch.empty_like(x.expand(self.slots, *x.shape[1:]), **where) for x in _tensors(state)])
+            self.kept = _state([self._room(x) for x in _tensors(state)])
         for place, x in zip(_tensors(self.kept), _tensors(state), strict=True):
             place[slot] = x[0]
+
+    def _room(self, x: Tensor) -> Tensor:
+        """A row like `x` (1, ...) for each slot. In the heap it would part the pieces' room, which then grows."""
+        shape = (self.slots, *x.shape[1:])
+        if self.device.type == "cpu":
+            return own_pages(shape, x.dtype)
+        where = {"pin_memory": True} if self.offload else {"device": self.device}
+        return torch.empty(shape, dtype=x.dtype, **where)
 
     def _kept(self, slot: int) -> State:
         assert self.kept is not None

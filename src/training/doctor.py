@@ -76,8 +76,9 @@ def compilers() -> Iterator[tuple[str, str]]:
     except build.BuildError as error:
         yield "C++", f"{error}. Until then the kernels run as plain PyTorch, 50 times slower and more"
     for name, purpose in (("nvcc", "NVIDIA"), ("hipcc", "AMD")):
-        path = shutil.which(name)
-        if path is None:
+        try:
+            path = gpu.compiler(name)
+        except build.BuildError:
             yield name, f"not found: {purpose} GPUs would run plain PyTorch"
             continue
         done = subprocess.run([path, "--version"], capture_output=True, text=True)

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from src.data.pieces import together
 from src.losses.orpo import log_odds
 from src.losses.tokens import token_scores
 from src.model.rwkv import RWKV
 from src.training.forward import pair_sums, text_hidden
+from src.training.ranks import shared_out
+from src.training.watch import at
 
 ROW = 8192  # tokens run together; a longer document runs alone, carried from piece to piece
 PIECE = 4096
@@ -32,20 +35,6 @@ def evaluating(model: RWKV) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _rows(examples: Iterable[TextExample]) -> Iterator[list[TextExample]]:
-    """Neighbouring documents together up to ROW tokens."""
-    row: list[TextExample] = []
-    held = 0
-    for example in examples:
-        if row and held + len(example.tokens) > ROW:
-            yield row
-            row, held = [], 0
-        row.append(example)
-        held += len(example.tokens)
-    if row:
-        yield row
 
 
 @torch.no_grad()
@@ -65,16 +54,19 @@ def _long_document(model: RWKV, example: TextExample, chunk: int) -> tuple[float
 def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> dict[str, Any]:
     """Token-weighted plain negative log-likelihood: no smoothing, no L2Wrap. Keys loss, perplexity, tokens."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    for row in _rows(examples):
+    rows = list(together(examples, lambda example: len(example.tokens), ROW))
+
+    def scored_row(number: int) -> tuple[float, int]:
+        row = rows[number]
+        at(f"scoring row {number} of held-out text")
         if len(row) == 1 and len(row[0].tokens) > ROW:
-            logp, scored = _long_document(model, row[0], chunk)
-        else:
-            batch = pack_texts(row).to(device)
-            scores = token_scores(model.head, text_hidden(model, batch), batch.targets, chunk=chunk)
-            logp, scored = float(scores.logp.double().sum()), int((batch.targets >= 0).sum())
-        total += logp
-        count += scored
+            return _long_document(model, row[0], chunk)
+        batch = pack_texts(row).to(device)
+        scores = token_scores(model.head, text_hidden(model, batch), batch.targets, chunk=chunk)
+        return float(scores.logp.double().sum()), int((batch.targets >= 0).sum())
+
+    found = shared_out(scored_row, len(rows), model)
+    total, count = sum(logp for logp, _ in found), sum(scored for _, scored in found)
     if count == 0:
         raise ValueError("--val_file has no token to score: every document is shorter than two tokens")
     loss = -total / count
@@ -83,17 +75,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
 
 def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
     """Neighbouring pairs that are scored together, up to ROW tokens: always the same ones for the same pairs."""
-    row: list[PairExample] = []
-    held = 0
-    for pair in pairs:
-        size = len(pair.prompt) + len(pair.chosen) + len(pair.reject)
-        if row and held + size > ROW:
-            yield row
-            row, held = [], 0
-        row.append(pair)
-        held += size
-    if row:
-        yield row
+    return together(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
 
 
 @torch.no_grad()
@@ -103,16 +85,21 @@ def score_pairs(
     """(n, 2) float32 summed log-probabilities and (n, 2) token counts of (chosen, reject).
 
     Pairs run in file order, packed up to ROW tokens: the reference and the policy of a run see the same arithmetic.
-    `progress` is called with the number of pairs done. With `length` the rows run in pieces of so many tokens.
+    `progress` is called with the number of pairs done. With `length` the rows run in pieces of so many tokens. Several
+    ranks share the rows out.
     """
     device = next(model.parameters()).device
-    sums, counts = [], []
-    for row in pair_rows(pairs):
-        scores = pair_sums(model, pack_pairs(row).to(device), chunk, length)
-        sums.append(torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu())
-        counts.append(torch.stack([scores.chosen_count, scores.reject_count], 1).cpu())
+    rows = list(pair_rows(pairs))
+
+    def scored_row(number: int) -> tuple[Tensor, Tensor]:
+        at(f"scoring row {number} of pairs")
+        scores = pair_sums(model, pack_pairs(rows[number]).to(device), chunk, length)
         if progress is not None:
-            progress(len(row))
+            progress(len(rows[number]))
+        sums = torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu()
+        return sums, torch.stack([scores.chosen_count, scores.reject_count], 1).cpu()
+
+    sums, counts = zip(*shared_out(scored_row, len(rows), model), strict=True)
     return torch.cat(sums), torch.cat(counts)
 
 

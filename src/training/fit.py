@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.config import Config
 from src.data.batch import PairBatch, TextBatch
 from src.data.sampler import Steps
+from src.training import ranks
 from src.training.callbacks import Bar, Log, Save, Validate, WandB
 from src.training.folder import RunFolder
+from src.training.launch import here
 from src.training.module import Trainee
+from src.training.points import Point, Points
 from src.training.records import log_new_run
+from src.training.resume import KeepPoints
 from src.training.schedule import Schedule
+from src.training.strategies import make_strategy
 
 
 class MicroBatches(Dataset):
@@ -35,11 +41,16 @@ class MicroBatches(Dataset):
 
 
 class EpochPositions(Sampler[int]):
-    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`."""
+    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`.
 
-    def __init__(self, per_epoch: int, first_epoch: int) -> None:
+    A run that is resumed in mini-epoch `resumed` leaves out the `done` micro-batches that it had.
+    """
+
+    def __init__(self, per_epoch: int, first_epoch: int, resumed: int = 0, done: int = 0) -> None:
         self.per_epoch = per_epoch
         self.first_epoch = first_epoch
+        self.resumed = resumed
+        self.done = done
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -51,7 +62,8 @@ class EpochPositions(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         begin = (self.first_epoch + self.epoch) * self.per_epoch
-        return iter(range(begin, begin + self.per_epoch))
+        done = self.done if self.epoch == self.resumed else 0
+        return iter(range(begin + done, begin + self.per_epoch))
 
 
 def micro_batches_per_epoch(config: Config) -> int:
@@ -87,28 +99,38 @@ def fit(
     run: RunFolder,
     settings: dict[str, Any],
     evaluate: Callable[[], dict[str, Any]] | None = None,
+    points: Points | None = None,
+    resumed: Point | None = None,
 ) -> bool:
-    """Train to the end; True when Ctrl+C stopped it (rwkv-last is written then)."""
+    """Train to the end, from the point `resumed` on; True when Ctrl+C stopped it (rwkv-last is written then)."""
     folder: Path = run.folder
     # Lightning's advice is about data loaders and loggers that this program does not have
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    log_new_run(folder / "train_log.txt", settings)
+    if ranks.first():
+        log_new_run(folder / "train_log.txt", settings)
     save = Save(run, config.epoch_begin, config.epoch_save, settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
-    callbacks: list[pl.Callback] = [Log(folder, config.log_every, config.epoch_begin, spoken=not bar)]
+    callbacks: list[pl.Callback] = []
+    if ranks.first():
+        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
     if evaluate is not None:
         callbacks.append(Validate(evaluate, run, config.early_stop))
     callbacks.append(save)
-    if config.wandb:
+    if config.wandb and ranks.first():
         callbacks.append(WandB(config.wandb, folder, settings))
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    if points is not None:
+        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
     device = next(trainee.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
-        devices=1,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config, trainee.model),
+        plugins=here(),
         max_epochs=config.epoch_count,
         max_steps=optimizer_steps(config, steps),
         accumulate_grad_batches=config.accumulate_grad_batches,
@@ -120,12 +142,14 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=str(folder),
     )
-    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin)
-    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions)
+    begin = (resumed.about["epoch"], resumed.about["done"]) if resumed else (0, 0)
+    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin, *begin)
+    # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
+    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
     try:
         trainer.fit(trainee, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
-        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt") from stop
+        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt, --resume auto goes on") from stop
     except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
         if not save.stopped:
             raise

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from src.model.checkpoint import kept, write_atomic
 from src.plan import is_state
+from src.training import ranks
+from src.training.sidecar import check_whole, read_sidecar
+from src.training.watch import at
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +44,17 @@ def open_folder(path: str) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The numbered checkpoint with the largest number, else rwkv-init.pth. Raises ValueError when there is neither."""
+    """The numbered checkpoint with the largest number, else rwkv-init.pth.
+
+    One whose bytes are not those that were saved is passed over, said once. Raises ValueError when there is none left.
+    """
     numbered = {int(m[1]): entry for entry in folder.iterdir() if (m := NUMBERED.match(entry.name))}
-    if numbered:
-        return numbered[max(numbered)]
+    for number in sorted(numbered, reverse=True):
+        try:
+            check_whole(read_sidecar(numbered[number]), numbered[number])
+            return numbered[number]
+        except ValueError as damage:
+            log.warning("%s: the one before it is used", damage)
     initial = folder / "rwkv-init.pth"
     if not initial.exists():
         raise ValueError(
@@ -54,12 +64,17 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dtype: str) -> dict[str, Tensor]:
-    """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file."""
+    """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file.
+
+    All ranks call this, as a tensor may be spread over them: each is put together by itself, for the first rank.
+    """
     tensors = {}
     for name, parameter in kept(model).items():
         whole = name.endswith(WHOLE_MATRIX) and not any(norm in f".{name}" for norm in NORMS)
         dtype = dtypes.get(name, torch.float32) if whole and save_dtype == "base" else torch.float32
-        tensors[name] = parameter.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+        with ranks.whole(parameter) as tensor:
+            if ranks.first():
+                tensors[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
     return tensors
 
 
@@ -83,10 +98,25 @@ class RunFolder:
         self.states = states
         self._numbered: list[Path] = []
 
+    @property
+    def numbered(self) -> list[str]:
+        """Names of this run's numbered checkpoints, oldest first."""
+        return [path.name for path in self._numbered]
+
+    @numbered.setter
+    def numbered(self, names: list[str]) -> None:
+        self._numbered = [self.folder / name for name in names]
+
     def save(self, name: str) -> Path:
-        """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot."""
+        """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot.
+
+        Every rank calls this, as all of them may hold parts of the tensors; the first one writes.
+        """
         path = self.folder / f"rwkv-{name}{self.suffix}"
+        at(f"saving {path.name}")
         tensors = self.tensors()
+        if not ranks.first():
+            return path
         write_atomic(tensors, path)
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
@@ -104,6 +134,8 @@ class RunFolder:
         self._numbered.append(path)
         while 0 < self.keep < len(self._numbered):
             oldest = self._numbered.pop(0)
+            if not ranks.first():
+                continue
             oldest.unlink(missing_ok=True)
             oldest.with_suffix(".json").unlink(missing_ok=True)
             self._state_path(oldest).unlink(missing_ok=True)

@@ -15,13 +15,16 @@ from src.data.batch import PairBatch, TextBatch
 from src.losses import loss_settings, step_loss
 from src.losses.kinds import Loss, Metrics
 from src.losses.pairs import PairScores, pair_scores
-from src.losses.tokens import TokenScores, gathered_scores, token_scores
+from src.losses.tokens import TokenScores, token_scores
 from src.model.rwkv import RWKV
 from src.training.context import Pieces, piecewise
+from src.training.ranks import is_sharded
 
 
 def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
+    if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
+        return model(batch.tokens.new_zeros(1, 1))[0][0][:0]
     hidden, _ = model(batch.tokens[None], None, batch.starts)
     return hidden[0]
 
@@ -36,6 +39,8 @@ def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
         prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
         state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
     hidden, _ = model(batch.answers[None], state, batch.starts)
+    if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
+        return hidden[0] + model(batch.prompts.new_zeros(1, 1))[0][0][:0].sum()
     return hidden[0]
 
 
@@ -57,32 +62,33 @@ def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
 
 
 def long_scores(
-    model: RWKV,
-    batch: TextBatch | PairBatch,
-    length: int,
-    *,
-    chunk: int,
-    wants: dict[str, bool],
-    at: Tensor | None = None,
-    **how: bool,
-) -> TokenScores | tuple[TokenScores, Tensor]:
-    """`token_scores` of a batch that runs in pieces of `length` tokens, `gathered_scores` where the tokens `at` (T,K)
-    are asked for; `how` goes to `piecewise`."""
+    model: RWKV, batch: PairBatch, length: int, *, chunk: int, wants: dict[str, bool], **how: bool
+) -> TokenScores:
+    """`token_scores` of the answers of a batch that runs in pieces of `length` tokens; `how` goes to `piecewise`."""
 
     def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
-        if at is not None:
-            tokens, picked = gathered_scores(model.head, hidden, batch.targets[here], at[here], chunk=chunk)
-            return (*tokens[:3], picked)
         scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **wants)
         return tuple(x for x in scores if x is not None)
 
-    scores = piecewise(model, cut(batch, length), score, **how)
-    if at is not None:
-        return TokenScores(*scores[:3]), scores[3]
-    found = iter(scores)
+    found = iter(piecewise(model, cut(batch, length), score, **how))
     logp = next(found)
     asked = (wants.get(name) for name in ("want_mean", "want_max", "want_square"))  # in the order of the fields
     return TokenScores(logp, *(next(found) if want else None for want in asked))
+
+
+def long_text_loss(
+    model: RWKV, batch: TextBatch, loss: Loss, config: Any, length: int, **how: bool
+) -> tuple[Tensor, Metrics]:
+    """`step_loss` of text that runs in pieces of `length` tokens; a sum over tokens, so one number a piece is kept."""
+    names: list[str] = []
+
+    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
+        value, metrics = step_loss(loss, model.head, hidden, batch.part(here), config)
+        names[:] = metrics
+        return tuple(x[None] for x in (value, *metrics.values()))
+
+    value, *metrics = (x.sum() for x in piecewise(model, cut(batch, length), score, sums=True, **how))
+    return value, {name: x.detach() for name, x in zip(names, metrics, strict=True)}
 
 
 def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: Any) -> tuple[Tensor, Metrics]:
@@ -91,12 +97,13 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
     With `config.chunk` the rows run in pieces of so many tokens, with the gradient of one long pass (or, with
     `config.bptt` truncated, without any across the cuts).
     """
-    if not config.chunk:
+    if not config.chunk or (isinstance(batch, TextBatch) and not len(batch.tokens)):
         return step_loss(loss, model.head, batch_hidden(model, batch), batch, config)
-    settings = loss_settings(loss, config)
     how = {"truncated": config.bptt == "truncated", "offload": config.state_offload}
-    wants = loss.wants(**settings)
-    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=wants, at=loss.at(batch), **how)
+    if isinstance(batch, TextBatch):
+        return long_text_loss(model, batch, loss, config, config.chunk, **how)
+    settings = loss_settings(loss, config)
+    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=loss.wants(**settings), **how)
     return loss.from_scores(scores, batch, **settings)
 
 

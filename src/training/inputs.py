@@ -28,6 +28,7 @@ from src.layers.placing import Layout
 from src.losses import LOSSES
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
+from src.training import ranks
 from src.training.divergence import Divergence
 from src.training.evaluate import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
 from src.training.reference import reference_scores
@@ -127,12 +128,13 @@ class Inputs:
         if LOSSES[c.loss].kind == "text" and (c.infctx_dataset_multiplier > 1 or not c.reset_state):
             examples = self._joined(examples)
             order = self._shuffled(len(examples))
-        steps = Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing())
+        place = {"rank": ranks.rank(), "world": ranks.world()}
+        steps = Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing(), **place)
         if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
             return steps
         text, order = self._training_text()
         self._say_report()
-        return MixedSteps(steps, Steps(text, order, c.micro_bsz, c.accumulate_grad_batches))
+        return MixedSteps(steps, Steps(text, order, c.micro_bsz, c.accumulate_grad_batches, **place))
 
     def _training_text(self) -> tuple[Any, Order]:
         """--data_file as examples and their order."""

@@ -82,27 +82,33 @@ def load_combined(
     """
     file = open_adapter(checkpoint, scaling=scaling, alpha=alpha, quant=quant, initial_file=initial_file, force=force)
     check_base(file.sidecar, base, force=force)
-    read = base_reader(base, cold_of(checkpoint, file.sidecar, cold, force=force))
+    read = base_reader(base, cold_of(checkpoint, file.sidecar, cold, force=force), force=force)
     build |= {"source": checkpoint, "base_source": base, "reopen": read, "initial": file.initial or None}
     model, report = combined_model(shapes(read()), file.tensors, file.layout, compute_dtype=compute_dtype, **build)
     return model.requires_grad_(False).eval(), report
 
 
 def base_reader(
-    base: str | Path, cold: str | Path | None, device: torch.device | str = "cpu", initial_file: str = ""
+    base: str | Path,
+    cold: str | Path | None,
+    device: torch.device | str = "cpu",
+    initial_file: str = "",
+    *,
+    force: bool = False,
 ) -> Callable[[], Mapping[str, Tensor]]:
     """A function that reads the base anew, with the adapter `cold` merged into each matrix when it is asked for.
 
     Raises ValueError when the two do not fit. initial_file: PiSSA's factors of `cold`, if they are not beside it.
+    force: also when `cold` was trained on another base.
     """
     if cold is None:
         return lambda: read_tensors(base)
     try:
-        file = open_adapter(cold, initial_file=initial_file)
+        file = open_adapter(cold, initial_file=initial_file, force=force)
     except ValueError as mistake:
         raise ValueError(f"cold adapter: {mistake}; merge.py, which has flags for it, can merge it first") from mistake
-    check_base(file.sidecar, base)
-    below = base_reader(base, cold_of(cold, file.sidecar), device)
+    check_base(file.sidecar, base, force=force)
+    below = base_reader(base, cold_of(cold, file.sidecar, force=force), device, force=force)
 
     def read() -> Merged:
         fresh = AdapterFile(file.path, read_tensors(file.path), file.sidecar, file.layout, file.initial)

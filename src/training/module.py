@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from src.config import Config
@@ -22,16 +23,21 @@ from src.losses.kinds import Loss
 from src.model.checkpoint import write_atomic
 from src.model.rwkv import RWKV
 from src.plan import Plan
+from src.training import ranks
 from src.training.divergence import mismatch_ratio
 from src.training.evaluate import evaluating
 from src.training.forward import batch_loss
 from src.training.optimizer import OPTIMIZERS, parameter_groups
 from src.training.schedule import Schedule
+from src.training.strategies import clips_itself, gradient_norm, norm_of_last_step
 from src.training.teacher import Teacher
+from src.training.watch import at
 
 log = logging.getLogger(__name__)
 
 PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
+
+COUNTERS = ("bad_steps", "pref_percentage", "last_record")
 
 
 class NonFiniteLoss(RuntimeError):
@@ -86,6 +92,7 @@ class Trainee(pl.LightningModule):
         self._bad = False  # something in the running optimizer step was not a number
         self.loss = LOSSES[config.loss]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
+        self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
         self._means: dict[str, float] = defaultdict(float)
@@ -94,8 +101,15 @@ class Trainee(pl.LightningModule):
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
 
+    @property
+    def together(self) -> bool:
+        """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
+        return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
-        """One micro-batch -> its share of the optimizer step's loss; None when that is not a number."""
+        """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
+        number, one of several goes on with it, and the step is left out by all."""
+        at(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
         if self.teacher is not None:
             batch = self.teacher(batch)
         value, metrics = self._share(batch)
@@ -104,7 +118,9 @@ class Trainee(pl.LightningModule):
             self._means[name] += float(amount)
         if not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
-            return None
+            if not self.together:
+                return None
+            value = value * math.nan  # in every gradient, so that all ranks see it
         return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,7 +154,8 @@ class Trainee(pl.LightningModule):
         self._bad = True
         rows = ""
         if batch is not None:
-            path = self.folder / f"bad-step-{step}-{index}.pth"
+            whose = f"-rank-{ranks.rank()}" if self.together else ""
+            path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
             write_atomic(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
@@ -157,8 +174,9 @@ class Trainee(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if clips_itself(self.trainer):
+            return
+        norm = gradient_norm(self.trainer, optimizer)
         self.grad_norm = float(norm)
         if not self._bad and not math.isfinite(self.grad_norm):
             self._skip(f"the gradient's norm is {self.grad_norm}")
@@ -182,17 +200,28 @@ class Trainee(pl.LightningModule):
         """Close the record of an optimizer step when its last micro-batch is done."""
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
+        self._close_record()
+        for call in self.after_step:
+            call()
+
+    def _close_record(self) -> None:
         now = time.perf_counter()
+        if clips_itself(self.trainer):
+            self.grad_norm = norm_of_last_step(self.trainer)
+            if not self._bad and not math.isfinite(self.grad_norm):
+                self._skip(f"the gradient's norm is {self.grad_norm}")
         if self._bad:
             self._bad = False
             self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        means = dict(self._means)
+        names = sorted(self._means)
+        self._tokens, *sums = ranks.summed([self._tokens, *(self._means[name] for name in names)])
+        means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
-        record |= {"tokens": self._tokens, "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
+        record |= {"tokens": int(self._tokens), "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
         record |= {"grad_norm": self.grad_norm}
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
@@ -202,3 +231,12 @@ class Trainee(pl.LightningModule):
             listener(self.last_record)
         self._means.clear()
         self._tokens, self._clock = 0, now
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run must know of the steps before it."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def take_counters(self, counters: dict[str, Any]) -> None:
+        """Go on counting where `counters` was called."""
+        for name in COUNTERS:
+            setattr(self, name, counters[name])

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from src.files import atomic_write
+
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
     """Add one JSON object as a line; numbers that JSON has no word for are written as null."""
@@ -35,6 +37,16 @@ def read_records(path: Path, event: str) -> list[dict[str, Any]]:
         if isinstance(record, dict) and record.get("event") == event:
             records.append(record)
     return records
+
+
+def drop_after(path: Path, size: int, beginnings: tuple[str, ...]) -> None:
+    """Forget lines that begin like that behind the first `size` bytes: a run that is resumed writes them again."""
+    content = path.read_bytes() if path.exists() else b""
+    behind = content[size:].splitlines(keepends=True)
+    left = [line for line in behind if not line.startswith(tuple(word.encode() for word in beginnings))]
+    if left != behind:
+        with atomic_write(path) as file:
+            file.write(content[:size] + b"".join(left))
 
 
 def log_new_run(path: Path, settings: dict[str, Any]) -> None:

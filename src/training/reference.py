@@ -19,6 +19,7 @@ from torch import Tensor
 from src.data.batch import PairExample
 from src.model.checkpoint import read_tensors, write_atomic
 from src.model.rwkv import RWKV
+from src.training import ranks
 from src.training.evaluate import evaluating, score_pairs
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def reference_scores(
     """
     key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
-    found = cached_scores(path, len(pairs))
+    found = ranks.from_first(lambda: cached_scores(path, len(pairs)))
     if found is not None:
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return found
@@ -74,6 +75,7 @@ def reference_scores(
     log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
         sums, _ = score_pairs(model, pairs, chunk, progress, length)
-    path.parent.mkdir(exist_ok=True)
-    write_atomic({"sums": sums}, path)
+    if ranks.first():
+        path.parent.mkdir(exist_ok=True)
+        write_atomic({"sums": sums}, path)
     return sums

@@ -10,17 +10,23 @@ from typing import Any
 import pytorch_lightning as pl
 
 from src.config import Config
+from src.files import fingerprint
+from src.training import ranks
 from src.training.adapter_files import write_factors
 from src.training.fit import fit, schedule_of
 from src.training.folder import SAVED, RunFolder, trained_tensors
 from src.training.inputs import Inputs
 from src.training.module import Trainee
+from src.training.points import FOLDER, Point, Points
 from src.training.records import append_json
-from src.training.sidecar import sidecar_of, write_sidecar
+from src.training.resume import about_run, take_weights
+from src.training.sidecar import Sidecar, sidecar_of, write_sidecar
 from src.training.start import Start, continues, numbered_from, resume_adapter
 from src.training.teacher import open_teacher
 
 log = logging.getLogger(__name__)
+
+SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
 
 
 def settings_of(config: Config) -> dict[str, object]:
@@ -41,39 +47,52 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     return result
 
 
-def train(config: Config, folder: Path, start: Start) -> bool:
-    """Train; True when Ctrl+C stopped it. Reference scores are taken before an adapter is resumed.
+def train(config: Config, folder: Path, start: Start, point: Point | None = None) -> bool:
+    """Train, from `point` on if there is one; True when Ctrl+C stopped it.
 
-    Raises ValueError when a save would overwrite the base model.
+    Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
+    overwrite the base model.
     """
     written = folder.resolve() == start.path.resolve().parent and SAVED.match(start.path.name)
     if written and not continues(config):
         raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
-    config = numbered_from(config, start.path)
-    pl.seed_everything(config.seed, verbose=False)  # dropout
+    typed, config = config, numbered_from(config, start.path)
+    pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
+    ranks.check_same("--load_model", fingerprint(start.path))
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
+    ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
-    if config.load_adapter:
+    if point is not None:
+        take_weights(start.model, point, start.hash)
+    elif config.load_adapter:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
     trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
-    return fit(trainee, steps, config, run_folder(config, folder, start), settings_of(config), held_out)
+    sidecar = run_sidecar(config, folder, start)
+    run = run_folder(config, folder, start, sidecar)
+    about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
+    points = Points(folder / FOLDER, about, point.path if point else None)
+    return fit(trainee, steps, config, run, settings_of(config), held_out, points, point)
 
 
-def run_folder(config: Config, folder: Path, start: Start) -> RunFolder:
-    """Where this run's checkpoints go, each with the sidecar that merge.py reads. Writes PiSSA's initial factors."""
+def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
+    """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = write_factors(start.model, folder, f".{config.save_format}")
-    sidecar = dataclasses.replace(
+    name, sha256 = ranks.from_first(lambda: write_factors(start.model, folder, f".{config.save_format}"))
+    return dataclasses.replace(
         sidecar,
         initial_file=name,
         initial_sha256=sha256,
-        cold_file=str(start.cold or ""),
+        cold_file=str(start.cold.resolve()) if start.cold else "",
         cold_sha256=start.cold_hash,
     )
+
+
+def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
+    """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
     return RunFolder(
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),

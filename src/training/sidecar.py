@@ -30,7 +30,7 @@ class Sidecar:
     `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
     `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
-    base before training ("" without).
+    base before training ("" without). `sha256` is that of the checkpoint itself, "" in files of older programs.
     """
 
     version: str
@@ -44,6 +44,7 @@ class Sidecar:
     initial_sha256: str = ""
     cold_file: str = ""
     cold_sha256: str = ""
+    sha256: str = ""
     state_layout: str = STATE_LAYOUT
     program_version: str = PROGRAM_VERSION
     format: int = FORMAT
@@ -69,8 +70,9 @@ def sidecar_path(checkpoint: str | Path) -> Path:
 
 
 def write_sidecar(sidecar: Sidecar, checkpoint: str | Path) -> Path:
-    """Write `sidecar` beside `checkpoint`; raises ValueError when it cannot be written."""
+    """Write `sidecar` beside `checkpoint`, with the checkpoint's hash; raises ValueError when it cannot be written."""
     path = sidecar_path(checkpoint)
+    sidecar = dataclasses.replace(sidecar, sha256=file_hash(checkpoint) if Path(checkpoint).exists() else "")
     write_atomic(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n", path)
     return path
 
@@ -120,3 +122,10 @@ def _adaptation(name: str, entry: dict[str, Any]) -> Adaptation:
     if how.rank < 1 or not all(math.isfinite(n) for n in numbers) or not 0 <= how.dropout < 1:
         raise ValueError(f"the adapter of {name} has rank {how.rank}, alpha {how.alpha}, dropout {how.dropout}")
     return how
+
+
+def check_whole(sidecar: Sidecar | None, checkpoint: str | Path) -> None:
+    """Raises ValueError when the bytes of `checkpoint` are not those that its sidecar was written for."""
+    if sidecar is not None and sidecar.sha256 and file_hash(checkpoint) != sidecar.sha256:
+        own = sidecar_path(checkpoint).name
+        raise ValueError(f"{checkpoint} is damaged: its bytes are not those that were saved (sha256 in {own})")

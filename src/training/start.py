@@ -20,6 +20,7 @@ from src.model.initial import initial_tensors
 from src.model.rwkv import RWKV
 from src.model.sizes import Sizes, check_flags
 from src.plan import Plan, plan_for
+from src.training import ranks
 from src.training.adapter_files import (
     begins_from_matrix,
     check_base,
@@ -28,17 +29,20 @@ from src.training.adapter_files import (
     factors_of,
     hinting,
     layout_of,
+    tensors_hash,
 )
 from src.training.allocator import keep_pages, return_pages
 from src.training.folder import NUMBERED, newest_checkpoint
 from src.training.merging import base_reader, shapes
 from src.training.optimizer import NOTHING
-from src.training.sidecar import Sidecar, read_sidecar
+from src.training.points import Point
+from src.training.sidecar import Sidecar, check_whole, read_sidecar
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 HINTS = {
+    "base": "give the right {load_model}, or {force} 1 to go on",
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
 }
@@ -86,13 +90,13 @@ class Start:
 
     @cached_property
     def base_hash(self) -> str:
-        """SHA-256 of the base file."""
-        return file_hash(self.path)
+        """SHA-256 of the base file, read by the first of several ranks."""
+        return ranks.from_first(lambda: file_hash(self.path))
 
     @cached_property
     def cold_hash(self) -> str:
         """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
-        return file_hash(self.cold) if self.cold else ""
+        return ranks.from_first(lambda: file_hash(self.cold) if self.cold else "")
 
     @cached_property
     def hash(self) -> str:
@@ -115,15 +119,23 @@ def numbered_from(config: Config, path: Path) -> Config:
     return dataclasses.replace(config, epoch_begin=begin)
 
 
-def base_path(config: Config, folder: Path) -> Path:
-    """The checkpoint to start from: --load_model, or the newest in the project folder with --load_model 0."""
-    return newest_checkpoint(folder) if continues(config) else Path(config.load_model)
+def base_path(config: Config, folder: Path, point: Point | None = None) -> Path:
+    """The checkpoint to start from: --load_model, or the newest in the project folder with --load_model 0.
+
+    A run that is resumed has the file that it began from, not what it saved since.
+    """
+    if not continues(config):
+        return Path(config.load_model)
+    return newest_checkpoint(folder) if point is None else point.project / point.about["base"]
 
 
-def start(config: Config, folder: Path) -> Start:
-    """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files."""
+def start(config: Config, folder: Path, point: Point | None = None) -> Start:
+    """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files.
+
+    With `point` PiSSA has the initial factors of the run that is resumed.
+    """
     return_pages()
-    path = base_path(config, folder)
+    path = base_path(config, folder, point)
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
     plan = plan_for(config, sizes.n_layer)
@@ -135,8 +147,9 @@ def start(config: Config, folder: Path) -> Start:
     with hinting(HINTS):
         cold = cold_adapter(config)
         layout = adapter_layout(config)
-        initial = resumed_factors(config, plan, layout)
-        read = base_reader(path, cold, device_of(config), "" if config.load_adapter else config.load_adapter_pissa_init)
+        initial = resumed_factors(config, plan, layout) if point is None else factors_again(point)
+        initial_file = "" if config.load_adapter else config.load_adapter_pissa_init
+        read = base_reader(path, cold, device_of(config), initial_file, force=config.force)
     model, report = build_model(
         shapes(read()),
         compute_dtype=DTYPES[config.precision],
@@ -158,14 +171,18 @@ def start(config: Config, folder: Path) -> Start:
         keep_pages()
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
-    return Start(path, sizes, plan, model, report, cold)
+    begun = Start(path, sizes, plan, model, report, cold)
+    if config.load_adapter:
+        check_adapter(config, begun)
+    return begun
 
 
 def cold_adapter(config: Config) -> Path | None:
     """--load_cold_adapter, or what lay below --load_adapter in its training. Raises ValueError when they differ."""
     if not config.load_adapter:
         return Path(config.load_cold_adapter) if config.load_cold_adapter else None
-    return cold_of(config.load_adapter, read_sidecar(config.load_adapter), config.load_cold_adapter)
+    sidecar = read_sidecar(config.load_adapter)
+    return cold_of(config.load_adapter, sidecar, config.load_cold_adapter, force=config.force)
 
 
 def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
@@ -177,7 +194,18 @@ def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[s
         if config.load_adapter and config.load_adapter_pissa_init:
             raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
         return None
-    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init)
+    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init, force=config.force)
+
+
+def factors_again(point: Point) -> dict[str, Tensor] | None:
+    """PiSSA's initial factors of the run that wrote `point`; None without any. Raises ValueError when they are gone."""
+    name, sha256 = point.about["initial"]
+    if not name:
+        return None
+    factors = read_tensors(point.project / name)
+    if tensors_hash(factors) != sha256:
+        raise ValueError(f"{point.project / name} holds other initial factors than those that {point.path} began with")
+    return factors
 
 
 def adapter_layout(config: Config) -> Layout | None:
@@ -195,12 +223,18 @@ def adapter_layout(config: Config) -> Layout | None:
     return layout_of(read_tensors(config.load_adapter), sidecar, quant=quant)
 
 
-def resume_adapter(config: Config, start: Start) -> None:
-    """Put --load_adapter into the model, after the reference was taken. Raises ValueError for another base or plan."""
+def check_adapter(config: Config, start: Start) -> None:
+    """Refuse --load_adapter of another base or plan, before references are computed. Raises ValueError."""
     sidecar = read_sidecar(config.load_adapter)
-    check_base(sidecar, start.path, sha256=start.base_hash)
+    check_whole(sidecar, config.load_adapter)
+    with hinting(HINTS):
+        check_base(sidecar, start.path, sha256=start.base_hash, force=config.force)
     if sidecar is not None:
         check_same_adapters(sidecar, start.report.layout, config.load_adapter)
+
+
+def resume_adapter(config: Config, start: Start) -> None:
+    """Put --load_adapter into the model, after the reference was taken. Raises ValueError when it does not fit."""
     load_adapter(start.model, config.load_adapter)
 
 

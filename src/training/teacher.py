@@ -21,7 +21,7 @@ from src.losses.head import open_head
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
 from src.ops.logprob import row_stats
-from src.training.answering import with_masters
+from src.training.answering import as_trained
 from src.training.context import piecewise
 from src.training.forward import cut
 from src.training.start import DTYPES, device_of
@@ -97,7 +97,7 @@ def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
     if config.loss != "distillation" or not path:
         return None
     model, _ = load_model(
-        path, compute_dtype=DTYPES[config.precision], device=device_of(config), layout=with_masters(path)
+        path, compute_dtype=DTYPES[config.precision], device=device_of(config), layout=as_trained(path, "none")
     )
     found = model.sizes.vocab_size
     if found != vocab_size:

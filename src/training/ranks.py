@@ -1,0 +1,136 @@
+"""What a process knows of the others that train with it, and the few things that they say to each other.
+
+A rank is the number of a process, the world how many there are. With one process every function here is free and does
+what its name says of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+Value = TypeVar("Value")
+
+
+def several() -> bool:
+    """Whether more than one process trains."""
+    return world() > 1
+
+
+def world() -> int:
+    """How many processes train."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if several() else 0
+
+
+def first() -> bool:
+    """Whether this is rank 0, the one that writes files, logs and reports."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Where tensors have to lie that ranks exchange: NCCL takes those of a GPU only."""
+    on_gpu = several() and distributed.get_backend() == distributed.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def summed(numbers: Sequence[float]) -> list[float]:
+    """The sum over all ranks of each of `numbers`, of which every rank has equally many."""
+    if not several() or not numbers:
+        return list(numbers)
+    totals = torch.tensor(list(numbers), dtype=torch.float64, device=device())
+    distributed.all_reduce(totals)
+    return totals.tolist()
+
+
+def largest(number: float) -> float:
+    """The largest of the ranks' numbers."""
+    if not several():
+        return number
+    found = torch.tensor(number, dtype=torch.float64, device=device())
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return float(found)
+
+
+def gathered(value: Value) -> list[Value]:
+    """What every rank gives, in the order of ranks; plain values and CPU tensors."""
+    if not several():
+        return [value]
+    found: list[Any] = [None] * world()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank; the others do not call `make`."""
+    if not several():
+        return make()
+    found = [make() if first() else None]
+    distributed.broadcast_object_list(found, src=0, device=device())
+    return found[0]
+
+
+def together() -> None:
+    """Returns when every rank has come here."""
+    if several():
+        largest(0.0)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the ranks hold parts of the tensors that train (FSDP, DeepSpeed stage 3), so that a forward pass of one
+    needs all the others."""
+    return several() and any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """All of a parameter, of which every rank may hold a part; only inside the block, and on all ranks at once."""
+    if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter]):
+            yield parameter.detach()
+    elif hasattr(parameter, "full_tensor"):
+        yield parameter.detach().full_tensor()
+    else:
+        yield parameter.detach()
+
+
+def shared_out(work: Callable[[int], Value], count: int, model: nn.Module) -> list[Value]:
+    """[work(0), ..., work(count - 1)], each done by one rank and known to all.
+
+    Where the ranks hold parts of the model every rank does all of it, in step with the others.
+    """
+    if not several() or is_sharded(model):
+        return [work(number) for number in range(count)]
+    parts = gathered([work(number) for number in range(rank(), count, world())])
+    return [parts[number % world()][number // world()] for number in range(count)]
+
+
+def same_start(tensors: Sequence[Tensor]) -> None:
+    """Give every rank the numbers that rank 0 has in `tensors`, in place."""
+    if several():
+        with torch.no_grad():
+            for tensor in tensors:
+                sent = tensor.detach().to(device())
+                distributed.broadcast(sent, src=0)
+                tensor.copy_(sent)
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises ValueError, on every rank alike, when a rank has another `value` (of plain numbers and texts) than rank 0.
+
+    `what` completes the sentence "rank 1 has another ...".
+    """
+    values = gathered(value)
+    other = next((number for number, found in enumerate(values) if found != values[0]), None)
+    if other is not None:
+        raise ValueError(f"rank {other} has another {what} than rank 0: {values[other]!r} instead of {values[0]!r}")

@@ -1,0 +1,40 @@
+"""Training runs one after the other in the same processes, which are started once: `several_runs.py RUNS.json words`.
+
+RUNS.json: a list of lists of words for train.py. The other words say how the processes are started. What a run raises
+is written to `error.txt` in its folder, on rank 0.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dataclasses  # noqa: E402
+import logging  # noqa: E402
+
+from src.cli import parse  # noqa: E402
+from src.training import ranks  # noqa: E402
+from src.training.launch import launched  # noqa: E402
+from train import ranked  # noqa: E402
+
+
+def main(runs, words):
+    """Every run in the processes of this command."""
+    lists = json.loads(Path(runs).read_text())
+    with launched(parse([*lists[0], *words]), [__file__, runs, *words]) as placed:
+        for one in lists:
+            config = parse(one)
+            config = dataclasses.replace(config, devices=placed.devices, num_nodes=placed.num_nodes)
+            try:
+                ranked(config)
+            except Exception as error:  # judged by the test
+                logging.exception("run failed")
+                path = Path(config.proj_dir) / f"error-{ranks.rank()}.txt"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    main(sys.argv[1], sys.argv[2:])
