@@ -9,6 +9,7 @@ with --keep DIR the files themselves.
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import logging
@@ -172,6 +173,7 @@ def work(name: str, files: Sample, target: str, numbers: Sequence[int], pipe: in
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (now + CEILING,) * 2)
+    faulthandler.disable()  # a crash is reported by its status
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     events: list[str] = []

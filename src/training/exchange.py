@@ -57,7 +57,10 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
         raise ValueError(f"{path} is not JSON: {mistake}") from mistake
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object")
-    tensors, adapted = from_peft(read_tensors(folder / TENSORS), config)
+    try:
+        tensors, adapted = from_peft(read_tensors(folder / TENSORS), config)
+    except ValueError as mistake:
+        raise ValueError(f"--from_peft {folder}: {mistake}") from mistake
     own = {f"{layer}." for layer in adapted}
     trained = frozenset(name for name in tensors if f"{name.rpartition('.')[0]}." not in own)
     packed = frozenset(name for name in adapted if name != "emb") if quant != "none" else frozenset()

@@ -364,7 +364,7 @@ def h5_contents(data: bytes, rng: Random) -> bytes | None:
         with h5py.File(file, "r+") as h5:
             names = [n for n in h5 if isinstance(h5[n], h5py.Dataset)]
             name = rng.choice(names)
-            rows = len(h5[name])
+            rows = min(len(h5[name]), 64)  # an earlier change may have made it endless
             if rng.random() < 0.3:
                 key = rng.choice(("top_k", "vocab_size", "program", "x"))
                 value = rng.choice((0, -1, 2**40, "abc", 1.5, [1, 2], float("nan"), 2**62, b"\xff", np.zeros((2, 2))))
