@@ -75,8 +75,8 @@ def _found(config: Config, folder: Path) -> Point | None:
         return None
     if point.about["world"] != ranks.world():
         raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with as "
-            "many"
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with "
+            "as many"
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
@@ -294,12 +294,9 @@ class KeepPoints(pl.Callback):
 
     def _stop_if_asked(self) -> None:
         number = self._asked
-        if self.trainer.world_size > 1:
-            either = self.trainer.strategy.reduce_boolean_decision
-            if not either(number is not None, all=False):
-                return
-            number = signal.SIGINT if either(number == signal.SIGINT, all=False) else signal.SIGTERM
-            self._asked = number
+        if ranks.several():
+            any_of_them = ranks.largest({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
+            number = self._asked = (None, signal.SIGTERM, signal.SIGINT)[int(any_of_them)]
         if number is not None:
             raise _exception(number)
 
