@@ -12,6 +12,7 @@ import logging
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 METRICS, LOG = "metrics.jsonl", "train_log.txt"
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
+PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
 
 
 def find_point(config: Config, folder: Path) -> Point | None:
@@ -75,8 +77,8 @@ def _found(config: Config, folder: Path) -> Point | None:
         return None
     if point.about["world"] != ranks.world():
         raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with as "
-            "many"
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with "
+            "as many"
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
@@ -155,6 +157,8 @@ class KeepPoints(pl.Callback):
         self._skip = 0
         self._guards = 0
         self._asked: int | None = None  # the signal that came
+        self._since = 0.0
+        self._agreed = False  # all ranks stop after the same step
         self._leaving = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
@@ -237,9 +241,9 @@ class KeepPoints(pl.Callback):
         """Stopped or out of memory: what is done stays, unless the tensors were just being changed."""
         self._leaving = True
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException) or is_out_of_memory(exception)
-        alone = trainer.world_size == 1 or self._asked is not None
+        together = trainer.world_size == 1 or self._agreed
         try:
-            if stopped and alone and self.state and not self._guards and self.every != NEVER:
+            if stopped and together and self.state and not self._guards and self.every != NEVER:
                 self.background.wait()
                 self.points.write(self._place(), self._tree())
                 log.info("--resume auto goes on after step %d", self.state["step"])
@@ -288,19 +292,20 @@ class KeepPoints(pl.Callback):
         """Ctrl+C or SIGTERM: stop at once, or as soon as nothing is half done and, with several ranks, all of them."""
         if self._leaving:
             return
-        again, self._asked = self._asked is not None, number
+        again = self._asked is not None and time.monotonic() - self._since > PATIENT
+        if self._asked is None:
+            self._since = time.monotonic()
+        self._asked = number
         if not self._guards and (self.trainer.world_size == 1 or again):
             raise _exception(number)
 
     def _stop_if_asked(self) -> None:
         number = self._asked
-        if self.trainer.world_size > 1:
-            either = self.trainer.strategy.reduce_boolean_decision
-            if not either(number is not None, all=False):
-                return
-            number = signal.SIGINT if either(number == signal.SIGINT, all=False) else signal.SIGTERM
-            self._asked = number
+        if ranks.several():
+            any_of_them = ranks.largest({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
+            number = self._asked = (None, signal.SIGTERM, signal.SIGINT)[int(any_of_them)]
         if number is not None:
+            self._agreed = True
             raise _exception(number)
 
 
