@@ -1,7 +1,8 @@
 """Training runs one after the other in the same processes, which are started once: `several_runs.py RUNS.json words`.
 
 RUNS.json: a list of lists of words for train.py. The other words say how the processes are started. What a run raises
-is written to `error.txt` in its folder, on rank 0.
+is written to `error-<rank>.txt` in its folder. In a folder called `forgetful` the optimizer forgets everything after
+two micro-batches, and takes up what `rank_state` kept of it.
 """
 
 import json
@@ -16,7 +17,21 @@ import logging  # noqa: E402
 from src.cli import parse  # noqa: E402
 from src.training import ranks  # noqa: E402
 from src.training.launch import launched  # noqa: E402
+from src.training.module import Trainee  # noqa: E402
+from src.training.strategies import load_rank_state, local, own_states, rank_state  # noqa: E402
 from train import ranked  # noqa: E402
+
+
+def forget(trainee, batch, index):
+    """A training step before which the optimizer's state is wrecked and restored."""
+    if index == 2 and trainee.folder.name == "forgetful":
+        state = rank_state(trainee.trainer)
+        for _, own in own_states(trainee.trainer):
+            assert own
+            for value in own.values():
+                local(value).fill_(7)
+        load_rank_state(trainee.trainer, state)
+    return training_step(trainee, batch, index)
 
 
 def main(runs, words):
@@ -35,6 +50,9 @@ def main(runs, words):
                 path.write_text(f"{type(error).__name__}: {error}")
 
 
+training_step = Trainee.training_step
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    Trainee.training_step = forget
     main(sys.argv[1], sys.argv[2:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,6 +18,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor, distributed, nn
 
 from src.config import Config
+from src.model.sizes import STATES
 
 
 class AsItIs(DeepSpeedPrecision):
@@ -63,8 +65,6 @@ class Zero(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
 
-        if self.zero_stage_3:  # all parameters of a block come and go together, whoever reads them
-            deepspeed.utils.set_z3_leaf_modules(model, [type(block) for block in model.model.blocks])
         engine, wrapped, _, _ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.root_device.index or 0),
             config=self.config,
@@ -75,7 +75,10 @@ class Zero(DeepSpeedStrategy):
             dist_init_required=False,
         )
         if self.zero_stage_3:
-            keep_whole(model.model.head, wrapped)
+            keep_whole(model.model, wrapped)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(partial(_lend_shape, parameter))
         return engine, wrapped
 
     @property
@@ -87,21 +90,33 @@ class Zero(DeepSpeedStrategy):
         return float(self.deepspeed_engine.get_global_grad_norm())
 
 
-def keep_whole(module: nn.Module, optimizer: Any) -> None:
-    """Let every rank hold all of `module` between steps (stage 3), and take DeepSpeed's hooks off it.
+def keep_whole(model: Any, optimizer: Any) -> None:
+    """Let every rank hold all of the head and of the learnt states between steps (stage 3).
 
-    The head runs in chunks, on each rank as many as it has trained tokens: gathering it for each would never end.
+    States are read by the block, not by the half that owns them. The head runs in chunks, on each rank as many as it
+    has trained tokens: gathering it for each of them would never end, so DeepSpeed's hooks are taken off it.
     """
-    parameters = list(module.parameters())
+    states = [p for name, p in model.named_parameters() if name.endswith(STATES)]
+    parameters = [*model.head.parameters(), *states]
     for parameter in parameters:
         if not parameter.ds_persist:
             parameter.ds_persist = True
             optimizer.persistent_parameters.append(parameter)
     if parameters:
         parameters[0].all_gather(parameters)
-    for part in module.modules():
+    for part in model.head.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
+
+
+def _lend_shape(parameter: Tensor, gradient: Tensor) -> None:
+    """Give a parameter that was let go the shape of its gradient, without memory, when autograd is about to store it.
+
+    A block that ran twice (prompts, answers) and is recomputed gets the sum of both gradients after DeepSpeed has let
+    its parameters go, and autograd copies a gradient into the shape of the parameter.
+    """
+    if parameter.shape != gradient.shape:
+        parameter.data = gradient.new_empty(1).expand(gradient.shape)
 
 
 def zero(config: Config, model: nn.Module) -> Zero:

@@ -8,14 +8,16 @@ process then knows the same things about itself (`Place`), and the work begins w
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import logging
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -31,6 +33,7 @@ from src.training.watch import Watch
 log = logging.getLogger(__name__)
 
 Variables = Mapping[str, str]
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 SPARE = 3.0  # minutes after --timeout until the library that moves the tensors gives up too
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types
 
@@ -257,11 +260,32 @@ def _take_device(config: Config, place: Place) -> str:
     if not gpus:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+        if place.world > place.local_world and (name := interface_towards(place.address)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return "gloo"
     if place.local_world > gpus:
         raise ValueError(f"{{devices}} {place.local_world}: this machine shows {gpus} GPUs")
     torch.cuda.set_device(place.local_rank)
     return "nccl"
+
+
+def interface_towards(address: str) -> str:
+    """The network interface from which `address` is reached, "" if that cannot be found out.
+
+    Gloo would take the one that this machine's own name leads to, which often is one that only it can reach.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address
+                    asked = struct.pack("256s", name.encode()[:15])
+                    if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24]) == own:
+                        return name
+    except OSError:
+        pass
+    return ""
 
 
 def _meet(place: Place, backend: str, timeout: float) -> None:

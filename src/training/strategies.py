@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from src.config import DEEPSPEED, Config
 from src.model.checkpoint import kept
@@ -62,12 +62,50 @@ def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tens
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def rank_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """What this rank alone must keep, beside the trained tensors of the model, to go on exactly: tensors and plain
-    numbers. With one process and under ddp that is the optimizer's state."""
-    return trainer.optimizers[0].state_dict()
+def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """(what the optimizer updates on this rank, its state of it), always in the same order: the parameters, or
+    DeepSpeed's float32 shares of them. A state is empty before the first step."""
+    optimizer = trainer.optimizers[0]
+    if isinstance(trainer.strategy, Zero):
+        shares = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
+        return [(share, optimizer.optimizer.state[share]) for share in shares]
+    return [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
 
 
-def load_rank_state(trainer: pl.Trainer, state: dict[str, Any]) -> None:
-    """Take up what `rank_state` gave, on the same rank of as many."""
-    trainer.optimizers[0].load_state_dict(state)
+def rank_state(trainer: pl.Trainer) -> dict[str, dict[str, Tensor]]:
+    """What this rank alone must keep, beside the trained tensors of the model, to go on exactly: the optimizer's state
+    of what this rank updates, as CPU tensors by number and name."""
+    return {
+        str(number): {name: local(value).detach().to("cpu", copy=True) for name, value in state.items()}
+        for number, (_, state) in enumerate(own_states(trainer))
+    }
+
+
+def load_rank_state(trainer: pl.Trainer, state: dict[str, dict[str, Tensor]]) -> None:
+    """Take up what `rank_state` gave, on the same rank of as many under the same strategy; the model's trained tensors
+    must be back in the model before the strategy splits it. Raises ValueError when it is of another run."""
+    own = own_states(trainer)
+    if sorted(state) != sorted(str(number) for number in range(len(own))):
+        raise ValueError(f"the optimizer's state is of {len(state)} tensors, this run has {len(own)} on this rank")
+    for number, (parameter, current) in enumerate(own):
+        current.clear()
+        for name, value in state[str(number)].items():
+            if value.dim() and value.shape != local(parameter).shape:
+                raise ValueError(
+                    f"the optimizer's {name} of tensor {number} is {tuple(value.shape)} instead of "
+                    f"{tuple(local(parameter).shape)}: it is of another run, or of another number of ranks"
+                )
+            current[name] = _like(parameter, value.to(parameter.device))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` split as `parameter` is; a count of steps is not."""
+    if not isinstance(parameter, DTensor) or not value.dim():
+        return value.clone()
+    mesh, places = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(value.clone(), mesh, places, shape=parameter.shape, stride=parameter.stride())
