@@ -16,10 +16,12 @@ def main(argv: Sequence[str]) -> int | None:
         return doctor()
 
     from src.training.folder import open_folder
-    from src.training.plan_report import dry_run
+    from src.training.plan_report import dry_run, dry_run_shape
     from src.training.run import evaluate, train
     from src.training.start import start, write_initial
 
+    if config.dry_run_shape:
+        return dry_run_shape(config)
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
         write_initial(config, folder)

@@ -76,6 +76,9 @@ class Config:
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
     resume: str = setting("", "continue a stopped run exactly: auto or a path; empty = off")
     dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
+    dry_run_shape: str = setting(
+        "", "{dry_run} 1: only the memory of a model like L61-D4096 or L61-D4096:V65536, no file"
+    )
     doctor: bool = setting(False, "examine this machine and stop")
     debug: bool = setting(False, "show the traceback of an error")
 
