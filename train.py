@@ -26,11 +26,13 @@ def ranked(config: Config) -> int | None:
     """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
     from src.training.folder import open_folder
     from src.training.out_of_memory import explained
-    from src.training.plan_report import dry_run
+    from src.training.plan_report import dry_run, dry_run_shape
     from src.training.resume import find_point
     from src.training.run import evaluate, train
     from src.training.start import start, write_initial
 
+    if config.dry_run_shape:
+        return dry_run_shape(config)
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
         write_initial(config, folder)

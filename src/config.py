@@ -83,6 +83,9 @@ class Config:
         100, "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none", at_least=-1
     )
     dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
+    dry_run_shape: str = setting(
+        "", "{dry_run} 1: only the memory of a model like L61-D4096 or L61-D4096:V65536, no file"
+    )
     doctor: bool = setting(False, "examine this machine and stop")
     debug: bool = setting(False, "show the traceback of an error")
 

@@ -43,8 +43,8 @@ class Law(NamedTuple):
 
 
 def trains(config: Config) -> bool:
-    """Whether this run takes training data: not for rwkv-init.pth, evaluation alone or the doctor."""
-    return config.train_stage != 1 and not config.eval_only and not config.doctor
+    """Whether this run takes training data: not for rwkv-init.pth, evaluation alone, the doctor or a mere shape."""
+    return config.train_stage != 1 and not (config.eval_only or config.doctor or config.dry_run_shape)
 
 
 def trains_on_text(config: Config) -> bool:
@@ -67,6 +67,14 @@ def names_h5(config: Config) -> bool:
 
 
 LAWS = (
+    Law(
+        lambda c: bool(c.dry_run_shape) and not c.dry_run,
+        "{dry_run_shape=} needs {dry_run} 1: it prints the memory of a model of that shape and trains nothing",
+    ),
+    Law(
+        lambda c: bool(c.dry_run_shape) and bool(c.load_model or c.load_adapter or c.train_stage),
+        "{dry_run_shape=} stands in place of a file: leave out {load_model}, {load_adapter} and {train_stage}",
+    ),
     Law(
         lambda c: c.eval_only and not c.val_file,
         "{eval_only} 1 needs {val_file}, the text or pairs to score",
@@ -92,7 +100,7 @@ LAWS = (
         "{dim_att=} with {train_stage} 1: initial values exist for attention as wide as the model only, {n_embd=}",
     ),
     Law(
-        lambda c: c.train_stage == 0 and not c.doctor and not c.load_model,
+        lambda c: c.train_stage == 0 and not (c.doctor or c.dry_run_shape) and not c.load_model,
         "{load_model} is missing: give a checkpoint, or 0 with {train_stage} 1 (new model) or 3 (newest in {proj_dir})",
     ),
     Law(

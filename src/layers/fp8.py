@@ -98,6 +98,11 @@ class FP8(Store):
             packed[rows], scale[rows] = row_scaled(weight[rows].detach())
         return cls(weight.shape, packed, scale)
 
+    @classmethod
+    def hollow(cls, shape: torch.Size) -> FP8:
+        packed = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
+        return cls(shape, packed, torch.empty((shape[0], 1), dtype=torch.float32, device="meta"))
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values, scale = self.packed, self.scale
         if values.device.type == "cpu":

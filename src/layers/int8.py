@@ -48,6 +48,12 @@ class Int8(Store):
             packed[rows] = part.mul_(LARGEST / largest.clamp_(min=torch.finfo(torch.float32).tiny)).round_()
         return cls(weight.shape, packed, scale)
 
+    @classmethod
+    def hollow(cls, shape: torch.Size) -> Int8:
+        blocks = math.ceil(shape.numel() / BLOCK)
+        packed = torch.empty((blocks, BLOCK), dtype=torch.int8, device="meta")
+        return cls(shape, packed, torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         dense = torch.empty(self.packed.shape, dtype=dtype, device=self.packed.device)
         torch.mul(self.packed, self.scale, out=dense)  # in float32 and rounded once, without a copy between

@@ -116,6 +116,12 @@ class FourBit(Store):
     def pack(cls, weight: Tensor) -> FourBit:
         return cls(weight.shape, *pack_4bit(weight, cls.mode))
 
+    @classmethod
+    def hollow(cls, shape: torch.Size) -> FourBit:
+        blocks = math.ceil(shape.numel() / BLOCK)
+        packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device="meta")
+        return cls(shape, packed, torch.empty(blocks, dtype=torch.float32, device="meta"))
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return unpack_4bit(self.packed, self.absmax, self.shape, self.mode, dtype)
 

@@ -214,6 +214,25 @@ def place(
         setattr(module, leaf, parameter.requires_grad_(trains))
 
 
+def hollow(model: nn.Module, layout: Layout, placement: Placement) -> None:
+    """As `place` of every tensor of the replaced `model`, but on the meta device: dtypes and sizes without numbers."""
+    for name, parameter in list(model.named_parameters()):
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        own = isinstance(module, Linear | Embedding) and leaf in module.tensors
+        if module_name in layout.packed and not own:
+            store = store_class(layout.store)
+            assert store is not None
+            module.store, module.weight = store.hollow(parameter.shape), None
+            continue
+        trains = name not in layout.held if own else name in layout.trained
+        dtype = placement.master if own or trains else placement.dtype
+        setattr(module, leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=trains))
+    for _, layer in matrices(model):  # what an adapter began with, as large as the factors that it belongs to
+        for part, like in zip(layer.initial, layer.tensors, strict=False):
+            layer.register_buffer(part, getattr(layer, like).detach(), persistent=False)
+
+
 def known_factors(
     module: Linear | Embedding, name: str, initial: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor] | None:

@@ -37,6 +37,11 @@ class Store(ExactBuffers):
         """Pack a dense (out, in) matrix of any float dtype on the device where it lies."""
         raise NotImplementedError
 
+    @classmethod
+    def hollow(cls, shape: torch.Size) -> Store:
+        """As `pack` of a matrix of this shape, on the meta device: sizes without numbers."""
+        raise NotImplementedError
+
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (out, in) as a new dense tensor."""
         raise NotImplementedError

@@ -25,6 +25,7 @@ from src.layers.placing import (
     Layout,
     Report,
     frozen_layout,
+    hollow,
     matrices,
     place,
     placement_for,
@@ -194,9 +195,9 @@ def build_model(
     Trained tensors become float32 masters, frozen ones the compute dtype or packed, one after the other. With `share`
     frozen matrices are used as they lie in `tensors`, in their own dtype, and cast when they are applied. `reopen`, if
     given, yields the tensors anew for each block, so that pages of the file that were read can be let go; `tensors` may
-    then be on the meta device. PiSSA begins from the factors in `initial` or else from `svd_niter` iterations.
-    `options` go to RWKV's constructor. Raises ValueError with the key diff unless names and shapes are exactly those of
-    the model.
+    then be on the meta device. With the `device` meta the model stays there: sizes without numbers. PiSSA begins from
+    the factors in `initial` or else from `svd_niter` iterations. `options` go to RWKV's constructor. Raises ValueError
+    with the key diff unless names and shapes are exactly those of the model.
     """
     sizes = _sizes(tensors, source)
     learnt = states_in(layout.trained) if layout is not None else plan.states if plan is not None else ()
@@ -214,6 +215,9 @@ def build_model(
     shapes = {name: parameter.shape for name, parameter in wanted.items()}
     replace(model, layout)
     placement = placement_for(compute_dtype, device, share, svd_niter)
+    if torch.device(device).type == "meta":
+        hollow(model, layout, placement)
+        return model, report_of(model, layout)
     dtypes, block = {}, ""
     for name, shape in shapes.items():
         if reopen is not None and _block(name) != block:

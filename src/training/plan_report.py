@@ -14,10 +14,11 @@ from rich.text import Text
 
 from src.config import Config
 from src.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from src.model.rwkv import RWKV
 from src.training.fit import optimizer_steps
 from src.training.inputs import Inputs
-from src.training.memory import loading_peak, memory_by_part
-from src.training.start import Start
+from src.training.memory import Estimate, loading_peak, memory_by_part
+from src.training.start import Start, device_of, shape_model
 
 SAMPLES = 3
 SHOWN = 200  # tokens of a sample
@@ -83,6 +84,32 @@ def samples(inputs: Inputs, steps) -> Iterator[Text]:
             yield text_sample(batch.general, decode)
 
 
+def show_memory(console: Console, estimate: Estimate, tokens: int) -> None:
+    """The parts of a step's memory and their sums."""
+    console.rule(f"memory of a step over {tokens:,} tokens (estimate)")
+    for place, parts in (("in all", estimate.device), ("in all, on the host", estimate.host)):
+        for part, size in {**parts, place: sum(parts.values())}.items() if parts else ():
+            console.print(f"{part:28} {size / MIB:12,.1f} MiB", highlight=False)
+
+
+def dry_run_shape(config: Config) -> None:
+    """--dry_run_shape: what a model of that shape would take, in rows of --ctx_len tokens. No file is read.
+
+    A GPU is assumed unless --accelerator is cpu. Raises ValueError for a shape that cannot be.
+    """
+    console = Console(stderr=False)
+    model, report = shape_model(config)
+    console.print("\n".join([*shape_lines(model), *report.lines()]), markup=False, highlight=False)
+    tokens = config.micro_bsz * config.ctx_len
+    show_memory(console, memory_by_part(config, model, tokens, gpu=config.accelerator != "cpu"), tokens)
+
+
+def shape_lines(model: RWKV) -> list[str]:
+    """The sizes in a sentence."""
+    s = model.sizes
+    return [f"{s.version}, {s.n_layer} layers of width {s.n_embd}, feed-forward {s.dim_ffn}, vocabulary {s.vocab_size}"]
+
+
 def dry_run(config: Config, folder: Path, start: Start) -> None:
     """Print the plan of the run and stop. Reference scores are not computed."""
     console = Console(stderr=False)
@@ -97,13 +124,10 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     for room, train, frozen in rooms(start):
         console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
     console.print("\n".join(start.report.lines()), markup=False, highlight=False)
-    console.rule("memory (estimate)")
     longest = max((max(report.lengths, default=0) for report in inputs.reports), default=0)
     tokens = config.micro_bsz * min(longest, config.ctx_len)
-    parts = memory_by_part(config, start, tokens)
-    for part, size in {**parts, "in all": sum(parts.values())}.items():
-        console.print(f"{part:24} {size / MIB:12,.1f} MiB", highlight=False)
-    console.print(f"{'while loading, host':24} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
+    show_memory(console, memory_by_part(config, start.model, tokens, gpu=device_of(config) == "cuda"), tokens)
+    console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
     total = optimizer_steps(config, steps)
     mean = sum(sum(r.lengths) / max(1, len(r.lengths)) for r in inputs.reports[:1])

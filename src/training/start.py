@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +47,7 @@ HINTS = {
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
 }
+SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
 
 
@@ -175,6 +177,33 @@ def start(config: Config, folder: Path, point: Point | None = None) -> Start:
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def shape_model(config: Config) -> tuple[RWKV, Report]:
+    """The model that --dry_run_shape describes, by the plan of the flags, on the meta device: sizes without numbers.
+
+    Raises ValueError for a shape that is not written like L61-D4096 or L61-D4096:V65536, or that cannot be.
+    """
+    found = SHAPE.fullmatch(config.dry_run_shape)
+    if not found or not all(int(number) for number in found.groups("1")):
+        raise ValueError(
+            f"{{dry_run_shape}} {config.dry_run_shape}: expected layers and width like L61-D4096, or L61-D4096:V65536 "
+            "with the vocabulary"
+        )
+    layers, width, vocabulary = (int(number) for number in found.groups(str(config.vocab_size or 65536)))
+    version = config.version or "x070"
+    with torch.device("meta"):
+        tensors = initial_tensors(version, layers, width, vocabulary, config.head_size, dim_ffn=config.dim_ffn or None)
+    return build_model(
+        tensors,
+        compute_dtype=DTYPES[config.precision],
+        plan=plan_for(config, layers),
+        quant=config.storage,
+        limited=config.limited_lora,
+        rslora=config.rslora,
+        device="meta",
+        source="the shape",
+    )
 
 
 def cold_adapter(config: Config) -> Path | None:
