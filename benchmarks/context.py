@@ -104,7 +104,7 @@ def lengths(version: str, counts: list[int], repeats: int) -> list[dict]:
     if len(several) > 1:
         grown, states = (several[-1][name] - several[0][name] for name in ("peak", "states"))
         between = f"{several[0]['tokens']} and {several[-1]['tokens']} tokens"
-        print(f"\nfrom {between} the peak grows by {grown / states:.3f} times the states")
+        print(f"\nbetween {between} the peak grows by {grown / states:.3f} times the states")
     return rows
 
 

@@ -1,6 +1,7 @@
 """Context without limit: chunks must give exactly what one long pass gives, or long documents train something else."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from src.data.batch import PairExample, TextExample, pack_pairs, pack_texts
 from src.layers import ADAPTERS
 from src.layers.placing import apply_plan
 from src.losses import LOSSES
-from src.losses.tokens import token_scores
+from src.losses.tokens import IGNORE, token_scores
 from src.model import VERSIONS
 from src.plan import make_plan
 from src.training.context import Pieces, piecewise
@@ -128,6 +129,37 @@ def test_every_loss_is_that_of_one_long_pass(name):
     assert all(torch.allclose(logged[k].double(), metrics[k].double(), rtol=1e-9) for k in logged)
     for key, grad in want.items():
         assert float((grad - got[key]).abs().max() / grad.abs().max().clamp_min(1e-3)) <= 1e-10, key
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 1], [9]])
+def test_a_sample_with_nothing_to_train_is_harmless(rows):
+    """Documents of one token, or all masked: the loss is 0 and so is every gradient, not NaN or a crash."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = texts(*rows)
+    batch = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE))
+    value, metrics = batch_loss(model, batch, LOSSES["sft"], Config(loss="sft", infctx=True, chunk_ctx=4))
+    assert float(value.detach()) == 0 and all(float(x) == 0 for x in metrics.values())
+    if value.requires_grad:
+        assert all(bool((grad == 0).all()) for grad in gradients(model, value).values())
+
+
+@pytest.mark.parametrize("name", ["keeping", "sums"])
+def test_memory_of_one_piece_is_free_before_the_next(name):
+    """If this breaks, two pieces' gradients lie in memory at once, which is as much as the model again."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = texts(24)
+    alive: list[weakref.ref] = []
+
+    def score(hidden, here):
+        assert not any(found() is not None for found in alive), "the piece before is still there"
+        if hidden.requires_grad:
+            alive[:] = [weakref.ref(hidden)]
+        scores = token_scores(model.head, hidden, batch.targets[here]).logp
+        return (scores.sum()[None] if name == "sums" else scores,)
+
+    (found,) = piecewise(model, text_pieces(batch, 5), score, sums=name == "sums")
+    found.sum().backward()
+    assert alive
 
 
 @pytest.mark.parametrize("mode", list(ADAPTERS))
