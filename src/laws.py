@@ -227,6 +227,11 @@ SHARING = (
         "for all pieces and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
     ),
     Law(
+        lambda c: trains(c) and c.strategy.startswith("deepspeed_stage_3") and c.state and c.grad_cp,
+        "{strategy=} lets the learnt states go before a block that is recomputed reads them; use {grad_cp} 0, or "
+        "{strategy} deepspeed_stage_2, which needs no more memory for them",
+    ),
+    Law(
         lambda c: trains(c) and c.strategy.startswith("deepspeed") and c.precision == "fp64",
         "{strategy=} keeps its copies in float32, so {precision=} would not be what it says; use {strategy} ddp or fsdp",
     ),

@@ -44,8 +44,8 @@ def case(text, pairs, name):
         "kto": ("--kto", 1, "--rlhf_train_file", pairs, "--kto_beta", 0.1),
         "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
         "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
-        "forgetful": sft,
-        "state": ("--state", 1, "--state_shift", 1, *sft),
+        "forgetful": (*sft, "--val_file", text),
+        "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
         "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
         "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
     }[name]
@@ -111,18 +111,18 @@ def test_every_strategy_learns_the_same(runs, strategy, name):
 def same_run(one, two):
     """The same metrics, weights and files."""
     assert not list(two.glob("error*")), [path.read_text() for path in two.glob("error*")]
-    events = ("train",) if two.name == "forgetful" else ("train", "val")
-    for event in events:
+    rounded = one.name == "packed"  # in bf16 a difference in the last bit grows
+    for event in ("train", "val"):
         first, second = (read_jsonl(folder / "metrics.jsonl", event) for folder in (one, two))
         assert len(first) == len(second)
         for a, b in zip(first, second):
             assert a.keys() == b.keys()
             for key in a.keys() - {"tokens_per_s", "event"}:
-                assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-6), (key, a, b)
+                assert b[key] == pytest.approx(a[key], rel=0.01 if rounded else 1e-5, abs=0.002 if rounded else 1e-6), (key, a, b)
     a, b = (torch.load(folder / "rwkv-final.pth", weights_only=True) for folder in (one, two))
     assert a.keys() == b.keys()
     for key, value in a.items():  # Adam's first steps are signs: compare where the gradient is not noise
-        assert (value - b[key]).abs().mean() < 2e-5, key
+        assert (value - b[key]).abs().mean() < (5e-4 if rounded else 2e-5), key
     logs = [(folder / "train_log.txt").read_text() for folder in (one, two)]
     assert [text.count("NEW RUN") for text in logs] == [1, 1]
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}

@@ -1,0 +1,122 @@
+"""What several processes cost: tokens a second, bytes sent per step by strategy beside the theory, time of a save.
+
+`python benchmarks/scale.py [--layers 4 --width 256 --steps 8] [--peft lora]` runs train.py's own code with 1 and 2
+processes of one core each. Bytes are read from the loopback of a network namespace of their own, so they are all that
+crossed it (root only; elsewhere that column is empty).
+
+Theory, for W processes and G trained numbers of 4 bytes, sent by each process per optimizer step:
+    ddp                      2 (W-1)/W * 4G    all-reduce of the gradients
+    deepspeed stage 1, 2     2 (W-1)/W * 4G    reduce them to their owners, gather the new parameters
+    deepspeed stage 3, fsdp  3 (W-1)/W * 4G    gather parameters forward and backward, reduce gradients
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+STRATEGIES = ("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp")
+PASSES = {"ddp": 2, "deepspeed_stage_1": 2, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3, "fsdp": 3}
+WARM = 2
+VOCAB = 257
+
+
+def sent():
+    """Bytes that this process's network has received on its loopback so far."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        if line.strip().startswith("lo:"):
+            return int(line.split(":")[1].split()[0])
+    return 0
+
+
+def worker(words):
+    """One process of a run: train.py with a watch on steps and saves; rank 0 writes `found.json`."""
+    from src.cli import parse
+    from src.training import ranks
+    from src.training.folder import RunFolder
+    from src.training.launch import launched
+    from src.training.module import Trainee
+    from train import ranked
+
+    end, save, found = Trainee.on_train_batch_end, RunFolder.save, {"steps": [], "saves": []}
+
+    def timed_end(self, *arguments):
+        end(self, *arguments)
+        found["steps"].append((time.perf_counter(), sent()))
+
+    def timed_save(self, name):
+        began = time.perf_counter()
+        save(self, name)
+        found["saves"].append(time.perf_counter() - began)
+
+    Trainee.on_train_batch_end, RunFolder.save = timed_end, timed_save
+    with launched(parse(words), [__file__, "--worker", *words]) as config:
+        ranked(config)
+        if ranks.first():
+            Path(config.proj_dir, "found.json").write_text(json.dumps(found))
+
+
+def run(words, folder, alone):
+    """What one command found, after the warm-up."""
+    command = [sys.executable, __file__, "--worker", *map(str, words), "--proj_dir", str(folder)]
+    if alone:
+        command = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *command]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found = json.loads((folder / "found.json").read_text())
+    steps = found["steps"][WARM:]
+    (begin, before), (end, after) = steps[0], steps[-1]
+    return (end - begin) / (len(steps) - 1), (after - before) / (len(steps) - 1), min(found["saves"])
+
+
+def main():
+    """The table, as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default in (("layers", 4), ("width", 256), ("steps", 8), ("tokens", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--peft", default="full")
+    asked = parser.parse_args()
+    from src.model.initial import initial_tensors
+
+    alone = os.geteuid() == 0 and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        tensors = initial_tensors("x070", asked.layers, asked.width, VOCAB, 64, 1)
+        torch.save(tensors, folder / "base.pth")
+        (folder / "bytes.txt").write_text("".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256)))
+        text = "x" * asked.tokens
+        (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for _ in range(64)) + "\n")
+        words = [
+            *("--load_model", folder / "base.pth", "--vocab_file", folder / "bytes.txt", "--sft", 1),
+            *("--data_file", folder / "text.jsonl", "--ctx_len", asked.tokens + 1, "--micro_bsz", 1, "--peft", asked.peft),
+            *("--accelerator", "cpu", "--precision", "fp32", "--quant", 0, "--epoch_steps", asked.steps),
+            *("--epoch_count", 1, "--grad_cp", 0),
+        ]
+        print("| strategy | processes | s / step | tokens/s | MB sent per process and step | theory | save s |")
+        print("|---|---|---|---|---|---|---|")
+        seconds, _, saving = run(words, folder / "one", False)
+        print(f"| none | 1 | {seconds:.3f} | {asked.tokens / seconds:.0f} | 0 | 0 | {saving:.3f} |")
+        trained = sum(t.numel() for t in torch.load(folder / "one/rwkv-final.pth", weights_only=True).values())
+        for how in STRATEGIES:
+            more = ("--strategy", how, "--devices", 2)
+            seconds, moved, saving = run([*words, *more], folder / how, alone)
+            measured = f"{moved / 2 / 1e6:.2f}" if alone else ""
+            theory = PASSES[how] / 2 * 4 * trained / 1e6
+            print(
+                f"| {how} | 2 | {seconds:.3f} | {2 * asked.tokens / seconds:.0f} | {measured} | {theory:.2f} "
+                f"| {saving:.3f} |"
+            )
+        print(f"\n{trained:,} trained numbers, {asked.layers} layers of width {asked.width}, {asked.tokens} tokens a process")
+
+
+if __name__ == "__main__":
+    worker(sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main()
