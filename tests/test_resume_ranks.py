@@ -1,6 +1,7 @@
 """Several processes go on from a resume point as one does: the very bits, each rank with its own random numbers."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,13 +10,15 @@ from src.training.points import last_point
 from tests.conftest import read_jsonl
 from tests.test_ranks import starter
 
-STRATEGIES = ["ddp"]
+STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]
+SPLIT = ("deepspeed_stage_3", "fsdp")
 LORA = ("--peft", "lora", "--lora_dropout", 0.2)
 # two mini-epochs of two steps; the point of step 3 lies in the middle of the second
 KINDS = {
     "sft": ("--sft", 1, *LORA, "--accumulate_grad_batches", 2, "--epoch_steps", 4),
-    "dpo": ("--dpo", 1, *LORA, "--quant", 0, "--infctx", 1, "--chunk_ctx", 9, "--epoch_steps", 2),
+    "dpo": ("--dpo", 1, *LORA, "--quant", 0, "--epoch_steps", 2),
 }
+PIECES = ("--infctx", 1, "--chunk_ctx", 9)  # of the pairs, where parameters stay whole
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
@@ -27,14 +30,14 @@ def runs(request, base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factor
         data = ("--data_file", text_jsonl) if kind == "sft" else ("--rlhf_train_file", pairs_csv)
         words = ["--load_model", base_model, "--vocab_file", vocab_file, "--accelerator", "cpu", *data, *words]
         words += ["--strategy", request.param, "--ctx_len", 64, "--epoch_count", 2, "--epoch_save", 1, "--micro_bsz", 2]
-        words += ["--resume_every", 1]
+        words += ["--resume_every", 1, *(PIECES if kind == "dpo" and request.param not in SPLIT else ())]
         whole = folder / "whole" / kind
         lists.append([*words, "--proj_dir", whole])
         lists.append([*words, "--proj_dir", folder / "again" / kind, "--resume", whole / "resume" / "step-3"])
     lists.append([*lists[0][:-1], folder / "other", "--resume", folder / "whole" / "sft", "--lr_init", 1])
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
-    process = starter(path, "--devices", 2, script="tests/several_runs.py")
+    process = starter(path, "--devices", 2, program=(sys.executable, "tests/several_runs.py"))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
     return folder

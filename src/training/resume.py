@@ -265,10 +265,16 @@ class KeepPoints(pl.Callback):
         return self.every > 0 and self.state["step"] % self.every == 0
 
     def _tree(self) -> dict[str, Any]:
-        """All that this rank keeps, the tensors as they are."""
+        """All that this rank keeps, the tensors as they are. Every rank calls it: some weights are spread over them."""
         tree = {"run": self.state, "optimizer": rank_state(self.trainer)}
-        if self.trainer.is_global_zero:
-            tree["weights"] = {name: p.detach() for name, p in kept(self.trainee.model).items()}
+        weights = {}
+        spread = ranks.is_sharded(self.trainee.model)
+        for name, parameter in kept(self.trainee.model).items():
+            with ranks.whole(parameter) as tensor:
+                if ranks.first():
+                    weights[name] = tensor.to("cpu", copy=True) if spread else tensor
+        if weights:
+            tree["weights"] = weights
         return tree
 
     def _write(self) -> None:

@@ -74,9 +74,9 @@ def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 def rank_state(trainer: pl.Trainer) -> dict[str, dict[str, Tensor]]:
     """What this rank alone must keep, beside the trained tensors of the model, to go on exactly: the optimizer's state
-    of what this rank updates, as CPU tensors by number and name."""
+    of what this rank updates, the tensors themselves by number and name."""
     return {
-        str(number): {name: local(value).detach().to("cpu", copy=True) for name, value in state.items()}
+        str(number): {name: local(value).detach() for name, value in state.items()}
         for number, (_, state) in enumerate(own_states(trainer))
     }
 
