@@ -23,7 +23,7 @@ PUBLISHED = {
         --layer_profile 'layerprofile/24_TEST.csv' --quant 1 --quant_mode 'nf4' --gpu_arch 'cuda' --dpo 1
         --dpo_alpha 0.1 --dpo_beta 0.01 --rlhf_train_file F --rlhf_max_corpus_len 1024
         --accumulate_grad_batches 16""",
-        "deepspeed_stage_2_offload",
+        None,
     ),
     "orpo": (
         """--load_model M --wandb W --proj_dir P --vocab_size 65536 --ctx_len 2048 --epoch_steps 1000 --epoch_count 1000
@@ -32,7 +32,7 @@ PUBLISHED = {
         --grad_cp 1 --my_testing "x060" --strategy deepspeed_stage_1
         --layer_profile 'layerprofile/61_TEST_head_emb.csv' --quant 1 --quant_mode 'nf4' --gpu_arch 'rocm' --orpo 1
         --orpo_alpha 0.0004 --rlhf_train_file dataset_3b.save --rlhf_max_corpus_len 1024""",
-        "deepspeed_stage_1",
+        None,
     ),
     "dpo with general text": (
         """--load_model M --wandb W --proj_dir P --ctx_len 4096 --epoch_count 4 --epoch_begin 0 --epoch_steps 2000
@@ -41,13 +41,13 @@ PUBLISHED = {
         --adam_eps 1e-8 --accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_2 --grad_cp 0
         --accumulate_grad_batches 20 --enable_progress_bar True --ds_bucket_mb 200 --my_testing r3r4 --dpo 1
         --dpo_train_file trainset.save --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02""",
-        "deepspeed_stage_2",
+        None,
     ),
     "infinite context": (
         """--load_model M --proj_dir P --data_file D --data_type binidx --vocab_size 50277 --ctx_len 32768
         --ctx_parts 32 --state_cp 1 --initial_ctx_len 4096 --ctx_warmup_steps 200 --lora --lora_r 16 --lora_alpha 32
         --lora_dropout 0.01 --lora_parts att,ffn,time,ln --strategy deepspeed_stage_1""",
-        "deepspeed_stage_1",
+        None,
     ),
     "sft on h5": (
         f"""{INFCTX} --sft 1 --smoothing 0.005 --random_mode 1 --train_data_file F.h5
