@@ -233,7 +233,7 @@ SHARING = (
     ),
     Law(
         lambda c: trains(c) and c.strategy.startswith("deepspeed") and c.precision == "fp64",
-        "{strategy=} keeps its copies in float32, so {precision=} would not be what it says; use {strategy} ddp or fsdp",
+        "{strategy=} keeps its copies in float32, so {precision=} would be less than it says; use {strategy} ddp",
     ),
 )
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dataclasses  # noqa: E402
-import logging  # noqa: E402
+import dataclasses
+import logging
 
-from src.cli import parse  # noqa: E402
-from src.training import ranks  # noqa: E402
-from src.training.launch import launched  # noqa: E402
-from src.training.module import Trainee  # noqa: E402
-from src.training.strategies import load_rank_state, local, own_states, rank_state  # noqa: E402
-from train import ranked  # noqa: E402
+from src.cli import parse
+from src.training import ranks
+from src.training.launch import launched
+from src.training.module import Trainee
+from src.training.strategies import load_rank_state, local, own_states, rank_state
+from train import ranked
 
 
 def forget(trainee, batch, index):

@@ -20,7 +20,7 @@ from tests.conftest import VOCAB, read_jsonl
 PROFILE = Path(__file__).resolve().parent.parent / "layerprofile" / "2_TEST.csv"
 COMMON = f"""--wandb "" --vocab_size {VOCAB} --epoch_begin 0 --epoch_save 1 --n_layer 2 --n_embd 64 --lr_init 5e-4
  --lr_final 1e-4 --warmup_steps 2 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8 --accelerator auto --devices 1
- --precision bf16 --grad_cp 1 --strategy auto --quant 1 --quant_mode 'nf4' --gpu_arch 'cuda'"""
+ --precision bf16 --grad_cp 1 --quant 1 --quant_mode 'nf4' --gpu_arch 'cuda'"""
 DPO = """--infctx 0 --ctx_len 256 --epoch_steps 6 --epoch_count 2 --micro_bsz 2 --dpo 1 --dpo_alpha 0.1 --dpo_beta 0.01
  --rlhf_max_corpus_len 64 --accumulate_grad_batches 3"""
 ORPO = """--ctx_len 256 --epoch_steps 4 --epoch_count 1 --micro_bsz 2 --orpo 1 --orpo_alpha 0.0004 --orpo_mode 1
@@ -41,8 +41,10 @@ def run(script, base_of, vocab_file, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("version", ["x060", "x070"])
-def test_prepare_dpo_merge_and_talk(run, script, pairs_csv, base_of, vocab_file, tmp_path, version):
+@pytest.mark.parametrize(
+    ("version", "sharing"), [("x060", "--strategy deepspeed_stage_2_offload"), ("x070", "--strategy auto")]
+)
+def test_prepare_dpo_merge_and_talk(run, script, pairs_csv, base_of, vocab_file, tmp_path, version, sharing):
     """If this breaks, the main road of this program is closed."""
     saved, folder = tmp_path / "pairs.save", tmp_path / "dpo"
     words = ["--input_csv", pairs_csv, "--output_save", saved, "--target_pair_count", 60]
@@ -50,7 +52,7 @@ def test_prepare_dpo_merge_and_talk(run, script, pairs_csv, base_of, vocab_file,
     records = torch.load(saved, weights_only=True)
     assert len(records) == 60 and all(len(record) == 5 and record[3] < 0 for record in records)
     files = ["--proj_dir", folder, "--layer_profile", PROFILE, "--rlhf_train_file", saved]
-    run(train.main, [*shlex.split(f"{COMMON} {DPO} --my_testing {version}"), *files], version)
+    run(train.main, [*shlex.split(f"{COMMON} {DPO} --my_testing {version} {sharing}"), *files], version)
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 4 and abs(steps[0]["margin"]) < 1e-3
     sidecar = json.loads((folder / "rwkv-1.json").read_text())
@@ -175,7 +177,7 @@ RWKV5 = f"""--wandb "" --ctx_len 32 --epoch_count 2 --epoch_begin 0 --epoch_step
  --vocab_size {VOCAB} --epoch_save 1 --micro_bsz 1 --n_layer 2 --n_embd 64 --pre_ffn 0 --head_qk 0 --lr_init 5e-6
  --lr_final 1e-6 --warmup_steps 50 --beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator auto --devices 1
  --precision bf16 --grad_cp 0 --accumulate_grad_batches 2 --enable_progress_bar True --ds_bucket_mb 200 --dpo 1
- --my_testing r3r4 --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02"""
+ --my_testing r3r4 --strategy deepspeed_stage_2 --dpo_general_corpus_ratio 0.8 --dpo_beta 0.02"""
 
 
 def test_dpo_with_a_general_corpus_as_on_rwkv5(run, pairs_csv, text_jsonl, tmp_path):

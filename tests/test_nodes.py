@@ -55,7 +55,12 @@ def test_two_machines_train_as_one(machines, base_model, vocab_file, text_jsonl,
         )
         for node, name in enumerate(machines)
     ]
-    one = [*shared_words(base_model, vocab_file), *case(text_jsonl, pairs_csv, "sft")(1), "--proj_dir", tmp_path / "one"]
+    one = [
+        *shared_words(base_model, vocab_file),
+        *case(text_jsonl, pairs_csv, "sft")(1),
+        "--proj_dir",
+        tmp_path / "one",
+    ]
     train.main([str(word) for word in one])
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], [text[-2000:] for text in errors]

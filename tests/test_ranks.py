@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+import merge
 import train
 from src.cli import parse
 from src.training.launch import place_of
@@ -112,13 +113,18 @@ def same_run(one, two):
     """The same metrics, weights and files."""
     assert not list(two.glob("error*")), [path.read_text() for path in two.glob("error*")]
     rounded = one.name == "packed"  # in bf16 a difference in the last bit grows
+    near = {"rel": 0.01, "abs": 0.002} if rounded else {"rel": 1e-5, "abs": 1e-6}
     for event in ("train", "val"):
         first, second = (read_jsonl(folder / "metrics.jsonl", event) for folder in (one, two))
         assert len(first) == len(second)
         for a, b in zip(first, second):
             assert a.keys() == b.keys()
             for key in a.keys() - {"tokens_per_s", "event"}:
-                assert b[key] == pytest.approx(a[key], rel=0.01 if rounded else 1e-5, abs=0.002 if rounded else 1e-6), (key, a, b)
+                assert b[key] == pytest.approx(a[key], **near), (
+                    key,
+                    a,
+                    b,
+                )
     a, b = (torch.load(folder / "rwkv-final.pth", weights_only=True) for folder in (one, two))
     assert a.keys() == b.keys()
     for key, value in a.items():  # Adam's first steps are signs: compare where the gradient is not noise
@@ -253,5 +259,32 @@ def test_a_launcher_that_disagrees_is_refused(long_run, flags):
     """If this breaks, a wrong number of processes trains, or waits for ever for one that never comes."""
     address = {} if len(flags) == 2 and flags[0] == "--num_nodes" else {"MASTER_ADDR": "a", "MASTER_PORT": "9"}
     variables = {name: str(value) for name, value in WRONG[flags].items()} | address
-    with pytest.raises(ValueError, match="--devices|devices|NODE_RANK|RANK"):
+    with pytest.raises(ValueError, match=r"\{(devices|num_nodes)\}|RANK"):
         place_of(parse([str(word) for word in (*long_run[0], *flags)]), variables)
+
+
+REFUSED = {
+    ("--strategy", "fsdp", "--infctx", 1, "--chunk_ctx", 8): "infinite context",
+    ("--strategy", "deepspeed_stage_3", "--state_cp", 1, "--ctx_parts", 4): "deepspeed_stage_2",
+    ("--strategy", "deepspeed_stage_3_offload", "--state", 1): "--grad_cp 0",
+    ("--strategy", "deepspeed_stage_2", "--precision", "fp64"): "--precision fp64",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_does_not_go_together_is_refused_at_once(long_run, script, flags):
+    """If this breaks, a combination that would hang or learn something else fails after an hour of loading."""
+    words = [word if word != long_run[0][1] else "no-such-model.pth" for word in long_run[0]]
+    status, _, err = script(train.main, *words, *flags)
+    assert status == 2 and REFUSED[flags] in err and flags[1] in err
+
+
+def test_checkpoints_of_split_models_merge(runs, script, base_model, tmp_path):
+    """If this breaks, what was trained on several devices needs another tool to become a model."""
+    for strategy, name in (("deepspeed_stage_3", "packed"), ("fsdp", "dpo")):
+        adapter, merged = runs / strategy / name / "rwkv-final.pth", tmp_path / f"{name}.pth"
+        status, _, err = script(
+            merge.main, "--base_model", base_model, "--lora_checkpoint", adapter, "--output", merged
+        )
+        assert status == 0, err
+        assert torch.load(merged, weights_only=True).keys() == torch.load(base_model, weights_only=True).keys()

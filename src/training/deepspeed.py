@@ -124,7 +124,7 @@ def zero(config: Config, model: nn.Module) -> Zero:
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{{strategy}} {config.strategy} needs the package deepspeed: pip install deepspeed") from error
+        raise ValueError(f"--strategy {config.strategy} needs the package deepspeed: pip install deepspeed") from error
     stage = int(config.strategy.split("_")[2])
     elements = config.ds_bucket_mb * 1_000_000
     settings: dict[str, Any] = {

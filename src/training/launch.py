@@ -221,9 +221,9 @@ def here() -> Placed:
 def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     """Inside the block all processes of the run have met; gives the Config with the numbers that hold here.
 
-    words: the script and its command line, for the processes that have to be started. Gives None to a process that has nothing to do,
-    because the command is not a training run. A rank that fails in the block ends all others, with one sentence.
-    Raises ValueError where flags, launcher and machine do not fit together.
+    words: the script and its command line, for the processes that have to be started. Gives None to a process that has
+    nothing to do, because the command is not a training run. A rank that fails in the block ends all others, with one
+    sentence. Raises ValueError where flags, launcher and machine do not fit together.
     """
     place = place_of(config, os.environ)
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()

@@ -52,4 +52,3 @@ def fsdp(config: Config, model: nn.Module) -> Sharded | str:
         raise ValueError("{strategy} fsdp has no backward pass to split where only the head learns; use {strategy} ddp")
     ranks.same_start(list(kept(model).values()))
     return Sharded(data_parallel_size=ranks.world(), tensor_parallel_size=1, timeout=timedelta(minutes=config.timeout))
-
