@@ -187,13 +187,12 @@ def test_a_rank_that_dies_takes_the_others_along(long_run):
 
 
 def test_a_rank_that_hangs_is_named(long_run):
-    """If this breaks, a run in which one process stopped answering costs a night. Started by torchrun."""
+    """If this breaks, a run in which one process stopped answering costs a night."""
     words, folder = long_run
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "train.py")
-    process = starter(*words, "--timeout", 0.2, program=launcher)
+    process = starter(*words, "--timeout", 0.2, "--devices", 2)
     begun(folder, process)
     time.sleep(2)  # in which it says what it does
-    stopped = max(children(process))  # started last: rank 1
+    (stopped,) = children(process)
     os.kill(stopped, signal.SIGSTOP)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -216,11 +215,13 @@ def test_ctrl_c_to_one_rank_stops_all_and_saves(long_run):
 
 
 def test_a_mistake_is_said_once(long_run, tmp_path):
-    """If this breaks, a typing error is reported by each of 64 processes, or hangs them."""
+    """If this breaks, a typing error is reported by each of 64 processes, hangs them, or is lost because the launcher
+    (here torchrun, which has a status of its own) ends the rank that was about to say it."""
     words, _ = long_run
-    process = starter(*words, "--data_file", tmp_path / "nothing.jsonl", "--devices", 2)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "train.py")
+    process = starter(*words, "--data_file", tmp_path / "nothing.jsonl", program=launcher)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+    assert process.returncode == 1 and "exitcode  : 2" in err
     assert err.count("error: ") == 1 and err.count("nothing.jsonl") == 1, err
 
 
