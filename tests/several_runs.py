@@ -18,6 +18,7 @@ from src.cli import parse
 from src.training import ranks
 from src.training.launch import launched
 from src.training.module import Trainee
+from src.training.resume import HostCopy
 from src.training.strategies import load_rank_state, local, own_states, rank_state
 from train import ranked
 
@@ -25,7 +26,7 @@ from train import ranked
 def forget(trainee, batch, index):
     """A training step before which the optimizer's state is wrecked and restored."""
     if index == 2 and trainee.folder.name == "forgetful":
-        state = rank_state(trainee.trainer)
+        state = HostCopy()(rank_state(trainee.trainer))
         for _, own in own_states(trainee.trainer):
             assert own
             for value in own.values():
