@@ -13,7 +13,7 @@ import torch
 import merge
 import train
 from src.cli import parse
-from src.training.launch import place_of
+from src.training.launch import launched, place_of
 from tests.conftest import read_jsonl
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -143,6 +143,15 @@ def same_run(one, two):
     logs = [(folder / "train_log.txt").read_text() for folder in (one, two)]
     assert [text.count("NEW RUN") for text in logs] == [1, 1]
     assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+
+
+def test_a_run_leaves_no_variables_behind():
+    """If this breaks, what DeepSpeed tells itself of one process is believed by processes that are started later."""
+    before = dict(os.environ)
+    config = parse(["--load_model", "M", "--proj_dir", "P", "--data_file", "D"])
+    with launched(config, []):
+        os.environ.update(RANK="0", WORLD_SIZE="1")
+    assert dict(os.environ) == before
 
 
 @pytest.fixture

@@ -225,6 +225,17 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     nothing to do, because the command is not a training run. A rank that fails in the block ends all others, with one
     sentence. Raises ValueError where flags, launcher and machine do not fit together.
     """
+    before = dict(os.environ)
+    try:
+        with _placed(config, words) as placed:
+            yield placed
+    finally:  # DeepSpeed and Lightning leave their variables behind, which processes started later would believe
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _placed(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     place = place_of(config, os.environ)
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
