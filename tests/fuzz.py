@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import torch
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -170,6 +172,7 @@ def work(name: str, files: Sample, target: str, numbers: Sequence[int], pipe: in
     """What a worker does: reads the inputs one after the other and says so on `pipe`."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.setpgid(0, 0)
+    torch.set_num_threads(1)  # the parent's OpenMP threads are not in a fork, and libgomp would wait for them for ever
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     now = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
     resource.setrlimit(resource.RLIMIT_AS, (now + CEILING,) * 2)
