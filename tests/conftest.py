@@ -29,6 +29,12 @@ def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_si
     return tensors
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """A test draws the same numbers whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def vocab_file(tmp_path_factory):
     """A trie vocabulary of the 256 single bytes."""

@@ -18,11 +18,6 @@ from tests.test_head import CHUNKS, HEADS, TARGETS, C, V, gradients, hidden_stat
 K = 4
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def teacher_rows(k=K, dtype=torch.float64):
     """A teacher's logits of every position: (all of them, the k largest, their tokens, log-sum-exp)."""
     full = 2 * torch.randn(len(TARGETS), V, dtype=dtype)

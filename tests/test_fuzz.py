@@ -32,7 +32,7 @@ from src.rl.reject_file import RejectFile
 from src.training.kept_scores import KeptScores
 from src.training.sidecar import read_sidecar
 from tests import fuzz
-from tests.fuzzing import readers
+from tests.fuzzing import readers, samples
 
 EACH = 17  # inputs of a reader: 500 in all
 
@@ -164,7 +164,7 @@ def test_tensors_that_are_more_than_the_file(tmp_path):
 
 def test_a_layer_of_a_huge_number():
     """Gaps were looked for by counting up to the largest number."""
-    tensors = readers.base_tensors()
+    tensors = samples.base_tensors()
     tensors["blocks.999999999999.att.r_k"] = tensors["blocks.0.att.r_k"]
     refused(lambda: sizes_of(tensors), "no layer 1")
 
@@ -209,7 +209,7 @@ def test_the_look_into_an_h5_sees_through_filters(tmp_path, filters):
         column = file.create_dataset("tokens", (70,), h5py.vlen_dtype(np.int64), chunks=(16,), **filters)
         for at in range(70):
             column[at] = np.arange(1, 3 + at)
-    assert len(open_text(path, readers.Words())) == 70
+    assert len(open_text(path, samples.Words())) == 70
     data = bytearray(path.read_bytes())
     heap = data.index(b"GCOL")
     data[heap : heap + 4] = b"gone"
@@ -264,7 +264,7 @@ def test_a_number_of_5000_digits(tmp_path):
 )
 def test_a_sidecar_of_other_kinds(tmp_path, key, value):
     """Values of the wrong kind were met in the middle of a merge."""
-    path = readers.write_adapter(tmp_path)
+    path = samples.write_adapter(tmp_path)
     side = path.with_suffix(".json")
     side.write_text(json.dumps(json.loads(side.read_text()) | {key: value}))
     refused(lambda: read_sidecar(path), side)
@@ -309,7 +309,7 @@ def test_damaged_reference_scores_are_scored_again(tmp_path, line):
 
 def test_a_vocabulary_that_lacks_its_own_unknown_word(tmp_path):
     """The package raises a bare Exception when it first meets a letter that it does not know."""
-    path = readers.write_tokenizer(tmp_path)
+    path = samples.write_tokenizer(tmp_path)
     path.write_text(path.read_text().replace('"unk_token":"<unk>"', '"unk_token":"<gone>"').replace("<unk>", "<other>"))
     content = json.loads(path.read_text())
     content["model"]["unk_token"] = "<gone>"
@@ -319,7 +319,7 @@ def test_a_vocabulary_that_lacks_its_own_unknown_word(tmp_path):
 
 def test_a_vocabulary_over_which_its_package_panics(tmp_path):
     """A merge without its letters; the panic is no Exception, and nobody catches it."""
-    path = readers.write_tokenizer(tmp_path)
+    path = samples.write_tokenizer(tmp_path)
     content = json.loads(path.read_text())
     content["model"] |= {"continuing_subword_prefix": "xxxxxxx"}
     path.write_text(json.dumps(content))

@@ -52,11 +52,6 @@ HEADS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def hidden_states(dtype=torch.float64):
     return torch.randn(len(TARGETS), C, dtype=dtype, requires_grad=True)
 

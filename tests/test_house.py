@@ -77,7 +77,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
                 yield from (f"src.{alias.name}" for alias in node.names)
 
 
-@each(SRC)
+@each(SRC + SCRIPTS + TESTS + OTHERS + NATIVE + SHELL)
 def test_a_file_is_short(path):
     """A file that one cannot read at a sitting is split by meaning."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE

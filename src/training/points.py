@@ -78,10 +78,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         content = {"about": manifest["about"], "files": manifest["files"]}
-        if _digest(content) != manifest["sha256"]:
-            raise Damaged(f"{path / MANIFEST} is damaged: its bytes are not those that were written")
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        whole = _digest(content) == manifest["sha256"]
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"{path / MANIFEST} is missing or damaged") from error
+    if not whole:
+        raise Damaged(f"{path / MANIFEST} is damaged: its bytes are not those that were written")
     return content
 
 

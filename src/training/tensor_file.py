@@ -106,5 +106,5 @@ def read_tree(path: Path) -> Any:
             # the tensors are changed in place later: never in the file's own pages
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return unflatten(json.loads(file.metadata()[VALUES]), tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as part of a resume point ({type(error).__name__})") from error
