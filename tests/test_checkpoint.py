@@ -26,7 +26,7 @@ from src.model.checkpoint import (
 from src.model.initial import initial_tensors
 from src.model.sizes import check_flags, sizes_of
 from src.plan import make_plan
-from src.training.sidecar import read_sidecar, sidecar_of, sidecar_path, write_sidecar
+from src.training.sidecar import check_whole, read_sidecar, sidecar_of, sidecar_path, write_checkpoint, write_sidecar
 from tests.conftest import random_tensors
 
 
@@ -320,3 +320,22 @@ def test_a_checkpoint_without_or_with_a_broken_sidecar(tmp_path):
     (tmp_path / "rwkv-0.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match="format 99"):
         read_sidecar(tmp_path / "rwkv-0.pth")
+
+
+def test_a_kill_during_a_save_leaves_the_older_checkpoint_with_its_sidecar(tmp_path, monkeypatch):
+    """If this breaks, `rwkv-best` with the sidecar of another one is refused as damaged, and the best model is lost."""
+    torch.save(tiny(), tmp_path / "base.pth")
+    sidecar = sidecar_of("x070", Layout({}, frozenset(), frozenset(), "none"), None, tmp_path / "base.pth")
+    path = tmp_path / "run" / "rwkv-best.pth"
+    write_checkpoint({"head.weight": torch.zeros(2)}, sidecar, path)
+
+    def killed(checkpoint):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.training.sidecar.file_hash", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_checkpoint({"head.weight": torch.ones(2)}, sidecar, path)
+    check_whole(read_sidecar(path), path)
+    assert not torch.load(path)["head.weight"].any()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["rwkv-best.json", "rwkv-best.pth"]

@@ -13,7 +13,7 @@ from src.layers.stores import store_class
 from src.model.checkpoint import file_sizes, read_tensors, write_atomic
 from src.training.adapter_files import AdapterFile
 from src.training.merging import Merged
-from src.training.sidecar import sidecar_of, write_sidecar
+from src.training.sidecar import sidecar_of, write_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,5 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
     layout = Layout(adapted, packed, trained, quant)
     sidecar = sidecar_of(file_sizes(base).version, layout, None, base)
     Merged(read_tensors(base), AdapterFile(folder, tensors, sidecar, layout, {}))  # refuses what does not fit
-    write_atomic(tensors, output)
-    write_sidecar(sidecar, output)
+    write_checkpoint(tensors, sidecar, output)
     return f"{len(adapted)} adapters of {folder} for {base.name}: {output}"

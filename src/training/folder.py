@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from src.model.checkpoint import kept, write_atomic
 from src.plan import is_state
 from src.training import ranks
-from src.training.sidecar import check_whole, read_sidecar
+from src.training.sidecar import Sidecar, check_whole, read_sidecar, write_checkpoint
 from src.training.watch import at
 
 log = logging.getLogger(__name__)
@@ -85,14 +84,14 @@ class RunFolder:
         self,
         folder: Path,
         tensors: Callable[[], dict[str, Tensor]],
-        write_sidecar: Callable[[Path], Any],
+        sidecar: Sidecar,
         suffix: str = ".pth",
         keep: int = 0,
         states: bool = False,
     ) -> None:
         self.folder = folder
         self.tensors = tensors
-        self.write_sidecar = write_sidecar
+        self.sidecar = sidecar
         self.suffix = suffix
         self.keep = keep
         self.states = states
@@ -117,11 +116,10 @@ class RunFolder:
         tensors = self.tensors()
         if not ranks.first():
             return path
-        write_atomic(tensors, path)
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
             write_atomic(learnt, self._state_path(path))
-        self.write_sidecar(path)
+        write_checkpoint(tensors, self.sidecar, path)
         log.info("saved %s", path)
         return path
 

@@ -20,7 +20,7 @@ from src.training.module import Trainee
 from src.training.points import FOLDER, Point, Points
 from src.training.records import append_json
 from src.training.resume import about_run, take_weights
-from src.training.sidecar import Sidecar, sidecar_of, write_sidecar
+from src.training.sidecar import Sidecar, sidecar_of
 from src.training.start import Start, continues, numbered_from, resume_adapter
 from src.training.teacher import open_teacher
 
@@ -96,7 +96,7 @@ def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> 
     return RunFolder(
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
-        lambda path: write_sidecar(sidecar, path),
+        sidecar,
         suffix=f".{config.save_format}",
         keep=config.keep,
         states=bool(config.state_output_mode),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from src.config import PROGRAM_VERSION
-from src.files import file_hash, parse_json
+from src.files import file_hash, parse_json, sync_folder
 from src.layers import ADAPTERS
 from src.layers.adaptation import Adaptation
 from src.layers.placing import Layout
@@ -75,6 +78,26 @@ def write_sidecar(sidecar: Sidecar, checkpoint: str | Path) -> Path:
     sidecar = dataclasses.replace(sidecar, sha256=file_hash(checkpoint) if Path(checkpoint).exists() else "")
     write_atomic(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n", path)
     return path
+
+
+def write_checkpoint(tensors: Mapping[str, Tensor], sidecar: Sidecar, path: Path) -> None:
+    """Write `tensors` to `path` and `sidecar` beside it, in the place of older ones; ValueError when it cannot be done.
+
+    Both are ready before either takes its place: a kill leaves the older checkpoint with its sidecar, unless it falls
+    between two renames.
+    """
+    fresh = path.with_name(f".new-{path.name}")
+    try:
+        write_atomic(tensors, fresh)
+        write_sidecar(sidecar, fresh)
+        os.replace(fresh, path)
+        os.replace(sidecar_path(fresh), sidecar_path(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+        sidecar_path(fresh).unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def read_sidecar(checkpoint: str | Path) -> Sidecar | None:
