@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from src.layers.store import Store
+from src.layers.store import Store, scaled_rows
 
 BLOCK = 64
 LARGEST = 127.0
@@ -55,6 +55,5 @@ class Int8(Store):
         return cls(shape, packed, torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        dense = torch.empty(self.packed.shape, dtype=dtype, device=self.packed.device)
-        torch.mul(self.packed, self.scale, out=dense)  # in float32 and rounded once, without a copy between
+        dense = scaled_rows(self.packed, self.scale, dtype)
         return dense.view(-1)[: self.shape.numel()].view(self.shape)

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+# numbers that are unpacked at once: products of mixed types make float32 copies of all that a CPU is given
+PIECE, PIECE_ON_GPU = 1 << 20, 1 << 24
+
+
+def scaled_rows(
+    packed: Tensor, scale: Tensor, dtype: torch.dtype, values: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> Tensor:
+    """values(packed) (rows, n) times scale (rows, 1) in float32, rounded once to a new tensor (rows, n) of `dtype`."""
+    dense = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    piece = PIECE if packed.device.type == "cpu" else PIECE_ON_GPU
+    step = max(1, piece // max(1, packed.shape[1]))
+    for begin in range(0, len(packed), step):
+        rows = slice(begin, begin + step)
+        torch.mul(values(packed[rows]), scale[rows], out=dense[rows])
+    return dense
 
 
 class ExactBuffers(nn.Module):

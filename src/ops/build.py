@@ -188,7 +188,8 @@ def _compile(recipe: Recipe, target: Path) -> None:
     began = time.monotonic()
     source = recipe.source
     logger.info("compiling %s (once; about 15 s)", source.name)
-    partial = target.with_name(f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}")  # a cache may be of several machines
+    name = f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}"  # machines may share a cache
+    partial = target.with_name(name)
     line = [*recipe.command, str(source), "-o", str(partial), *recipe.links]
     try:
         done = subprocess.run(line, capture_output=True, text=True)
