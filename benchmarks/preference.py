@@ -11,8 +11,8 @@ to the start model, nats a token) are means over the seeds, with the range of th
 over the steps; two answers of KTO are a pair.
 
 TRL's DPOTrainer gets the same model behind a thin wrapper, with our kernels, the same adapter, the same reference
-scores and as many pairs as our DPO; batching (prompts in both answers, padding), chunked log-softmax and loop are its
-own.
+scores and the same pairs in the same order as our DPO; batching (prompts in both answers, padding), chunked
+log-softmax, loss and loop are its own. Printed is also how far its losses are from ours, step by step.
 """
 
 from __future__ import annotations
@@ -162,9 +162,10 @@ def wrapped(model):
     return found
 
 
-def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
-    """TRL's DPOTrainer over pairs that are tokenised and scored: what it would do first is done."""
+def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, steps):
+    """TRL's DPOTrainer over our `count` steps of pairs, tokenised and scored: what it would do first is done."""
     import tokenizers
+    import torch
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
@@ -176,6 +177,9 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         def _precompute_ref_logps(self, dataset, *_, **__):
             return dataset
 
+        def _get_train_sampler(self, *_, **__):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     rows = [
@@ -186,7 +190,7 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
             "ref_chosen_logps": pair.reference[0],
             "ref_rejected_logps": pair.reference[1],
         }
-        for pair in (pairs[index] for index in range(len(pairs)))
+        for pair in (steps.examples[index] for k in range(count) for index in steps.indices(k))
     ]
     settings = DPOConfig(
         output_dir=str(Path(flags.out) / f"trl-{seed}"),
@@ -209,23 +213,23 @@ def trl_trainer(flags: argparse.Namespace, seed: int, count: int, ready, pairs):
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        logging_steps=1000,
+        logging_steps=1,
     )
     return Prepared(
         wrapped(ready.model), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
 
 
-def theirs(flags: argparse.Namespace, seed: int, count: int) -> dict:
-    """The same model, adapter and pairs under TRL, scored by our evaluation."""
+def theirs(flags: argparse.Namespace, seed: int, count: int) -> tuple[dict, list[float]]:
+    """The same model, adapter and pairs under TRL, scored by our evaluation; and the loss of each step."""
     from transformers import TrainerCallback
 
     folder = Path(flags.out) / f"TRL-{seed}"
     words = [*common(flags, folder, seed), *METHODS["DPO"], "--micro_bsz", str(BATCH)]
     _, ready, inputs = opened(words, folder)
-    pairs = inputs.training().examples
+    steps = inputs.training()
     score = inputs.held_out(reference=True)
-    trainer = trl_trainer(flags, seed, count, ready, pairs)
+    trainer = trl_trainer(flags, seed, count, ready, steps)
     clock: list[float] = []
 
     class Clock(TrainerCallback):
@@ -236,7 +240,8 @@ def theirs(flags: argparse.Namespace, seed: int, count: int) -> dict:
     trainer.train()
     held_out = score()
     seconds = statistics.median(b - a for a, b in itertools.pairwise(clock)) if count > 1 else float("nan")
-    return {key: held_out[key] for key in MEASURED} | {"steps": count, "step_s": seconds}
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return {key: held_out[key] for key in MEASURED} | {"steps": count, "step_s": seconds}, losses
 
 
 def row(name: str, found: list[dict]) -> str:
@@ -283,10 +288,16 @@ def main() -> None:
     except ImportError as error:
         print(f"\nTRL's DPOTrainer was not run: {error}")
     else:
-        dpo = results.get("DPO") or [{"steps": max(2, flags.tokens // 1000)}]
-        name = f"TRL {trl.__version__} DPO"
-        results[name] = [theirs(flags, seed, dpo[0]["steps"]) for seed in range(1, flags.seeds + 1)]
-        print(row(name, results[name]))
+        name, off = f"TRL {trl.__version__} DPO", 0.0
+        results[name] = []
+        for seed, run in enumerate(results.get("DPO", []), 1):
+            found, losses = theirs(flags, seed, run["steps"])
+            own = [record["loss"] for record in records(Path(flags.out) / f"DPO-{seed}", "train")]
+            off = max(off, *(abs(a - b) for a, b in zip(own, losses, strict=True)))
+            results[name].append(found)
+        if results[name]:
+            print(row(name, results[name]))
+            print(f"\nLargest difference between a step's loss under TRL and ours, {flags.seeds} seeds: {off:.1e}")
     if flags.json:
         Path(flags.json).write_text(json.dumps(results, indent=1) + "\n")
 

@@ -146,7 +146,7 @@ class Inputs:
         return texts, self._shuffled(len(texts))
 
     def _say_report(self) -> None:
-        for line in self.reports[-1].lines():
+        for line in [] if self.config.dry_run else self.reports[-1].lines():  # a dry run prints all reports itself
             log.info(line)
 
     def _shuffled(self, n: int) -> Order:

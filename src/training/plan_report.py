@@ -116,7 +116,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
     for report in inputs.reports:
-        console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
+        console.print("\n".join(report.lines()), markup=False, highlight=False)
     for text in samples(inputs, steps):
         console.rule("what is trained on (green: likelier, red: less likely)")
         console.print(text)
