@@ -155,7 +155,7 @@ def main(words: Sequence[str]) -> int:
     if args.to_peft:
         folder = Path(args.to_peft)
         check_inputs(f"--to_peft {folder}", folder / TENSORS, Path(args.lora_checkpoint))
-        print(to_peft_folder(opened(args), folder))
+        print(to_peft_folder(opened(args), folder, force=args.force))
     elif args.from_peft:
         folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
         inputs = (base, sidecar_path(base), folder / TENSORS, folder / CONFIG)

@@ -173,7 +173,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     if loss:
         values["loss"] = loss
         given.add("loss")
-    elif values.get("data_file"):
+    elif values.get("data_file") and not values.get("pair_file"):
         values["loss"] = "sft"
     choose_plan(values, given, lora)
     config = Config(**values, given=frozenset(given))

@@ -290,6 +290,12 @@ def notices(config: Config) -> list[str]:
         )
     if config.loss == "dpo" and config.data_file and config.dpo_general_corpus_ratio == 0:
         said.append(say("{data_file} is not read, because {dpo_general_corpus_ratio} is 0", config))
+    elif trains(config) and config.data_file and not trains_on_text(config):
+        said.append(say("{data_file} is not read: {loss=} trains on {pair_file}", config))
+    if trains(config) and config.pair_file and config.loss in ("sft", "distillation"):
+        said.append(say("{pair_file} is not read: {loss=} trains on {data_file}", config))
+    if trains(config) and config.trust_reference and config.loss not in ("dpo", "wpo", "kto"):
+        said.append(say("{trust_reference} has no effect: {loss=} has no reference model", config))
     if config.drop_ties and not config.pair_file and not config.val_file:
         said.append(say("{drop_ties} 1 has no effect without preference pairs", config))
     if trains(config) and config.loss == "kto" and config.micro_bsz * config.accumulate_grad_batches < 4:

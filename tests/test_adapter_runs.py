@@ -252,3 +252,29 @@ def test_the_recipe_of_state_tuning_runs_as_it_is_written(script, base_model, vo
     assert set(own) == {f"blocks.{i}.att.time_state" for i in range(2)} and not (own.keys() & tensors.keys())
     assert all(tensor.abs().max() > 1e-3 for tensor in own.values())  # rates of 0.1, not of 1e-4
     assert not list((tmp_path / "out").glob("*-state*"))
+
+
+def test_a_run_does_not_write_over_what_it_needs(go, script, base_of, vocab_file, text_jsonl, tmp_path):
+    """If this breaks, the cold adapter below a new one is replaced by the new one, and neither can be used again."""
+    folder = go("run", "x070", *planned("lora", "none"))
+    before = (folder / "rwkv-0.pth").read_bytes()
+    words = [
+        "--load_model",
+        base_of("x070"),
+        "--vocab_file",
+        vocab_file,
+        "--proj_dir",
+        folder,
+        "--data_file",
+        text_jsonl,
+    ]
+    words += ["--peft", "bone", "--lora_r", 4, "--quant", 0, "--epoch_steps", 1, "--epoch_count", 1]
+    status, _, err = script(train.main, *words, "--load_cold_adapter", folder / "rwkv-0.pth")
+    assert status == 2 and "--load_cold_adapter" in err and "would write over it" in err
+    assert (folder / "rwkv-0.pth").read_bytes() == before
+    cold = ["--load_cold_adapter", folder / "rwkv-0.pth", "--epoch_begin", 1]
+    status, _, err = script(train.main, *words, *cold)
+    assert status == 0, err
+    exported = ["--lora_checkpoint", folder / "rwkv-1.pth", "--to_peft", tmp_path / "peft"]
+    status, _, err = script(merge.main, *exported)
+    assert status == 2 and "over the cold adapter rwkv-0.pth" in err and not (tmp_path / "peft").exists()

@@ -203,6 +203,7 @@ MISTAKES = {
     "--data_file D --load_model 0": "--load_model is missing",
     BASE: "nothing to train on: give --data_file",
     BASE + "--rlhf_train_file F": "--rlhf_train_file F needs a loss: --dpo 1, --orpo 1",
+    TEXT + "--rlhf_train_file F": "--rlhf_train_file F needs a loss: --dpo 1, --orpo 1",
     BASE + "--dpo 1": "--dpo 1 needs --rlhf_train_file",
     BASE + "--orpo": "--orpo 1 needs --rlhf_train_file",
     BASE + "--sft": "--sft 1 needs --data_file",
@@ -252,6 +253,19 @@ def test_notices(caplog):
     assert any("--orpo_alpha 0.0004" in line and "--orpo_mode sum" in line for line in said)
     assert any("--epoch_steps 10 is rounded up to 12" in line for line in said)
     assert any("no effect with this loss: --dpo_beta" in line for line in said)
+
+
+def test_a_file_that_is_not_read_is_named(caplog):
+    """A user who gives a file believes that it is trained on."""
+    for text, said in (
+        (BASE + "--orpo 1 --rlhf_train_file F --data_file D", "--data_file is not read: --orpo 1 trains on"),
+        (TEXT + "--sft 1 --rlhf_train_file F", "--rlhf_train_file is not read: --sft 1 trains on"),
+        (BASE + "--orpo 1 --rlhf_train_file F --trust_reference 1", "--trust_reference has no effect: --orpo 1 has no"),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            parse(argv(text))
+        assert any(said in record.getMessage() for record in caplog.records), text
 
 
 def test_settings_of_text_are_said_to_be_idle_on_pairs(caplog):

@@ -119,6 +119,12 @@ def test_binidx_and_pre_training_by_magic_prime(run, script, text_jsonl, vocab_f
     run(train.main, [*shlex.split(words), "--proj_dir", folder, "--data_file", corpus], "")
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 8 and steps[-1]["loss"] < steps[0]["loss"]
+    assert not (folder / "rwkv-2.pth").exists()
+    words = words.replace("--my_exit_tokens 512", "--my_exit_tokens 700") + " --epoch_begin 0"  # as RWKV-LM's scripts
+    run(train.main, [*shlex.split(words), "--proj_dir", folder, "--data_file", corpus], "")
+    assert (folder / "rwkv-2.pth").exists()
+    steps = read_jsonl(folder / "metrics.jsonl", "train")
+    assert len(steps) == 8 + 1  # 11 steps of 64 tokens in all, 10 of them in the two mini-epochs that are done
 
 
 @pytest.fixture

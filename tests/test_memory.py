@@ -1,5 +1,6 @@
 """What --dry_run says of memory is what a run takes: packed models are loaded one layer at a time."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import make_binidx
 import train
 from src.layers import ADAPTERS
 from src.model.checkpoint import build_model
 from src.model.initial import TABLES, initial_tensors
 from src.plan import make_plan
 from src.training.memory import block_bytes, state_bytes, weights_by_storage
+from tests.conftest import VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,6 +85,29 @@ def test_the_dry_run_lists_weights_by_storage(script, base_model, vocab_file, te
     assert status == 0, err
     for part in ("weights nf4", "weights bf16", "weights fp32, training", "adapters", "optimizer", "while loading"):
         assert part in out
+
+
+def test_the_dry_run_counts_what_a_step_runs(script, base_model, vocab_file, text_jsonl, pairs_csv, tmp_path):
+    """If this breaks, a plan for slices of 32 tokens, for joined documents or for pairs is a plan for one document."""
+    corpus = tmp_path / "corpus"
+    lengths = ["--ctx_len", 32, "--micro_bsz", 2, "--epoch_steps", 4, "--epoch_count", 1, "--quant", 0]
+    made = ["--input", text_jsonl, "--output", corpus, "--ctx_len", 32, "--vocab_size", VOCAB]
+    assert script(make_binidx.main, *made, "--vocab_file", vocab_file)[0] == 0
+    words = ["--load_model", base_model, "--vocab_file", vocab_file, "--proj_dir", tmp_path, "--dry_run", 1, *lengths]
+    found = {}
+    for name, more in {
+        "slices": ["--data_file", corpus, "--data_type", "binidx"],
+        "joined": ["--data_file", text_jsonl, "--infctx_dataset_multiplier", 20],
+        "pairs": ["--simpo", 1, "--rlhf_train_file", pairs_csv],
+    }.items():
+        status, out, err = script(train.main, *words, *more)
+        assert status == 0, err
+        step = int(re.search(r"memory of a step over ([\d,]+) tokens", out)[1].replace(",", ""))
+        found[name] = (step, int(re.search(r"about ([\d,]+) tokens", out)[1].replace(",", "")))
+    assert found["slices"] == (64, 256)
+    assert found["joined"][0] == 64 and 200 < found["joined"][1] <= 256
+    step, whole = found["pairs"]
+    assert step > 30 and 4 * 30 < whole < 4 * step  # both answers of two pairs, and their prompts
 
 
 # a step in a process of its own; what stays small (libraries, a tiny model's first step) is there before it begins

@@ -257,3 +257,48 @@ def test_dry_run_colours_what_is_trained():
     chosen, reject = pair_sample(batch, lambda ids: "".join(map(str, ids)))
     assert [(chosen.plain[s.start : s.end], s.style) for s in chosen.spans] == [("123", "dim"), ("45", GOOD)]
     assert [(reject.plain[s.start : s.end], s.style) for s in reject.spans] == [("123", "dim"), ("6", BAD)]
+
+
+def test_scores_of_another_start_model_are_not_taken(go, pairs_csv):
+    """If this breaks, PiSSA over packed matrices is compared with a model that it never was."""
+    pytest.importorskip("bitsandbytes")
+    first = []
+    for words in (("lora", 8), ("pissa", 8), ("pissa", 4)):
+        packed = ["--quant", 1, "--quant_mode", "nf4", "--peft", words[0], "--lora_r", words[1], "--lora_dropout", 0]
+        records, _ = go(
+            "out", "--dpo", 1, "--rlhf_train_file", pairs_csv, *packed, "--epoch_steps", 1, "--micro_bsz", 4
+        )
+        first.append(of(records, "train")[-1]["margin"])
+    assert first == pytest.approx([0, 0, 0], abs=1e-4)
+
+
+def test_foreign_scores_do_not_judge_a_loss_without_a_reference(go, pairs_csv, tmp_path):
+    """If this breaks, --val_split of ORPO tells an accuracy against numbers that stood in the file."""
+    rows = [([5 + n], [6, 7, n + 1, 0], [8, 9, n + 1, 0], -50.0, -1.0) for n in range(24)]
+    torch.save(rows, tmp_path / "foreign.save")
+    words = ["--orpo", 1, "--rlhf_train_file", tmp_path / "foreign.save", "--val_split", 0.25, "--epoch_steps", 1]
+    records, _ = go("out", *words, "--lr_init", "1e-9", "--lr_final", "1e-9")
+    (held_out,) = of(records, "val")
+    assert held_out["margin"] == pytest.approx(0, abs=1e-3) and held_out["chosen_reward"] == pytest.approx(0, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "longest"),
+    [
+        (("--infctx_dataset_multiplier", 3), 100),
+        (("--infctx_dataset_multiplier", 3, "--reset_state", 0), 100),
+        (("--initial_ctx_len", 4, "--ctx_warmup_steps", 2), 4),
+    ],
+)
+def test_general_text_beside_dpo_has_the_samples_of_text(typed, pairs_csv, text_jsonl, words, longest, tmp_path):
+    """If this breaks, flags for text crash on the pairs beside it, or do nothing."""
+    (tmp_path / "out").mkdir()
+    mixed = ["--dpo", 1, "--rlhf_train_file", pairs_csv, "--data_file", text_jsonl, "--dpo_general_corpus_ratio", 0.5]
+    tokens = []
+    for more in ((), words):
+        config = parse([str(word) for word in (*typed, *mixed, "--micro_bsz", 2, *more)])
+        steps = Inputs(config, start(config, tmp_path / "out"), tmp_path / "out").training(score=False)
+        batch = steps.micro_batch(0)
+        assert len(batch.starts) == 5
+        tokens.append(batch.general.tokens.numel())
+    assert tokens[1] > tokens[0] if longest > 4 else tokens[1] <= 2 * longest < tokens[0]

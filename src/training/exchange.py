@@ -21,12 +21,18 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHOWN = 4
 
 
-def to_peft_folder(file: AdapterFile, folder: Path) -> str:
+def to_peft_folder(file: AdapterFile, folder: Path, *, force: bool = False) -> str:
     """Write the adapters of `file` for PEFT; returns a sentence. Raises ValueError for what PEFT cannot hold.
 
-    What trained beside the adapters (LayerNorms, small vectors, whole matrices, states) has no place there: it is
-    counted in a warning.
+    An adapter over a cold one means something over their merge only, and is refused unless `force`. What trained beside
+    the adapters (LayerNorms, small vectors, whole matrices, states) has no place there: it is counted in a warning.
     """
+    cold = Path(file.sidecar.cold_file).name if file.sidecar and file.sidecar.cold_sha256 else ""
+    if cold and not force:
+        raise ValueError(
+            f"this adapter was trained over the cold adapter {cold}, and a PEFT adapter cannot say so: merge {cold} "
+            "into the base model, use that as PEFT's base model, and give --force 1 here"
+        )
     tensors, config, left = to_peft(file.tensors, file.layout.adapted, file.initial)
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
@@ -36,7 +42,7 @@ def to_peft_folder(file: AdapterFile, folder: Path) -> str:
         )
     if file.initial and file.layout.packed:
         log.warning("a PiSSA adapter over %s matrices is exact in PEFT only over the same residual", file.layout.store)
-    config["base_model_name_or_path"] = file.sidecar.base_file if file.sidecar else None
+    config["base_model_name_or_path"] = file.sidecar.base_file if file.sidecar and not cold else None
     write_atomic(tensors, folder / TENSORS)
     write_atomic(json.dumps(config, indent=1) + "\n", folder / CONFIG)
     return f"{len(file.layout.adapted)} adapters for the PEFT library: {folder}"

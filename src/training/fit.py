@@ -72,12 +72,22 @@ def micro_batches_per_epoch(config: Config) -> int:
 
 
 def optimizer_steps(config: Config, steps: Steps) -> int:
-    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it."""
+    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
+
+    Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
+    are left.
+    """
     count = config.steps_per_epoch * config.epoch_count
     if config.my_exit_tokens > 0:
         examples = min(len(steps.examples), 10_000)
         mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
-        count = min(count, math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step)))
+        whole = math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step))
+        count = min(count, whole - config.steps_per_epoch * config.epoch_begin)
+        if count <= 0:
+            raise ValueError(
+                f"--my_exit_tokens {config.my_exit_tokens} are {whole} optimizer steps, and mini-epoch "
+                f"{config.epoch_begin} comes after them: nothing is left to train"
+            )
     return count
 
 
@@ -149,7 +159,8 @@ def fit(
     try:
         trainer.fit(trainee, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
-        raise RuntimeError("stopped by SIGTERM; rwkv-last holds what was learnt, --resume auto goes on") from stop
+        more = "" if config.resume_every < 0 else ", --resume auto goes on"
+        raise RuntimeError(f"stopped by SIGTERM; rwkv-last holds what was learnt{more}") from stop
     except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
         if not save.stopped:
             raise

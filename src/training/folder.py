@@ -8,6 +8,7 @@ State tuning adds `rwkv-{n}-state.pth`, the learnt states alone. PiSSA's initial
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ NORMS = (".ln0.", ".ln1.", ".ln2.", ".ln_x.", "ln_out.")
 def open_folder(path: str) -> Path:
     """Make the project folder and prove that it can be written. Raises ValueError in one sentence if not."""
     folder = Path(path)
-    probe = folder / ".writable"
+    probe = folder / f".writable-{os.getpid()}-{os.urandom(4).hex()}"  # every rank makes one
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

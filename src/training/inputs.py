@@ -24,11 +24,12 @@ from src.data.split import Subset, split
 from src.data.text import Texts, text_type
 from src.data.tokenizer import Tokenizer, load_tokenizer
 from src.files import file_hash
-from src.layers.placing import Layout
+from src.layers.placing import Layout, matrices
 from src.losses import LOSSES
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
 from src.training import ranks
+from src.training.adapter_files import initial_factors, tensors_hash
 from src.training.divergence import Divergence
 from src.training.evaluate import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
 from src.training.reference import reference_scores
@@ -125,16 +126,15 @@ class Inputs:
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        if LOSSES[c.loss].kind == "text" and (c.infctx_dataset_multiplier > 1 or not c.reset_state):
-            examples = self._joined(examples)
-            order = self._shuffled(len(examples))
-        place = {"rank": ranks.rank(), "world": ranks.world()}
-        steps = Steps(examples, order, c.micro_bsz, c.accumulate_grad_batches, growing=self._growing(), **place)
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
+        if LOSSES[c.loss].kind == "text":
+            return Steps(*self._samples(examples, order), *size, self._growing())
+        steps = Steps(examples, order, *size)
         if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
             return steps
-        text, order = self._training_text()
+        text = self._training_text()
         self._say_report()
-        return MixedSteps(steps, Steps(text, order, c.micro_bsz, c.accumulate_grad_batches, **place))
+        return MixedSteps(steps, Steps(*self._samples(*text), *size, self._growing()))
 
     def _training_text(self) -> tuple[Any, Order]:
         """--data_file as examples and their order."""
@@ -152,9 +152,11 @@ class Inputs:
     def _shuffled(self, n: int) -> Order:
         return Shuffled(n, self.config.seed) if self.config.random_mode else Sequential(n)
 
-    def _joined(self, examples: Any) -> Joined:
-        """--infctx_dataset_multiplier documents to a sample."""
+    def _samples(self, examples: Any, order: Order) -> tuple[Any, Order]:
+        """Documents of text and their order as samples: --infctx_dataset_multiplier of them to one."""
         c = self.config
+        if c.infctx_dataset_multiplier <= 1 and c.reset_state:
+            return examples, order
         if not hasattr(examples, "length"):
             raise ValueError(
                 "--infctx_dataset_multiplier and --reset_state 0 work on documents, not on slices of a corpus, which "
@@ -163,7 +165,7 @@ class Inputs:
         seed = c.seed if c.random_mode else None
         joined = Joined(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
         log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
-        return joined
+        return joined, self._shuffled(len(joined))
 
     def _growing(self) -> Growing | None:
         """--initial_ctx_len: how long samples are at each step."""
@@ -214,6 +216,8 @@ class Inputs:
             model, layout = self._foreign_model(c.reference_model)
             model_hash = file_hash(c.reference_model)
         held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
+        if initial := initial_factors(model):  # PiSSA's start model is the packed residual and these
+            held.append(tensors_hash(initial))
         with counted(len(pairs), "reference", c.enable_progress_bar) as done:
             return reference_scores(
                 model,
@@ -228,11 +232,16 @@ class Inputs:
 
     def _same_reference(self, about: dict) -> bool:
         """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
+        model, layout = self.start.model, self.start.report.layout
+        storage = layout.store if layout.packed else "none"
+        whole = not layout.packed or layout.packed >= {name for name, _ in matrices(model)} - {"emb"}
         return (
             about.get("reference") == "sum"
             and about.get("model") == self.start.hash
             and about.get("precision") == self.config.precision
-            and about.get("storage", "none") == self.config.storage
+            and about.get("storage", "none") == storage
+            and whole  # a file has all matrices in one storage
+            and not initial_factors(model)
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
@@ -257,7 +266,7 @@ class Inputs:
                 return self._held_out_texts(self.split_off)
             examples = [self.split_off[index] for index in range(len(self.split_off))]
             known = [pair.reference for pair in examples]
-            if None not in known:
+            if LOSSES[c.loss].needs_reference and None not in known:  # then they were looked at, or computed
                 return self._held_out_pairs(examples, torch.tensor(known))
             return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
         if not c.val_file:

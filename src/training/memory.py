@@ -20,7 +20,7 @@ from src.layers.stores import STORES
 from src.losses import LOSSES
 from src.model.rwkv import RWKV
 from src.training.context import Pieces
-from src.training.merging import base_reader, shapes
+from src.training.merging import shapes
 from src.training.start import Start
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -187,7 +187,7 @@ def loading_peak(start: Start) -> int:
 
     On a GPU the model itself does not count.
     """
-    file = shapes(base_reader(start.path, start.cold)())
+    file = shapes(start.read())
     blocks: Counter[str] = Counter()
     for name, tensor in file.items():
         blocks[".".join(name.split(".")[:2])] += _bytes(tensor)

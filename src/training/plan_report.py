@@ -18,9 +18,11 @@ from src.model.rwkv import RWKV
 from src.training.fit import optimizer_steps
 from src.training.inputs import Inputs
 from src.training.memory import Estimate, loading_peak, memory_by_part
+from src.training.module import tokens_run
 from src.training.start import Start, device_of, shape_model
 
 SAMPLES = 3
+LOOKED_AT = 32  # micro-batches whose tokens are counted
 SHOWN = 200  # tokens of a sample
 MIB = 1 << 20
 
@@ -92,6 +94,18 @@ def show_memory(console: Console, estimate: Estimate, tokens: int) -> None:
             console.print(f"{part:28} {size / MIB:12,.1f} MiB", highlight=False)
 
 
+def spread(count: int) -> list[int]:
+    """Some of `count` micro-batches, from the first to the last; samples may grow, and files may be sorted."""
+    return sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
+
+
+def longest(config: Config, inputs: Inputs) -> int:
+    """Tokens of a micro-batch of nothing but the longest row of the files, as far as rows are known."""
+    first = inputs.reports[0]
+    row = max(first.lengths, default=0)  # of a pair, the prompt and the longer answer
+    return config.micro_bsz * (row if config.pair_file else min(row, config.ctx_len))
+
+
 def dry_run_shape(config: Config) -> None:
     """--dry_run_shape: what a model of that shape would take, in rows of --ctx_len tokens. No file is read.
 
@@ -116,7 +130,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
     for report in inputs.reports:
-        console.print("\n".join(report.lines()), markup=False, highlight=False)
+        console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
     for text in samples(inputs, steps):
         console.rule("what is trained on (green: likelier, red: less likely)")
         console.print(text)
@@ -124,18 +138,17 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     for room, train, frozen in rooms(start):
         console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
     console.print("\n".join(start.report.lines()), markup=False, highlight=False)
-    longest = max((max(report.lengths, default=0) for report in inputs.reports), default=0)
-    tokens = config.micro_bsz * min(longest, config.ctx_len)
+    total = optimizer_steps(config, steps)
+    seen = [tokens_run(steps.micro_batch(k)) for k in spread(total * config.accumulate_grad_batches)]
+    tokens = max(*seen, longest(config, inputs))
     show_memory(console, memory_by_part(config, start.model, tokens, gpu=device_of(config) == "cuda"), tokens)
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
-    total = optimizer_steps(config, steps)
-    mean = sum(sum(r.lengths) / max(1, len(r.lengths)) for r in inputs.reports[:1])
-    seen = total * config.accumulate_grad_batches * config.micro_bsz
+    batches = total * config.accumulate_grad_batches
     saves = -(-config.epoch_count // config.epoch_save) + 1
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
     console.print(
-        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {seen:,} samples, "
-        f"about {int(seen * min(mean, config.ctx_len)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
+        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {batches * config.micro_bsz:,} samples, about "
+        f"{round(batches * sum(seen) / len(seen)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
         highlight=False,
     )

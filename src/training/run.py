@@ -51,12 +51,10 @@ def train(config: Config, folder: Path, start: Start, point: Point | None = None
     """Train, from `point` on if there is one; True when Ctrl+C stopped it.
 
     Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
-    overwrite the base model.
+    overwrite a file that the run begins from.
     """
-    written = folder.resolve() == start.path.resolve().parent and SAVED.match(start.path.name)
-    if written and not continues(config):
-        raise ValueError(f"--proj_dir {folder} holds {start.path.name}, the model to start from: give another folder")
     typed, config = config, numbered_from(config, start.path)
+    refuse_overwriting(config, folder, start)
     pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
     ranks.check_same("--load_model", fingerprint(start.path))
     teacher = open_teacher(config, start.sizes.vocab_size)
@@ -76,6 +74,28 @@ def train(config: Config, folder: Path, start: Start, point: Point | None = None
     about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
     points = Points(folder / FOLDER, about, point.path if point else None)
     return fit(trainee, steps, config, run, settings_of(config), held_out, points, point)
+
+
+def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
+    """Raises ValueError when a save of this run would take the place of a file that it, or its adapters, need later."""
+    begin, end = config.epoch_begin, config.epoch_begin + config.epoch_count
+    needed = {
+        "--load_model": start.path,
+        "--load_cold_adapter": start.cold,
+        "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
+        "--reference_model": config.reference_model,
+        "--teacher_model": config.teacher_model,
+    }
+    for flag, path in needed.items():
+        found = SAVED.match(Path(path).name) if path else None
+        if not found or Path(path).resolve().parent != folder.resolve():
+            continue
+        written = flag == "--load_model" or not found[1].isdigit() or begin <= int(found[1]) < end
+        if written and not (flag == "--load_model" and continues(config)):
+            raise ValueError(
+                f"{flag} {path} lies in --proj_dir {folder}, and this run would write over it: give another folder, or "
+                "move the file"
+            )
 
 
 def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:

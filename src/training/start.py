@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,6 +89,7 @@ class Start:
     plan: Plan
     model: RWKV
     report: Report
+    read: Callable[[], Mapping[str, Tensor]]  # opens the base file anew, with the cold adapter merged
     cold: Path | None = None
 
     @cached_property
@@ -112,11 +114,14 @@ def continues(config: Config) -> bool:
 
 
 def numbered_from(config: Config, path: Path) -> Config:
-    """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on."""
+    """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on.
+
+    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0.
+    """
     found = NUMBERED.match(path.name)
-    if not (continues(config) and found) or "epoch_begin" in config.given:
+    begin = int(found[1]) + 1 if found else 0
+    if not (continues(config) and found) or config.epoch_begin >= begin:
         return config
-    begin = int(found[1]) + 1
     log.info("going on from %s: --epoch_begin %d", path, begin)
     return dataclasses.replace(config, epoch_begin=begin)
 
@@ -173,7 +178,7 @@ def start(config: Config, folder: Path, point: Point | None = None) -> Start:
         keep_pages()
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
-    begun = Start(path, sizes, plan, model, report, cold)
+    begun = Start(path, sizes, plan, model, report, read, cold)
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
