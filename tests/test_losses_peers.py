@@ -47,11 +47,27 @@ class Trainer:
 
     def __init__(self, **settings):
         same = SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value, gather=lambda value: value)
-        self.__dict__.update(settings, accelerator=same, model=SimpleNamespace(training=True), _total_train_tokens=0)
+        self.__dict__.update(
+            settings, accelerator=same, model=SimpleNamespace(training=True), _total_train_tokens=0, _tp_size=1
+        )
         self._metrics = defaultdict(lambda: defaultdict(list))
 
     def __getattr__(self, name):
         return None
+
+
+def answered(logits, inputs):
+    """What TRL's models give it of `logits` (answers, tokens, V): numbers of the answers' next tokens."""
+    logp, labels = logits[:, :-1].log_softmax(2), inputs["input_ids"][:, 1:]
+    trained = inputs["completion_mask"][:, 1:].bool()
+    return SimpleNamespace(
+        log_probs=logp.gather(2, labels[:, :, None])[:, :, 0] * trained,
+        entropy=-(logp.exp() * logp).sum(2),
+        log_sum_sq_probs=(2 * logp).logsumexp(2).detach(),
+        mean_logits=logits[:, :-1].mean(2).detach(),
+        is_top1=logits[:, :-1].argmax(2) == labels,
+        label_mask=trained,
+    )
 
 
 def trl_batch(length=4):
@@ -82,7 +98,7 @@ def test_trl_agrees_about_pairs(name):
     kind = {"loss_types": ["sigmoid" if name == "wpo" else name], "use_weighting": name == "wpo"}
     made = Trainer(**settings, **kind, precompute_ref_logps=True)
     inputs |= {"ref_chosen_logps": base[:2], "ref_rejected_logps": base[2:]}
-    other = method(made, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    other = method(made, lambda **_: answered(logits, inputs), inputs, False)
     if name == "wpo":
         ours, metrics = step_loss(LOSSES["wpo"], head, hidden, batch, config(wpo_beta=beta))
         assert metrics["weight"].item() < 2  # no weight was at its limit of 1, which this trl no longer has
@@ -104,7 +120,7 @@ def test_trl_agrees_about_kto():
     made.precompute_ref_logps = made.calculate_KL = True
     inputs |= {"label": torch.tensor([1, 1, 0, 0]), "ref_logps": base, "ref_KL_logps": torch.full((4,), -3.0)}
     made._compute_kl_logps = lambda model, batch: torch.full((4,), -1.5)
-    other = method(made, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    other = method(made, lambda **_: answered(logits, inputs), inputs, False)
     rated = {"good": torch.tensor([True, False, True, False]), "good_total": 2.0, "kl": torch.tensor(1.5)}
     batch = SimpleNamespace(**vars(batch) | rated | {"reference": batch.reference.flatten(), "total": 4.0})
     settings = config(kto_beta=beta, kto_desirable_weight=weights[0], kto_undesirable_weight=weights[1])
