@@ -135,6 +135,19 @@ def texts_of(path, tokenizer, **how):
     return open_text(path, tokenizer, **how)
 
 
+@pytest.mark.parametrize(("room", "reads"), [(1 << 30, 2), (1, 8)])
+def test_a_document_is_not_read_again_for_each_of_its_pieces(tmp_path, monkeypatch, room, reads):
+    """If this breaks, shuffled pieces of long documents cost a whole document each; or all of them fill the memory."""
+    with writing(tmp_path / "a.h5", {}) as out:
+        out.add([TextExample(np.arange(1, 41)), TextExample(np.arange(41, 81))])
+    texts = open_h5(tmp_path / "a.h5", 100, ctx_len=10)
+    monkeypatch.setattr("src.data.h5.KEPT", room)
+    read, count = texts.file.document, []
+    monkeypatch.setattr(texts.file, "document", lambda *words: count.append(words) or read(*words))
+    pieces = [texts[index].tokens for index in (0, 4, 1, 5, 2, 6, 3, 7)]
+    assert [int(piece[0]) for piece in pieces] == [1, 41, 11, 51, 21, 61, 31, 71] and len(count) == reads
+
+
 def test_reading_is_lazy_and_survives_a_fork(tmp_path):
     """A worker process must not share HDF5's handle with its parent, and a big file must not be held in memory."""
     documents = [np.full(50_000, number % 16) for number in range(40)]

@@ -8,6 +8,7 @@ vocabulary, so the dtype byte is honoured.
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class Corpus:
 
     Attributes:
         tokens: (N,) all ids, in the file's own dtype.
-        sizes: (n,) tokens of each document. offsets: (n,) where each begins, in tokens.
+        sizes: (n,) int32 tokens of each document.
 
     Raises:
         ValueError: a missing or truncated file, a wrong magic, version or dtype, sizes and pointers that do not fit
@@ -52,7 +53,7 @@ class Corpus:
         self.prefix = corpus_prefix(path)
         self.idx, self.bin = f"{self.prefix}.idx", f"{self.prefix}.bin"
         kind, self.sizes, pointers = _read_index(self.idx)
-        self.offsets = self._check(kind, pointers)
+        self._check(kind, pointers)
         self.tokens = np.memmap(self.bin, dtype=kind, mode="r") if int(self.sizes.sum()) else np.empty(0, kind)
         if vocab_size is not None:
             self._check_ids(vocab_size)
@@ -65,7 +66,12 @@ class Corpus:
         start = int(self.offsets[index])
         return self.tokens[start : start + int(self.sizes[index])]
 
-    def _check(self, kind: np.dtype, pointers: np.ndarray) -> np.ndarray:
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """(n,) int64, where each document begins, in tokens."""
+        return np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+
+    def _check(self, kind: np.dtype, pointers: np.ndarray) -> None:
         ends = np.cumsum(self.sizes, dtype=np.int64)
         starts = ends - self.sizes
         if not np.array_equal(pointers, starts * kind.itemsize):
@@ -85,7 +91,6 @@ class Corpus:
             raise ValueError(
                 f"{self.bin} has {have} bytes, but {self.idx} describes {need}: the two do not belong together"
             )
-        return starts
 
     def _check_ids(self, vocab_size: int) -> None:
         info = np.iinfo(self.tokens.dtype)
@@ -118,7 +123,7 @@ def _read_index(path: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     need = _HEADER.size + count * 12 + entries * 8
     if len(data) < need:
         raise ValueError(f"{path} is truncated: {len(data)} bytes, its header describes {need}")
-    sizes = np.frombuffer(data, dtype="<i4", count=count, offset=_HEADER.size).astype(np.int64)
+    sizes = np.frombuffer(data, dtype="<i4", count=count, offset=_HEADER.size).copy()  # not all of `data`
     if len(sizes) and int(sizes.min()) < 0:
         raise ValueError(f"{path}: document {int(sizes.argmin())} has the negative size {int(sizes.min())}")
     pointers = np.frombuffer(data, dtype="<i8", count=count, offset=_HEADER.size + 4 * count)

@@ -10,6 +10,7 @@ L tokens of a document, K teacher's logits per token.
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ VALUES, INDICES, LSE = "top_k_values", "top_k_indices", "top_k_lse"
 KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64, LSE: np.float32}
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
+KEPT = 1 << 30  # bytes of documents that are kept for the next of their pieces
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
 
@@ -202,6 +204,13 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
         raise RowError(f"{what} id {wrong} is outside the model's vocabulary of {vocab_size}", "id outside vocabulary")
 
 
+def _bytes(example: TextExample) -> int:
+    """Bytes of a document with its teacher's logits."""
+    top = example.teacher
+    arrays = [example.tokens, example.mask, *([] if top is None else [top.values, top.indices, top.lse])]
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
 class H5Texts:
     """Documents of an .h5 (or their pieces) in file order, each read when it is asked for.
 
@@ -240,7 +249,7 @@ class H5Texts:
             raise ValueError(f"{report.source}: holds no text to train on ({report.rows} documents read)")
         self.bounds, self._counts = np.asarray(bounds, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         report.examples, report.trained = len(bounds), int(self._counts.sum())
-        self._last: tuple[int, TextExample] | None = None
+        self._kept: OrderedDict[int, TextExample] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -257,16 +266,19 @@ class H5Texts:
         )
 
     def _whole(self, number: int) -> TextExample:
-        """The document, kept until another one is asked for: HDF5 reads an entry whole, and pieces come in a row."""
-        if self._last is None or self._last[0] != number:
+        """The document; the last ones asked for are kept, as HDF5 reads an entry whole for each piece of it."""
+        if number not in self._kept:
             try:
                 tokens, mask = self.file.document(number, self.vocab_size)
                 mask = None if self.ignore_mask else mask
                 top = self.file.teacher(number, len(tokens), self.vocab_size).largest(self.k) if self.k else None
             except RowError as error:  # it was in order when the file was opened
                 raise ValueError(f"{self.file.path} document {number} has changed: {error}") from error
-            self._last = (number, TextExample(tokens, mask, top))
-        return self._last[1]
+            self._kept[number] = TextExample(tokens, mask, top)
+            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return self._kept[number]
 
     def trained(self, index: int) -> int:
         """Trained targets of an example."""

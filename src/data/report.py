@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,7 @@ class DataReport:
     skipped: Counter = field(default_factory=Counter)
     truncated: Counter = field(default_factory=Counter)
     remarked: Counter = field(default_factory=Counter)
-    lengths: list[int] = field(default_factory=list)
+    lengths: list[int] | np.ndarray = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     def bad(self, where: str, error: RowError) -> None:
@@ -62,19 +64,25 @@ class DataReport:
             self.notices.append(sentence)
             log.info("%s", sentence)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, 0 without any."""
+        return int(np.max(self.lengths)) if len(self.lengths) else 0
+
     def histogram(self) -> list[tuple[int, int, int]]:
         """(from, below, rows) over lengths; the bounds are powers of two, empty ones at the ends left out."""
-        bins = Counter(max(0, length).bit_length() for length in self.lengths)
-        if not bins:
+        if not len(self.lengths):
             return []
-        return [((1 << b) >> 1, 1 << b, bins[b]) for b in range(min(bins), max(bins) + 1)]
+        bins = np.bincount(np.frexp(np.maximum(0, self.lengths))[1])  # 1 -> 1, 2 and 3 -> 2, 4 to 7 -> 3
+        first = int(np.flatnonzero(bins)[0])
+        return [((1 << b) >> 1, 1 << b, int(bins[b])) for b in range(first, len(bins))]
 
     def lines(self) -> list[str]:
         """The report as text, one fact a line; notices were logged when they arose."""
         out = [f"{self.source}: {self.rows} rows, {self.examples} examples, {self.trained} trained (tokens or pairs)"]
-        if self.lengths:
-            mean = sum(self.lengths) / len(self.lengths)
-            out.append(f"  lengths: {min(self.lengths)} to {max(self.lengths)} tokens, mean {mean:.1f}")
+        if len(self.lengths):
+            shortest, mean = int(np.min(self.lengths)), float(np.mean(self.lengths))
+            out.append(f"  lengths: {shortest} to {self.longest} tokens, mean {mean:.1f}")
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
         out += [f"  {part} cut in {count} rows" for part, count in self.truncated.items() if count]
@@ -90,6 +98,6 @@ class DataReport:
             "skipped": dict(self.skipped),
             "truncated": dict(self.truncated),
             "remarked": dict(self.remarked),
-            "longest": max(self.lengths, default=0),
+            "longest": self.longest,
             "notices": list(self.notices),
         }

@@ -264,6 +264,6 @@ def open_slices(path: str | os.PathLike, vocab_size: int, ctx_len: int, stride: 
     """A binidx corpus as slices of ctx_len + 1 tokens `stride` apart, and its counts; needs no tokenizer."""
     corpus = Corpus(path, vocab_size)
     slices = Slices(corpus, ctx_len, stride)
-    report = DataReport(str(path), rows=len(corpus), examples=len(slices), lengths=corpus.sizes.tolist())
+    report = DataReport(str(path), rows=len(corpus), examples=len(slices), lengths=corpus.sizes)
     report.trained = len(corpus.tokens) - 1
     return slices, report

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from src.losses.head import Product, open_head, random_state, replayed
 from src.losses.squares import log_squares
-from src.ops.logprob import row_grad_, row_stats
+from src.ops.logprob import check_range, row_grad_, row_stats
 
 IGNORE = -100
 CHUNK = 1024
@@ -128,12 +128,16 @@ class _Scores(torch.autograd.Function):
         run = open_head(head, hidden, chunk)
         for part in run.parts:
             logits = run.logits(part)
-            stats = row_stats(logits, targets[part])
+            if part.start == 0:
+                check_range(targets, logits.shape[1])
+                if at is not None:
+                    check_range(at, logits.shape[1], "the teacher's token id")
+            stats = row_stats(logits, targets[part], checked=True)
             lse[part], top[part], argmax[part] = stats.lse, stats.max_logit, stats.argmax
             logp[part] = stats.target_logit - stats.lse
             mean_logp[part] = stats.logit_sum / logits.shape[1] - stats.lse
             if at is not None:
-                picked[part] = logits.gather(1, _inside(at[part], logits.shape[1])).to(wide) - stats.lse[:, None]
+                picked[part] = logits.gather(1, at[part]).to(wide) - stats.lse[:, None]
         # a single chunk's logits fit in the memory that backward would need for them anyway: a product saved
         ctx.logits = logits if len(run.parts) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad) else None
         ctx.save_for_backward(targets, at, hidden, lse, argmax, *params)
@@ -200,7 +204,9 @@ class _WeightedNll(torch.autograd.Function):
         nll, smooth, wrap = (weights.new_empty(len(hidden)) for _ in range(3))
         for part in run.parts:
             logits, w = run.logits(part), weights[part]
-            stats = row_stats(logits, targets[part])
+            if part.start == 0:
+                check_range(targets, logits.shape[1])
+            stats = row_stats(logits, targets[part], checked=True)
             nll[part] = (stats.lse - stats.target_logit) * w
             smooth[part] = (stats.lse - stats.logit_sum / logits.shape[1]) * w
             wrap[part] = l2wrap_weight * stats.max_logit.square() * w
@@ -246,16 +252,6 @@ def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
     if rows is None:
         return value
     return value.new_zeros(len(targets), *value.shape[1:]).index_copy(0, rows, value)
-
-
-def _inside(at: Tensor, vocabulary: int) -> Tensor:
-    """`at` itself. Raises ValueError for a token outside the vocabulary."""
-    if at.numel():
-        low, high = torch.stack(at.aminmax()).tolist()
-        if low < 0 or high >= vocabulary:
-            wrong = low if low < 0 else high
-            raise ValueError(f"the teacher's token id {wrong} is outside the model's vocabulary of {vocabulary}")
-    return at
 
 
 def _score_dtype(hidden: Tensor) -> torch.dtype:

@@ -15,8 +15,9 @@ from torch import Tensor
 from src.ops.build import library
 from src.ops.select import choose
 
-# The twin widens this many logits at a time (16 MiB in float32), so that bfloat16 chunks never have a full wide copy.
-BLOCK_ELEMENTS = 1 << 22
+# The twin widens so many logits at a time (16 MiB in float32; on a GPU, where each operation must be worth its launch,
+# 128), so that bfloat16 chunks never have a full wide copy.
+BLOCK_ELEMENTS, BLOCK_ON_GPU = 1 << 22, 1 << 25
 
 
 class RowStats(NamedTuple):
@@ -30,14 +31,15 @@ class RowStats(NamedTuple):
     argmax: Tensor
 
 
-def row_stats(logits: Tensor, targets: Tensor, backend: str = "auto") -> RowStats:
+def row_stats(logits: Tensor, targets: Tensor, backend: str = "auto", *, checked: bool = False) -> RowStats:
     """Statistics of each row of `logits` (n,V), any float dtype; `targets` (n,) int64 in [0, V). No gradient.
 
     log p(target) = target_logit - lse; the mean over the vocabulary of log p = logit_sum / V - lse.
-    Raises ValueError for a target outside the vocabulary.
+    Raises ValueError for a target outside the vocabulary, unless the targets are `checked` (a GPU is waited for).
     """
     assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
-    _check_range(targets, logits.shape[1])
+    if not checked:
+        check_range(targets, logits.shape[1])
     name, _ = choose("logprob", logits.device, logits.dtype, tuple(logits.shape), backend)
     if name == "cpu":
         return RowStats(*library("logprob").row_stats(_rows(logits), targets.contiguous()))
@@ -86,12 +88,13 @@ def row_grad_(
     return logits
 
 
-def _check_range(targets: Tensor, vocabulary: int) -> None:
-    if targets.numel():
-        low, high = torch.stack(targets.aminmax()).tolist()
+def check_range(tokens: Tensor, vocabulary: int, what: str = "token id") -> None:
+    """Raises ValueError, naming `what`, for a token of any shape outside the vocabulary."""
+    if tokens.numel():
+        low, high = torch.stack(tokens.aminmax()).tolist()
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
-            raise ValueError(f"token id {wrong} is outside the model's vocabulary of {vocabulary}")
+            raise ValueError(f"{what} {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -99,6 +102,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, logits.shape[1]))
+    elements = BLOCK_ON_GPU if logits.is_cuda else BLOCK_ELEMENTS
+    step = max(1, elements // max(1, logits.shape[1]))
     for start in range(0, logits.shape[0], step):
         yield slice(start, start + step)

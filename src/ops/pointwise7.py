@@ -8,6 +8,7 @@ rows alone, so equal inputs give equal bits for any number of threads. `backend`
 `select.BACKENDS["pointwise7"]`. Every function raises ValueError for shapes or dtypes that do not fit.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def token_mix(
     _check_mix(x, last, starts, mixes)
     if _runs_on_host(x, backend):
         return _kernel("token_mix", (x, None if last is None else last.float(), mixes.float(), starts))
-    return naive.token_mix(x, last, starts, mixes)
+    return _twin(naive.token_mix, (x, last, starts, mixes))
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
@@ -42,7 +43,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
     if _runs_on_host(v, backend):
         return _kernel("value_gate", (v, v_first, v0.float(), v12))[0]
-    return naive.value_gate(v, v_first, v0, v12)
+    return _twin(naive.value_gate, (v, v_first, v0, v12))
 
 
 def delta_keys(
@@ -58,7 +59,7 @@ def delta_keys(
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
     if _runs_on_host(k, backend):
         return _kernel("delta_keys", (k, k_k.float(), k_a.float(), a0.float(), a12), heads)
-    return naive.delta_keys(k, k_k, k_a, a0, a12, heads)
+    return _twin(naive.delta_keys, (k, k_k, k_a, a0, a12), heads)
 
 
 def gated_norm(
@@ -83,16 +84,13 @@ def gated_norm(
     _check("gated_norm", rows, {"weight": weight, "bias": bias})
     if _runs_on_host(y, backend):
         return _kernel("gated_norm", (y, r, k, v, r_k.float(), weight.float(), bias.float(), g), eps)[0]
-    return naive.gated_norm(y, r, k, v, r_k, weight, bias, g, eps)
+    return _twin(naive.gated_norm, (y, r, k, v, r_k, weight, bias, g), eps)
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
-    """max(x, 0)^2 of any shape, in x's dtype. The kernel keeps its output, not x, for the gradient."""
-    if not _runs_on_host(x, backend):
-        return naive.relu_squared(x)
-    if _records(x):
-        return _ReluSquared.apply(x)
-    return library("pointwise7").relu_squared(x)
+    """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
+    ops = library("pointwise7") if _runs_on_host(x, backend) else naive
+    return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
 
 
 def _runs_on_host(x: Tensor, backend: str) -> bool:
@@ -130,19 +128,56 @@ class _Kernel(torch.autograd.Function):
         return None, None, *backward(list(grads), *tensors, *ctx.settings, need)
 
 
-class _ReluSquared(torch.autograd.Function):
-    """Saves the output, which the matrix product that follows keeps as well."""
+def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+    """Run a plain twin; where a gradient is wanted so that it keeps no more for it than the kernels do."""
+    return (_Recomputed.apply if _records(*tensors) else _plainly)(function, settings, *tensors)
+
+
+def _plainly(function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None) -> Any:
+    return function(*tensors, *settings)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A plain twin. Only the inputs are saved: its float32 copies would be twice what the kernels keep of a block."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = library("pointwise7").relu_squared(x)
+    def forward(ctx: Any, function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.settings = function, settings
+        return function(*tensors, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[2:]
+        tensors = [t.detach().requires_grad_(n) if n else t for t, n in zip(ctx.saved_tensors, need)]
+        with torch.enable_grad():
+            found = ctx.function(*tensors, *ctx.settings)
+        outputs = found if isinstance(found, tuple) else (found,)
+        reached = [at for at, grad in enumerate(grads) if grad is not None]
+        wanted = [t for t, n in zip(tensors, need) if n]
+        if not reached:
+            return (None,) * (2 + len(need))
+        sources, slopes = [outputs[at] for at in reached], [grads[at] for at in reached]
+        given = iter(torch.autograd.grad(sources, wanted, slopes, allow_unused=True))
+        return None, None, *(next(given) if n else None for n in need)
+
+
+class _ReluSquared(torch.autograd.Function):
+    """Saves the output, which the matrix product that follows keeps as well. `ops`: the kernels, or the plain twins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ops: Any) -> Tensor:
+        out = ops.relu_squared(x)
         ctx.save_for_backward(out)
+        ctx.ops = ops
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return library("pointwise7").relu_squared_backward(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ops.relu_squared_backward(grad, *ctx.saved_tensors), None
 
 
 def _check(op: str, rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:

@@ -19,6 +19,7 @@ from src.layers.placing import Layout, matrices
 from src.layers.stores import STORES
 from src.losses import LOSSES
 from src.model.rwkv import RWKV
+from src.ops.logprob import BLOCK_ON_GPU
 from src.training.context import Pieces
 from src.training.merging import shapes
 from src.training.start import Start
@@ -39,6 +40,7 @@ DROPPED = 1.6  # values that an adapter with dropout keeps of each channel of it
 # Of activations and logits, what glibc's heap holds in vain on a CPU; recomputed blocks come and go (measured).
 HOLES = {False: 0.25, True: 1.0}
 PASSING = 12  # gradients of the width C that are under way inside a block
+TWIN = 56  # bytes of each channel while a plain twin is computed again in float32 for its gradient (counted)
 # bytes beside matrix and packed matrix while one is packed: pieces of 2^20 or 2^22 numbers as a few float32 copies
 PACKING = {"nf4": 20 << 20, "fp4": 20 << 20, "int8": 32 << 20, "fp8": 32 << 20}
 
@@ -93,9 +95,9 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
         "matrix being unpacked": width * max([0, *(_numel(layer) for _, layer in matrices(model) if _packed(layer))]),
         "gradients": gradients,
         "optimizer": 8 * trained,
-        "activations": activation_bytes(config, model, here),
+        "activations": activation_bytes(config, model, here, gpu),
         "states": 4 * state * rows,
-        "head": head_bytes(config, model, here),
+        "head": head_bytes(config, model, here, gpu),
     }
     if config.loss == "distillation":
         logits = 6 * 4 * tokens * config.top_k  # values, indices (8 bytes), the student's scores and their gradients
@@ -147,13 +149,13 @@ def block_bytes(model: RWKV, width: int, layer: int) -> int:
     return int(width * (values * sizes.n_embd + extra) + kept * sizes.dim_att)
 
 
-def activation_bytes(config: Config, model: RWKV, tokens: int) -> int:
+def activation_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
     """What the graph of `tokens` tokens holds when the backward pass begins, and the gradients inside one block."""
     width, sizes = WIDTHS[config.precision], model.sizes
     blocks = [
         block_bytes(model, width, layer) * tokens + _casts(block, width) for layer, block in enumerate(model.blocks)
     ]
-    inside = PASSING * tokens * sizes.n_embd * width
+    inside = max(PASSING * width, TWIN * gpu) * tokens * sizes.n_embd
     if not config.grad_cp:
         return sum(blocks) + inside
     return max(blocks) + inside + (sizes.n_layer + 1) * tokens * sizes.n_embd * width
@@ -166,12 +168,16 @@ def _casts(block: nn.Module, width: int) -> int:
     return sum(width * p.numel() for p in block.parameters() if p.requires_grad and p.dim() == 2)
 
 
-def head_bytes(config: Config, model: RWKV, tokens: int) -> int:
-    """A chunk of logits, hidden states with their gradient, and the copy of a trained head in the compute dtype."""
+def head_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
+    """A chunk of logits, hidden states with their gradient, and the copy of a trained head in the compute dtype.
+
+    Without the kernels of the CPU also a float32 block of logits and their exponentials.
+    """
     width, head = WIDTHS[config.precision], model.head
-    logits = min(tokens, config.head_chunk) * head.out_features * width
+    logits = min(tokens, config.head_chunk) * head.out_features
     cast = head.weight is not None and head.weight.element_size() != width
-    return logits + 2 * tokens * head.in_features * width + (_numel(head) * width if cast else 0)
+    wide = 2 * 4 * min(logits, BLOCK_ON_GPU) if gpu else 0
+    return logits * width + wide + 2 * tokens * head.in_features * width + (_numel(head) * width if cast else 0)
 
 
 def _packed(layer: nn.Module) -> bool:

@@ -101,8 +101,7 @@ def spread(count: int) -> list[int]:
 
 def longest(config: Config, inputs: Inputs) -> int:
     """Tokens of a micro-batch of nothing but the longest row of the files, as far as rows are known."""
-    first = inputs.reports[0]
-    row = max(first.lengths, default=0)  # of a pair, the prompt and the longer answer
+    row = inputs.reports[0].longest  # of a pair, the prompt and the longer answer
     return config.micro_bsz * (row if config.pair_file else min(row, config.ctx_len))
 
 
