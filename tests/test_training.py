@@ -169,11 +169,15 @@ def test_train_stage_1_then_3(script, tmp_path, vocab_file, text_jsonl):
     assert status == 0, err
     first = weights(folder, "rwkv-0.pth")
     assert not torch.equal(first["emb.weight"], initial["emb.weight"])
-    status, _, err = script(train.main, *run, "--epoch_count", 2, "--my_exit_tokens", 10)
+    texts = [len(line["text"].encode()) for line in read_jsonl(text_jsonl)]
+    enough = int(2.5 * sum(texts) / len(texts))  # tokens of two steps and a half, counted from the beginning
+    status, _, err = script(train.main, *run, "--epoch_count", 2, "--my_exit_tokens", enough)
     assert status == 0, err  # goes on from rwkv-0, the newest, numbered from 1, and ends after one step
     assert (folder / "rwkv-1.pth").exists() and not (folder / "rwkv-2.pth").exists()
     assert torch.equal(weights(folder, "rwkv-0.pth")["emb.weight"], first["emb.weight"])
     assert len(read_jsonl(folder / "metrics.jsonl", "train")) == 3
+    status, _, err = script(train.main, *run, "--epoch_count", 2, "--my_exit_tokens", enough)
+    assert status == 2 and "nothing is left to train" in err
     status, _, err = script(train.main, *run, "--epoch_count", 1, "--peft", "lora")
     assert status == 2 and "--load_model" in err  # would leave a folder that stage 3 cannot go on from
 
