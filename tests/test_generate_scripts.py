@@ -12,6 +12,7 @@ from conftest import VOCAB, read_jsonl
 import chat
 import rlhf_generate_reject
 import rlhf_generate_reject_csv as rejects
+from src.data import open_pairs
 from src.data.tokenizer import load_tokenizer
 from src.model.checkpoint import load_model, trainable, write_atomic
 from src.plan import make_plan
@@ -57,6 +58,22 @@ def test_empty_rejects_are_filled_and_others_stay(script, words, tmp_path, caplo
     assert out[2][2] == "no, two"
     assert all(row[2] and row[2] != row[1] for row in out[1:])
     assert "4 rejects sampled, 1 kept" in caplog.text
+
+
+def test_what_is_written_can_be_read(script, words, vocab_file, tmp_path, monkeypatch):
+    """A model that is not trained yet says NUL bytes, over which every reader stops."""
+    sample = room.generate
+
+    def nul(*args, **settings):
+        done = sample(*args, **settings)
+        for one in done:
+            one.text = "a\0b" + one.text
+        return done
+
+    monkeypatch.setattr(room, "generate", nul)
+    assert script(rejects.main, "--input_csv", write_csv(tmp_path / "in.csv", ROWS), *words)[0] == 0
+    pairs = open_pairs(tmp_path / "out.csv", load_tokenizer(VOCAB, vocab_file))
+    assert len(pairs) == 5 and read_csv(tmp_path / "out.csv")[1][2].startswith("ab")
 
 
 def test_the_command_of_the_seeds_runs_without_a_gpu(script, words, tmp_path, caplog):

@@ -135,13 +135,16 @@ def prompt_ids(tokenizer, task: Task) -> list[int]:
 
 
 def answer_of(task: Task, text: str) -> str:
-    """Sampled text as the text of an answer: without what the cue of the g1 template left open."""
+    """Sampled text as the text of an answer: without what the cue of the g1 template left open, and without NUL bytes.
+
+    The readers take those for a sign of another encoding, and would refuse the file that this goes into.
+    """
     cue = task.form.prompt(task.pair.turns, [task.pair.chosen])
     if cue.endswith("</think"):
         text = text.removeprefix(">")
     elif cue.endswith("<think"):
         text = "<think" + text
-    return normalise(text)
+    return normalise(text.replace("\0", ""))
 
 
 def sample_rows(model, tokenizer, tasks: list[Task], rows: list[int], settings: Settings, tally: Tally) -> list[str]:
