@@ -114,6 +114,7 @@ def test_wrong_numbers_of_rows(profile):
         "x,lora,16,32,0,1,1,0,0,0,": "column Layer: 'x', must be emb, head or a block from 0 to 1",
         "-1,lora,16,32,0,1,1,0,0,0,": "column Layer: '-1'",
         "00,lora,16,32,0,1,1,0,0,0,": "column Layer: '00'",
+        "9" * 5000 + ",lora,16,32,0,1,1,0,0,0,": "column Layer: '999",
         "0,lora,0,32,0,1,1,0,0,0,": "column Rank: '0', must be a whole number >= 1",
         "0,bone,-4,32,0,1,1,0,0,0,": "column Rank: '-4', must be a whole number >= 1",
         "0,pissa,1.5,32,0,1,1,0,0,0,": "column Rank: '1.5', must be a whole number >= 1",

@@ -94,7 +94,7 @@ def check_layers(path: str, lines: list[Line], n_layer: int) -> dict[str, Line]:
     seen: dict[str, Line] = {}
     for line in lines:
         layer = line.cells["Layer"]
-        if not re.fullmatch(r"emb|head|0|[1-9][0-9]*", layer):
+        if not re.fullmatch(r"emb|head|0|[1-9][0-9]{0,8}", layer):
             raise line.wrong("Layer", f"emb, head or a block from 0 to {n_layer - 1}")
         if layer in seen:
             raise line.wrong("Layer", f"unique (line {seen[layer].number} has it too)")
