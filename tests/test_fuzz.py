@@ -192,6 +192,24 @@ def test_a_heap_that_leads_back_to_itself(tmp_path):
     refused(lambda: H5File(tmp_path / "a.h5"), tmp_path / "a.h5", "heap")
 
 
+def test_text_beside_the_lists_is_not_read(tmp_path):
+    """It lies in a heap too, of which only those of the lists are looked at; a chain of it may lead back to itself."""
+    with writing(tmp_path / "a.h5", {"vocab_size": 9, "tokenizer": "words"}) as file:
+        file.add([TextExample(np.arange(1, n)) for n in (4, 9)])
+    data = (tmp_path / "a.h5").read_bytes()
+    heaps = [at for at in range(len(data)) if data.startswith(b"GCOL", at)]
+    text = next(at for at in heaps if b"words" in data[at : at + 4096])
+    damaged = bytearray(data)
+    damaged[text + 16 : text + 4096] = bytes(4080)
+    (tmp_path / "b.h5").write_bytes(damaged)
+    assert H5File(tmp_path / "a.h5").about == {"vocab_size": 9}
+    if len(heaps) > 1:
+        assert H5File(tmp_path / "b.h5").about == {"vocab_size": 9}
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file.attrs["top_k"] = "many"
+    assert H5File(tmp_path / "a.h5").about["top_k"] == "no number"
+
+
 def test_an_entry_that_claims_too_much(tmp_path):
     """HDF5 makes room for what an entry claims before it looks whether it is there."""
     data, heap = write_h5(tmp_path)

@@ -31,6 +31,7 @@ VALUES, INDICES, LSE = "top_k_values", "top_k_indices", "top_k_lse"
 KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64, LSE: np.float32}
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
+NUMBERS = ("vocab_size", "top_k")  # attributes that are read
 KEPT = 1 << 30  # bytes of documents that are kept for the next of their pieces
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
@@ -87,7 +88,7 @@ class H5File:
     """The documents of one file, read one at a time; usable in forked processes, each with a handle of its own.
 
     Attributes:
-        names: which datasets there are. about: the file's attributes (ours only).
+        names: which datasets there are. about: those of NUMBERS that the file has (ours only).
         k: the teacher's logits per token, 0 without a teacher.
 
     Raises:
@@ -107,7 +108,7 @@ class H5File:
             for name in self.names:
                 check_column(self.path, file, name)
             self._sets = {name: file[name] for name in self.names}
-            self.about = {key: value.item() if hasattr(value, "item") else value for key, value in file.attrs.items()}
+            self.about = {key: _number(file, key) for key in NUMBERS if key in file.attrs}
             sizes = {name: len(file[name]) for name in self.names}
             kinds = {name: vlen_kind(file[name].dtype) for name in self.names}
         if TOKENS not in sizes:
@@ -202,6 +203,12 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
     if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise RowError(f"{what} id {wrong} is outside the model's vocabulary of {vocab_size}", "id outside vocabulary")
+
+
+def _number(file: Any, key: str) -> Any:
+    """An attribute that should be a number. Text is not even read: it lies in a heap that nobody has looked at."""
+    found = file.attrs.get_id(key)
+    return file.attrs[key].item() if found.shape == () and found.dtype.kind in "iufb" else "no number"
 
 
 def _bytes(example: TextExample) -> int:

@@ -165,7 +165,7 @@ def _adapter(layer: Linear | Embedding, name: str, adaptation: Adaptation) -> Li
     try:
         return _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
     except RankError as mistake:
-        raise ValueError(f"layer {name}: mode {adaptation.mode}: {mistake}") from mistake
+        raise RankError(f"layer {name}: mode {adaptation.mode}: {mistake}") from mistake
 
 
 def replace(model: nn.Module, layout: Layout) -> None:

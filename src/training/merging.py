@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from src.layers.adaptation import RankError
 from src.layers.linear import Embedding, Linear, Placement
 from src.layers.placing import Layout, Report, adapter_for, known_factors, matrices
 from src.model.checkpoint import build_model, fill, kept, key_diff, plain_model, read_tensors, take_forms
@@ -42,6 +44,15 @@ def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layo
         raise ValueError(f"{source} was not trained on this base model: {difference}")
 
 
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Names the checkpoint whose sidecar asks for a rank that its base's matrices do not have."""
+    try:
+        yield
+    except RankError as mistake:
+        raise ValueError(f"{source}: {mistake}") from mistake
+
+
 def combined_model(
     base: Mapping[str, Tensor],
     adapter: Mapping[str, Tensor],
@@ -57,7 +68,8 @@ def combined_model(
     What trained still asks for a gradient. `source` and `base_source` name the two in messages.
     """
     _check_names(base, adapter, layout, source)
-    model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
+    with _naming(source):
+        model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
     take_forms(model, adapter)
     fill(model, adapter, kept(model), source)
     return model, report
@@ -178,7 +190,8 @@ class Merged(Mapping[str, Tensor]):
 
     def _matrix(self, name: str, weight: Tensor) -> Tensor:
         file, plain = self.file, self.plain[name]
-        layer: Linear | Embedding = adapter_for(name, plain, file.layout) or plain
+        with _naming(file.path):
+            layer: Linear | Embedding = adapter_for(name, plain, file.layout) or plain
         store = file.layout.store if name in file.layout.packed else "none"
         known = known_factors(layer, name, file.initial) if layer.initial else None
         layer.take(weight, Placement(torch.float32, self.device, store, initial=known))
