@@ -106,6 +106,7 @@ def test_files_that_are_no_save(tmp_path):
         (([1], [2], [], -1.0, -1.0), "reject is empty"),
         (([1], [2], [100], -1.0, -1.0), "reject holds token id 100"),
         (([-1], [2], [3], -1.0, -1.0), "prompt holds token id -1"),
+        (([1], [2], [3], -(10**400), -1.0), "not two finite numbers"),
         (([1], [2], [3], float("nan"), -1.0), "not two finite numbers"),
         (([1], [2], [2], -1.0, -1.0), "identical"),
     ],

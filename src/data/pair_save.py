@@ -6,7 +6,6 @@ model's hash, template, sum or mean, lengths and seed.
 """
 
 import json
-import math
 import os
 import pickle
 import re
@@ -21,6 +20,7 @@ from src.data.report import DataReport, RowError
 from src.files import atomic_write, check_archive, check_readable, file_hash, parse_json
 
 NO_REFERENCE = (0.5, 0.5)
+LARGEST = 1e30  # a log-probability; whole numbers of any size compare with it, and NaN does not
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
@@ -68,7 +68,7 @@ def pair_record(value: object, vocab_size: int | None) -> PairExample:
         raise RowError("not a tuple of (prompt, chosen, reject, chosen log-prob, reject log-prob)", "wrong structure")
     prompt, chosen, reject = (_ids(part, name, vocab_size) for part, name in zip(value, ("prompt", "chosen", "reject")))
     reference = value[3:]
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in reference):
+    if not all(type(number) in (int, float) and abs(number) < LARGEST for number in reference):
         raise RowError("its log-probabilities are not two finite numbers", "wrong structure")
     if chosen == reject:
         raise RowError("chosen and reject are identical", "identical answers")
