@@ -140,8 +140,8 @@ def test_a_document_is_not_read_again_for_each_of_its_pieces(tmp_path, monkeypat
     """If this breaks, shuffled pieces of long documents cost a whole document each; or all of them fill the memory."""
     with writing(tmp_path / "a.h5", {}) as out:
         out.add([TextExample(np.arange(1, 41)), TextExample(np.arange(41, 81))])
-    texts = open_h5(tmp_path / "a.h5", 100, ctx_len=10)
     monkeypatch.setattr("src.data.h5.KEPT", room)
+    texts = open_h5(tmp_path / "a.h5", 100, ctx_len=10)
     read, count = texts.file.document, []
     monkeypatch.setattr(texts.file, "document", lambda *words: count.append(words) or read(*words))
     pieces = [texts[index].tokens for index in (0, 4, 1, 5, 2, 6, 3, 7)]

@@ -60,6 +60,13 @@ class TextExample:
             return max(0, len(self.tokens) - 1)
         return int(np.count_nonzero(self.mask[1:]))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        top = self.teacher
+        arrays = [self.tokens, self.mask, *([] if top is None else [top.values, top.indices, top.lse])]
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 @dataclass(frozen=True)
 class PairExample:

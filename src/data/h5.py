@@ -211,13 +211,6 @@ def _number(file: Any, key: str) -> Any:
     return file.attrs[key].item() if found.shape == () and found.dtype.kind in "iufb" else "no number"
 
 
-def _bytes(example: TextExample) -> int:
-    """Bytes of a document with its teacher's logits."""
-    top = example.teacher
-    arrays = [example.tokens, example.mask, *([] if top is None else [top.values, top.indices, top.lse])]
-    return sum(array.nbytes for array in arrays if array is not None)
-
-
 class H5Texts:
     """Documents of an .h5 (or their pieces) in file order, each read when it is asked for.
 
@@ -257,6 +250,7 @@ class H5Texts:
         self.bounds, self._counts = np.asarray(bounds, dtype=np.int64), np.asarray(counts, dtype=np.int64)
         report.examples, report.trained = len(bounds), int(self._counts.sum())
         self._kept: OrderedDict[int, TextExample] = OrderedDict()
+        self._room = KEPT
 
     def __len__(self) -> int:
         return len(self.bounds)
@@ -266,26 +260,32 @@ class H5Texts:
 
     def __getitem__(self, index: int) -> TextExample:
         number, begin, end = self.bounds[index].tolist()
-        whole = self._whole(number)
+        whole = self._kept.get(number) or self._read(number)
+        if end - begin < len(whole.tokens):
+            self._keep(number, whole)
         mask = None if whole.mask is None else whole.mask[begin:end]
         return TextExample(
             whole.tokens[begin:end], mask, None if whole.teacher is None else whole.teacher.rows(begin, end)
         )
 
-    def _whole(self, number: int) -> TextExample:
-        """The document; the last ones asked for are kept, as HDF5 reads an entry whole for each piece of it."""
+    def _read(self, number: int) -> TextExample:
+        """A document from the file."""
+        try:
+            tokens, mask = self.file.document(number, self.vocab_size)
+            mask = None if self.ignore_mask else mask
+            top = self.file.teacher(number, len(tokens), self.vocab_size).largest(self.k) if self.k else None
+        except RowError as error:  # it was in order when the file was opened
+            raise ValueError(f"{self.file.path} document {number} has changed: {error}") from error
+        return TextExample(tokens, mask, top)
+
+    def _keep(self, number: int, whole: TextExample) -> None:
+        """For the next of its pieces, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
         if number not in self._kept:
-            try:
-                tokens, mask = self.file.document(number, self.vocab_size)
-                mask = None if self.ignore_mask else mask
-                top = self.file.teacher(number, len(tokens), self.vocab_size).largest(self.k) if self.k else None
-            except RowError as error:  # it was in order when the file was opened
-                raise ValueError(f"{self.file.path} document {number} has changed: {error}") from error
-            self._kept[number] = TextExample(tokens, mask, top)
-            while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > KEPT:
-                self._kept.popitem(last=False)
+            self._kept[number] = whole
+            self._room -= whole.nbytes
         self._kept.move_to_end(number)
-        return self._kept[number]
+        while len(self._kept) > 1 and self._room < 0:
+            self._room += self._kept.popitem(last=False)[1].nbytes
 
     def trained(self, index: int) -> int:
         """Trained targets of an example."""

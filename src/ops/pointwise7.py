@@ -130,10 +130,8 @@ class _Kernel(torch.autograd.Function):
 
 def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
     """Run a plain twin; where a gradient is wanted so that it keeps no more for it than the kernels do."""
-    return (_Recomputed.apply if _records(*tensors) else _plainly)(function, settings, *tensors)
-
-
-def _plainly(function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None) -> Any:
+    if _records(*tensors):
+        return _Recomputed.apply(function, settings, *tensors)
     return function(*tensors, *settings)
 
 
@@ -151,14 +149,14 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_(n) if n else t for t, n in zip(ctx.saved_tensors, need)]
+        reached = [at for at, grad in enumerate(grads) if grad is not None]
+        if not reached:
+            return (None,) * (2 + len(need))
+        tensors = [t.detach().requires_grad_() if n else t for t, n in zip(ctx.saved_tensors, need)]
+        wanted = [t for t, n in zip(tensors, need) if n]
         with torch.enable_grad():
             found = ctx.function(*tensors, *ctx.settings)
         outputs = found if isinstance(found, tuple) else (found,)
-        reached = [at for at, grad in enumerate(grads) if grad is not None]
-        wanted = [t for t, n in zip(tensors, need) if n]
-        if not reached:
-            return (None,) * (2 + len(need))
         sources, slopes = [outputs[at] for at in reached], [grads[at] for at in reached]
         given = iter(torch.autograd.grad(sources, wanted, slopes, allow_unused=True))
         return None, None, *(next(given) if n else None for n in need)

@@ -29,7 +29,7 @@ from src.losses import LOSSES
 from src.model.checkpoint import load_model
 from src.model.rwkv import RWKV
 from src.training import ranks
-from src.training.adapter_files import initial_factors, tensors_hash
+from src.training.adapter_files import begins_from_matrix, initial_factors, tensors_hash
 from src.training.divergence import Divergence
 from src.training.evaluate import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
 from src.training.reference import reference_scores
@@ -241,7 +241,7 @@ class Inputs:
             and about.get("precision") == self.config.precision
             and about.get("storage", "none") == storage
             and whole  # a file has all matrices in one storage
-            and not initial_factors(model)
+            and not begins_from_matrix({how.mode for how in layout.adapted.values()})
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:

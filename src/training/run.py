@@ -80,7 +80,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
     """Raises ValueError when a save of this run would take the place of a file that it, or its adapters, need later."""
     begin, end = config.epoch_begin, config.epoch_begin + config.epoch_count
     needed = {
-        "--load_model": start.path,
+        "--load_model": None if continues(config) else start.path,
         "--load_cold_adapter": start.cold,
         "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
         "--reference_model": config.reference_model,
@@ -91,7 +91,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
         if not found or Path(path).resolve().parent != folder.resolve():
             continue
         written = flag == "--load_model" or not found[1].isdigit() or begin <= int(found[1]) < end
-        if written and not (flag == "--load_model" and continues(config)):
+        if written:
             raise ValueError(
                 f"{flag} {path} lies in --proj_dir {folder}, and this run would write over it: give another folder, or "
                 "move the file"
