@@ -1,7 +1,11 @@
-"""The other name of rlhf_generate_reject_csv.py."""
+"""The older name of rlhf_generate_reject_csv.py."""
 
-from rlhf_generate_reject_csv import main
-from src.cli import run
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_rlhf.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("generate_rejects")

@@ -1,7 +1,11 @@
-"""The other name of PrepareOrpoDataset.py."""
+"""The older name of PrepareOrpoDataset.py."""
 
-from PrepareOrpoDataset import main
-from src.cli import run
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_rlhf.commands import run_command
 
 if __name__ == "__main__":
-    run(main)
+    run_command("prepare_pairs")

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 ADAPTED = ("full", "lora", "pissa", "bone", "dora", "miss", "state")
 PACKED = ("int8", "fp8", "nf4", "fp4")
 RANKS = {"bone": 64, "miss": 64}  # as many numbers to train as the others have with 16 in square matrices
@@ -47,8 +47,8 @@ def write_base(path: Path, layers: int, width: int, vocab: int) -> None:
     """A bf16 checkpoint of RWKV-7 in which no matrix is zero."""
     import torch
 
-    from src.model.checkpoint import write_atomic
-    from src.model.initial import initial_tensors
+    from rwkv_rlhf.checkpoints.loading import write_atomic
+    from rwkv_rlhf.model.initial import initial_tensors
 
     tensors = initial_tensors("x070", layers, width, vocab, 64, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -65,15 +65,15 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
 
     import torch
 
-    from src.config import Config
-    from src.data.batch import TextBatch
-    from src.losses import LOSSES, step_loss
-    from src.model.checkpoint import load_model
-    from src.plan import make_plan
-    from src.training.allocator import keep_pages, return_pages
-    from src.training.forward import text_hidden
-    from src.training.memory import weights_by_storage
-    from src.training.optimizer import adamw, parameter_groups
+    from rwkv_rlhf.checkpoints.loading import load_model
+    from rwkv_rlhf.data.batch import TextBatch
+    from rwkv_rlhf.host_memory import keep_pages, return_pages
+    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.plan import make_plan
+    from rwkv_rlhf.scoring.forward import text_hidden
+    from rwkv_rlhf.settings.config import Config
+    from rwkv_rlhf.training.memory import weights_by_storage
+    from rwkv_rlhf.training.optimizers import adamw, parameter_groups
 
     rank = rank or RANKS.get(mode, 16)
     plan = make_plan(mode, _layers(base), rank=rank, alpha=2.0 * rank, dropout=0.0, lr_init=1e-5, lr_final=1e-5)
@@ -119,7 +119,7 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
 
 
 def _layers(base: str) -> int:
-    from src.model.checkpoint import file_sizes
+    from rwkv_rlhf.checkpoints.loading import file_sizes
 
     return file_sizes(base).n_layer
 
@@ -128,7 +128,7 @@ def bytes_per_parameter(width: int) -> dict[str, float]:
     """Bytes that each storage takes for one number of a width x width matrix."""
     import torch
 
-    from src.layers.stores import STORES
+    from rwkv_rlhf.layers.stores import STORES
 
     weight = torch.randn(width, width, dtype=torch.bfloat16)
     packed = {mode: store.pack(weight).bytes() / weight.numel() for mode, store in STORES.items() if store is not None}

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 LAYERS, WIDTH, VOCAB, HEAD, CHUNK = 6, 256, 8192, 64, 1024
 SETTLED = 64 * CHUNK  # tokens after which the heap has stopped growing
 MIB = 1 << 20
@@ -34,10 +34,10 @@ def model_of(version: str):
     """A model in training, float32 masters, nothing frozen."""
     import torch
 
-    from src.model.checkpoint import build_model
-    from src.model.initial import initial_tensors
-    from src.plan import make_plan
-    from src.training.allocator import keep_pages
+    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.host_memory import keep_pages
+    from rwkv_rlhf.model.initial import initial_tensors
+    from rwkv_rlhf.plan import make_plan
 
     keep_pages()
     tensors = initial_tensors(version, LAYERS, WIDTH, VOCAB, HEAD, seed=1)
@@ -58,10 +58,10 @@ def measure_length(version: str, tokens: int, repeats: int) -> dict:
     """Steps of SFT over one document of `tokens` tokens, `repeats` at least, and until SETTLED tokens have run."""
     import torch
 
-    from src.config import Config
-    from src.data.batch import TextBatch
-    from src.losses import LOSSES
-    from src.training.forward import batch_loss
+    from rwkv_rlhf.data.batch import TextBatch
+    from rwkv_rlhf.losses import LOSSES
+    from rwkv_rlhf.scoring.forward import batch_loss
+    from rwkv_rlhf.settings.config import Config
 
     model = model_of(version)
     config = Config(loss="sft", infctx=True, chunk_ctx=CHUNK)
@@ -112,11 +112,11 @@ def measure_fork(version: str, repeats: int) -> None:
     """DPO steps with each prompt run once, against prompt and answer run whole for both answers."""
     import torch
 
-    from src.config import Config
-    from src.data.batch import PairExample, TextBatch, pack_pairs
-    from src.losses import LOSSES, step_loss
-    from src.losses.tokens import IGNORE
-    from src.training.forward import pair_hidden, text_hidden
+    from rwkv_rlhf.data.batch import PairExample, TextBatch, pack_pairs
+    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses.tokens import IGNORE
+    from rwkv_rlhf.scoring.forward import pair_hidden, text_hidden
+    from rwkv_rlhf.settings.config import Config
 
     model, config = model_of(version), Config(loss="orpo")
     generator = torch.Generator().manual_seed(2)
@@ -155,13 +155,13 @@ def measure_packing(version: str, path: str, repeats: int) -> None:
     """Useful tokens per CPU second of ORPO steps of 4 pairs: packed rows, and rows padded to the batch's longest."""
     import torch
 
-    from src.config import Config
-    from src.data.batch import TextBatch, pack_pairs
-    from src.data.pairs import open_pairs
-    from src.data.tokenizer import load_tokenizer
-    from src.losses import LOSSES, step_loss
-    from src.losses.tokens import IGNORE
-    from src.training.forward import pair_hidden
+    from rwkv_rlhf.data.batch import TextBatch, pack_pairs
+    from rwkv_rlhf.data.pairs.pairs import open_pairs
+    from rwkv_rlhf.data.tokenizer import load_tokenizer
+    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses.tokens import IGNORE
+    from rwkv_rlhf.scoring.forward import pair_hidden
+    from rwkv_rlhf.settings.config import Config
 
     model, config = model_of(version), Config(loss="orpo")
     tokenizer = load_tokenizer(65536)

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from src.layers.linear import Linear
-from src.losses.distill import Distillation, distillation
-from src.losses.tokens import token_scores, weighted_nll
+from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.losses.distill import Distillation, distillation
+from rwkv_rlhf.losses.tokens import token_scores, weighted_nll
 
 MIB = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,14 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from benchmarks.chunked import CHUNKED, LENGTH
 from benchmarks.peers import load_peers
 from benchmarks.rates import fma_gflops, gemm_gflops
-from src.ops.build import instruction_set
-from src.ops.judge import RECURRENCES, error, make_inputs
-from src.ops.select import BACKENDS, choose
+from rwkv_rlhf.ops.backends import BACKENDS, choose
+from rwkv_rlhf.ops.build import instruction_set
+from rwkv_rlhf.ops.judge import RECURRENCES, error, make_inputs
 
 # Floating-point operations forward and backward, for each state element and token (wkv4: channel and token; an
 # exponential, a maximum or a division is one). Of two for a multiply-add:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from src.ops import pointwise7
+from rwkv_rlhf.ops import elementwise as pointwise7
 
 Case = tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]
 

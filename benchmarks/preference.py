@@ -29,7 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # not benchmarks/, whose kernels.py transformers would take for a package
+sys.path[0] = str(ROOT / "src")  # not benchmarks/, whose kernels.py transformers would take for a package
 HELD_OUT = "example/DPO/heldout.csv"
 BATCH = 16  # pairs a step
 MEASURED = ("accuracy", "raw_accuracy", "margin", "kl")
@@ -85,9 +85,9 @@ def common(flags: argparse.Namespace, folder: Path, seed: int) -> list[str]:
 
 def opened(words: list[str], folder: Path):
     """(config, loaded start, inputs) of a command line of train.py."""
-    from src.cli import parse
-    from src.training.inputs import Inputs
-    from src.training.start import start
+    from rwkv_rlhf.settings.command_line import parse
+    from rwkv_rlhf.training.inputs import Inputs
+    from rwkv_rlhf.training.start import start
 
     folder.mkdir(parents=True, exist_ok=True)
     config = parse(words)
@@ -97,7 +97,7 @@ def opened(words: list[str], folder: Path):
 
 def steps_for(words: list[str], folder: Path, tokens: int) -> int:
     """Optimizer steps until `tokens` tokens went through the model."""
-    from src.training.module import tokens_run
+    from rwkv_rlhf.training.module import tokens_run
 
     _, _, inputs = opened(words, folder)
     steps, seen = inputs.training(score=False), 0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from src.ops.build import FLAGS, ISA_FLAGS, compiler, instruction_set
+from rwkv_rlhf.ops.build import FLAGS, ISA_FLAGS, compiler, instruction_set
 
 LANES = {"AVX512": 16, "AVX2": 8}
 CHAINS, TURNS = 10, 4_000_000  # enough independent sums to hide the latency of one, few enough for the registers

@@ -22,13 +22,13 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 import train  # noqa: E402
-from src.training.background import Background  # noqa: E402
-from src.training.folder import RunFolder  # noqa: E402
-from src.training.points import Points, last_point  # noqa: E402
-from src.training.resume import KeepPoints  # noqa: E402
+from rwkv_rlhf.checkpoints.resume_points import Points, last_point  # noqa: E402
+from rwkv_rlhf.checkpoints.run_folder import RunFolder  # noqa: E402
+from rwkv_rlhf.training.background import Background  # noqa: E402
+from rwkv_rlhf.training.resume import KeepPoints  # noqa: E402
 
 VOCAB = 257
 times: dict[str, list[float]] = defaultdict(list)

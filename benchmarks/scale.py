@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import torch
 
@@ -58,12 +58,12 @@ def sent():
 
 def worker(words):
     """One process of a run: train.py with a watch on steps and saves; rank 0 writes `found.json`."""
-    from src.cli import parse
-    from src.training import ranks
-    from src.training.folder import RunFolder
-    from src.training.launch import launched
-    from src.training.module import Trainee
-    from train import ranked
+    from rwkv_rlhf.checkpoints.run_folder import RunFolder
+    from rwkv_rlhf.commands.train import ranked
+    from rwkv_rlhf.distributed import ranks
+    from rwkv_rlhf.distributed.launch import launched
+    from rwkv_rlhf.settings.command_line import parse
+    from rwkv_rlhf.training.module import Trainee
 
     end, save, found = Trainee.on_train_batch_end, RunFolder.save, {"steps": [], "saves": []}
 
@@ -130,7 +130,7 @@ def main():
     asked = parser.parse_args()
     if asked.paper:
         return paper()
-    from src.model.initial import initial_tensors
+    from rwkv_rlhf.model.initial import initial_tensors
 
     alone = os.geteuid() == 0 and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
     with tempfile.TemporaryDirectory() as place:

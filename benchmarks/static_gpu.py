@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from src.ops import gpu
-from src.ops.build import Recipe
+from rwkv_rlhf.ops import gpu
+from rwkv_rlhf.ops.build import Recipe
 
 CUDA = ("80", "86", "89", "90", "100", "120")
 HIP = ("gfx908", "gfx90a", "gfx942")

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 LAYERS, WIDTH, VOCAB = 12, 768, 65536
 ROWS = [(mode, kind, ctx) for mode in ("full", "lora") for kind in ("bf16", "fp32") for ctx in (512, 1024)]
 
@@ -54,12 +54,12 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
-    from src.config import Config
-    from src.model.checkpoint import build_model
-    from src.model.initial import initial_tensors
-    from src.plan import make_plan
-    from src.training.allocator import keep_pages
-    from src.training.optimizer import adamw, parameter_groups
+    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.host_memory import keep_pages
+    from rwkv_rlhf.model.initial import initial_tensors
+    from rwkv_rlhf.plan import make_plan
+    from rwkv_rlhf.settings.config import Config
+    from rwkv_rlhf.training.optimizers import adamw, parameter_groups
 
     keep_pages()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
@@ -81,7 +81,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
 
 def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[float]]:
     """Seconds of forward, backward and update of one optimizer step per batch."""
-    from src.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses import LOSSES, step_loss
 
     times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     for batch in batches:
@@ -101,8 +101,8 @@ def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, vers
     """Single-row steps of `ctx` tokens."""
     import torch
 
-    from src.data.batch import TextBatch
-    from src.training.forward import text_hidden
+    from rwkv_rlhf.data.batch import TextBatch
+    from rwkv_rlhf.scoring.forward import text_hidden
 
     model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft", version)
     generator = torch.Generator().manual_seed(3)
@@ -128,8 +128,8 @@ def measure_pairs(kind: str, steps: int, version: str) -> dict:
     """DPO with LoRA r 16: 4 pairs a step, 51 tokens a sequence (prompt 24, answer 27), the reference's scores known."""
     import torch
 
-    from src.data.batch import PairExample, pack_pairs
-    from src.training.forward import pair_hidden
+    from rwkv_rlhf.data.batch import PairExample, pack_pairs
+    from rwkv_rlhf.scoring.forward import pair_hidden
 
     model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version)
     generator = torch.Generator().manual_seed(3)

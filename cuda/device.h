@@ -11,7 +11,7 @@
 //   * Offsets into tensors are int64_t. No atomics: results are repeatable to the bit.
 //   * Memory is read and written with load<n> and store<n>: n consecutive numbers of type float or bf16, as float,
 //     in one access (the address must be a multiple of its size; all tensors begin at a multiple of 16).
-//   * The file ends with two C functions, called by src/ops/gpu.py, where the table LAYOUTS names the tensors:
+//   * The file ends with two C functions, called by ops/gpu.py, where the table LAYOUTS names the tensors:
 //         RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes, int dtype, int device, void* stream)
 //         RWKV_EXPORT rwkv_backward(same)
 //     tensors: forward: inputs, state, places | y, final state | kept (null when backward will not run)
@@ -238,7 +238,7 @@ DEVICE bool writes(int thread) {
 
 // ---------------------------------------------------------------- arguments
 
-// sizes, as src/ops/gpu.py gives them. For wkv4, size is the number of channels C and heads is 1.
+// sizes, as ops/gpu.py gives them. For wkv4, size is the number of channels C and heads is 1.
 struct Sizes {
     int64_t tokens, rows, heads, size;
     int64_t intervals;  // of all rows together
@@ -306,7 +306,7 @@ static __global__ void probe() {}
 
 }  // namespace rwkv
 
-// Null if this binary has code that runs on the device, else why not: a call that src/ops/gpu.py makes once.
+// Null if this binary has code that runs on the device, else why not: a call that ops/gpu.py makes once.
 RWKV_EXPORT rwkv_probe(int device) {
     const rwkv::OnDevice here(device);
     if (const char* failure = here.error()) return failure;

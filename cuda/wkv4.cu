@@ -1,4 +1,4 @@
-// WKV-4 on a GPU, forward and backward (recurrence: RWKV, arXiv 2305.13048, section 3.2; src/ops/wkv4.py). One thread
+// WKV-4 on a GPU, forward and backward (recurrence: RWKV, arXiv 2305.13048, section 3.2; ops/wkv4.py). One thread
 // runs one channel of one row in float32 and needs nothing of its neighbours, so all accesses are to consecutive
 // addresses and nothing is shared but a cache.
 //
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int THREADS = 64;
 constexpr int REGISTERS = 128;
-constexpr int INTERVAL = 32;  // as in src/ops/gpu.py
+constexpr int INTERVAL = 32;  // as in ops/gpu.py
 constexpr int GROUP = 8;      // tokens read at once: the recurrence of one group hides the reading of the next
 constexpr float LOG2E = 1.44269504f;
 

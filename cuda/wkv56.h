@@ -1,5 +1,5 @@
 // WKV-6 and WKV-5.2 on a GPU, forward and backward (recurrences and gradients: "Eagle and Finch", arXiv 2404.05892,
-// section 4; src/ops/wkv6.py). They differ in the decay alone: WKV-5.2 reads one row of w for all tokens.
+// section 4; ops/wkv6.py). They differ in the decay alone: WKV-5.2 reads one row of w for all tokens.
 //
 // Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS after a
 // token. Nothing in these recurrences mixes two rows or two columns of S, so a thread holds a few of them and sums

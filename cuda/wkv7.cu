@@ -1,5 +1,5 @@
 // WKV-7 on a GPU in float32, forward and backward (recurrence and gradients: RWKV-7 "Goose", arXiv 2503.14456;
-// src/ops/wkv7.py). Exact for any decay and length: states only run forwards, from checkpoints, never back.
+// ops/wkv7.py). Exact for any decay and length: states only run forwards, from checkpoints, never back.
 //
 // Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS.
 //

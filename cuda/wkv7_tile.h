@@ -7,7 +7,7 @@
 namespace rwkv {
 namespace {
 
-constexpr int INTERVAL = 64;  // as in src/ops/gpu.py
+constexpr int INTERVAL = 64;  // as in ops/gpu.py
 constexpr float RATE = 0.60653066f, LOG2E = 1.44269504f;
 // For 64 x 64 numbers in 64 threads `rows` needs a little more than 128; the next step of a multiprocessor is 168.
 constexpr int REGISTERS = 128, WIDE_REGISTERS = 168;

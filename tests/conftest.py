@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from src.cli import run as run_script
-from tests.harness.models import any_initial_tensors
+from rwkv_rlhf.settings.command_line import run as run_script
+from tests.support.models import any_initial_tensors
 
 VOCAB = 257  # id 0 ends a document, id b + 1 is the byte b
 

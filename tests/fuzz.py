@@ -33,9 +33,10 @@ from random import Random
 import torch
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from src.cli import one_line
+from rwkv_rlhf.settings.command_line import one_line
 from tests.fuzzing.mutators import BYTES, LONGEST, SENTINEL
 from tests.fuzzing.readers import READERS, Reader
 

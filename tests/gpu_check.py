@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from src.model import VERSIONS
-from src.model.rwkv import RWKV
-from src.model.sizes import sizes_of
-from src.ops.check import LIMITS, findings
-from src.ops.judge import error
-from tests.harness.models import any_initial_tensors
+from rwkv_rlhf.model import VERSIONS
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.model.sizes import sizes_of
+from rwkv_rlhf.ops.check import LIMITS, findings
+from rwkv_rlhf.ops.judge import error
+from tests.support.models import any_initial_tensors
 
 STEP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 LAYERS, WIDTH, VOCABULARY, HEAD = 2, 128, 300, 64

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from src.files import atomic_write, check_writable, file_hash, refuse_same_file
+from rwkv_rlhf.files import atomic_write, check_writable, file_hash, refuse_same_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -1,5 +1,5 @@
 // Rows of logits on the CPU: statistics of log-softmax in one pass, and its gradient written over the logits. The
-// mathematics is stated in src/ops/logprob.py, whose plain PyTorch twin judges this file.
+// mathematics is stated in ops/logprob.py, whose plain PyTorch twin judges this file.
 //
 // Letters: V vocabulary, m running maximum, W lanes of a register. Rows are independent, so the number of threads
 // changes no bit. Arithmetic is float32; sums go on in double from block to block.

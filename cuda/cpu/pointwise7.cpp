@@ -1,5 +1,5 @@
 // Element-wise groups of RWKV-7, forward and backward each in one pass over the rows. The mathematics and the shapes
-// are stated in src/ops/pointwise7_naive.py, the twin that judges these. Activations are float32 or bfloat16, small
+// are stated in ops/elementwise_naive.py, the twin that judges these. Activations are float32 or bfloat16, small
 // vectors float32, arithmetic float32. Only inputs are saved: the backward passes compute the rest again.
 // Letters: rows = B * T, C width, N head size; a leading d marks a gradient.
 #include <torch/library.h>

@@ -1,4 +1,4 @@
-// WKV-4 on the CPU, forward and backward (arXiv 2305.13048, section 3.2; src/ops/wkv4.py).
+// WKV-4 on the CPU, forward and backward (arXiv 2305.13048, section 3.2; ops/wkv4.py).
 //
 // Letters: C channels, W lanes. Channels need nothing of each other: registers hold W of them, a run BLOCK.
 //

@@ -1,4 +1,4 @@
-// WKV-6 and WKV-5.2 on the CPU, forward and backward (arXiv 2404.05892; src/ops/wkv6.py, wkv5.py). WKV-5.2 is WKV-6
+// WKV-6 and WKV-5.2 on the CPU, forward and backward (arXiv 2404.05892; ops/wkv6.py, wkv5.py). WKV-5.2 is WKV-6
 // with the same decay at every token.
 //
 // Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS, W lanes.

@@ -1,4 +1,4 @@
-// WKV-7 on the CPU, forward and backward (recurrence and gradients: RWKV-7 "Goose", arXiv 2503.14456; src/ops/wkv7.py).
+// WKV-7 on the CPU, forward and backward (recurrence and gradients: RWKV-7 "Goose", arXiv 2503.14456; ops/wkv7.py).
 //
 // Letters: N head size, i value index (state rows), j key index (state columns), d decay, S state, G = dL/dS.
 //

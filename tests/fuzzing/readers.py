@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from src.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
-from src.data.batch import pack, pack_rated
-from src.data.chat_template import load_chat_template
-from src.data.journal import Journal
-from src.data.report import DataReport
-from src.data.tokenizer import load_tokenizer
-from src.model.checkpoint import load_model
-from src.plan import COLUMNS, OLD_COLUMNS, read_profile
-from src.rl.reject_file import RejectFile
-from src.rl.rejects import read_tasks
-from src.training.exchange import from_peft_folder
-from src.training.kept_scores import KeptScores
-from src.training.merging import load_combined
-from src.training.points import last_point
-from src.training.reference import cached_scores
-from src.training.tensor_file import read_tree
+from rwkv_rlhf.checkpoints.exporters.peft import from_peft_folder
+from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.checkpoints.merging import load_combined
+from rwkv_rlhf.checkpoints.resume_points import last_point
+from rwkv_rlhf.checkpoints.tensor_tree import read_tree
+from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
+from rwkv_rlhf.data.batch import pack, pack_rated
+from rwkv_rlhf.data.journal import Journal
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.generation.reject_file import RejectFile
+from rwkv_rlhf.generation.rejects import read_tasks
+from rwkv_rlhf.plan import COLUMNS, OLD_COLUMNS, read_profile
+from rwkv_rlhf.scoring.kept_scores import KeptScores
+from rwkv_rlhf.scoring.reference import cached_scores
 from tests.fuzzing import containers as c
 from tests.fuzzing import mutators as m
 from tests.fuzzing.samples import (

@@ -11,20 +11,20 @@ import pyarrow.parquet
 import torch
 from safetensors.torch import save_file
 
-from src.data.batch import PairExample, TextExample, TopK
-from src.data.binidx import write_corpus
-from src.data.h5 import writing
-from src.data.journal import Journal
-from src.data.pair_save import write_save
-from src.layers.adaptation import Adaptation
-from src.layers.placing import Layout
-from src.model.checkpoint import write_atomic
-from src.model.initial import initial_tensors
-from src.rl.reject_file import RejectFile
-from src.training.adapter_files import open_adapter
-from src.training.exchange import to_peft_folder
-from src.training.points import Points
-from src.training.sidecar import sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.adapter_files import open_adapter
+from rwkv_rlhf.checkpoints.exporters.peft import to_peft_folder
+from rwkv_rlhf.checkpoints.loading import write_atomic
+from rwkv_rlhf.checkpoints.resume_points import Points
+from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
+from rwkv_rlhf.data.batch import PairExample, TextExample, TopK
+from rwkv_rlhf.data.journal import Journal
+from rwkv_rlhf.data.pairs.save import write_save
+from rwkv_rlhf.data.text.binidx import write_corpus
+from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.generation.reject_file import RejectFile
+from rwkv_rlhf.layers.adaptation import Adaptation
+from rwkv_rlhf.layers.placing import Layout
+from rwkv_rlhf.model.initial import initial_tensors
 
 VOCAB = 257
 ROWS = [(f"say {n}" + "!" * n, f"gladly: {n}", f"no {n}?") for n in range(4)]

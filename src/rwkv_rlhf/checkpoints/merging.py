@@ -1,0 +1,244 @@
+"""A base model and a checkpoint of training: running them together, and making one model of them.
+
+Legend: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, open_adapter, parts_of
+from rwkv_rlhf.checkpoints.loading import build_model, fill, kept, key_diff, plain_model, read_tensors, take_forms
+from rwkv_rlhf.checkpoints.merge_shares import Coefficients
+from rwkv_rlhf.layers.adaptation import RankError
+from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.placing import Layout, Report, adapter_for, known_factors, matrices
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.model.sizes import sizes_of
+from rwkv_rlhf.plan import is_state
+
+log = logging.getLogger(__name__)
+
+PROBE = "The merged model must answer as the base model with its adapter does: 1 2 3, a b c."
+# largest difference of logits that rounding explains, relative to their range, by the dtype of the base file
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 1e-2}
+COARSE = 5e-2
+
+
+def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layout: Layout, source: str | Path) -> None:
+    """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
+    own = {name: adapter[name] for name in sorted(layout.trained) if not is_state(name)}
+    lost = [name for name in layout.adapted if f"{name}.weight" not in base]
+    difference = key_diff(own, {name: base[name] for name in own if name in base})
+    if lost:
+        difference = f"{len(lost)} adapters without a matrix: {', '.join(sorted(lost)[:4])}; {difference}".rstrip("; ")
+    if difference:
+        raise ValueError(f"{source} was not trained on this base model: {difference}")
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Names the checkpoint whose sidecar asks for a rank that its base's matrices do not have."""
+    try:
+        yield
+    except RankError as mistake:
+        raise ValueError(f"{source}: {mistake}") from mistake
+
+
+def combined_model(
+    base: Mapping[str, Tensor],
+    adapter: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    compute_dtype: torch.dtype,
+    source: str | Path = "the adapter",
+    base_source: str | Path = "the base model",
+    **build: Any,
+) -> tuple[RWKV, Report]:
+    """Base and checkpoint as they ran in training. `build` goes to `build_model`. Raises ValueError, with key diffs.
+
+    What trained still asks for a gradient. `source` and `base_source` name the two in messages.
+    """
+    _check_names(base, adapter, layout, source)
+    with _naming(source):
+        model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
+    take_forms(model, adapter)
+    fill(model, adapter, kept(model), source)
+    return model, report
+
+
+def load_combined(
+    base: str | Path,
+    checkpoint: str | Path,
+    *,
+    compute_dtype: torch.dtype,
+    quant: str | None = None,
+    scaling: float | None = None,
+    alpha: float | None = None,
+    initial_file: str = "",
+    cold: str = "",
+    force: bool = False,
+    **build: Any,
+) -> tuple[RWKV, Report]:
+    """The model of two files, for chat and evaluation; the sidecar tells adapters, scaling and storage.
+
+    Nothing of it needs a gradient. Raises ValueError as `check_base`, `open_adapter`, `cold_of`.
+    """
+    file = open_adapter(checkpoint, scaling=scaling, alpha=alpha, quant=quant, initial_file=initial_file, force=force)
+    check_base(file.sidecar, base, force=force)
+    read = base_reader(base, cold_of(checkpoint, file.sidecar, cold, force=force), force=force)
+    build |= {"source": checkpoint, "base_source": base, "reopen": read, "initial": file.initial or None}
+    model, report = combined_model(shapes(read()), file.tensors, file.layout, compute_dtype=compute_dtype, **build)
+    return model.requires_grad_(False).eval(), report
+
+
+def base_reader(
+    base: str | Path,
+    cold: str | Path | None,
+    device: torch.device | str = "cpu",
+    initial_file: str = "",
+    *,
+    force: bool = False,
+) -> Callable[[], Mapping[str, Tensor]]:
+    """A function that reads the base anew, with the adapter `cold` merged into each matrix when it is asked for.
+
+    Raises ValueError when the two do not fit. initial_file: PiSSA's factors of `cold`, if they are not beside it.
+    force: also when `cold` was trained on another base.
+    """
+    if cold is None:
+        return lambda: read_tensors(base)
+    try:
+        file = open_adapter(cold, initial_file=initial_file, force=force)
+    except ValueError as mistake:
+        raise ValueError(f"cold adapter: {mistake}; merge.py, which has flags for it, can merge it first") from mistake
+    check_base(file.sidecar, base, force=force)
+    below = base_reader(base, cold_of(cold, file.sidecar, force=force), device, force=force)
+
+    def read() -> Merged:
+        fresh = AdapterFile(file.path, read_tensors(file.path), file.sidecar, file.layout, file.initial)
+        return Merged(below(), fresh, device=device)
+
+    read()  # refuses what does not fit now, not in the middle of the loading
+    log.info("cold adapter: %s is merged into %s", cold, base)
+    return read
+
+
+class Merged(Mapping[str, Tensor]):
+    """The tensors of one model made of `base` and the checkpoint `file`, each computed when it is asked for.
+
+    Names, shapes and dtypes are those of `base`; a learnt state may be new. Each matrix is what `merged()` of its layer
+    says: one that was packed in training is packed and unpacked first, so that the result is what was trained. Sums are
+    float32 and rounded once. A tensor of a layer with the coefficient c is base + c (merged - base), whatever it is: a
+    low-rank update, a whole matrix, a LayerNorm or a state. Raises ValueError when the two do not fit.
+    """
+
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        file: AdapterFile,
+        *,
+        device: torch.device | str = "cpu",
+        coefficients: Coefficients | None = None,
+    ) -> None:
+        self.base, self.file, self.device = base, file, device
+        self.coefficients = coefficients or Coefficients()
+        known = shapes(base)
+        _check_names(known, file.tensors, file.layout, file.path)
+        self.plain = dict(matrices(plain_model(sizes_of(known), compute_dtype=torch.float32)))
+        new = [name for name in file.layout.trained if name not in base and self.coefficients.of(name)]
+        self.names = [*base, *sorted(new)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base or name in self.names
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Every tensor on the meta device; nothing is computed."""
+        known = shapes(self.base)
+        return {name: known[name] if name in known else self.file.tensors[name].to("meta") for name in self.names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        layout, share = self.file.layout, self.coefficients.of(name)
+        layer = name.removesuffix(".weight")
+        touched = name in layout.trained or layer in layout.adapted or layer in layout.packed
+        if not (touched and share):
+            return self.base[name]
+        # a learnt state may be new: it stays as it is
+        before = self.base[name] if name in self.base else torch.zeros_like(self.file.tensors[name])
+        if name in layout.trained:
+            after = self.file.tensors[name].reshape(before.shape)
+            if share == 1:
+                return after.to(before.dtype)
+        else:
+            after = self._matrix(layer, before)
+        if share != 1:
+            after = torch.lerp(before.to(after.device).float(), after.float(), share)
+        return after.to(device="cpu", dtype=before.dtype)
+
+    def _matrix(self, name: str, weight: Tensor) -> Tensor:
+        file, plain = self.file, self.plain[name]
+        with _naming(file.path):
+            layer: Linear | Embedding = adapter_for(name, plain, file.layout) or plain
+        store = file.layout.store if name in file.layout.packed else "none"
+        known = known_factors(layer, name, file.initial) if layer.initial else None
+        layer.take(weight, Placement(torch.float32, self.device, store, initial=known))
+        parts = parts_of(layer.adaptation.mode) if layer.adaptation else ()
+        mine = {part: file.tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in file.tensors}
+        layer.expect(mine)
+        wanted = {f"{name}.{part}": getattr(layer, part) for part in parts}
+        fill(layer, {f"{name}.{part}": tensor for part, tensor in mine.items()}, wanted, file.path)
+        merged = layer.merged()
+        if layer is plain:
+            layer.store, layer.weight = None, None  # only a list of layers here: keep one matrix at a time
+        return merged
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names, shapes and dtypes of tensors that may be computed when they are read, on the meta device."""
+    return tensors.shapes() if isinstance(tensors, Merged) else {n: tensor.to("meta") for n, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def probe_logits(model: nn.Module, vocab_size: int) -> Tensor:
+    """Logits (T, V) float32 after each byte of a fixed text (World's tokens 1 to 256 are the single bytes)."""
+    tokens = torch.tensor([[(byte + 1) % vocab_size for byte in PROBE.encode()]])
+    hidden, _ = model.eval()(tokens)
+    return model.head(hidden)[0].float()
+
+
+def check_merged(
+    base: Mapping[str, Tensor],
+    file: AdapterFile,
+    merged: Mapping[str, Tensor],
+    coefficients: Coefficients | None = None,
+) -> tuple[float, float]:
+    """Compare logits of base + adapter with those of the merged model on a probe text.
+
+    Both run in float32. Returns (largest difference relative to the range of the logits, what rounding allows); with
+    coefficients other than 0 and 1 there is nothing that was trained to compare with: then (0, inf), and (inf, 0) when
+    the merged model's logits are no numbers.
+    """
+    shown = coefficients or Coefficients()
+    after = probe_logits(build_model(merged, compute_dtype=torch.float32, share=True)[0], sizes_of(base).vocab_size)
+    if not shown.whole:
+        return (0.0, math.inf) if bool(after.isfinite().all()) else (math.inf, 0.0)
+    layout, tensors = shown.of_layout(file.layout), shown.of_tensors(file.tensors)
+    build = {"compute_dtype": torch.float32, "share": True, "initial": file.initial or None}
+    before = probe_logits(combined_model(base, tensors, layout, **build)[0], sizes_of(base).vocab_size)
+    difference = (before - after).abs().max() / (before.max() - before.min()).clamp(min=1e-12)
+    changed = {base[f"{name}.weight"].dtype for name in layout.adapted.keys() | layout.packed}
+    changed |= {merged[name].dtype for name in layout.trained}
+    return float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5)

@@ -1,0 +1,57 @@
+"""Every command: `python <script>.py`, `rwkv-rlhf <command>` and `python -m rwkv_rlhf <command>` are the same.
+
+A command is one file with `main(words)`, which takes the words behind its name and returns an exit status or None for
+0, and an entry in `COMMANDS`; the script at the top level calls `run_command`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+from rwkv_rlhf.settings.command_line import run
+from rwkv_rlhf.settings.config import PROGRAM
+
+
+class Command(NamedTuple):
+    """The scripts at the top level that run a command (the first is its usual name), and what it does."""
+
+    scripts: tuple[str, ...]
+    help: str
+
+
+COMMANDS = {
+    "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
+    "merge": Command(("merge",), "make one model of a base model and a checkpoint of training; PEFT and back"),
+    "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
+    "generate_rejects": Command(
+        ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"
+    ),
+    "score_pairs": Command(("rlhf_dpo_generate_save",), "tokenise preference pairs with reference scores, for DPO"),
+    "prepare_pairs": Command(("PrepareOrpoDataset", "rlhf_generate_save"), "tokenise preference pairs, for ORPO"),
+    "sft_h5": Command(("sft_generate_h5",), "tokenise documents and chats into an .h5"),
+    "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
+    "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
+    "make_profile": Command(("make_profile",), "write a layer profile to start from"),
+}
+NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *command.scripts)}
+
+
+def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
+    """Run the command `name` (or the script of that name) with `words` (None = sys.argv) and leave with its status."""
+    run(importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main, words)
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """`rwkv-rlhf <command> ...`; without a command it lists them."""
+    given = list(sys.argv[1:] if words is None else words)
+    if given and given[0] in NAMED:
+        run_command(given[0], given[1:])
+    if given and given[0] not in ("-h", "--help", "help"):
+        sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
+        sys.exit(2)
+    lines = [f"  {name:18}{command.help} ({command.scripts[0]}.py)" for name, command in COMMANDS.items()]
+    sys.stdout.write("\n".join([f"{PROGRAM}: rwkv-rlhf <command> --help says more of each", *lines]) + "\n")
+    sys.exit(0)

@@ -1,0 +1,133 @@
+"""JSONL + a teacher model -> an .h5 with the teacher's largest logits, for --distillation 1 --train_data_file F.h5.
+
+Documents run together, packed by their recurrent states; a long one is carried on from window to window. Each batch is
+on the disk before the next one starts (OUT.part beside the output), so a run that was stopped goes on where it was,
+with no document lost or twice, and its file is the one of a run that was not stopped.
+"""
+
+import errno
+import hashlib
+import logging
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
+from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
+from rwkv_rlhf.data.grouping import together
+from rwkv_rlhf.data.journal import Journal
+from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.generation.opening import open_model
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.precision import NAMES, STRATEGY_HELP
+from rwkv_rlhf.scoring.teacher import top_logits
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger("teacher")
+
+HEAD_CHUNK = 1024
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Write a teacher's largest logits for each token of a set of documents.")
+    flags.add_argument("--load_model", required=True, help="the teacher: a checkpoint (.pth or .safetensors)")
+    flags.add_argument("--load_adapter", default="", help="adapter laid over the teacher")
+    flags.add_argument("--load_initial_state", default="", help="not built yet; the older script ignored it")
+    flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
+    flags.add_argument("--top_k", type=int, default=100, help="logits kept per token [100]")
+    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens that run together [4096]")
+    add_document_flags(flags, "distillation.h5")
+    return flags
+
+
+def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:
+    """Neighbouring documents together up to `most` tokens; a longer document alone."""
+    return together(examples, lambda example: len(example.tokens), most)
+
+
+def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:
+    """The documents of one row with the teacher's K largest logits after each of their tokens."""
+    device = next(model.parameters()).device
+    tokens = torch.from_numpy(np.concatenate([e.tokens for e in row]).astype(np.int64)).to(device)
+    ends = np.cumsum([len(e.tokens) for e in row]).tolist()
+    # every token is asked about, so every target counts as trained; which they are does not matter
+    batch = TextBatch(tokens, tokens, torch.tensor([0, *ends]), 1.0)
+    found = top_logits(model, batch, k, HEAD_CHUNK, window)
+    top = TopK(found.values.float().cpu().numpy(), found.indices.cpu().numpy(), found.lse.float().cpu().numpy())
+    return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
+
+
+def check_flags(flags: Namespace) -> None:
+    """Refuses what cannot be meant."""
+    for name in ("top_k", "batch_tokens"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name} {getattr(flags, name)}: must be at least 1")
+    if flags.load_initial_state:
+        raise ValueError("--load_initial_state: starting the teacher from a tuned state is not built yet")
+
+
+def source_of(flags: Namespace, files: Sequence[Path], model: RWKV, tokenizer: str) -> dict[str, Any]:
+    """All that the logits depend on, for the unfinished work and for the file's attributes."""
+    return {
+        "model": file_hash(flags.load_model),
+        "adapter": file_hash(flags.load_adapter) if flags.load_adapter else "",
+        "input": hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest(),
+        "tokenizer": tokenizer,
+        "vocab_size": model.sizes.vocab_size,
+        "precision": NAMES[model.compute_dtype],
+        **{name: getattr(flags, name) for name in ("top_k", "batch_tokens", "template", "random_seed")},
+        **{name: int(getattr(flags, name)) for name in ("train_on_prompt", "skip_bad")},
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, tokenises, asks the teacher batch by batch, writes."""
+    flags = parser().parse_args(argv)
+    check_flags(flags)
+    files = check_document_flags(flags)
+    model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
+    if flags.top_k > model.sizes.vocab_size:
+        raise ValueError(f"--top_k {flags.top_k} is more than the {model.sizes.vocab_size} tokens of the vocabulary")
+    about = source_of(flags, files, model, tokenizer.name)
+    journal = Journal(f"{flags.output_parquet}.part", about, flags.top_k)
+    if journal.batches:
+        log.info("%d documents were there, going on", journal.documents)
+    report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
+    with counted(count_lines(files), "documents", True) as done:
+        rows = batches(examples_of(files, flags, tokenizer, report), flags.batch_tokens)
+        for number, row in enumerate(rows):
+            if number >= journal.batches:
+                append(journal, with_teacher(model, row, flags.top_k, flags.batch_tokens))
+            done(len(row))
+    if not journal.documents:
+        journal.remove()
+        raise ValueError(f"{flags.input_folder}: holds no text ({report.rows} rows read)")
+    with writing(flags.output_parquet, about, flags.top_k) as out:
+        for batch in journal:
+            out.add(batch)
+    assert out.documents == report.examples == journal.documents
+    journal.remove()
+    for line in report.lines():
+        log.info("%s", line)
+    log.info(
+        "wrote %d documents, %d tokens with %d logits each to %s",
+        *(out.documents, out.tokens, flags.top_k, flags.output_parquet),
+    )
+
+
+def append(journal: Journal, batch: Sequence[TextExample]) -> None:
+    """One more batch; a full disk is the user's to mend, and what was done before stays."""
+    try:
+        journal.append(batch)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"{journal.path}: the disk is full; free some space and start again to go on") from error

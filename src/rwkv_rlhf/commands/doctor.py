@@ -1,0 +1,124 @@
+"""`--doctor 1`: what this machine has, which kernel runs where and why, and whether each one is right.
+
+Nothing is trained or written, except that kernels are compiled into their cache.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from rwkv_rlhf.ops import build, gpu
+from rwkv_rlhf.ops.check import LIMITS, Finding, findings
+from rwkv_rlhf.precision import NAMES
+
+GIB = 1 << 30
+WIDTH = 120
+DISAGREEMENT = 1  # exit status
+
+
+def doctor() -> int | None:
+    """Print the examination; returns the exit status: None when every kernel that can run here agrees."""
+    console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    for title, lines in (("machine", machine()), ("compilers", compilers()), ("kernel cache", cache())):
+        console.print(f"[bold]{title}[/bold]")
+        for name, text in lines:
+            console.print(f"  {name:<10} {text}", markup=False)
+    console.print("[bold]kernels[/bold] (each against the plain loop in float64, values and gradients)")
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    found = []
+    for finding in findings(devices):
+        found.append(finding)
+        if finding.failure:
+            console.print(f"  {finding.case} on {finding.device} broke: {finding.failure}", markup=False)
+    ran = [finding for finding in found if not finding.refusal]
+    if ran:
+        console.print(table(ran))
+    for case, reason in refusals(found):
+        console.print(f"  {case}: {reason}", markup=False)
+    wrong = [finding for finding in found if not finding.agrees]
+    if wrong:
+        names = ", ".join(dict.fromkeys(f"{f.case} ({f.backend}, {NAMES[f.dtype]})" for f in wrong))
+        console.print(f"NOT RIGHT: {names}. Train with --wkv_backend naive, and report this table.", markup=False)
+        return DISAGREEMENT
+    console.print("every kernel that can run here agrees" if ran else "no compiled kernel can run here")
+    return None
+
+
+def machine() -> Iterator[tuple[str, str]]:
+    """Processor, PyTorch and GPUs."""
+    yield "processor", f"{platform.machine()}, {build.instruction_set()}, {torch.get_num_threads()} threads"
+    built_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
+    built_for = built_for or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPU only"
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "torch", f"{torch.__version__}, built for {built_for}"
+    for i in range(torch.cuda.device_count()):
+        device = torch.device("cuda", i)
+        about = torch.cuda.get_device_properties(device)
+        yield f"GPU {i}", f"{about.name}, {about.total_memory / GIB:.0f} GiB, {gpu.architecture(device)}"
+    if not torch.cuda.device_count():
+        nvidia = shutil.which("nvidia-smi") is not None
+        reason = "the driver is there, but this torch cannot use it" if nvidia else "none that torch can use"
+        yield "GPU", f"{reason}; training runs on the processor"
+
+
+def compilers() -> Iterator[tuple[str, str]]:
+    """Each compiler with its version, or what is missing without it."""
+    try:
+        command, version = build.compiler()
+        yield "C++", f"{version} ({command})"
+    except build.BuildError as error:
+        yield "C++", f"{error}. Until then the kernels run as plain PyTorch, 50 times slower and more"
+    for name, purpose in (("nvcc", "NVIDIA"), ("hipcc", "AMD")):
+        try:
+            path = gpu.compiler(name)
+        except build.BuildError:
+            yield name, f"not found: {purpose} GPUs would run plain PyTorch"
+            continue
+        done = subprocess.run([path, "--version"], capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if "release" in line or "version" in line.lower()]
+        yield name, f"{(lines or ['no version given'])[-1].strip()} ({path})"
+
+
+def cache() -> Iterator[tuple[str, str]]:
+    """Where compiled kernels lie, and locks that somebody holds at this moment."""
+    try:
+        folder = build.cache_folder()
+    except build.BuildError as error:
+        yield "folder", str(error)
+        return
+    yield "folder", f"{folder}, {sum(1 for _ in folder.glob('*/*.so'))} binaries"
+    for lock in sorted(folder.glob("*/lock")):
+        if build.held(lock):
+            wait = f"{build.LOCK_PATIENCE:.0f} s"
+            yield "lock", f"{lock} is held: another process compiles. A run waits at most {wait} and then goes on"
+
+
+def table(found: list[Finding]) -> Table:
+    """What ran: error of the worst tensor against its limit, and times of forward and backward together."""
+    out = Table(box=None, pad_edge=False)
+    for title in ("", "backend", "device", "dtype", "worst", "error", "limit", "ms", "plain ms", ""):
+        right = title in ("error", "limit", "ms", "plain ms")
+        out.add_column(title, justify="right" if right else "left", no_wrap=True)
+    for f in found:
+        numbers = (f"{f.error:.1e}", f"{LIMITS[f.dtype]:.0e}", f"{f.milliseconds:.2f}", f"{f.plain_milliseconds:.1f}")
+        verdict = "ok" if f.agrees else "BROKEN" if f.failure else "WRONG"
+        out.add_row(f"  {f.case}", f.backend, f.device, NAMES[f.dtype], f.worst, *numbers, verdict)
+    return out
+
+
+def refusals(found: list[Finding]) -> Iterator[tuple[str, str]]:
+    """Kernels that cannot run here and why, each reason once."""
+    reasons: dict[str, list[str]] = {}
+    for f in found:
+        if f.refusal:
+            reasons.setdefault(f"the {f.backend} kernel does not run: {f.refusal}", []).append(f.case)
+    for reason, cases in reasons.items():
+        yield ", ".join(dict.fromkeys(cases)), reason

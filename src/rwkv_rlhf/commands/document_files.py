@@ -1,0 +1,87 @@
+"""What the commands that tokenise documents and chats into `.h5` files have in common: flags and reading."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_rlhf.data.batch import TextExample
+from rwkv_rlhf.data.grouping import NOTHING_TRAINED
+from rwkv_rlhf.data.pairs.pairs import MIXED_SEED
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.text.documents import read_documents, text_type
+from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.settings.command_line import Parser
+
+
+def add_document_flags(flags: Parser, output: str) -> None:
+    """Adds the flags of every script that turns documents into an .h5, by default `output`."""
+    flags.add_argument("--input_folder", "--input", required=True, help="a folder of *.jsonl, or one file of text")
+    flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
+    flags.add_argument("--template", default="world", help=f"of chats: one of {', '.join(TEMPLATES)} [world]")
+    flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
+    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"of the template mixed [{MIXED_SEED}]")
+    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+
+
+def input_files(flags: Namespace) -> list[Path]:
+    """The files of --input_folder in the order of their names; ValueError where there is none."""
+    named = Path(flags.input_folder)
+    if not named.exists():
+        raise ValueError(f"--input_folder {named}: there is no such folder or file")
+    if not named.is_dir():
+        text_type(named)
+        return [named]
+    found = sorted(path for path in named.iterdir() if path.suffix.lower() == ".jsonl")
+    if not found:
+        raise ValueError(f"--input_folder {named}: holds no .jsonl")
+    return found
+
+
+def check_document_flags(flags: Namespace) -> list[Path]:
+    """The files to read. Refuses, before anything slow, what could not be read or written."""
+    check_template(flags.template)
+    files = input_files(flags)
+    for path in files:
+        refuse_same_file(path, flags.output_parquet, "--output_parquet")
+    check_writable(flags.output_parquet)
+    return files
+
+
+def examples_of(
+    files: Sequence[Path], flags: Namespace, tokenizer: Tokenizer, report: DataReport
+) -> Iterator[TextExample]:
+    """The documents of all files in order, counted in `report`; those without a trained token are left out."""
+    for path in files:
+        read = read_documents(
+            path,
+            tokenizer,
+            report,
+            template=flags.template,
+            train_on_prompt=flags.train_on_prompt,
+            seed=flags.random_seed,
+        )
+        for ids, mask in read:
+            kind = np.int32  # half the memory of what is written
+            example = TextExample(np.asarray(ids, dtype=kind), None if mask is None else np.asarray(mask, dtype=bool))
+            if not example.trained():
+                report.skip(NOTHING_TRAINED)
+                continue
+            report.examples += 1
+            report.trained += example.trained()
+            report.lengths.append(len(example.tokens))
+            yield example
+
+
+def count_lines(files: Sequence[Path]) -> int:
+    """Lines of all files, for the progress bar."""
+    total = 0
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                total += block.count(b"\n")
+    return total

@@ -1,0 +1,114 @@
+"""JSONL with `text` -> PREFIX.bin and PREFIX.idx, a corpus for --data_type binidx.
+
+Each document is tokenised byte for byte and closed by token 0; with --repeats N the documents are written N times, each
+time in another seeded order. Decoding is checked against the text, and the written files are read back and compared.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.data.rows import read_jsonl
+from rwkv_rlhf.data.sampler import magic_prime
+from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
+from rwkv_rlhf.data.text.documents import END
+from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer, load_tokenizer
+from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger("binidx")
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Make a binidx corpus from JSONL.")
+    flags.add_argument("--input", required=True, help='JSONL, one {"text": ...} a line')
+    flags.add_argument("--output", required=True, help="PREFIX of PREFIX.bin and PREFIX.idx")
+    flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
+    flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
+    flags.add_argument("--vocab_size", type=int, default=WORLD_SIZE, help=f"vocabulary size [{WORLD_SIZE}]")
+    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")
+    flags.add_switch("--shuffle", default=True, help="shuffle each time; 0 keeps the file's order [1]")
+    flags.add_switch("--skip_bad", help="count and skip bad lines instead of stopping")
+    return flags
+
+
+def _encode(text: object, tokenizer: Tokenizer) -> list[int]:
+    if not isinstance(text, str):
+        raise RowError("needs text under the key text", "no text")
+    ids = tokenizer.encode(text)
+    if tokenizer.decode_bytes(ids) != text.encode("utf-8", errors="surrogatepass"):
+        raise RowError("the vocabulary does not give this text back", "not reversible")
+    return [*ids, END]
+
+
+def read_documents(path: str, tokenizer: Tokenizer, report: DataReport) -> list[np.ndarray]:
+    """Token ids of each line's text, END included; raises ValueError with file and line."""
+    documents = []
+    for where, record in read_jsonl(path, report):
+        try:
+            documents.append(np.asarray(_encode(record.get("text"), tokenizer), token_dtype(tokenizer.vocab_size)))
+        except RowError as error:
+            report.bad(where, error)
+    if not documents:
+        raise ValueError(f"{path}: holds no text")
+    return documents
+
+
+def orders(count: int, repeats: int, seed: int, shuffle: bool) -> Iterator[int]:
+    """0..count-1, `repeats` times over, each time in another order."""
+    rng = random.Random(seed)
+    for _ in range(repeats):
+        once = list(range(count))
+        if shuffle:
+            rng.shuffle(once)
+        yield from once
+
+
+def verify(prefix: str, documents: Sequence[np.ndarray], order: Iterator[int]) -> Corpus:
+    """The written corpus, read back; RuntimeError when a document differs from what was to be written."""
+    corpus = Corpus(prefix)
+    count = 0
+    for number, source in enumerate(order):
+        if number >= len(corpus) or not np.array_equal(corpus.document(number), documents[source]):
+            raise RuntimeError(f"{corpus.bin}: document {number} reads back differently")
+        count += 1
+    if count != len(corpus):
+        raise RuntimeError(f"{corpus.idx}: {len(corpus)} documents where {count} were written")
+    return corpus
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, tokenises, writes, reads back."""
+    flags = parser().parse_args(argv)
+    for name in ("repeats", "ctx_len"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name} {getattr(flags, name)}: must be at least 1")
+    prefix = str(corpus_prefix(flags.output))
+    for suffix in (".bin", ".idx"):
+        refuse_same_file(flags.input, prefix + suffix, "--output")
+        check_writable(prefix + suffix)
+    tokenizer = load_tokenizer(flags.vocab_size, flags.vocab_file or None)
+    report = DataReport(flags.input, skip_bad=flags.skip_bad)
+    documents = read_documents(flags.input, tokenizer, report)
+    plan = (len(documents), flags.repeats, flags.random_seed, flags.shuffle)
+    tokens = write_corpus(prefix, documents, orders(*plan), tokenizer.vocab_size)
+    corpus = verify(prefix, documents, orders(*plan))
+    report.examples, report.trained = len(corpus), tokens - 1
+    report.lengths = [len(document) for document in documents]
+    for line in report.lines():
+        log.info("%s", line)
+    log.info(
+        "wrote %s.bin and .idx: %d documents, %d tokens, %s, read back",
+        prefix,
+        len(corpus),
+        tokens,
+        corpus.tokens.dtype,
+    )
+    prime = magic_prime(tokens, flags.ctx_len)
+    found = f"--magic_prime {prime}" if prime else f"no magic prime: fewer than {3 * flags.ctx_len} tokens"
+    log.info("%s (--ctx_len %d)", found, flags.ctx_len)

@@ -1,0 +1,167 @@
+"""Make one model of a base model and a checkpoint of training, or take an adapter to the PEFT library and back.
+
+python merge.py --base_model B --lora_checkpoint A --output O
+python merge.py --base_model B --lora_checkpoint A --to_peft DIR
+python merge.py --base_model B --from_peft DIR --output A
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
+from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder, to_peft_folder
+from rwkv_rlhf.checkpoints.loading import file_sizes, write_atomic
+from rwkv_rlhf.checkpoints.merge_shares import Coefficients, parse_coefficients
+from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
+from rwkv_rlhf.checkpoints.sidecar import sidecar_path
+from rwkv_rlhf.layers.stores import STORES
+from rwkv_rlhf.plan import is_state
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".pth", ".safetensors")
+WITH_STATE = ("x052", "x060")  # versions whose time_state the rwkv package reads from the model file
+# what to do about a mismatch of base, checkpoint and flags
+HINTS = {
+    "base": "give the right --base_model, or --force 1 to go on",
+    "storage": "leave --quant out, or --force 1 to merge otherwise",
+    "mode": "leave --type out",
+    "scaling": "leave --lora_scaling out",
+    "alpha": "leave --lora_alpha out",
+    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+    "factors": "give the right ones with --lora_init, or --force 1 to go on",
+    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
+}
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The flags of this script. Raises ValueError for a set of them that names no task."""
+    parser = Parser("Merge a checkpoint of training into its base model.", prog="merge.py")
+    parser.add_argument("--base_model", default="", help="the model that training started from")
+    parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth")
+    parser.add_argument("--output", default="", help="the merged model, .pth or .safetensors")
+    parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
+    parser.add_argument(
+        "--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint"
+    )
+    parser.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+    parser.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
+    parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
+    parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
+    parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
+    parser.add_argument("--to_peft", default="", help="write the adapter into this folder as the PEFT library has it")
+    parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
+    parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
+    parser.add_switch("--force", help="go on although base model or storage are not those of the training")
+    args = parser.parse_args(words)
+    wanted = {
+        "base_model": not args.to_peft,
+        "lora_checkpoint": not args.from_peft,
+        "output": not args.to_peft,
+    }
+    for name, needed in wanted.items():
+        if needed and not getattr(args, name):
+            raise ValueError(f"--{name} is missing; see --help")
+    if args.quant is not None and args.quant not in STORES:
+        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(STORES)}")
+    if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
+        raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
+    return args
+
+
+def check_inputs(flag: str, output: Path, *inputs: Path) -> None:
+    """Refuse to write `output` over one of the inputs; `flag` is what to change."""
+    for path in inputs:
+        if output.resolve() == path.resolve() or (output.exists() and path.exists() and output.samefile(path)):
+            raise ValueError(f"{flag}: {output} is an input of this merge: give another name")
+
+
+def check_paths(output: Path, *inputs: Path) -> None:
+    """Refuse an output that is one of the inputs, has an unknown suffix or cannot be put where it should go."""
+    if output.suffix not in SUFFIXES:
+        raise ValueError(f"--output {output}: the name must end in {' or '.join(SUFFIXES)}")
+    check_inputs(f"--output {output}", output, *inputs)
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
+
+
+def chosen_device(name: str) -> str:
+    """`auto` is the GPU if there is one; a GPU that is not there is replaced by the CPU with one notice."""
+    if name.split(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {name}: must be auto, cpu or cuda")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("--device %s: there is no such GPU, computing on the CPU", name)
+        return "cpu"
+    return name
+
+
+def opened(args: argparse.Namespace) -> AdapterFile:
+    """--lora_checkpoint with what the flags say of it, checked against --base_model. Raises ValueError."""
+    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha, "quant": args.quant}
+    with hinting(HINTS):
+        file = open_adapter(args.lora_checkpoint, initial_file=args.lora_init, force=args.force, **said)
+        if args.base_model:
+            check_base(file.sidecar, args.base_model, force=args.force)
+    return file
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Write the merged model, once its logits are those of base and adapter together."""
+    base_path, adapter_path, output = Path(args.base_model), Path(args.lora_checkpoint), Path(args.output)
+    named = [Path(path) for path in (args.lora_init, args.load_cold_adapter) if path]
+    check_paths(output, base_path, adapter_path, sidecar_path(adapter_path), *named)
+    device = chosen_device(args.device)
+    sizes = file_sizes(base_path)  # a base that is no RWKV model is refused before anything is hashed
+    shares = parse_coefficients(args.layer_filter, sizes.n_layer) if args.layer_filter else Coefficients()
+    file = opened(args)
+    with hinting(HINTS):
+        cold = cold_of(adapter_path, file.sidecar, args.load_cold_adapter, force=args.force)
+        found = [factors_path(adapter_path, file.sidecar)] if file.initial else []
+        check_inputs(f"--output {output}", output, *found, *([cold] if cold else []))
+        base = base_reader(base_path, cold, device, force=args.force)()
+    base = dict(base) if isinstance(base, Merged) else base
+    merged = dict(Merged(base, file, device=device, coefficients=shares))
+    difference, allowed = check_merged(base, file, merged, shares)
+    if shares.whole:
+        print(f"check: logits of merged and base + adapter differ by at most {difference:.1e} of their range")
+    else:
+        print("check: logits are finite; with --layer_filter there is no trained model to compare with")
+    if not difference <= allowed and not args.force:
+        raise RuntimeError(
+            f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written"
+        )
+    write_atomic(merged, output)
+    layout = shares.of_layout(file.layout)
+    plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
+    print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
+    states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
+    if states and (sizes.version not in WITH_STATE or states != {"time_state"}):
+        print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")
+
+
+def main(words: Sequence[str]) -> int:
+    args = parse(words)
+    if args.to_peft:
+        folder = Path(args.to_peft)
+        check_inputs(f"--to_peft {folder}", folder / TENSORS, Path(args.lora_checkpoint))
+        print(to_peft_folder(opened(args), folder, force=args.force))
+    elif args.from_peft:
+        folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
+        inputs = (base, sidecar_path(base), folder / TENSORS, folder / CONFIG)
+        check_paths(output, *inputs)
+        check_inputs(f"--output {output}", sidecar_path(output), *inputs)
+        print(from_peft_folder(folder, base, output, args.quant or "none"))
+    else:
+        merge(args)
+    return 0

@@ -1,0 +1,114 @@
+"""What the commands that make `.save` files of preference pairs have in common: flags, reading, splitting, writing."""
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, pair_records, split_records
+from rwkv_rlhf.data.pairs.save import write_save
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer
+from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.model.sizes import sizes_of
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger("prepare")
+
+PARTS = ("train", "valid", "test")
+
+
+def add_pair_flags(flags: Parser, output: str) -> None:
+    """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
+    flags.add_argument("--input_csv", required=True, help="pairs: .csv, .jsonl or .parquet")
+    flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
+    flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
+    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
+    flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
+    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"templates and shuffle [{MIXED_SEED}]")
+    flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
+    flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
+    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+
+
+def check_pair_flags(flags: Namespace) -> None:
+    """Refuses, before anything slow, what `tokenised` could not read or write."""
+    if flags.rlhf_max_corpus_len < 0:
+        raise ValueError(f"--rlhf_max_corpus_len {flags.rlhf_max_corpus_len}: must be at least 0")
+    check_template(flags.template)
+    for path in outputs(flags):
+        refuse_same_file(flags.input_csv, path, "--output_save")
+        check_writable(path)
+
+
+def shares_of(text: str) -> list[float]:
+    """The shares of --split, [] for none. Raises ValueError for other than two or three that add up to 1."""
+    try:
+        shares = [float(word) for word in text.split(",")] if text else []
+    except ValueError:
+        shares = [0.0]
+    if shares and (len(shares) not in (2, 3) or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6):
+        raise ValueError(f"--split {text}: two or three shares above 0 that add up to 1, e.g. 0.8,0.1,0.1")
+    return shares
+
+
+def outputs(flags: Namespace) -> list[Path]:
+    """The files to write: --output_save, or with --split one for each part.
+
+    trainset.save has validset.save and testset.save beside it, as in the RWKV-5 recipe; pairs.save becomes
+    pairs-train.save, pairs-valid.save, pairs-test.save.
+    """
+    path, shares = Path(flags.output_save), shares_of(flags.split)
+    if not shares:
+        return [path]
+    parts = PARTS[: len(shares)]
+    if "train" in path.stem:
+        return [path.with_name(path.name.replace("train", part)) for part in parts]
+    return [path.with_stem(f"{path.stem}-{part}") for part in parts]
+
+
+def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExample]], DataReport]:
+    """The pairs of --input_csv as the flags say, one list for each file of `outputs`, and what was read."""
+    common = (
+        flags.template,
+        flags.target_pair_count,
+        flags.rlhf_max_corpus_len,
+        flags.random_seed,
+        flags.skip_bad,
+    )
+    shares = shares_of(flags.split)
+    if shares:
+        return split_records(flags.input_csv, tokenizer, shares, *common, drop_ties=flags.drop_ties)
+    pairs, report = pair_records(flags.input_csv, tokenizer, *common, drop_ties=flags.drop_ties)
+    return [pairs], report
+
+
+def write_pairs(
+    flags: Namespace, tokenizer: Tokenizer, parts: Sequence[Sequence[PairExample]], report: DataReport, about: dict
+) -> None:
+    """Writes each part and its sidecar (`about` says what the reference is), and logs the report."""
+    about = about | {
+        "template": flags.template,
+        "tokenizer": tokenizer.name,
+        "max_len": flags.rlhf_max_corpus_len,
+        "seed": flags.random_seed,
+    }
+    for line in report.lines():
+        log.info("%s", line)
+    for path, pairs in zip(outputs(flags), parts, strict=True):
+        write_save(path, pairs, about)
+        log.info("wrote %d pairs to %s", len(pairs), path)
+
+
+def vocabulary_size(model: str, given: int) -> int:
+    """The checkpoint's vocabulary size, or the flag's, or World's; ValueError when checkpoint and flag disagree."""
+    if model in ("", "0"):
+        return given or WORLD_SIZE
+    found = sizes_of(read_tensors(model)).vocab_size
+    if given and given != found:
+        raise ValueError(f"--vocab_size {given}, but {model} has a vocabulary of {found}")
+    return found

@@ -1,0 +1,29 @@
+"""CSV, JSONL or parquet of preference pairs -> tokenised pairs (.save) for ORPO: no model is run.
+
+Rows are cycled until --target_pair_count pairs; the reference log-probabilities are the placeholders 0.5, 0.5. What was
+read, cut and left out is printed; F.save.json beside the output says how it was made.
+"""
+
+from collections.abc import Sequence
+
+from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, vocabulary_size, write_pairs
+from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.settings.command_line import Parser
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Tokenise preference pairs for ORPO without running a model.")
+    flags.add_argument("--load_model", default="", help="checkpoint whose vocabulary size is used; it is not run")
+    flags.add_argument("--vocab_size", type=int, default=0, help="vocabulary size if no model is given [65536]")
+    add_pair_flags(flags, "orpotest.save")
+    return flags
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, tokenises, writes."""
+    flags = parser().parse_args(argv)
+    check_pair_flags(flags)
+    tokenizer = load_tokenizer(vocabulary_size(flags.load_model, flags.vocab_size), flags.vocab_file or None)
+    parts, report = tokenised(flags, tokenizer)
+    write_pairs(flags, tokenizer, parts, report, {"model": None, "reference": None})

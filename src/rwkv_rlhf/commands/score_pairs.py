@@ -1,0 +1,60 @@
+"""CSV, JSONL or parquet of preference pairs -> tokenised pairs with reference log-probabilities (.save) for DPO.
+
+The reference scores are summed log-probabilities of exactly the tokens that are written, so after any cut.
+F.save.json beside the output holds the model's hash and the arithmetic: train.py uses the scores when both are its own,
+and computes them anew otherwise. Scores are kept in F.save.part while they are computed: the same command goes on
+after a kill.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
+from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.generation.opening import open_model
+from rwkv_rlhf.layers.stores import STORES
+from rwkv_rlhf.precision import NAMES, STRATEGY_HELP
+from rwkv_rlhf.scoring.kept_scores import KeptScores
+from rwkv_rlhf.scoring.reference import reference_key
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger("prepare")
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Tokenise preference pairs and score them with the reference model.")
+    flags.add_argument("--load_model", required=True, help="the reference: the model that training starts from")
+    flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
+    packed = "storage of the matrices; train.py uses the scores only with the same --quant_mode [none]"
+    flags.add_argument("--quant_mode", default="none", choices=("none", *STORES), help=packed)
+    add_pair_flags(flags, "trainset.save")
+    return flags
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, tokenises, scores each distinct pair once, writes."""
+    flags = parser().parse_args(argv)
+    check_pair_flags(flags)
+    model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file, quant=flags.quant_mode)
+    parts, report = tokenised(flags, tokenizer)
+    distinct = {id(pair): pair for pairs in parts for pair in pairs}  # cycled rows are the same object
+    model_hash = file_hash(flags.load_model)
+    arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {flags.quant_mode}"
+    key = reference_key(model_hash, list(distinct.values()), arithmetic)
+    kept = KeptScores(f"{flags.output_save}.part", key)
+    with counted(len(distinct), "reference", shown=True) as done:
+        sums = kept.score(model, list(distinct.values()), progress=done)
+    scores = dict(zip(distinct, sums.tolist()))
+    scored = [[dataclasses.replace(pair, reference=tuple(scores[id(pair)])) for pair in pairs] for pairs in parts]
+    about = {
+        "model": model_hash,
+        "reference": "sum",
+        "precision": NAMES[model.compute_dtype],
+        "storage": flags.quant_mode,
+    }
+    write_pairs(flags, tokenizer, scored, report, about)
+    kept.forget()
+    log.info("%d of them distinct, each scored once", len(distinct))

@@ -1,0 +1,56 @@
+"""JSONL (text, chats, prompt and completion) -> tokenised documents in HDF5 for --sft 1 --train_data_file F.h5.
+
+The file holds what train.py would make of the JSONL itself: `{"text"}` byte for byte, closed by token 0; chats by the
+template, with a mask so that the assistant's turns are learnt only. The older programs read it too (their dataset
+`tokens`); they know no mask and learn every token.
+"""
+
+import logging
+from collections.abc import Sequence
+from itertools import islice
+
+from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
+from rwkv_rlhf.commands.pair_files import vocabulary_size
+from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.data.tokenizer import WORLD_SIZE, load_tokenizer
+from rwkv_rlhf.settings.command_line import Parser
+
+log = logging.getLogger("sft")
+
+BATCH = 1000  # documents written at a time
+MIXED_SEED = 100
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Tokenise documents and chats into an .h5 for supervised fine-tuning.")
+    flags.add_argument("--load_model", default="", help="checkpoint whose vocabulary size is used; it is not run")
+    flags.add_argument("--vocab_size", type=int, default=0, help=f"vocabulary size if no model is given [{WORLD_SIZE}]")
+    add_document_flags(flags, "sft.h5")
+    return flags
+
+
+def main(argv: Sequence[str]) -> None:
+    """Reads, tokenises, writes."""
+    flags = parser().parse_args(argv)
+    files = check_document_flags(flags)
+    tokenizer = load_tokenizer(vocabulary_size(flags.load_model, flags.vocab_size), flags.vocab_file or None)
+    report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
+    about = {
+        "tokenizer": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "template": flags.template,
+        "train_on_prompt": int(flags.train_on_prompt),
+    }
+    with writing(flags.output_parquet, about) as out, counted(count_lines(files), "documents", True) as done:
+        examples = examples_of(files, flags, tokenizer, report)
+        while batch := list(islice(examples, BATCH)):
+            out.add(batch)
+            done(len(batch))
+        if not out.documents:
+            raise ValueError(f"{flags.input_folder}: holds no text to train on ({report.rows} rows read)")
+    for line in report.lines():
+        log.info("%s", line)
+    log.info("wrote %d documents, %d tokens to %s", out.documents, out.tokens, flags.output_parquet)

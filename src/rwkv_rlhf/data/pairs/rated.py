@@ -1,0 +1,144 @@
+"""Answers that are good or bad on their own (KTO): prompt, completion, label; or the two answers of a pair, apart.
+
+Each answer is given the answer to another prompt, once and for all: from those KTO estimates how far the policy has
+moved, and their reference scores are computed with its own.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_rlhf.data.batch import PairExample, RatedExample
+from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, Pairs, cut_prompt
+from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, answer_of, check_text, prompt_of, with_system
+from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.data.rows import Row, read_csv
+from rwkv_rlhf.data.templates.builtin import check_template, draw_form
+from rwkv_rlhf.data.tokenizer import Tokenizer
+
+LABELS = {"true": True, "1": True, "false": False, "0": False}
+_COLUMNS = (("prompt", "question"), ("completion",), ("label",))
+
+
+def _rows(path: str | os.PathLike, report: DataReport, checked: bool = True):
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        return read_csv(path, report, _COLUMNS if checked else ())
+    return PAIR_ROWS[suffix](path, report, False)
+
+
+def is_rated_record(record: dict) -> bool:
+    """Whether a row (keys in lower case) is one rated answer."""
+    return "completion" in record and "label" in record and "chosen" not in record
+
+
+def is_rated(path: str | os.PathLike) -> bool:
+    """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
+    if Path(path).suffix.lower() not in PAIR_ROWS:
+        return False
+    looking = DataReport(str(path), skip_bad=True, quiet=True)
+    first: Row | None = next(iter(_rows(path, looking, checked=False)), None)
+    return first is not None and is_rated_record(first[1])
+
+
+def _label(value: object) -> bool:
+    """True for good. RowError for anything but true, false, 1 and 0."""
+    if isinstance(value, float) and value in (0.0, 1.0):  # parquet's idea of a column with gaps
+        value = int(value)
+    found = LABELS.get(str(value).strip().lower())
+    if found is None:
+        raise RowError(f"label is {value!r}; it must be true or 1 (good), false or 0 (bad)", "unreadable label")
+    return found
+
+
+def _answer(record: dict, template: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
+    before, text = answer_of(record.get("completion"), "completion", True)
+    turns = with_system(record, prompt_of(record) + before)
+    check_text([*turns, ("assistant", text)])
+    good, form = _label(record.get("label")), draw_form(template, rng)
+    prompt, (answer,) = form.written(turns, [text])
+    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(answer), *form.end_ids], [], None, good)
+
+
+def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
+    """The examples, each with the answer of an example of another prompt as `reject`.
+
+    Prompts are put in a seeded order, then every answer moves on by the size of the largest group: no answer can stay
+    with its prompt, unless one prompt has more than half of all answers; those borrow from the rest in turn.
+    Raises ValueError when there is only one prompt.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(tuple(example.prompt), []).append(index)
+    if len(groups) < 2:
+        raise ValueError(f"{source}: KTO needs answers to at least two different prompts; there is one")
+    some = list(groups.values())
+    random.Random(seed).shuffle(some)
+    order = [index for group in some for index in group]
+    step = max(map(len, some))
+    largest = max(some, key=len)
+    rest = [index for group in some if group is not largest for index in group]
+    found: dict[int, list[int]] = {}
+    for at, index in enumerate(order):
+        other = order[(at + step) % len(order)]
+        if examples[other].prompt == examples[index].prompt:  # only in a group of more than half of all
+            other = rest[at % len(rest)]
+        found[index] = examples[other].chosen
+    return [RatedExample(e.prompt, e.chosen, found[i], None, e.good) for i, e in enumerate(examples)]
+
+
+def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int, seed: int) -> Pairs:
+    """Mismatched, counted and warned about."""
+    if not examples:
+        raise ValueError(f"{report.source}: holds no usable answer ({report.rows} rows read)")
+    rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len)
+    good = sum(example.good for example in examples)
+    report.notice(f"{report.source}: {good} good and {len(examples) - good} bad answers")
+    return rated
+
+
+def open_rated(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    *,
+    template: str = "world",
+    max_len: int = 1024,
+    ctx_len: int = 0,
+    seed: int = MIXED_SEED,
+    skip_bad: bool = False,
+) -> Pairs:
+    """Rated answers of a CSV, JSONL or parquet file with prompt, completion and label (and system, if any).
+
+    Arguments and errors as `open_pairs`.
+    """
+    check_template(template)
+    report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
+    examples, seen = [], set()
+    for where, record in _rows(path, report):
+        try:
+            example = _answer(record, template, rng, tokenizer)
+        except RowError as error:
+            report.bad(where, error)
+            continue
+        key = hash((tuple(example.prompt), tuple(example.chosen), example.good))
+        report.remarked["repeat another one"] += key in seen
+        seen.add(key)
+        if max_len:
+            report.truncated["prompt"] += len(example.prompt) > max_len
+            report.truncated["completion"] += len(example.chosen) > max_len
+            example = RatedExample(
+                cut_prompt(example.prompt, max_len), example.chosen[:max_len], [], None, example.good
+            )
+        examples.append(example)
+    return _finished(examples, report, ctx_len, seed)
+
+
+def taken_apart(pairs: Pairs, seed: int = MIXED_SEED) -> Pairs:
+    """The two answers of each pair as a good and a bad one; reference scores are dropped, they lack a part."""
+    halves = []
+    for index in range(len(pairs)):
+        pair: PairExample = pairs[index]
+        halves.append(RatedExample(pair.prompt, pair.chosen, [], None, True))
+        halves.append(RatedExample(pair.prompt, pair.reject, [], None, False))
+    return _finished(halves, pairs.report, pairs.ctx_len, seed)

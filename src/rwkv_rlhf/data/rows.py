@@ -1,0 +1,132 @@
+"""Rows of CSV, JSONL and parquet files as dictionaries with lower-case keys, and the place where each stands."""
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+
+from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.files import check_readable, parse_json, read_bytes
+
+Row = tuple[str, dict]  # where it stands (file:line), and column -> value
+_CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
+_BOM = b"\xef\xbb\xbf"
+
+
+def _not_utf8(text: str) -> RowError | None:
+    """RowError when `text` (decoded with surrogateescape) held bytes that are not UTF-8."""
+    for character in text:
+        if "\udc80" <= character <= "\udcff":
+            return RowError(f"byte 0x{ord(character) - 0xDC00:02x} is not UTF-8: save the file as UTF-8", "not UTF-8")
+    return None
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
+    """(line where the row starts, cells or what is wrong with them) of each row that is not blank."""
+    csv.field_size_limit(_CELL)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # a quotation mark that nobody closes swallows the rest of the file: say how much
+            lost = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
+            sentence = f"not readable as CSV ({error}{lost}): is a quotation mark not closed or not doubled?"
+            yield line, RowError(sentence, f"unreadable{lost}")
+            continue
+        if cells:
+            yield line, cells
+
+
+def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
+    """Lower-case column names of a header; ValueError when one stands twice."""
+    names = [cell.strip().lower() for cell in cells]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise ValueError(f"{path}:1: the column {name} stands twice")
+    return names
+
+
+def read_csv(path: str | os.PathLike, report: DataReport, columns: tuple[tuple[str, ...], ...]) -> Iterator[Row]:
+    """Rows of a CSV file in UTF-8 (a BOM is fine); quoted cells may hold line breaks.
+
+    Args:
+        columns: what must be there; each a tuple of names that mean the same.
+
+    Raises:
+        ValueError: a missing column, or (unless the report skips) a row that cannot be read, with file and line.
+    """
+    text = read_bytes(path).removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
+    rows = _csv_rows(text)
+    start, header = next(rows, (1, []))
+    problem = header if isinstance(header, RowError) else _not_utf8("".join(header))
+    if problem:
+        raise ValueError(f"{path}:{start}: {problem}")
+    names = csv_columns(path, header)
+    for choices in columns:
+        if not set(choices) & set(names):
+            found = f"its columns are {', '.join(names)}" if names else "the file is empty"
+            raise ValueError(f"{path}:{start}: the column {choices[0]} is missing; {found}")
+    for number, (line, cells) in enumerate(rows, 1):
+        where = f"{path}:{line} (row {number})"
+        report.rows += 1
+        problem = cells if isinstance(cells, RowError) else _not_utf8("".join(cells))
+        if not problem and any(cells[len(names) :]):
+            sentence = f"{len(cells)} cells, but the header has {len(names)}: is a comma or quotation mark not quoted?"
+            problem = RowError(sentence, "too many cells")
+        if problem:
+            report.bad(where, problem)
+        else:
+            yield where, dict(zip(names, cells + [""] * (len(names) - len(cells))))
+
+
+def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
+    """Objects of a JSONL file, one a line, blank lines left out; keys in lower case.
+
+    Raises:
+        ValueError: a missing file, or (unless the report skips) a line that is no JSON object, with file and line.
+    """
+    check_readable(path)
+    with open(path, "rb") as file:
+        for line, raw in enumerate(file, 1):
+            raw = raw.removeprefix(_BOM) if line == 1 else raw
+            if not raw.strip():
+                continue
+            report.rows += 1
+            try:
+                yield f"{path}:{line}", _json_object(raw)
+            except RowError as error:
+                report.bad(f"{path}:{line}", error)
+
+
+def _json_object(raw: bytes) -> dict:
+    try:
+        value = parse_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"byte 0x{raw[error.start]:02x} is not UTF-8: save the file as UTF-8", "not UTF-8") from error
+    except ValueError as error:
+        raise RowError(f"not a JSON object ({error})", "unreadable") from error
+    if not isinstance(value, dict):
+        raise RowError(f"a JSON object is needed, this is a {type(value).__name__}", "unreadable")
+    return {key.strip().lower(): item for key, item in value.items()}
+
+
+def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
+    """Rows of a parquet file; needs pyarrow."""
+    check_readable(path)
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        for batch in table.iter_batches():
+            for record in batch.to_pylist():
+                report.rows += 1
+                yield f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()}
+    except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from error

@@ -1,0 +1,182 @@
+"""Chat templates that come with a tokenizer: Jinja text, run in a sandbox and in a process of its own
+(`jinja_process.py`), because a user may download any file.
+
+A .jinja file is the template itself. A tokenizer_config.json holds it under `chat_template` (a text, or a list of
+{name, template}, of which `default` is taken) beside the texts of the special tokens, which templates refer to.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rwkv_rlhf.data.report import RowError
+from rwkv_rlhf.data.templates.builtin import Form, Turn
+from rwkv_rlhf.files import parse_json, read_bytes
+
+PROBE = "4n5wer"  # an answer whose place in the rendered text shows what the template writes around it
+SECONDS = 20  # that a template may take for one conversation, on a busy machine; it needs less than a thousandth
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+
+
+class _Process:
+    """The process that runs templates, started when it is first asked, and one for each process that asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = -1
+
+    def ask(self, source: str, values: dict[str, Any]) -> dict[str, str]:
+        """What `jinja_process.py` answers. Raises ValueError when it does not answer in SECONDS, or dies."""
+        with self._lock:
+            if self._child is None or self._owner != os.getpid() or self._child.poll() is not None:
+                self._child, self._owner = _start(), os.getpid()
+            try:
+                return _exchange(self._child, {"source": source, "values": values})
+            except (OSError, EOFError, TimeoutError) as error:
+                self._child.kill()
+                self._child = None
+                slow = isinstance(error, TimeoutError)
+                how = f"takes more than {SECONDS} seconds" if slow else "ended the process that runs it"
+                raise ValueError(f"the chat template {how}: it cannot be used") from error
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    if importlib.util.find_spec("jinja2") is None:
+        raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    program = Path(__file__).with_name("template_process.py")
+    return subprocess.Popen([sys.executable, "-P", str(program)], start_new_session=True, **pipes)
+
+
+def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, str]:
+    """Raises TimeoutError, EOFError, or OSError when the process is gone."""
+    assert child.stdin is not None and child.stdout is not None
+    child.stdin.write(json.dumps(request).encode() + b"\n")
+    child.stdin.flush()
+    end, parts = time.monotonic() + SECONDS, [b""]
+    while not parts[-1].endswith(b"\n"):
+        if not select.select([child.stdout], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise TimeoutError
+        parts.append(os.read(child.stdout.fileno(), 1 << 20))
+        if not parts[-1]:
+            raise EOFError
+    return json.loads(b"".join(parts))
+
+
+_process = _Process()
+
+
+@dataclass(frozen=True)
+class JinjaForm(Form):
+    """A form whose text a chat template writes.
+
+    Attributes:
+        source: the template. special: (name, text) of the special tokens.
+        end: the mark that closes an answer, which sampling stops at.
+        end_ids: the end of document, 0, where the template writes no such mark.
+    """
+
+    assistant: str = "assistant"
+    whole: bool = True
+    source: str = ""
+    special: tuple[tuple[str, str], ...] = ()
+
+    def _render(self, turns: Sequence[Turn], cue: bool) -> str:
+        nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
+        messages = [{"role": role, "content": text} for role, text in turns]
+        values = {"messages": messages, "add_generation_prompt": cue, **nothing, **dict(self.special)}
+        answer = _process.ask(self.source, values)
+        if "text" in answer:
+            return answer["text"]
+        if "refused" in answer:
+            sentence = f"the chat template refuses this conversation: {answer['refused']}"
+        else:
+            sentence = f"the chat template cannot write this conversation: {answer['failed']}"
+        raise RowError(sentence, "refused by the template")
+
+    def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
+        """The conversation so far and the template's cue for an answer."""
+        return self._render(turns, True)
+
+    def history(self, turns: Sequence[Turn]) -> str:
+        """Finished turns."""
+        return self._render(turns, False)
+
+    def written(self, turns: Sequence[Turn], answers: Sequence[str]) -> tuple[str, list[str]]:
+        """The prompt, and each answer with its closing mark as the template writes them behind it."""
+        prompt = self.prompt(turns)
+        whole = [self.history([*turns, ("assistant", answer)]) for answer in answers]
+        for text in whole:
+            if not text.startswith(prompt):
+                sentence = "the chat template writes a conversation with its answer otherwise than the prompt of it"
+                raise RowError(sentence, "refused by the template")
+        return prompt, [text[len(prompt) :] for text in whole]
+
+    def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+        """As `Form.pieces`; RowError for a template that writes an earlier turn otherwise once more turns follow."""
+        said = ""
+        for at, (role, text) in enumerate(turns):
+            if role != "assistant":
+                continue
+            prompt, (answer,) = self.written(turns[:at], [text])
+            if not prompt.startswith(said):
+                raise RowError("the chat template rewrites earlier turns of this chat", "refused by the template")
+            yield prompt[len(said) :], False
+            yield answer, True
+            said = prompt + answer
+        whole = self.history(turns)
+        if turns and turns[-1][0] != "assistant" and whole.startswith(said):
+            yield whole[len(said) :], False
+
+
+def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """(template, special tokens) of a tokenizer_config.json."""
+    try:
+        config = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"--template {path}: not JSON ({error})") from error
+    source = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(source, list):
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default", next(iter(named.values()), None))
+    if not isinstance(source, str):
+        raise ValueError(f"--template {path} holds no chat_template; give a .jinja file or a tokenizer_config.json")
+    special = []
+    for name in _SPECIAL:
+        value = config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        special.append((name, value if isinstance(value, str) else ""))
+    return source, tuple(special)
+
+
+@functools.lru_cache(maxsize=4)
+def load_chat_template(path: str | os.PathLike) -> JinjaForm:
+    """The form that a .jinja file or a tokenizer_config.json describes.
+
+    Raises ValueError, naming --template and the file, for a missing or malformed file and for a template that cannot
+    write a question with its answer.
+    """
+    path = Path(path)
+    text = read_bytes(path).decode("utf-8-sig", errors="replace")
+    source, special = _from_config(path, text) if path.suffix.lower() == ".json" else (text, ())
+    special = special or tuple((name, "") for name in _SPECIAL)
+    try:
+        form = JinjaForm(source=source, special=special)
+        answer = form.written([("user", "Hi")], [PROBE])[1][0]
+    except ValueError as error:
+        raise ValueError(f"--template {path}: {error}") from error
+    if PROBE not in answer:
+        raise ValueError(f"--template {path} does not write the assistant's text")
+    end = answer.split(PROBE)[1].strip()
+    return JinjaForm(source=source, special=special, end=end, end_ids=() if end else (0,))

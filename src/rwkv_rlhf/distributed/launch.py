@@ -1,0 +1,313 @@
+"""From one command to several processes: who started them, which rank this one is, and how they find each other.
+
+Three ways lead here. torchrun and srun start every process and say so in variables of their own; else the process that
+the user started is the first of its machine and starts the others with the same command. Whichever it was, every
+process then knows the same things about itself (`Place`), and the work begins when all have met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from torch import distributed
+
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.distributed.watchdog import Watch
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import trains
+
+log = logging.getLogger(__name__)
+
+Variables = Mapping[str, str]
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+SPARE = 3.0  # minutes after --timeout until the library that moves the tensors gives up too
+INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types
+
+
+class Place(NamedTuple):
+    """One process among those that train: its rank of `world`, and of `local_world` on its machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    address: str = "127.0.0.1"
+    port: int = 0
+    launcher: str = ""  # who started the processes; "" = this program
+
+    @property
+    def node(self) -> int:
+        """The number of its machine."""
+        return self.rank // self.local_world
+
+
+def by_torchrun(variables: Variables) -> Place | None:
+    """The place that torchrun's variables (or our own first process, in the same ones) give this process."""
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in variables for name in needed):
+        return None
+    *numbers, address, port = (variables[name] for name in needed)
+    return Place(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
+
+
+def by_slurm(variables: Variables) -> Place | None:
+    """The place that srun gives this process; None outside of a job step of several tasks."""
+    tasks = variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS", "1")
+    needed = ("SLURM_PROCID", "SLURM_LOCALID")
+    typed = variables.get("SLURM_JOB_NAME") in INTERACTIVE
+    if typed or _number("SLURM_NTASKS", tasks) < 2 or any(name not in variables for name in needed):
+        return None
+    world = _number("SLURM_NTASKS", tasks)
+    nodes = _number("SLURM_NNODES", variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES", "1"))
+    if world % nodes:
+        raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine needs equally many")
+    names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
+    address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
+    port = variables.get("MASTER_PORT") or str(
+        15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0)
+    )
+    rank, local = (_number(name, variables[name]) for name in needed)
+    return Place(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
+
+
+LAUNCHERS: dict[str, Callable[[Variables], Place | None]] = {"torchrun": by_torchrun, "srun": by_slurm}
+
+
+def place_of(config: Config, variables: Variables) -> Place:
+    """Where this process stands. Raises ValueError where the launcher's numbers and the flags disagree."""
+    for find in LAUNCHERS.values():
+        place = find(variables)
+        if place is not None:
+            _check_flags(config, place)
+            return place
+    nodes, local = config.num_nodes, config.devices
+    node = _number("NODE_RANK", variables.get("NODE_RANK", "0"))
+    missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
+    if nodes > 1 and missing:
+        raise ValueError(
+            f"{{num_nodes}} {nodes} needs the variables NODE_RANK (0 to {nodes - 1}, another on each machine), "
+            f"MASTER_ADDR and MASTER_PORT (of machine 0); {', '.join(missing)} is not set. torchrun and srun set them"
+        )
+    if not 0 <= node < nodes:
+        raise ValueError(f"NODE_RANK {node}: {{num_nodes}} {nodes} has machines 0 to {nodes - 1}")
+    if nodes == 1:
+        return Place(0, local, 0, local, port=_free_port() if local > 1 else 0)
+    port = _number("MASTER_PORT", variables["MASTER_PORT"])
+    return Place(node * local, nodes * local, 0, local, variables["MASTER_ADDR"], port)
+
+
+def _check_flags(config: Config, place: Place) -> None:
+    found = {"devices": place.local_world, "num_nodes": place.world // place.local_world}
+    for name, number in found.items():
+        if name in config.given and getattr(config, name) != number:
+            raise ValueError(
+                f"{{{name}}} {getattr(config, name)}, but {place.launcher} started {place.world} processes, "
+                f"{place.local_world} on each machine: give {{{name}}} {number} or leave it out"
+            )
+
+
+def _number(name: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"the variable {name} is {text!r}, expected a whole number") from error
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Placed(ClusterEnvironment):
+    """Tells Lightning what `Place` says; the processes are there before it comes."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Lightning need not start any."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """The machine of rank 0."""
+        return self.place.address
+
+    @property
+    def main_port(self) -> int:
+        """The port of rank 0."""
+        return self.place.port
+
+    @staticmethod
+    def detect() -> bool:
+        """Nothing to find out: it is given to the trainer."""
+        return True
+
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.place.world
+
+    def set_world_size(self, size: int) -> None:
+        """It is known already."""
+        assert size == self.place.world, (size, self.place)
+
+    def global_rank(self) -> int:
+        """The rank among all."""
+        return self.place.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """It is known already."""
+        assert rank == self.place.rank, (rank, self.place)
+
+    def local_rank(self) -> int:
+        """The rank on this machine."""
+        return self.place.local_rank
+
+    def node_rank(self) -> int:
+        """The number of this machine."""
+        return self.place.node
+
+
+def start_others(place: Place, words: Sequence[str]) -> dict[int, subprocess.Popen]:
+    """The other processes of this machine, by rank: the same command, told their places in torchrun's variables."""
+    started = {}
+    for local in range(1, place.local_world):
+        rank = place.rank + local
+        told = {
+            "RANK": rank,
+            "WORLD_SIZE": place.world,
+            "LOCAL_RANK": local,
+            "LOCAL_WORLD_SIZE": place.local_world,
+            "MASTER_ADDR": place.address,
+            "MASTER_PORT": place.port,
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # when another process ends it would draw stack traces
+        }
+        variables = os.environ | {name: str(value) for name, value in told.items()}
+        started[rank] = subprocess.Popen([sys.executable, *words], env=variables, stdin=subprocess.DEVNULL)
+    return started
+
+
+def takes_several(config: Config) -> bool:
+    """Whether the command is a training run, the only one that several processes share."""
+    return trains(config) and not config.dry_run
+
+
+_here = [Place(0, 1, 0, 1)]  # of this process
+
+
+def here() -> Placed:
+    """The place of this process, as Lightning asks for it."""
+    return Placed(_here[-1])
+
+
+@contextmanager
+def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
+    """Inside the block all processes of the run have met; gives the Config with the numbers that hold here.
+
+    words: the script and its command line, for the processes that have to be started. Gives None to a process that has
+    nothing to do, because the command is not a training run. A rank that fails in the block ends all others, with one
+    sentence. Raises ValueError where flags, launcher and machine do not fit together.
+    """
+    before = dict(os.environ)
+    try:
+        with _placed(config, words) as placed:
+            yield placed
+    finally:  # DeepSpeed and Lightning leave their variables behind, which processes started later would believe
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _placed(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
+    place = place_of(config, os.environ)
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
+    if place.world == 1:
+        yield config
+        return
+    if not takes_several(config):
+        yield None if place.rank else config
+        return
+    config = dataclasses.replace(
+        config,
+        devices=place.local_world,
+        num_nodes=place.world // place.local_world,
+        enable_progress_bar=config.enable_progress_bar and place.rank == 0,
+    )
+    backend = _take_device(config, place)
+    if place.rank:
+        logging.getLogger().setLevel(logging.WARNING)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"rank {place.rank}: %(message)s"))
+    _here.append(place)
+    others = {} if place.launcher else start_others(place, words)
+    parent = place.node * place.local_world if place.local_rank else None
+    with Watch(place.rank, place.world, others, config.timeout, parent=parent) as watch:
+        _meet(place, backend, config.timeout)
+        watch.begin(place.address, place.port)
+        yield config
+
+
+def _take_device(config: Config, place: Place) -> str:
+    """Settles on this rank's GPU or share of the cores; returns the backend that moves tensors between ranks."""
+    gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
+    if not gpus:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
+        if place.world > place.local_world and (name := interface_towards(place.address)):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        return "gloo"
+    if place.local_world > gpus:
+        raise ValueError(f"{{devices}} {place.local_world}: this machine shows {gpus} GPUs")
+    torch.cuda.set_device(place.local_rank)
+    return "nccl"
+
+
+def interface_towards(address: str) -> str:
+    """The network interface from which `address` is reached, "" if that cannot be found out.
+
+    Gloo would take the one that this machine's own name leads to, which often is one that only it can reach.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # an interface without an address
+                    asked = struct.pack("256s", name.encode()[:15])
+                    if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, asked)[20:24]) == own:
+                        return name
+    except OSError:
+        pass
+    return ""
+
+
+def _meet(place: Place, backend: str, timeout: float) -> None:
+    """Returns when every rank is connected. Raises RuntimeError naming the address when some do not come."""
+    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    try:
+        distributed.init_process_group(
+            backend, rank=place.rank, world_size=place.world, timeout=timedelta(minutes=timeout + SPARE)
+        )
+        ranks.together()
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {place.rank} did not meet all {place.world} at {place.address} port {place.port}: {error}"
+        ) from error

@@ -1,0 +1,48 @@
+"""A model that answers, for the scripts: strategy words -> device and dtype, checkpoint (and adapter) -> model."""
+
+from __future__ import annotations
+
+import logging
+
+from rwkv_rlhf.checkpoints.loading import as_trained, load_model
+from rwkv_rlhf.checkpoints.merging import load_combined
+from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
+from rwkv_rlhf.host_memory import keep_pages, return_pages
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.precision import parse_strategy
+
+log = logging.getLogger(__name__)
+
+
+def open_model(
+    path: str,
+    adapter: str,
+    strategy: str,
+    vocab_file: str,
+    *,
+    scaling: float | None = None,
+    alpha: float | None = None,
+    initial_file: str = "",
+    cold: str = "",
+    quant: str = "none",
+) -> tuple[RWKV, Tokenizer]:
+    """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
+
+    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar; `initial_file` and `cold` are PiSSA's
+    initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the matrices
+    of a model without adapter.
+    Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
+    """
+    choice = parse_strategy(strategy)
+    if choice.notice:
+        log.info("%s", choice.notice)
+    return_pages()
+    if adapter:
+        said = {"scaling": scaling, "alpha": alpha, "initial_file": initial_file, "cold": cold}
+        model = load_combined(path, adapter, compute_dtype=choice.dtype, device=choice.device, **said)[0]
+    else:
+        model = load_model(path, compute_dtype=choice.dtype, device=choice.device, layout=as_trained(path, quant))[0]
+    model.requires_grad_(False).eval()
+    if choice.device == "cpu":
+        keep_pages()
+    return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)

@@ -1,0 +1,192 @@
+"""The output of reject sampling: CSV or JSONL that grows by whole rows, so that a run killed at any moment goes on.
+
+Beside OUT stands OUT.json: which model sampled it and how. A run goes on only with the same.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rwkv_rlhf.files import atomic_write, parse_json, read_bytes
+
+log = logging.getLogger(__name__)
+
+REJECT = ("reject", "rejected")
+Row = dict[str, Any]  # column -> value, as it stands in the file
+
+
+class CsvRows:
+    """Rows under a header; every value is text."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+
+    def head(self) -> bytes:
+        """What an empty file begins with."""
+        return self._text([self.columns])
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """Whole lines of the file."""
+        return self._text([[row[name] for name in self.columns] for row in rows])
+
+    def decode(self, data: bytes) -> list[Row]:
+        """Finished rows; ValueError for another header or for what is no CSV."""
+        text = data.decode("utf-8-sig")
+        cells = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        if cells and cells[0] != self.columns:
+            raise ValueError(f"it has the columns {', '.join(cells[0])}, not {', '.join(self.columns)}")
+        return [dict(zip(self.columns, row)) if len(row) == len(self.columns) else {} for row in cells[1:]]
+
+    def row(self, values: Row) -> Row:
+        """The row as it is read back. Raises ValueError for a value that is no cell."""
+        out = {}
+        for name in self.columns:
+            value = values.get(name, "")
+            if isinstance(value, list | dict):
+                raise ValueError(f"column {name} holds messages, which a CSV cannot: give an --output_csv *.jsonl")
+            out[name] = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+        return out
+
+    @staticmethod
+    def end(data: bytes) -> int:
+        """Where the last whole row ends: behind the last line break that is not inside quotation marks."""
+        quoted, end = False, 0
+        for place in (i for i, byte in enumerate(data) if byte in b'"\n'):
+            if data[place] == ord('"'):
+                quoted = not quoted
+            elif not quoted:
+                end = place + 1
+        return end
+
+    @staticmethod
+    def _text(rows: Sequence[Sequence[str]]) -> bytes:
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer, lineterminator="\n").writerows(rows)
+        return buffer.getvalue().encode("utf-8", errors="replace")
+
+
+class JsonRows:
+    """One JSON object a line."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = list(columns)
+
+    def head(self) -> bytes:
+        """What an empty file begins with: nothing."""
+        return b""
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """Whole lines of the file."""
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", errors="replace")
+
+    def decode(self, data: bytes) -> list[Row]:
+        """Finished rows; ValueError for what is no JSONL."""
+        rows = [parse_json(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+        return [row if isinstance(row, dict) else {} for row in rows]
+
+    def row(self, values: Row) -> Row:
+        """The row as it is read back."""
+        return json.loads(self.encode([values]))
+
+    @staticmethod
+    def end(data: bytes) -> int:
+        """Where the last whole line ends."""
+        return data.rfind(b"\n") + 1
+
+
+class RejectFile:
+    """The output: finished rows in input order. Only ever appended to, whole rows at a time.
+
+    Args:
+        columns: of the output, one of REJECT among them.
+        about: what made the rejects (model, settings), for OUT.json; None = neither written nor checked.
+    """
+
+    def __init__(self, path: str | os.PathLike, columns: list[str], about: dict[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        self.about = about
+        self.reject = next(name for name in REJECT if name in columns)
+        self.rows = (JsonRows if self.path.suffix.lower() == ".jsonl" else CsvRows)(columns)
+
+    @property
+    def sidecar(self) -> Path:
+        """OUT.json."""
+        return self.path.with_name(self.path.name + ".json")
+
+    def row(self, cells: Row, reject: Any) -> Row:
+        """One output row: the input's cells with this reject."""
+        return self.rows.row({**cells, self.reject: reject})
+
+    def resume(self, inputs: Sequence[Row], anew: bool) -> int:
+        """How many rows are there already, after repairing one cut off in the middle; makes the file if there is none.
+
+        With `anew` a finished file is begun again. Raises ValueError when the file holds other rows than the input's
+        `inputs`, or is not finished and was made by another model or with other settings.
+        """
+        found = self._finished() if self.path.exists() else None
+        if not found or (anew and len(found) >= len(inputs)):
+            with atomic_write(self.path) as file:
+                file.write(self.rows.head())
+            self._sign()
+            return 0
+        other = "give another --output_csv, or remove it to begin again"
+        if len(found) > len(inputs):
+            raise ValueError(f"{self.path} has {len(found)} rows, the input has {len(inputs)}: {other}")
+        for number, (row, cells) in enumerate(zip(found, inputs), 1):
+            if row != self.row(cells, row.get(self.reject, "")):
+                raise ValueError(f"{self.path} row {number} is not row {number} of the input: {other}")
+        if len(found) < len(inputs):
+            self._check_maker(other)
+        return len(found)
+
+    def _finished(self) -> list[Row]:
+        """Whole rows of the file; what follows the last of them (a stop in the middle of a write) is cut off."""
+        data = read_bytes(self.path)
+        end = self.rows.end(data)
+        try:
+            found = self.rows.decode(data[:end])
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f"{self.path} is not a file that goes on here ({error}): give another --output_csv, or remove it"
+            ) from error
+        if end < len(data):
+            log.info("%s: its last row was cut off and is written again", self.path)
+            os.truncate(self.path, end)
+        return found
+
+    def _sign(self) -> None:
+        if self.about is not None:
+            with atomic_write(self.sidecar) as file:
+                file.write((json.dumps(self.about, indent=1, sort_keys=True) + "\n").encode())
+
+    def _check_maker(self, other: str) -> None:
+        """Raises ValueError when OUT.json names another model or other settings than this run's."""
+        if self.about is None:
+            return
+        try:
+            was = parse_json(read_bytes(self.sidecar)) if self.sidecar.exists() else None
+        except ValueError:
+            was = None
+        if not isinstance(was, dict):
+            log.warning("%s: no %s says which model made it; going on with this one", self.path, self.sidecar.name)
+            self._sign()
+            return
+        mine = json.loads(json.dumps(self.about))
+        changed = [name for name in mine if was.get(name) != mine[name]]
+        if changed:
+            some = ", ".join(f"{name} {was.get(name)!s:.16} (now {mine[name]!s:.16})" for name in changed[:3])
+            raise ValueError(
+                f"{self.path} is half finished and was begun otherwise: {some}; go on with that, or {other}"
+            )
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds finished rows and waits until they are on the disk."""
+        with open(self.path, "ab") as file:
+            file.write(self.rows.encode(rows))
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,208 @@
+"""Answers to turn down: for rows with a prompt and a chosen answer, sample what the model itself would have said.
+
+The output grows in input order, each batch flushed to the disk, so a run that was stopped goes on where it ended.
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, RawPair, to_pair
+from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.data.rows import read_csv
+from rwkv_rlhf.data.templates.builtin import Form, draw_form, normalise
+from rwkv_rlhf.generation.reject_file import REJECT, RejectFile
+from rwkv_rlhf.generation.sampling import generate, sequence_seed
+
+log = logging.getLogger(__name__)
+
+COLUMNS = (("prompt", "question"), ("chosen",))
+TEMPLATE_SEED = 100  # the tradition's, for `mixed`
+WIDEN = 0.2  # each further try of a row may pick from this much more of the distribution
+
+
+@dataclass
+class Task:
+    """One row of the input: its cells by column, the checked pair, and the form in which the model is asked."""
+
+    cells: dict[str, Any]
+    pair: RawPair
+    form: Form
+    reject: Any  # as it stands in the input; pair.reject is its text
+
+
+@dataclass
+class Settings:
+    """How answers are sampled; see `generate`. `tries` counts the first one."""
+
+    temperature: float = 1.0
+    top_p: float = 0.3
+    top_k: int = 0
+    presence: float = 0.0
+    frequency: float = 1.0
+    decay: float = 0.996
+    max_tokens: int = 1000
+    seed: int = 0
+    batch_size: int = 8
+    tries: int = 4
+
+
+@dataclass
+class Tally:
+    """What happened to the rows of one run."""
+
+    resumed: int = 0
+    kept: int = 0
+    sampled: int = 0
+    again: int = 0  # sampled rows that needed more than one try
+    empty: list[int] = field(default_factory=list)  # rows (from 1) for which no usable answer came
+    unfinished: int = 0
+    tokens: int = 0
+    seconds: float = 0.0  # spent sampling them
+    together: int = 0  # most sequences at once
+
+    def lines(self) -> list[str]:
+        """Sentences for the user; what did not happen is left out."""
+        out = [f"{self.sampled} rejects sampled, {self.kept} kept as they were"]
+        if self.tokens:
+            rate = self.tokens / max(self.seconds, 1e-9)
+            speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {rate:.0f} tokens/s"
+            out.append(f"{speed}, up to {self.together} answers at once")
+        if self.resumed:
+            out.append(f"{self.resumed} rows were there from an earlier run")
+        if self.again:
+            out.append(f"{self.again} needed another try (the answer was empty or equal to chosen)")
+        if self.unfinished:
+            out.append(f"{self.unfinished} reached --max_tokens before they ended")
+        if self.empty:
+            some = ", ".join(map(str, self.empty[:8])) + (" ..." if len(self.empty) > 8 else "")
+            out.append(f"{len(self.empty)} left empty: every try was empty or equal to chosen (row {some})")
+        return out
+
+
+def read_tasks(
+    path: str | os.PathLike, template: str, report: DataReport | None = None
+) -> tuple[list[str], list[Task]]:
+    """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
+
+    `report` counts, and decides whether bad rows are an error or left out. Raises ValueError with file and line for a
+    missing column, an empty prompt or chosen, bytes that are not UTF-8.
+    """
+    report = report or DataReport(str(path))
+    forms = random.Random(TEMPLATE_SEED)
+    suffix = Path(path).suffix.lower()
+    reader = PAIR_ROWS.get(suffix)
+    rows = reader(path, report, False) if reader and suffix != ".csv" else read_csv(path, report, COLUMNS)
+    tasks: list[Task] = []
+    columns: dict[str, None] = {}  # a set that keeps its order
+    for where, cells in rows:
+        reject = next((cells[name] for name in REJECT if cells.get(name) is not None), "")
+        try:
+            pair = to_pair({**cells, "reject": reject}, where, need_reject=False)
+            form = draw_form(template, forms)
+            form.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
+        except RowError as error:
+            report.bad(where, error)
+            continue
+        columns |= dict.fromkeys(cells)
+        tasks.append(Task(cells, pair, form, reject))
+    if not tasks:
+        raise ValueError(f"{path} has no row that could be used" if report.rows else f"{path} has no row")
+    if not set(REJECT) & set(columns):
+        columns[REJECT[0]] = None
+    return list(columns), tasks
+
+
+def batches(tasks: list[Task], begin: int, size: int, overwrite: bool) -> Iterator[tuple[range, list[int]]]:
+    """(rows to write next, those of them to sample), with at most `size` to sample at a time."""
+    first, wanted = begin, []
+    for row in range(begin, len(tasks)):
+        if overwrite or not tasks[row].pair.reject:
+            wanted.append(row)
+        if len(wanted) == size or row == len(tasks) - 1:
+            yield range(first, row + 1), wanted
+            first, wanted = row + 1, []
+
+
+def prompt_ids(tokenizer, task: Task) -> list[int]:
+    """The conversation and the cue for an answer, as training writes them."""
+    return tokenizer.encode(task.form.prompt(task.pair.turns, [task.pair.chosen]))
+
+
+def answer_of(task: Task, text: str) -> str:
+    """Sampled text as the text of an answer: without what the cue of the g1 template left open, and without NUL bytes.
+
+    The readers take those for a sign of another encoding, and would refuse the file that this goes into.
+    """
+    cue = task.form.prompt(task.pair.turns, [task.pair.chosen])
+    if cue.endswith("</think"):
+        text = text.removeprefix(">")
+    elif cue.endswith("<think"):
+        text = "<think" + text
+    return normalise(text.replace("\0", ""))
+
+
+def sample_rows(model, tokenizer, tasks: list[Task], rows: list[int], settings: Settings, tally: Tally) -> list[str]:
+    """A reject for each of `rows`, "" where every try was empty or equal to chosen. Seeds depend on the row only."""
+    answers = dict.fromkeys(rows, "")
+    for attempt in range(settings.tries):
+        left = [row for row in rows if not answers[row]]
+        if not left:
+            break
+        begun = time.perf_counter()
+        done = generate(
+            model,
+            [prompt_ids(tokenizer, tasks[row]) for row in left],
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_p=min(1.0, settings.top_p + WIDEN * attempt),
+            top_k=settings.top_k,
+            presence=settings.presence,
+            frequency=settings.frequency,
+            decay=settings.decay,
+            stop_texts=sorted({tasks[row].form.end or "\n\n" for row in left}),
+            seed=[sequence_seed(sequence_seed(settings.seed, row), attempt) for row in left],
+            tokenizer=tokenizer,
+        )
+        tally.seconds += time.perf_counter() - begun
+        tally.tokens += sum(len(one.tokens) for one in done)
+        tally.together = max(tally.together, len(left))
+        for row, one in zip(left, done, strict=True):
+            text = answer_of(tasks[row], one.text)
+            if text != tasks[row].pair.chosen:
+                answers[row] = text
+            if answers[row]:
+                tally.again += attempt > 0
+                tally.unfinished += not one.finished
+    tally.empty += [row + 1 for row in rows if not answers[row]]
+    tally.sampled += sum(bool(answers[row]) for row in rows)
+    return [answers[row] for row in rows]
+
+
+def fill(
+    model,
+    tokenizer,
+    tasks: list[Task],
+    output: RejectFile,
+    settings: Settings,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Tally:
+    """Writes every row of `tasks` to `output`, sampling the rejects that are missing (all of them with overwrite).
+
+    Goes on behind the rows that `output` already has; progress(rows done so far) is called as rows are written.
+    """
+    tally = Tally(resumed=output.resume([task.cells for task in tasks], overwrite))
+    progress(tally.resumed)
+    for rows, wanted in batches(tasks, tally.resumed, settings.batch_size, overwrite):
+        new = dict(zip(wanted, sample_rows(model, tokenizer, tasks, wanted, settings, tally) if wanted else []))
+        output.append([output.row(tasks[row].cells, new.get(row, tasks[row].reject)) for row in rows])
+        tally.kept += len(rows) - len(wanted)
+        progress(rows.stop)
+    return tally

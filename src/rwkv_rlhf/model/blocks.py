@@ -1,0 +1,139 @@
+"""What the blocks of all versions share: norms, low-rank vectors, the gated channel mixing, the residual skeleton.
+
+Legend: B batch, T tokens, C width, A attention width, H heads, N head size, M mixes, S packed segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import LayerState, carry
+from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
+from rwkv_rlhf.precision import wide_dtype
+
+# GroupNorm's epsilon for heads of x050 to x070, whatever the head size: the tradition divides the heads by 8 and adds
+# 1e-5 to the variance, which is the same as adding 64e-5 without dividing.
+LN_X_EPS = 64e-5
+
+
+def normalise(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm over the width in the dtype of `x`, whatever the dtype of its weights (float32 masters)."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+def normalise_heads(y: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """y (B, T, H, N) -> (B, T, A): each head of each token by itself, then weight and bias per channel."""
+    heads = F.layer_norm(y, y.shape[-1:], eps=norm.eps).flatten(2)
+    return torch.addcmul(norm.bias.to(y.dtype), heads, norm.weight.to(y.dtype))
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """x (B, T, C) -> up(between(down(x))), both matrices cast to the dtype of `x`."""
+    inner = x @ down.to(x.dtype)
+    return (inner if between is None else between(inner)) @ up.to(x.dtype)
+
+
+def stacked(module: nn.Module, names: Sequence[str]) -> Tensor:
+    """The parameters of these names, each (1, 1, C), as one (M, C)."""
+    return torch.cat([getattr(module, name) for name in names]).squeeze(1)
+
+
+def complement(keep: Tensor) -> Tensor:
+    """1 - keep, in float32 at least: x050 and older name the share of the token itself, `token_mix` that of the last.
+
+    A share of 0.999 subtracted in bfloat16 would leave 0.
+    """
+    return 1 - keep.to(torch.promote_types(keep.dtype, torch.float32))
+
+
+class GatedChannelMix(nn.Module):
+    """The feed-forward half of a block up to x060: sigmoid(receptance(xr)) * value(relu(key(xk))^2)."""
+
+    mixes: tuple[str, str]  # names of the mixing vectors of key and receptance
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        for name in self.mixes:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, sizes.n_embd)))
+        self.key = Linear(sizes.n_embd, sizes.dim_ffn)
+        self.receptance = Linear(sizes.n_embd, sizes.n_embd)
+        self.value = Linear(sizes.dim_ffn, sizes.n_embd)
+
+    def shares(self) -> Tensor:
+        """How much of the previous token goes into each input: (2, C)."""
+        return stacked(self, self.mixes)
+
+    def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        xk, xr = token_mix(x, shift, starts, self.shares())
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
+
+
+class Block(nn.Module):
+    """ln1 -> time mixing -> ln2 -> channel mixing, each added to the residual stream. Block 0 owns ln0.
+
+    A version subclasses this and names its halves. `time_mix(sizes, layer)` is called with (x, carried, shift, wkv
+    state, starts, backend) and gives (output, carried, wkv state); `channel_mix(sizes)` with (x, shift, starts).
+    `carried` is what a block hands to the next one beside x: v_first in x070, None in the others.
+    """
+
+    time_mix: type[nn.Module]
+    channel_mix: type[nn.Module]
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        self.first = layer == 0
+        if self.first:
+            self.ln0 = nn.LayerNorm(sizes.n_embd)
+        self.ln1 = nn.LayerNorm(sizes.n_embd)
+        self.ln2 = nn.LayerNorm(sizes.n_embd)
+        self.att = self.time_mix(sizes, layer)
+        self.ffn = self.channel_mix(sizes)
+        self.states = sizes.states
+        for name in self.states:
+            half, _, leaf = name.partition(".")
+            shape = self.learnt_shape() if leaf == "time_state" else (sizes.n_embd,)
+            getattr(self, half).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Shape of att.time_state: (H, N_value, N_key). All zeros are no state."""
+        return (self.att.heads, self.att.head_size, self.att.head_size)
+
+    def begin(self, learnt: Tensor | None) -> Tensor:
+        """The recurrence's state of one sequence before any token, from att.time_state if the model has one."""
+        return torch.zeros(self.learnt_shape(), device=self.ln1.weight.device) if learnt is None else learnt
+
+    def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
+        """What `rows` sequences remember before any token, learnt or nothing; shifts in `dtype`."""
+        device, wide = self.ln1.weight.device, wide_dtype(dtype)
+        none = torch.zeros(self.ln1.normalized_shape, device=device)
+        wkv = self.begin(getattr(self.att, "time_state", None)).to(device, wide)
+        shifts = (getattr(half, "shift_state", none).to(device, dtype) for half in (self.att, self.ffn))
+        att_shift, ffn_shift = (shift.expand(rows, -1) for shift in shifts)
+        return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
+
+    def forward(
+        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state).
+
+        ln0 is applied here, so that whoever shards the model finds all that a block needs in the block's own call.
+        """
+        if self.first:
+            x = normalise(x, self.ln0)
+        if state is None and self.states:
+            state = self.initial(len(x) if starts is None else len(starts) - 1, x.dtype)
+        att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
+        att_in = normalise(x, self.ln1)
+        y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)
+        x = x + y
+        ffn_in = normalise(x, self.ln2)
+        x = x + self.ffn(ffn_in, ffn_shift, starts)
+        after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
+        return x, carried, after

@@ -1,0 +1,76 @@
+"""The model: embedding, blocks, final norm, head. One class for every version; the blocks differ.
+
+Legend: B batch, T tokens, C width, V vocabulary, S packed segments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.model.blocks import normalise
+from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import State
+
+
+class RWKV(nn.Module):
+    """A language model whose whole memory is `State`.
+
+    `compute_dtype` is the dtype of activations (bfloat16, float32 or float64); parameters may be float32 masters and
+    are cast where they are used. `grad_cp` recomputes each block in the backward pass. `wkv_backend` forces a kernel.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        grad_cp: bool = False,
+        wkv_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        from rwkv_rlhf.model import VERSIONS  # the table names the block classes, which need nothing from here
+
+        self.sizes = sizes
+        self.compute_dtype = compute_dtype
+        self.grad_cp = grad_cp
+        self.wkv_backend = wkv_backend
+        self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
+        block = VERSIONS[sizes.version]
+        self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
+        self.ln_out = nn.LayerNorm(sizes.n_embd)
+        self.head = Linear(sizes.n_embd, sizes.vocab_size)
+
+    def initial(self, rows: int) -> State:
+        """What `rows` sequences remember before any token; the same as no state at all."""
+        return State(block.initial(rows, self.compute_dtype) for block in self.blocks)
+
+    def forward(
+        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """tokens (B, T) int64 -> (hidden (B, T, C) after ln_out in the compute dtype, state after the last token).
+
+        With `starts` (S+1,) int64, B is 1 and the row holds S documents one after the other; the states then have one
+        row per document. T may be 0 with `starts`: the state comes back unchanged (None if there was none).
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
+        x = self.emb(tokens, self.compute_dtype)
+        if tokens.shape[1] == 0:
+            return x, state
+        if starts is not None:
+            starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
+        carried = None
+        after = State()
+        recompute = self.grad_cp and torch.is_grad_enabled()
+        for layer, block in enumerate(self.blocks):
+            before = state[layer] if state is not None else None
+            arguments = (x, carried, before, starts, self.wkv_backend)
+            if recompute:
+                x, carried, layer_state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
+            else:
+                x, carried, layer_state = block(*arguments)
+            after.append(layer_state)
+        return normalise(x, self.ln_out), after

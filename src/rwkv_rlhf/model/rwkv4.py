@@ -1,0 +1,78 @@
+"""RWKV-4 (x040): each channel keeps a weighted mean of its values.
+
+Names, shapes and order of operations follow RWKV-LM (RWKV-v4neo/src/model.py, 524481d) and arXiv 2305.13048, section 3.
+Legend: B batch, T tokens, C width, A attention width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.model import blocks
+from rwkv_rlhf.model.blocks import GatedChannelMix, complement, stacked
+from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.ops.elementwise import token_mix
+from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
+
+MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
+
+
+class TimeMix(nn.Module):
+    """The attention half of a block."""
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        C, A = sizes.n_embd, sizes.dim_att
+        self.time_decay = nn.Parameter(torch.empty(A))
+        self.time_first = nn.Parameter(torch.empty(A))
+        for name in MIXES:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.receptance = Linear(C, A)
+        self.output = Linear(A, C)
+
+    def forward(
+        self,
+        x: Tensor,
+        carried: None,
+        shift: Tensor | None,
+        wkv_state: Tensor | None,
+        starts: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, None, Tensor]:
+        """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, A, 3))."""
+        xk, xv, xr = token_mix(x, shift, starts, complement(stacked(self, MIXES)))
+        k, v = self.key(xk), self.value(xv)  # (B, T, A)
+        y, wkv_state = wkv4(k, v, self.time_decay, self.time_first, wkv_state, starts, backend)
+        return self.output(torch.sigmoid(self.receptance(xr)) * y), carried, wkv_state
+
+
+class ChannelMix(GatedChannelMix):
+    """The feed-forward half of a block of RWKV-4 and RWKV-5."""
+
+    mixes = ("time_mix_k", "time_mix_r")
+
+    def shares(self) -> Tensor:
+        """How much of the previous token goes into each input: (2, C)."""
+        return complement(super().shares())
+
+
+class Block(blocks.Block):
+    """A block of RWKV-4."""
+
+    time_mix = TimeMix
+    channel_mix = ChannelMix
+
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Shape of att.time_state: (A, 2), the numerator p and the denominator q, which counts as 0 where negative."""
+        return (len(self.att.time_decay), 2)
+
+    def begin(self, learnt: Tensor | None) -> Tensor:
+        """The sums of one sequence before any token, (A, 3)."""
+        if learnt is None:
+            return no_sums(len(self.att.time_decay), self.att.time_decay.device)
+        p, q = learnt.unbind(-1)
+        return torch.stack([p, q.clamp(min=0), torch.zeros_like(p)], -1)

@@ -1,0 +1,119 @@
+"""RWKV-5 "Eagle": linear attention with a matrix state per head. x052 is RWKV-5.2; x051 and x050 came before it.
+
+Names, shapes and order of operations follow RWKV-LM 524481d (x052: RWKV-v5/src/model.py; x050, x051: the preview in
+RWKV-v4neo/src/model.py), arXiv 2404.05892, section 4.1, and the released models as the `rwkv` package runs them.
+Legend: B batch, T tokens, C width, A attention width, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.model import blocks
+from rwkv_rlhf.model.blocks import LN_X_EPS, complement, normalise_heads, stacked
+from rwkv_rlhf.model.rwkv4 import ChannelMix
+from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.ops.elementwise import token_mix
+from rwkv_rlhf.ops.wkv5 import wkv5
+
+MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
+
+
+class TimeMix(nn.Module):
+    """The attention half of a block of x050: one decay and one bonus per head, no gate."""
+
+    mixes: tuple[str, ...] = MIXES
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        C, A, N = sizes.n_embd, sizes.dim_att, sizes.head_size
+        self.head_size, self.heads, self.bonus = N, A // N, sizes.bonus
+        for name in self.mixes:
+            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
+        self.time_decay = nn.Parameter(torch.empty(self.vector_shape()))
+        setattr(self, self.bonus, nn.Parameter(torch.empty(self.vector_shape())))
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.output = Linear(A, C)
+        self.ln_x = nn.GroupNorm(self.heads, A, eps=LN_X_EPS)
+
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of time_decay and of the bonus."""
+        return (self.heads,)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """Raw decay and bonus of the current token, each (H, N)."""
+        shape = (self.heads, self.head_size)
+        bonus = getattr(self, self.bonus)
+        if self.bonus == "time_first":  # its logarithm
+            bonus = bonus.to(torch.promote_types(bonus.dtype, torch.float32)).exp()
+        return self.time_decay.view(self.heads, -1).expand(shape), bonus.view(self.heads, -1).expand(shape)
+
+    def gated(self, y: Tensor, inputs: list[Tensor]) -> Tensor:
+        """y (B, T, A) behind the gate that `inputs`, what the mixes after the third gave, open; there is none here."""
+        return y
+
+    def forward(
+        self,
+        x: Tensor,
+        carried: None,
+        shift: Tensor | None,
+        wkv_state: Tensor | None,
+        starts: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, None, Tensor]:
+        """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, H, N, N))."""
+        B, T, _ = x.shape
+        xk, xv, xr, *rest = token_mix(x, shift, starts, complement(stacked(self, self.mixes)))
+        inputs = (self.receptance(xr), self.key(xk), self.value(xv))
+        r, k, v = (t.view(B, T, self.heads, self.head_size) for t in inputs)
+        y, wkv_state = wkv5(r, k, v, *self.vectors(), wkv_state, starts, backend)
+        return self.output(self.gated(normalise_heads(y, self.ln_x), rest)), carried, wkv_state
+
+
+class GatedTimeMix(TimeMix):
+    """x051: the output passes a gate."""
+
+    mixes = (*MIXES, "time_mix_g")
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__(sizes, layer)
+        self.gate = Linear(sizes.n_embd, sizes.dim_att)
+
+    def gated(self, y: Tensor, inputs: list[Tensor]) -> Tensor:
+        """y * silu(gate(xg))."""
+        (xg,) = inputs
+        return y * F.silu(self.gate(xg))
+
+
+class ChannelTimeMix(GatedTimeMix):
+    """x052: the gate, and a decay and a bonus for each channel of each head."""
+
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of time_decay and of the bonus."""
+        return (self.heads, self.head_size)
+
+
+class Block50(blocks.Block):
+    """A block of RWKV-5.0."""
+
+    time_mix = TimeMix
+    channel_mix = ChannelMix
+
+
+class Block51(blocks.Block):
+    """A block of RWKV-5.1."""
+
+    time_mix = GatedTimeMix
+    channel_mix = ChannelMix
+
+
+class Block52(blocks.Block):
+    """A block of RWKV-5.2."""
+
+    time_mix = ChannelTimeMix
+    channel_mix = ChannelMix

@@ -1,0 +1,161 @@
+"""Run every kernel that this machine can build against the plain loop in float64: values, gradients, times.
+
+Legend: B batch, T tokens, C width, H heads, N head size, V vocabulary.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.ops import elementwise as pointwise7
+from rwkv_rlhf.ops import judge
+from rwkv_rlhf.ops.backends import BACKENDS, choose
+from rwkv_rlhf.ops.logprob import row_grad_, row_stats
+
+SHAPE = (2, 130, 2, 64)  # B, T, H, N: two checkpoint intervals and a rest
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # bfloat16: what rounding inputs and outputs costs, and a margin
+REPEATS = 3
+Values = dict[str, Tensor]
+
+
+class Case(NamedTuple):
+    """Something that several backends compute: `run(inputs, backend)` on `make(dtype, device)`."""
+
+    op: str
+    name: str
+    make: Callable[[torch.dtype, torch.device], list[Tensor]]
+    run: Callable[[list[Tensor], str], Values]
+
+
+class Finding(NamedTuple):
+    """How one backend did: the tensor that is furthest off, by what, and the times of forward and backward."""
+
+    case: str
+    backend: str
+    device: str
+    dtype: torch.dtype
+    worst: str = ""
+    error: float = 0.0
+    milliseconds: float = 0.0
+    plain_milliseconds: float = 0.0
+    refusal: str = ""  # why it cannot run here
+    failure: str = ""  # why it broke although it should run
+
+    @property
+    def agrees(self) -> bool:
+        """False for a disagreement or a failure; a backend that cannot run here is none."""
+        return not self.failure and self.error <= LIMITS[self.dtype]
+
+
+def findings(devices: list[torch.device]) -> Iterator[Finding]:
+    """One finding for each compiled backend of each operation, on each device and in each dtype."""
+    for device in devices:
+        for case in cases():
+            for dtype in LIMITS:
+                for backend in BACKENDS[case.op]:
+                    if backend != "naive" and (backend == "cpu") == (device.type == "cpu"):
+                        yield examine(case, backend, device, dtype)
+
+
+def examine(case: Case, backend: str, device: torch.device, dtype: torch.dtype) -> Finding:
+    """Compare one backend with the plain loop on the same inputs, widened to float64."""
+    about = Finding(case.name, backend, str(device), dtype)
+    try:
+        choose(case.op, device, dtype, SHAPE, backend)
+    except ValueError as error:
+        return about._replace(refusal=str(error).partition(f"{backend}: ")[2] or str(error))
+    try:
+        inputs = case.make(dtype, device)
+        wide = [x.detach().cpu().double().requires_grad_() if x.is_floating_point() else x.cpu() for x in inputs]
+        took, values = timed(lambda: case.run(inputs, backend), device)
+        plain, _ = timed(lambda: case.run(inputs, "naive"), device)
+        values = {name: x.cpu() for name, x in values.items()}
+    except RuntimeError as error:  # after a fault on a GPU every further use of it fails, whatever asks
+        return about._replace(failure=str(error).strip().partition("\n")[0])
+    found = judge.errors(values, case.run(wide, "naive"))
+    worst = max(found, key=found.get)
+    return about._replace(worst=worst, error=found[worst], milliseconds=took, plain_milliseconds=plain)
+
+
+def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Values]:
+    """The shortest of a few runs in milliseconds, and the result of the last."""
+    best, values = float("inf"), {}
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        values = run()
+        if device.type != "cpu":
+            torch.cuda.synchronize(device)
+        best = min(best, (time.perf_counter() - began) * 1e3)
+    return best, values
+
+
+def cases() -> Iterator[Case]:
+    """The recurrences, the element-wise groups and the rows of log-softmax."""
+    for op in judge.RECURRENCES:
+        yield Case(op, op, functools.partial(_recurrence_inputs, op), functools.partial(_recurrence, op))
+    for name in POINTWISE:
+        yield Case("pointwise7", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
+    yield Case("logprob", "logprob", _logits, _logprob)
+
+
+def _recurrence_inputs(op: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [*judge.make_inputs(op, SHAPE, dtype, device), judge.make_state(op, SHAPE[0], *SHAPE[2:], device=device)]
+
+
+def _recurrence(op: str, inputs: list[Tensor], backend: str) -> Values:
+    return judge.results(op, inputs[:-1], inputs[-1], backend=backend)
+
+
+BATCH, TOKENS, HEADS, SIZE = SHAPE
+C = (HEADS * SIZE,)
+X = (BATCH, TOKENS, *C)
+# name -> shapes of the inputs (three axes or four: activations) and the call
+POINTWISE: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor | tuple[Tensor, ...]]]] = {
+    "token_mix": (
+        (X, (BATCH, *C), (6, *C)),
+        lambda x, last, mixes, backend: pointwise7.token_mix(x, last, None, mixes, backend),
+    ),
+    "value_gate": ((X, X, C, X), pointwise7.value_gate),
+    "delta_keys": (
+        (X, C, C, C, X),
+        lambda *inputs, backend: pointwise7.delta_keys(*inputs, HEADS, backend),
+    ),
+    "gated_norm": ((SHAPE, X, X, X, (HEADS, SIZE), C, C, X), pointwise7.gated_norm),
+    "relu_squared": ((X,), pointwise7.relu_squared),
+}
+
+
+def _rows(name: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Activations in `dtype`, small vectors in float32."""
+    generator = torch.Generator().manual_seed(3)
+    shapes, _ = POINTWISE[name]
+    made = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(device, dtype if x.dim() > 2 else torch.float32).requires_grad_() for x in made]
+
+
+def _pointwise(name: str, inputs: list[Tensor], backend: str) -> Values:
+    outputs = POINTWISE[name][1](*inputs, backend=backend)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    generator = torch.Generator().manual_seed(9)
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.device, y.dtype) for y in outputs]
+    grads = torch.autograd.grad(outputs, inputs, weights)
+    values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return values | {f"gradient {i}": grad for i, grad in enumerate(grads)}
+
+
+def _logits(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(64, 1000, generator=generator) * 4
+    return [logits.to(device, dtype), torch.randint(1000, (64,), generator=generator).to(device)]
+
+
+def _logprob(inputs: list[Tensor], backend: str) -> Values:
+    logits, targets = inputs
+    found = row_stats(logits, targets, backend)
+    share = torch.linspace(-1, 1, len(targets), dtype=found.lse.dtype, device=logits.device)
+    d = row_grad_(logits.detach().clone(), targets, found.lse, share, share / 2, found.argmax, share / 4, backend)
+    return {"lse": found.lse, "target logit": found.target_logit, "sum": found.logit_sum, "gradient": d}

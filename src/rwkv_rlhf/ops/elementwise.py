@@ -1,0 +1,210 @@
+"""Element-wise groups of RWKV-7 ("Goose", arXiv 2503.14456, section 4), each one differentiable function.
+
+Legend: B batch, T tokens, C width, H heads, N head size (C = H * N), S segments of a packed row, M mixes.
+Activations are bfloat16, float32 or (naive) float64, all of one dtype; small per-channel vectors may be float32
+masters. Arithmetic is float32 inside (float64 for float64 activations), a result is rounded once to the activations'
+dtype, and gradients reach every tensor. Per-channel gradients are summed in an order that depends on the number of
+rows alone, so equal inputs give equal bits for any number of threads. `backend` is "auto" or a name of
+`select.BACKENDS["pointwise7"]`. Every function raises ValueError for shapes or dtypes that do not fit.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_rlhf.ops import elementwise_naive as naive
+from rwkv_rlhf.ops.backends import choose
+from rwkv_rlhf.ops.build import library
+
+
+def token_mix(
+    x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Interpolate every token with its predecessor: out_m = x + (shift(x) - x) * mix_m.
+
+    x (B,T,C); mixes (M,C). The predecessor of a row's first token is `last` (B,C), or zero if `last` is None.
+    With `starts` (S+1,) int64 (cumulative lengths, B = 1) every segment is a row of its own and `last` is (S,C);
+    empty segments are legal, their row of `last` is unused and has gradient zero. Returns M tensors (B,T,C).
+    """
+    _check_mix(x, last, starts, mixes)
+    if _runs_on_host(x, backend):
+        return _kernel("token_mix", (x, None if last is None else last.float(), mixes.float(), starts))
+    return _twin(naive.token_mix, (x, last, starts, mixes))
+
+
+def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
+    """Mix a layer's values with layer 0's: v + (v_first - v) * sigmoid(v0 + v12).
+
+    v, v_first, v12 (B,T,C); v0 (C,). Returns (B,T,C).
+    """
+    _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
+    if _runs_on_host(v, backend):
+        return _kernel("value_gate", (v, v_first, v0.float(), v12))[0]
+    return _twin(naive.value_gate, (v, v_first, v0, v12))
+
+
+def delta_keys(
+    k: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, a12: Tensor, heads: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys of the delta rule: with a = sigmoid(a0 + a12) and kk = k * k_k of unit length in every head,
+    returns k * (1 + (a - 1) * k_a), -kk and kk * a, each (B,T,C).
+
+    k, a12 (B,T,C); k_k, k_a, a0 (C,); `heads` divides C. A norm below 1e-12 counts as 1e-12.
+    """
+    _check("delta_keys", {"k": k, "a12": a12}, {"k_k": k_k, "k_a": k_a, "a0": a0})
+    if heads < 1 or k.shape[-1] % heads:
+        raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
+    if _runs_on_host(k, backend):
+        return _kernel("delta_keys", (k, k_k.float(), k_a.float(), a0.float(), a12), heads)
+    return _twin(naive.delta_keys, (k, k_k, k_a, a0, a12), heads)
+
+
+def gated_norm(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    g: Tensor,
+    eps: float = 64e-5,
+    backend: str = "auto",
+) -> Tensor:
+    """What follows the recurrence: (GroupNorm_H(y) * weight + bias + (sum over the head of r * k * r_k) * v) * g.
+
+    y (B,T,H,N); r, k, v, g (B,T,C); r_k (H,N); weight, bias (C,); eps is added to the variance. Returns (B,T,C).
+    """
+    if y.dim() != 4 or r_k.shape != y.shape[2:]:
+        raise ValueError(f"gated_norm: y must be (B,T,H,N) and r_k (H,N), got {tuple(y.shape)} and {tuple(r_k.shape)}")
+    rows = {"y": y.flatten(2), "r": r, "k": k, "v": v, "g": g}
+    _check("gated_norm", rows, {"weight": weight, "bias": bias})
+    if _runs_on_host(y, backend):
+        return _kernel("gated_norm", (y, r, k, v, r_k.float(), weight.float(), bias.float(), g), eps)[0]
+    return _twin(naive.gated_norm, (y, r, k, v, r_k, weight, bias, g), eps)
+
+
+def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
+    """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
+    ops = library("pointwise7") if _runs_on_host(x, backend) else naive
+    return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
+
+
+def _runs_on_host(x: Tensor, backend: str) -> bool:
+    """Whether the C++ kernels take these activations, rather than the plain twins."""
+    return choose("pointwise7", x.device, x.dtype, tuple(x.shape), backend)[0] == "cpu"
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _kernel(name: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> tuple[Tensor, ...]:
+    """Run one group of kernels; without gradients straight, which matters when tokens are sampled one by one."""
+    if _records(*tensors):
+        return _Kernel.apply(name, settings, *tensors)
+    return tuple(getattr(library("pointwise7"), name)(*tensors, *settings))
+
+
+class _Kernel(torch.autograd.Function):
+    """`name` and `name_backward` of the library. Only the inputs are saved, the rest is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, settings: tuple[int | float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # an output nobody used costs nothing
+        ctx.save_for_backward(*tensors)
+        ctx.name, ctx.settings = name, settings
+        return tuple(getattr(library("pointwise7"), name)(*tensors, *settings))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        need = list(ctx.needs_input_grad[2:])
+        backward = getattr(library("pointwise7"), f"{ctx.name}_backward")
+        return None, None, *backward(list(grads), *tensors, *ctx.settings, need)
+
+
+def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+    """Run a plain twin; where a gradient is wanted so that it keeps no more for it than the kernels do."""
+    if _records(*tensors):
+        return _Recomputed.apply(function, settings, *tensors)
+    return function(*tensors, *settings)
+
+
+class _Recomputed(torch.autograd.Function):
+    """A plain twin. Only the inputs are saved: its float32 copies would be twice what the kernels keep of a block."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.function, ctx.settings = function, settings
+        return function(*tensors, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad[2:]
+        reached = [at for at, grad in enumerate(grads) if grad is not None]
+        if not reached:
+            return (None,) * (2 + len(need))
+        tensors = [t.detach().requires_grad_() if n else t for t, n in zip(ctx.saved_tensors, need)]
+        wanted = [t for t, n in zip(tensors, need) if n]
+        with torch.enable_grad():
+            found = ctx.function(*tensors, *ctx.settings)
+        outputs = found if isinstance(found, tuple) else (found,)
+        sources, slopes = [outputs[at] for at in reached], [grads[at] for at in reached]
+        given = iter(torch.autograd.grad(sources, wanted, slopes, allow_unused=True))
+        return None, None, *(next(given) if n else None for n in need)
+
+
+class _ReluSquared(torch.autograd.Function):
+    """Saves the output, which the matrix product that follows keeps as well. `ops`: the kernels, or the plain twins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ops: Any) -> Tensor:
+        out = ops.relu_squared(x)
+        ctx.save_for_backward(out)
+        ctx.ops = ops
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.ops.relu_squared_backward(grad, *ctx.saved_tensors), None
+
+
+def _check(op: str, rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None:
+    """`rows` of one shape (B,T,C), dtype and device, `vectors` of shape (C,)."""
+    (first, x), *others = rows.items()
+    if x.dim() != 3:
+        raise ValueError(f"{op}: {first} must be (B,T,C), got {tuple(x.shape)}")
+    for name, other in others:
+        if (other.shape, other.dtype, other.device) != (x.shape, x.dtype, x.device):
+            raise ValueError(f"{op}: {first} is {_describe(x)}, but {name} is {_describe(other)}")
+    for name, vector in vectors.items():
+        if vector.shape != x.shape[2:]:
+            raise ValueError(f"{op}: {name} must be ({x.shape[2]},), got {tuple(vector.shape)}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}"
+
+
+def _check_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor) -> None:
+    if x.dim() != 3 or mixes.dim() != 2 or mixes.shape[1] != x.shape[2]:
+        raise ValueError(f"token_mix: x must be (B,T,C) and mixes (M,C), got {tuple(x.shape)} and {tuple(mixes.shape)}")
+    rows = x.shape[0]
+    if starts is not None:
+        if rows != 1:
+            raise ValueError(f"token_mix: segment starts need B = 1, got B = {rows}")
+        bounds = starts.tolist()
+        if starts.dim() != 1 or bounds[0] != 0 or bounds[-1] != x.shape[1] or bounds != sorted(bounds):
+            raise ValueError(f"token_mix: starts must rise from 0 to T = {x.shape[1]}, got {bounds}")
+        rows = len(bounds) - 1
+    if last is not None and last.shape != (rows, x.shape[2]):
+        raise ValueError(f"token_mix: last must be {(rows, x.shape[2])}, got {tuple(last.shape)}")

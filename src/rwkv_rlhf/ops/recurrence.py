@@ -1,0 +1,143 @@
+"""What the recurrences share: checks of their arguments, packed rows, and the way to a backend.
+
+B batch, T tokens, H heads, N head size, S segments
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkv_rlhf.ops.backends import choose, kernel
+from rwkv_rlhf.precision import wide_dtype
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+# One pass over all tokens: (per-token inputs, vectors, state) -> (y, final state), all in the state's dtype.
+Scan = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], Tensor], tuple[Tensor, Tensor]]
+
+
+def recur(
+    op: str,
+    scan: Scan,
+    tokens: dict[str, Tensor],
+    vectors: dict[str, Tensor],
+    state: Tensor | None,
+    empty: Tensor,
+    starts: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Check the arguments of the recurrence `op` and run it on the backend that `select.choose` names.
+
+    tokens: the per-token inputs by name, each (B, T, ...), of one shape, dtype and device. vectors: inputs without
+    token axes, of the shape of one token. scan: the plain loop. empty: the state of one row before any token, on any
+    device. Other arguments and the results as in the public functions. Raises ValueError naming the argument.
+    """
+    first = check_tokens(tokens, dims=4 if op != "wkv4" else 3)
+    dtype = wide_dtype(first.dtype)
+    for name, x in vectors.items():
+        check_tensor(name, x, tuple(first.shape[2:]), first.device)
+    batch, count = first.shape[:2]
+    lengths = None if starts is None else segment_lengths(starts, batch, count)
+    shape = (batch if lengths is None else len(lengths), *empty.shape)
+    if state is None:
+        state = empty.to(first.device, dtype).expand(shape)
+    check_tensor("state", state, shape, first.device)
+    name, _ = choose(op, first.device, first.dtype, tuple(first.shape), backend)
+    inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
+    if name == "naive":
+        return _in_segments(scan, inputs, constants, state, lengths)
+    edges = torch.tensor([0, *(lengths if lengths is not None else [count] * batch)], device="cpu").cumsum(0)
+    tensors = (state, *inputs, *constants)
+    # the function's own needs_input_grad is true of parameters under no_grad as well
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _Compiled.apply(kernel(op, name, first.device), len(inputs), keep, edges, *tensors)
+
+
+def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:
+    """The first of the per-token inputs, which must all agree. Raises ValueError naming the one that does not."""
+    (first_name, first), *others = inputs.items()
+    if first.dim() != dims:
+        wanted = "(batch, tokens, heads, head size)" if dims == 4 else "(batch, tokens, channels)"
+        raise ValueError(f"{first_name} must have shape {wanted}, not {tuple(first.shape)}")
+    if first.dtype not in DTYPES:
+        raise ValueError(f"{first_name} must be bfloat16, float32 or float64, not {first.dtype}")
+    for name, x in others:
+        if x.shape != first.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but {first_name} has {tuple(first.shape)}")
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} is {x.dtype}, but {first_name} is {first.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")
+    return first
+
+
+def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError unless `x` is a floating-point tensor of this shape on this device."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but these inputs need {shape}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, not {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, but the other inputs are on {device}")
+
+
+def segment_lengths(starts: Tensor, batch: int, tokens: int) -> list[int]:
+    """Lengths of the packed rows, from their cumulative `starts` (S+1,) int64. Raises ValueError."""
+    if starts.dtype != torch.int64 or starts.dim() != 1 or starts.numel() < 2:
+        raise ValueError(
+            f"starts must be int64 of shape (segments + 1,), not {starts.dtype} of shape {tuple(starts.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(f"starts needs packed rows with batch size 1, but the batch size is {batch}")
+    edges = starts.tolist()
+    lengths = [end - begin for begin, end in itertools.pairwise(edges)]
+    if edges[0] != 0 or edges[-1] != tokens or min(lengths) < 0:
+        raise ValueError(f"starts must rise from 0 to the {tokens} tokens without a step back, not {edges}")
+    return lengths
+
+
+def _in_segments(
+    scan: Scan, inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor, lengths: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """`scan` over the rows of a batch, or over one packed row segment by segment; y in the dtype of the inputs."""
+    dtype = inputs[0].dtype
+    inputs = tuple(x.to(state.dtype) for x in inputs)
+    if lengths is None:
+        y, state = scan(inputs, vectors, state)
+        return y.to(dtype), state
+    parts = zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+    runs = [scan(part, vectors, row) for part, row in zip(parts, state.split(1), strict=True)]
+    return torch.cat([y for y, _ in runs], dim=1).to(dtype), torch.cat([last for _, last in runs])
+
+
+class _Compiled(torch.autograd.Function):
+    """y, final state = kernel(per-token inputs, vectors, initial state).
+
+    A kernel has two functions, whatever the recurrence and the device. Per-token inputs are (tokens, ...), all rows one
+    after the other from `starts` (rows + 1,) int64; vectors and states are float32:
+        forward(inputs and vectors, state, starts, keep) -> [y, final state, *what backward needs if keep]
+        backward(inputs and vectors, kept, starts, dy, dlast) -> [a gradient for each input and vector, dstate]
+    """
+
+    @staticmethod
+    def forward(ctx, kernel, count, keep, starts, state, *inputs):
+        y, last, *kept = kernel.forward(_flat(inputs, count), state, starts, keep)
+        if keep:
+            ctx.save_for_backward(starts, *inputs, *kept)
+            ctx.kernel, ctx.count, ctx.all = kernel, count, len(inputs)
+        return y.view(inputs[0].shape), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlast):
+        starts, *saved = ctx.saved_tensors
+        inputs, kept = saved[: ctx.all], saved[ctx.all :]
+        *grads, dstate = ctx.kernel.backward(_flat(inputs, ctx.count), kept, starts, dy.flatten(0, 1), dlast)
+        return (None, None, None, None, dstate, *(grad.view(x.shape) for grad, x in zip(grads, inputs, strict=True)))
+
+
+def _flat(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The first `count` inputs with batch and token axes made one."""
+    return [x.flatten(0, 1) if i < count else x for i, x in enumerate(inputs)]

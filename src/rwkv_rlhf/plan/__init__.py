@@ -1,0 +1,39 @@
+"""Which tensor learns, how, and with which learning rate: a row per layer, from a layer profile (CSV) or from flags.
+
+A tensor belongs to the row `emb` (emb, ln0), to its block's number, or to `head` (head, ln_out). No torch here: the
+plan speaks of names only. `python make_profile.py --help` writes profiles.
+"""
+
+from rwkv_rlhf.plan.from_flags import make_plan, parse_layers, plan_for
+from rwkv_rlhf.plan.profile import COLUMNS, OLD_COLUMNS, read_profile
+from rwkv_rlhf.plan.rows import (
+    MODES,
+    PARTS,
+    SCALED_MODES,
+    Plan,
+    Row,
+    is_matrix,
+    is_norm,
+    is_small,
+    is_state,
+    layer_names,
+)
+
+__all__ = [
+    "COLUMNS",
+    "MODES",
+    "OLD_COLUMNS",
+    "PARTS",
+    "SCALED_MODES",
+    "Plan",
+    "Row",
+    "is_matrix",
+    "is_norm",
+    "is_small",
+    "is_state",
+    "layer_names",
+    "make_plan",
+    "parse_layers",
+    "plan_for",
+    "read_profile",
+]

@@ -1,0 +1,145 @@
+"""Which tensor learns, and in which optimizer group: a row per layer. No torch here, the plan speaks of names only."""
+
+import dataclasses
+import re
+
+from rwkv_rlhf.settings.config import ADAPTERS
+
+MODES = ("full", "freeze", *ADAPTERS)
+PARTS = ("att", "ffn", "ln", "time")
+SCALED_MODES = ("lora", "dora")  # those whose update is scaled by Alpha / Rank
+
+# the small tensors of a block, by the last word of their names (RWKV-7; the other versions' all hold "time")
+SMALL_7 = re.compile(r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k")
+ADAPTER_MATRIX = re.compile(r"lora_[AB]|bone|miss")
+# (version, last word of the name) -> multiplier of the learning rate in the tradition
+MULTIPLIERS = {
+    ("x040", "time_decay"): 2.0,
+    ("x040", "time_first"): 3.0,
+    ("x050", "time_decay"): 2.0,
+    ("x050", "time_first"): 3.0,
+    ("x051", "time_decay"): 2.0,
+    ("x051", "time_first"): 3.0,
+    ("x052", "time_decay"): 2.0,
+    ("x060", "time_decay"): 2.0,
+    ("x070", "w0"): 2.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen.
+
+    `where` is the place of the row in a profile, file and line, for messages.
+    """
+
+    layer: str
+    mode: str
+    rank: int
+    alpha: float
+    dropout: float
+    lr_init: float
+    lr_final: float
+    weight_decay: float
+    state_lr_init: float
+    state_lr_final: float
+    reject: tuple[str, ...] = ()
+    where: str = dataclasses.field(default="", compare=False)
+
+    def rejects(self, name: str) -> bool:
+        """Whether the parameter `name` is frozen by RejectParts."""
+        return any(part in name for part in self.reject)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
+    initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode. `lora_plus` multiplies the
+    learning rate of LoRA's factor B (arXiv 2402.12354)."""
+
+    rows: dict[str, Row]
+    parts: frozenset[str] = frozenset(PARTS)
+    states: tuple[str, ...] = ()
+    lora_plus: float = 1.0
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """The modes that occur."""
+        return frozenset(row.mode for row in self.rows.values())
+
+    def row_of(self, name: str) -> Row:
+        """The row that the parameter or module `name` belongs to, e.g. `blocks.3.att.key.weight` to row 3."""
+        words = name.split(".")
+        if words[0] == "emb" or (words[0] == "blocks" and words[2:3] == ["ln0"]):
+            return self.rows["emb"]
+        if words[0] == "blocks":
+            return self.rows[words[1]]
+        assert words[0] in ("head", "ln_out"), f"no row for {name}"
+        return self.rows["head"]
+
+    def trains(self, name: str, version: str, limited: bool) -> bool:
+        """Whether the tensor `name`, which is no adapter's, learns.
+
+        version: x040 to x070, for the names of the small tensors; limited: adapter rows train their adapters only.
+        """
+        row = self.row_of(name)
+        if row.rejects(name):
+            return False
+        if is_state(name):
+            return name.endswith(self.states) if self.states else False
+        if row.mode == "full":
+            return True
+        if row.mode == "freeze" or limited:
+            return False
+        if is_norm(name):
+            return "ln" in self.parts
+        return is_small(name, version) and "time" in self.parts
+
+    def adapts(self, linear_name: str) -> Row | None:
+        """The row whose adapter the matrix of the module `linear_name` (e.g. `blocks.3.att.key`) gets, or None."""
+        row = self.row_of(linear_name)
+        if row.mode not in ADAPTERS or row.rejects(linear_name + ".weight"):
+            return None
+        words = linear_name.split(".")
+        if words[0] == "blocks" and words[2] in ("att", "ffn") and words[2] not in self.parts:
+            return None
+        return row
+
+    def group(self, name: str, version: str, layerwise: bool) -> tuple[float, float, float]:
+        """(lr_init, lr_final, weight_decay) of the trained tensor `name`, adapters' tensors included.
+
+        layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
+        """
+        row = self.row_of(name)
+        if is_state(name):
+            return row.state_lr_init, row.state_lr_final, 0.0
+        times = MULTIPLIERS.get((version, name.split(".")[-1]), 1.0) if layerwise else 1.0
+        decay = row.weight_decay if is_matrix(name) else 0.0
+        return row.lr_init * times, row.lr_final * times, decay
+
+
+def is_state(name: str) -> bool:
+    """Whether `name` is a learnt initial state (state tuning)."""
+    return name.split(".")[-1].endswith("_state")
+
+
+def is_norm(name: str) -> bool:
+    """Whether `name` is the weight or bias of a LayerNorm or of ln_x."""
+    return name.split(".")[-2].startswith("ln")
+
+
+def is_small(name: str, version: str) -> bool:
+    """Whether `name` is one of the small vectors or low-rank factors of a block."""
+    last = name.split(".")[-1]
+    return bool(SMALL_7.fullmatch(last)) if version == "x070" else "time" in last
+
+
+def is_matrix(name: str) -> bool:
+    """Whether `name` is a whole matrix or a factor of an adapter: what weight decay may touch."""
+    last = name.split(".")[-1]
+    return (last == "weight" and not is_norm(name)) or bool(ADAPTER_MATRIX.fullmatch(last))
+
+
+def layer_names(n_layer: int) -> list[str]:
+    """emb, 0, 1, ..., head."""
+    return ["emb", *map(str, range(n_layer)), "head"]

@@ -1,0 +1,81 @@
+"""Reference scores of preference pairs: what the start model thinks of exactly what is trained on.
+
+They are computed on the training kernel before the first step, when the policy still is the start model (adapters at
+zero, dense tensors at their first values), so no second model is ever in memory; then cached by the hashes of model,
+data and arithmetic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.checkpoints.loading import read_tensors, write_atomic
+from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.scoring.evaluation import evaluating, score_pairs
+
+log = logging.getLogger(__name__)
+
+
+def reference_key(model_hash: str, pairs: Sequence[PairExample], arithmetic: str) -> str:
+    """Hash of everything that the scores depend on: the base file, every token of every pair, the arithmetic."""
+    digest = hashlib.sha256(f"{model_hash} {arithmetic} {len(pairs)}".encode())
+    for pair in pairs:
+        for part in (pair.prompt, pair.chosen, pair.reject):
+            digest.update(torch.tensor([len(part), *part], dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:24]
+
+
+def cached_scores(path: Path, pairs: int) -> Tensor | None:
+    """(pairs, 2) float32 scores of a cache file; None, with a warning, when it is damaged, and when there is none."""
+    if not path.exists():
+        return None
+    try:
+        sums = read_tensors(path)["sums"].float()
+        if tuple(sums.shape) == (pairs, 2) and bool(torch.isfinite(sums).all()):
+            return sums
+    except (ValueError, KeyError) as error:
+        log.warning("%s cannot be read (%s)", path, error)
+    log.warning("%s is damaged: its scores are computed anew", path)
+    return None
+
+
+def reference_scores(
+    model: RWKV,
+    pairs: Sequence[PairExample],
+    *,
+    model_hash: str,
+    arithmetic: str,
+    folder: Path,
+    chunk: int,
+    progress: Any = None,
+    length: int = 0,
+) -> Tensor:
+    """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
+
+    Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
+    are held (storage, masters, device). With `length` rows run in pieces of so many tokens, as in training.
+    """
+    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
+    path = folder / "cache" / f"reference-{key}.pth"
+    found = ranks.from_first(lambda: cached_scores(path, len(pairs)))
+    if found is not None:
+        log.info("reference scores of %d pairs: from %s", len(pairs), path)
+        return found
+    others = len(list(path.parent.glob("reference-*.pth"))) if path.parent.exists() else 0
+    why = f" (what {path.parent} holds is of another model, data or setting)" if others else ""
+    log.info("reference scores of %d pairs: computing%s", len(pairs), why)
+    with evaluating(model):
+        sums, _ = score_pairs(model, pairs, chunk, progress, length)
+    if ranks.first():
+        path.parent.mkdir(exist_ok=True)
+        write_atomic({"sums": sums}, path)
+    return sums

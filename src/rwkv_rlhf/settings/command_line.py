@@ -1,0 +1,289 @@
+"""The command line: argv -> Config for train.py, and the parser and the exit statuses that all scripts share.
+
+The only file that knows how flags are spelled. Messages from inside the program write `{name}` for the flag of a
+setting; `spelled` puts the flag there.
+"""
+
+import argparse
+import difflib
+import logging
+import math
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from rwkv_rlhf.settings import config as record
+from rwkv_rlhf.settings.config import PROGRAM, Config
+from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, LOSS_FLAGS, WORDS
+from rwkv_rlhf.settings.not_built import refuse_unbuilt
+
+log = logging.getLogger(__name__)
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+TRUTH = {"1": True, "0": False, "true": True, "false": False}
+READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
+TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
+LONGEST = 1000  # characters of a sentence on stderr
+# what an open() or a mkdir() says of a path that the user gave
+PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+class UsageError(ValueError):
+    """A mistake on the command line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser in the manner of this program, for train.py and the scripts beside it.
+
+    No abbreviations; a mistake raises UsageError (one sentence, the nearest known flag for an unknown one) instead of
+    printing the usage; 0/1 flags may be given bare; `--debug` and `--version` exist in every script.
+    """
+
+    def __init__(self, description: str, prog: str | None = None) -> None:
+        usage = "%(prog)s --flag value ..."
+        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False)
+        version = f"{PROGRAM} {record.PROGRAM_VERSION}"
+        self.add_argument("--version", action="version", version=version, help="print the version and stop")
+        self.add_switch("--debug", help="show the traceback of an error")
+
+    def add_switch(self, flag: str, default: bool = False, help: str = "") -> None:
+        """Adds a 0/1 flag that may be given bare: `--quiet` = `--quiet 1`."""
+        self.add_argument(flag, nargs="?", const=True, default=default, type=truth, metavar="0/1", help=help)
+
+    def known_flags(self) -> list[str]:
+        """Every flag with its two dashes."""
+        return [text for text in self._option_string_actions if text.startswith("--")]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parses `args` (None = sys.argv); raises UsageError."""
+        found, extra = self.parse_known_args(args, namespace)
+        unknown = [word.split("=")[0] for word in extra if word.startswith("--") and len(word) > 2]
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], self.known_flags(), n=1, cutoff=0.0)
+            raise UsageError(f"unknown flag {unknown[0]}; the nearest known flag is {nearest[0]}")
+        if extra:
+            raise UsageError(f"{extra[0]!r} stands where a flag was expected; see --help")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError in place of argparse's usage dump."""
+        raise UsageError(re.sub(r"^argument (-\S+?)(/-\S+)*: ", r"\1: ", message))
+
+
+def truth(text: str) -> bool:
+    """'0', '1', 'true' or 'false' in any case as a bool; raises argparse.ArgumentTypeError."""
+    if text.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"expected 0 or 1, found {text!r}")
+    return TRUTH[text.lower()]
+
+
+def flag_of(name: str) -> str:
+    """The flag, with dashes, that sets the field `name` of Config."""
+    return "--" + FLAG_OF.get(name, name)
+
+
+def spelled(text: str) -> str:
+    """`text` with every `{name}` of a setting or a loss replaced by its flag; other braces stay."""
+    known = {*record.settings(), *LOSS_FLAGS, "lora"}
+    return re.sub(r"\{(\w+)\}", lambda m: flag_of(m[1]) if m[1] in known else m[0], text)
+
+
+def train_parser() -> Parser:
+    """The parser of train.py: one flag per setting, then the old spellings, then the flags without a meaning."""
+    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py")
+    switches = {name for name, kind in kinds().items() if kind is bool}
+    for name, field in record.settings().items():
+        if name == "debug":
+            continue  # every parser has it
+        if name == "loss":
+            for loss in LOSS_FLAGS:
+                add_raw(parser, loss, bare=True, help=f"train with the loss {loss}")
+            continue
+        default = (
+            "" if field.default in (None, "") else f" [{int(field.default) if name in switches else field.default}]"
+        )
+        choices = ", ".join(str(c) for c in field.metadata["choices"] if c != "")
+        text = field.metadata["help"] + (f" ({choices})" if choices else "") + default
+        add_raw(parser, flag_of(name)[2:], bare=name in switches, help=spelled(text).replace("%", "%%"))
+    add_raw(parser, "lora", bare=True, help="the same as --peft lora")
+    for alias, name in ALIASES.items():
+        add_raw(parser, alias, bare=False, help=f"the same as {flag_of(name)}")
+    for old in LEGACY:
+        add_raw(parser, old, bare=True, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_raw(parser: Parser, flag: str, bare: bool, help: str) -> None:
+    """Adds a flag whose text is converted later; it is absent from the result unless it was typed."""
+    form = {"nargs": "?", "const": "1"} if bare else {}
+    parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1" if bare else "X", help=help, **form)
+
+
+def kinds() -> dict[str, type]:
+    """The type of each setting; for `X | None` it is X."""
+    hints = typing.get_type_hints(Config)
+    return {name: first_type(hints[name]) for name in record.settings()}
+
+
+def first_type(hint: Any) -> type:
+    """`int | None` -> int."""
+    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+
+
+def convert(flag: str, text: str, kind: type) -> Any:
+    """The value that `text` stands for behind `--flag`; raises UsageError."""
+    words = WORDS.get(flag, {})
+    if text in words:
+        return words[text]
+    try:
+        value = TRUTH[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise UsageError(f"--{flag} {text!r}: expected {TYPE_WORDS[kind]}") from None
+    if kind is float and not math.isfinite(value):
+        raise UsageError(f"--{flag} {text}: expected a finite number")
+    return value
+
+
+def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
+    """The Config of a command line of train.py.
+
+    argv: the words after `train.py` (None = sys.argv). Raises UsageError or ValueError, one sentence each, for unknown
+    flags, values out of range, settings that contradict each other and, unless built=False, for what is not built
+    yet. What is accepted without effect is said in one warning of this module's logger.
+    """
+    typed = dict(vars(train_parser().parse_args(argv)))
+    values: dict[str, Any] = {"debug": typed.pop("debug")}
+    words = legacy_words(typed)
+    loss = chosen_loss(typed)
+    lora = convert("lora", typed.pop("lora", "0"), bool)
+    source: dict[str, str] = {}
+    field_of = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
+    for flag, text in typed.items():
+        name = field_of.get(flag, flag)
+        value = convert(flag, text, kinds()[name])
+        if name in values and name in source and values[name] != value:
+            raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
+        values[name], source[name] = value, flag
+    given = {name for name in source if values[name] is not None and not (name in READ_SIZES and values[name] == 0)}
+    if loss:
+        values["loss"] = loss
+        given.add("loss")
+    elif values.get("data_file") and not values.get("pair_file"):
+        values["loss"] = "sft"
+    choose_plan(values, given, lora)
+    config = Config(**values, given=frozenset(given))
+    try:
+        check(config)
+        if built:
+            refuse_unbuilt(config)
+    except ValueError as mistake:
+        raise UsageError(spelled(str(mistake))) from mistake
+    if words:
+        log.warning("accepted without effect: %s", ", ".join(words))
+    for sentence in notices(config):
+        log.warning(spelled(sentence))
+    return config
+
+
+def legacy_words(typed: dict[str, str]) -> list[str]:
+    """Takes the flags without a meaning out of `typed`, refuses values that ask for something, returns the rest."""
+    words = []
+    for flag in [name for name in typed if name in LEGACY]:
+        text, old = typed.pop(flag), LEGACY[flag]
+        if old.harmless and text not in old.harmless:
+            legal = " or ".join(f"--{flag} {value}" for value in old.harmless)
+            raise UsageError(spelled(f"--{flag} {text}: {old.instead}; only {legal} is accepted"))
+        words.append(f"--{flag} {text}")
+    return words
+
+
+def chosen_loss(typed: dict[str, str]) -> str:
+    """Takes the loss flags out of `typed`; the one that is on, or ''."""
+    on = [flag for flag in LOSS_FLAGS if convert(flag, typed.pop(flag, "0"), bool)]
+    if len(on) > 1:
+        raise UsageError(f"{' and '.join(f'--{flag} 1' for flag in on)}: choose one loss")
+    return on[0] if on else ""
+
+
+def choose_plan(values: dict[str, Any], given: set[str], lora: bool) -> None:
+    """Writes into `values` what --lora, --peft state and a bare --state 1 stand for."""
+    if lora:
+        if values.get("peft", "lora") != "lora":
+            raise UsageError(f"--lora 1 and --peft {values['peft']}: choose one")
+        values["peft"] = "lora"
+        given.add("peft")
+    if values.get("state") and "peft" not in given and not values.get("layer_profile"):
+        values["peft"] = "state"
+    if values.get("peft") == "state":
+        if values.get("state") is False:
+            raise UsageError("--peft state and --state 0: choose one")
+        values["state"] = True
+
+
+def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs a script and leaves with its exit status.
+
+    main: takes the words behind the script's name, returns an exit status or None for 0. The user's mistakes
+    (ValueError, and paths that cannot be opened) give 2 and one sentence on stderr, Ctrl+C gives 130, anything else 1.
+    Under --debug 1 the traceback comes first.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        status = main(words) or OK
+    except KeyboardInterrupt:
+        status = report_error("stopped by Ctrl+C", words, INTERRUPTED)
+    except PATH_ERRORS as mistake:
+        text = f"{mistake.filename}: {mistake.strerror}" if mistake.filename else str(mistake)
+        status = report_error(text, words, MISTAKE)
+    except ValueError as mistake:
+        status = report_error(str(mistake), words, MISTAKE)
+    except Exception as failure:  # the last resort: a message and a status instead of a traceback
+        status = report_error(f"{type(failure).__name__}: {failure}", words, FAILED)
+    sys.exit(status)
+
+
+def report_error(text: str, words: Sequence[str], status: int) -> int:
+    """Writes one line to stderr, after the traceback of the current exception if `words` ask for it."""
+    if wants_debug(words):
+        traceback.print_exc()
+    sys.stderr.write(f"error: {one_line(spelled(text))}\n")
+    return status
+
+
+def one_line(text: str) -> str:
+    """`text` as a sentence for a terminal, whatever a file put into it: no line breaks, no control characters, not
+    longer than two ends of LONGEST / 2 characters."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
+
+
+def wants_debug(words: Sequence[str]) -> bool:
+    """Whether --debug is on, read without the parser because the parser itself may have failed."""
+    for at, word in enumerate(words):
+        if word == "--debug":
+            return at + 1 == len(words) or words[at + 1].lower() not in ("0", "false")
+        if word.startswith("--debug="):
+            return word.split("=")[1].lower() not in ("0", "false")
+    return False
+
+
+def as_flags(config: Config) -> list[str]:
+    """The settings that differ from their defaults as words of the command line, for logs and reports."""
+    words = []
+    for name, field in record.settings().items():
+        value = getattr(config, name)
+        if value == field.default or (name not in config.given and (name == "loss" or field.default is None)):
+            continue
+        words += [f"--{value}", "1"] if name == "loss" else [flag_of(name), as_word(value)]
+    return words
+
+
+def as_word(value: Any) -> str:
+    """A value as the command line writes it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,274 @@
+"""Every setting of the trainer: name, type, default, help and legal range, in one frozen record.
+
+Field names are the clean names; the command line spells a few of them differently (`flags.py`). What must hold between
+two settings is in `constraints.py`, what is parsed but does not work yet in `not_built.py`. In help texts `{name}`
+stands for the flag of that field.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from rwkv_rlhf import __version__
+
+PROGRAM = "RWKV-LM-RLHF"
+PROGRAM_VERSION = __version__
+
+VERSIONS = ("x040", "x052", "x060", "x070")
+PAIR_LOSSES = ("dpo", "orpo", "simpo", "cpo", "wpo", "rm")
+LOSSES = ("sft", "dpo", "orpo", "simpo", "cpo", "kto", "wpo", "distillation", "rm", "ppo", "grpo")
+ADAPTERS = ("lora", "pissa", "bone", "dora", "miss")
+PEFTS = ("full", "state", *ADAPTERS)
+DEEPSPEED = tuple(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload"))
+STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str | int, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that carries its help text and the values it may take; raises nothing."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    legal = {key: value for key, value in limits.items() if value is not None}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **legal})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run of train.py. Empty text, 0 and None mean "not given" where the help says so.
+
+    `given` holds the names of the fields that the user typed, so that a default can be told from a wish: a typed
+    n_layer that disagrees with the checkpoint is an error, the default is not.
+    """
+
+    # --- model
+    load_model: str = setting("", "checkpoint to start from (.pth or .safetensors); 0 = none (with {train_stage} 1, 3)")
+    load_adapter: str = setting("", "adapter checkpoint to continue from, or to evaluate with")
+    load_adapter_pissa_init: str = setting("", "initial factors of a PiSSA {load_adapter}, if they are not beside it")
+    load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised")
+    force: bool = setting(False, "go on with an adapter that was trained on another base model")
+    version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=VERSIONS)
+    n_layer: int = setting(6, "number of blocks (read from the checkpoint if there is one)", at_least=1)
+    n_embd: int = setting(512, "width of the model (read from the checkpoint if there is one)", at_least=1)
+    vocab_size: int = setting(0, "size of the vocabulary; 0 = read from the checkpoint", at_least=0)
+    head_size: int = setting(64, "channels per head (read from the checkpoint if there is one)", at_least=1)
+    dim_att: int = setting(0, "width of attention; 0 = n_embd", at_least=0)
+    dim_ffn: int = setting(0, "width of the feed-forward part; 0 = what the version uses", at_least=0)
+    train_stage: int = setting(0, "0 train; 1 write rwkv-init.pth and stop; 3 go on from the newest", choices=(0, 1, 3))
+    random_seed: int = setting(-1, "seed of all that is random; -1 = seed 0, so that runs repeat", at_least=-1)
+
+    # --- run
+    proj_dir: str = setting("out", "folder for checkpoints, logs and reports")
+    wandb: str = setting("", "project name at Weights & Biases; empty = off")
+    accelerator: str = setting("auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"))
+    devices: int = setting(1, "devices per machine", at_least=1)
+    num_nodes: int = setting(1, "machines", at_least=1)
+    strategy: str = setting("auto", "how devices share the work", choices=STRATEGIES)
+    timeout: float = setting(30.0, "minutes after which a process that does not go on is given up", above=0)
+    ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
+    precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
+    wkv_backend: str = setting(
+        "auto", "kernel of the recurrence", choices=("auto", "naive", "cpu", "cuda", "hip", "triton", "fla")
+    )
+    compile: bool = setting(False, "compile the model with torch.compile")
+    enable_progress_bar: bool = setting(True, "show a progress bar")
+    log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
+    resume: str = setting(
+        "", "continue a stopped run exactly: auto (from {proj_dir}, if there is anything) or a path; empty = off"
+    )
+    resume_every: int = setting(
+        100, "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none", at_least=-1
+    )
+    dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
+    dry_run_shape: str = setting(
+        "", "{dry_run} 1: only the memory of a model like L61-D4096 or L61-D4096:V65536, no file"
+    )
+    doctor: bool = setting(False, "examine this machine and stop")
+    debug: bool = setting(False, "show the traceback of an error")
+
+    # --- length of training
+    epoch_steps: int = setting(1000, "micro-batches per rank in one mini-epoch", at_least=1)
+    epoch_count: int = setting(500, "mini-epochs to train", at_least=1)
+    epoch_begin: int = setting(0, "offset of the numbering of checkpoints and of the schedule", at_least=0)
+    epoch_save: int = setting(5, "mini-epochs between two saves", at_least=1)
+    my_exit_tokens: int = setting(0, "tokens after which pre-training stops; 0 = no limit", at_least=0)
+    micro_bsz: int = setting(1, "rows per micro-batch and device", at_least=1)
+    accumulate_grad_batches: int = setting(1, "micro-batches per optimizer step", at_least=1)
+
+    # --- optimizer
+    optim: str = setting(
+        "adamw", "optimizer", choices=("adamw", "adam8bit", "adamw8bit", "lion", "muon", "adopt", "cpu_adam")
+    )
+    lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
+    lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
+    lr_schedule: str = setting("exp", "shape between the two", choices=("exp", "cosine", "linear", "constant"))
+    lr_advanced: bool = setting(True, "learning rates from the layer profile; 0 = from {lr_init} and {lr_final}")
+    warmup_steps: int = setting(-1, "optimizer steps of warm-up; -1 = none", at_least=-1)
+    beta1: float = setting(0.9, "Adam: decay of the mean", at_least=0, below=1)
+    beta2: float = setting(0.99, "Adam: decay of the square", at_least=0, below=1)
+    adam_eps: float = setting(1e-8, "Adam: epsilon", above=0)
+    weight_decay: float = setting(0.0, "decay of matrices (a layer profile has its own)", at_least=0)
+    weight_decay_final: float = setting(-1.0, "decay at the end; -1 = constant", at_least=-1)
+    layerwise_lr: bool = setting(True, "the tradition's learning-rate multipliers (time_decay, w0: x2; time_first: x3)")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
+    grad_cp: bool = setting(True, "recompute activations in backward, to save memory")
+    dropout: float = setting(0.0, "dropout in the blocks", at_least=0, below=1)
+    max_bad_steps: int = setting(3, "steps with a non-finite loss that are skipped before giving up", at_least=0)
+
+    # --- what is trained
+    layer_profile: str = setting("", "CSV with one row per layer: mode, rank, learning rates (layerprofile/README.md)")
+    peft: str = setting("full", "plan for all blocks if there is no layer profile", choices=PEFTS)
+    lora_r: int = setting(8, "rank (or Bone's block size) with {peft}", at_least=1)
+    lora_alpha: float = setting(32.0, "alpha with {peft}: the update is scaled by alpha / rank", above=0)
+    lora_dropout: float = setting(0.01, "dropout before the adapter with {peft}", at_least=0, below=1)
+    lora_parts: str = setting("att,ffn,ln,time", "parts that learn with {peft}: some of att,ffn,ln,time")
+    lora_layers: str = setting("", 'blocks that learn with {peft}, e.g. "0-3 25-31"; empty = all')
+    limited_lora: bool = setting(False, "train the adapters only, no LayerNorms or small vectors")
+    rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
+    lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
+    svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0)
+    quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
+    quant_mode: str = setting("nf4", "storage of frozen matrices", choices=("nf4", "fp4", "int8", "fp8", "none"))
+    state: bool = setting(False, "state tuning: learn the initial state of each block")
+    state_output_mode: int = setting(1, "also save the state in a file of its own (0 = no)", choices=(0, 1, 2))
+    state_shift: bool = setting(False, "state tuning: learn the token-shift states too")
+
+    # --- context
+    ctx_len: int = setting(2048, "longest sample, in tokens", at_least=1)
+    initial_ctx_len: int = setting(0, "length at the first step, growing to {ctx_len}; 0 = off", at_least=0)
+    ctx_warmup_steps: int = setting(1, "optimizer steps in which the length grows", at_least=1)
+    infctx: bool = setting(False, "infinite context: run the model in chunks of {chunk_ctx}")
+    chunk_ctx: int = setting(512, "tokens per chunk with {infctx}; 0 = the whole sample", at_least=0)
+    state_cp: bool = setting(False, "infinite context in {ctx_parts} chunks")
+    ctx_parts: int = setting(1, "chunks that a sample is cut into", at_least=1)
+    bptt: str = setting("exact", "gradient across chunks", choices=("exact", "truncated"))
+    state_offload: bool = setting(False, "keep boundary states in host memory")
+    infctx_dataset_multiplier: int = setting(1, "documents put together to one sample", at_least=1)
+    reset_state: bool = setting(True, "forget the state at the start of each packed document")
+    head_chunk: int = setting(1024, "rows of logits that exist at a time", at_least=1)
+
+    # --- loss
+    loss: str = setting("", "what is learnt; absent = next tokens of {data_file}", choices=("", *LOSSES))
+    smoothing: float | None = setting(None, "label smoothing (0.001 with {sft}, {distillation})", at_least=0, below=1)
+    l2wrap: bool | None = setting(None, "penalty on large logits; absent = on for text, off for preferences")
+    train_on_prompt: bool = setting(False, "chats: train on all turns, not only the assistant's")
+    dpo_alpha: float | None = setting(None, "DPO: weight of the chosen answer's cross-entropy (0.1)", at_least=0)
+    dpo_beta: float = setting(0.01, "DPO: beta", above=0)
+    dpo_loss: str = setting("sigmoid", "DPO: variant", choices=("sigmoid", "ipo", "hinge", "robust"))
+    dpo_logp: str = setting("sum", "DPO: score of an answer", choices=("sum", "mean"))
+    dpo_label_smoothing: float = setting(0.0, "DPO: share of pairs thought to be swapped", at_least=0, below=0.5)
+    dpo_general_corpus_ratio: float = setting(
+        0.0, "DPO: weight of the loss on {data_file}; 0 skips it", at_least=0, at_most=1
+    )
+    orpo_alpha: float = setting(0.01, "ORPO: weight of the odds ratio", at_least=0)
+    orpo_mode: str = setting("mean", "ORPO: score of an answer, mean or sum of its tokens", choices=("mean", "sum"))
+    simpo_alpha: float = setting(0.0, "SimPO: weight of the chosen answer's cross-entropy", at_least=0)
+    simpo_beta: float = setting(2.0, "SimPO: beta, on mean log-probabilities", above=0)
+    simpo_gamma: float = setting(1.0, "SimPO: target margin of rewards", at_least=0)
+    cpo_alpha: float = setting(1.0, "CPO: weight of the chosen answer's cross-entropy", at_least=0)
+    cpo_beta: float = setting(0.1, "CPO: beta", above=0)
+    kto_beta: float = setting(0.1, "KTO: beta", above=0)
+    kto_desirable_weight: float = setting(1.0, "KTO: weight of good answers", at_least=0)
+    kto_undesirable_weight: float = setting(1.0, "KTO: weight of bad answers", at_least=0)
+    wpo_alpha: float = setting(0.0, "WPO: weight of the chosen answer's cross-entropy", at_least=0)
+    wpo_beta: float = setting(0.01, "WPO: beta", above=0)
+    reference_model: str = setting("", "model that gives the reference scores; empty = the start model")
+    trust_reference: bool = setting(False, "use the reference scores of the pair file unseen")
+    temperature: float = setting(2.0, "distillation: temperature", above=0)
+    top_k: int = setting(100, "distillation: teacher's logits per token (a file knows its own)", at_least=1)
+    alpha: float = setting(0.5, "distillation: weight of cross-entropy", at_least=0, at_most=1)
+    kd: str = setting("forward", "distillation: divergence", choices=("forward", "reverse", "js"))
+    kd_tail: bool = setting(False, "distillation: one bucket for the mass outside the top k")
+    teacher_model: str = setting("", "distillation: teacher that runs along")
+    rm_margin: bool = setting(False, "reward model: use the margins of the pair file")
+    rm_centring: float = setting(0.0, "reward model: weight that keeps rewards near zero", at_least=0)
+
+    # --- reinforcement learning
+    reward_model: str = setting("", "reward model of {ppo} or {grpo}")
+    reward_funcs: str = setting("", "GRPO: rewards.py:name,name")
+    steps: int = setting(20000, "PPO: samples in all", at_least=1)
+    batch_size: int = setting(32, "PPO: samples per rollout", at_least=1)
+    mini_batch_size: int = setting(1, "PPO: samples per update", at_least=1)
+    ppo_epochs: int = setting(4, "PPO: passes over each rollout", at_least=1)
+    init_kl_coef: float = setting(0.2, "PPO: first weight of the KL penalty", at_least=0)
+    adap_kl_ctrl: bool = setting(True, "PPO: adapt that weight")
+    target_kl: float = setting(0.1, "PPO: KL per update at which early stopping thinks", above=0)
+    early_stopping: bool = setting(False, "PPO: stop a rollout's passes at 1.5 {target_kl}")
+    reward_baseline: float = setting(0.0, "PPO: subtracted from each reward")
+    output_max_length: int = setting(128, "PPO: longest answer", at_least=1)
+    save_freq: int = setting(0, "PPO: rollouts between two saves; 0 = at the end only", at_least=0)
+    grpo_gen_count: int = setting(4, "GRPO: answers per prompt", at_least=2)
+    grpo_gen_length: int = setting(1024, "GRPO: longest answer", at_least=1)
+    grpo_gen_temperature: float = setting(1.0, "GRPO: sampling temperature", above=0)
+    grpo_gen_topp: float = setting(0.7, "GRPO: nucleus", above=0, at_most=1)
+    grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
+
+    # --- data
+    data_file: str = setting("", "text: binidx (path without suffix), .jsonl, .txt, .h5")
+    data_type: str = setting(
+        "",
+        "format of {data_file}; empty = by its suffix",
+        choices=("", "binidx", "jsonl", "txt", "utf-8", "h5", "csv", "save"),
+    )
+    pair_file: str = setting("", "preference pairs (or rated answers): .csv, .jsonl, .parquet, .save, .h5")
+    rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
+    vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
+    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")
+    random_mode: bool = setting(True, "text in random order; 0 = as in the file")
+    magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
+    drop_ties: bool = setting(False, "leave out pairs whose answers have the same score (score_chosen, score_rejected)")
+    skip_bad: bool = setting(False, "count and skip bad rows instead of stopping")
+
+    # --- evaluation
+    val_file: str = setting("", "held-out text or pairs")
+    val_split: float = setting(0.0, "share of the training file that is held out", at_least=0, below=1)
+    eval_only: bool = setting(False, "score {val_file} and stop")
+    early_stop: int = setting(0, "mini-epochs without improvement before stopping; 0 = never", at_least=0)
+
+    # --- saving
+    save_dtype: str = setting("base", "whole matrices in checkpoints", choices=("base", "fp32"))
+    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"))
+    keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0)
+
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Fills the two defaults that depend on other settings."""
+        if self.dpo_alpha is None:
+            object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
+        if self.smoothing is None:
+            smooth = self.loss == "distillation" or (self.loss == "sft" and "loss" in self.given)
+            object.__setattr__(self, "smoothing", 0.001 if smooth else 0.0)
+
+    @property
+    def storage(self) -> str:
+        """How frozen matrices are stored: nf4, fp4, int8, fp8 or none."""
+        return self.quant_mode if self.quant else "none"
+
+    @property
+    def seed(self) -> int:
+        """The seed in use, >= 0."""
+        return max(0, self.random_seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one mini-epoch: its micro-batches rounded up to whole steps."""
+        return math.ceil(self.epoch_steps / self.accumulate_grad_batches)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens per chunk of infinite context, 0 = one pass over the whole sample."""
+        if self.infctx:
+            return self.chunk_ctx
+        return math.ceil(self.ctx_len / self.ctx_parts) if self.state_cp else 0
+
+
+def settings() -> dict[str, dataclasses.Field]:
+    """The fields that a user may set, by name, in the order of the help."""
+    return {field.name: field for field in dataclasses.fields(Config) if "help" in field.metadata}

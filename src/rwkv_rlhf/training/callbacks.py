@@ -1,0 +1,187 @@
+"""What happens around the steps: records, progress bar, validation, saves, and a save when the run is stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from rwkv_rlhf.checkpoints.run_folder import RunFolder
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.reports.metrics import append_json, log_epoch
+from rwkv_rlhf.reports.page import write_report
+from rwkv_rlhf.training.module import Trainee
+
+log = logging.getLogger(__name__)
+
+Evaluate = Callable[[], dict[str, Any]]
+
+
+SHOWN = ("loss", "lr", "tokens_per_s", "pref_percentage", "accuracy")
+
+
+def shown(record: dict[str, Any]) -> str:
+    """The numbers that a person watches."""
+    return ", ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar with the numbers of the last optimizer step."""
+
+    def get_metrics(self, trainer: pl.Trainer, module: Trainee) -> dict[str, str]:
+        """What stands to the right of the bar."""
+        return {name: f"{module.last_record[name]:.4g}" for name in SHOWN if name in module.last_record}
+
+
+class Log(pl.Callback):
+    """Appends metrics.jsonl per optimizer step and train_log.txt per mini-epoch.
+
+    With `spoken` (no progress bar to look at) it also says a line every few seconds.
+    """
+
+    PAUSE = 10.0  # seconds between two lines
+
+    def __init__(self, folder: Path, every: int, epoch_begin: int, spoken: bool) -> None:
+        self.spoken = spoken
+        self._said = 0.0
+        self.metrics = folder / "metrics.jsonl"
+        self.text = folder / "train_log.txt"
+        self.every = every
+        self.epoch_begin = epoch_begin
+        self._losses: list[float] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Listen to the module's records."""
+        pl_module.listeners.append(self.record)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses of the running mini-epoch."""
+        return {"losses": list(self._losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._losses = state_dict["losses"]
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._losses.append(record["loss"])
+        if record["step"] % self.every == 0:
+            append_json(self.metrics, {"event": "train"} | record)
+        if self.spoken and time.monotonic() - self._said >= self.PAUSE:
+            self._said = time.monotonic()
+            log.info("step %d: %s", record["step"], shown(record))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Close the mini-epoch with its mean loss."""
+        if self._losses:
+            mean = sum(self._losses) / len(self._losses)
+            log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, pl_module.last_record["lr"])
+        self._losses.clear()
+
+
+class Validate(pl.Callback):
+    """Scores the held-out examples after each mini-epoch and keeps the best checkpoint as rwkv-best.
+
+    With `patience` > 0 the run ends after so many mini-epochs without improvement.
+    """
+
+    def __init__(self, evaluate: Evaluate, folder: RunFolder, patience: int) -> None:
+        self.patience = patience
+        self.waited = 0
+        self.evaluate = evaluate
+        self.folder = folder
+        self.best: tuple[float, ...] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, and how many mini-epochs were not better."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on comparing; a run that was not validated before has nothing to compare with."""
+        self.best, self.waited = state_dict.get("best"), state_dict.get("waited", 0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Lower loss is better; for pairs higher accuracy, then higher margin."""
+        record = {"event": "val", "step": trainer.global_step} | self.evaluate()
+        if ranks.first():
+            append_json(self.folder.folder / "metrics.jsonl", record)
+        log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
+        merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
+        if self.best is None or merit > self.best:
+            self.best, self.waited = merit, 0
+            self.folder.save("best")
+            return
+        self.waited += 1
+        if self.waited == self.patience:
+            log.info("stopping: no improvement for --early_stop %d mini-epochs", self.patience)
+            trainer.should_stop = True
+
+
+class Save(pl.Callback):
+    """Numbered checkpoints every --epoch_save mini-epochs, the last one always, rwkv-last when stopped."""
+
+    def __init__(self, folder: RunFolder, epoch_begin: int, epoch_save: int, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.epoch_begin = epoch_begin
+        self.epoch_save = epoch_save
+        self.settings = settings
+        self.stopped = False
+        self.saved = False  # at the end of the last mini-epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbered checkpoints that --keep counts."""
+        return {"numbered": self.folder.numbered}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting them."""
+        self.folder.numbered = state_dict["numbered"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+        """Save when the mini-epoch's turn has come."""
+        epoch = trainer.current_epoch
+        last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
+        self.saved = last or epoch % self.epoch_save == 0
+        if self.saved:
+            self.folder.save_numbered(self.epoch_begin + epoch)
+            self.report()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Trainee, exception: BaseException) -> None:
+        """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            self.stopped = isinstance(exception, KeyboardInterrupt)
+            self.folder.save("last")
+            self.report()
+
+    def report(self) -> None:
+        """Redraw the curves; a page that cannot be written never stops a run."""
+        if not ranks.first():
+            return
+        try:
+            write_report(self.folder.folder, self.settings)
+        except OSError as error:
+            log.warning("report.html is not written: %s", error)
+
+
+class WandB(pl.Callback):
+    """Sends the record of each optimizer step to Weights & Biases: only then does anything leave the machine."""
+
+    def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(f"--wandb {project} needs the package wandb: pip install wandb") from error
+        self.run = wandb.init(project=project, dir=str(folder), config=settings, name=folder.name)
+
+    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Listen to the module's records."""
+        pl_module.listeners.append(lambda record: self.run.log(record, step=record["step"]))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+        """Close the run there too."""
+        self.run.finish()

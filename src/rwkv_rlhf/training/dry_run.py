@@ -1,0 +1,156 @@
+"""`--dry_run 1`: what would be trained, on what, for how long and in how much memory; nothing is trained.
+
+Legend: T tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.fit import optimizer_steps
+from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
+from rwkv_rlhf.training.module import tokens_run
+from rwkv_rlhf.training.start import Start, shape_model
+
+SAMPLES = 3
+LOOKED_AT = 32  # micro-batches whose tokens are counted
+SHOWN = 200  # tokens of a sample
+MIB = 1 << 20
+
+
+def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
+    """(room, trainable, frozen) parameters: emb, attention, feed-forward, norms, head; packed matrices are frozen."""
+    train: Counter[str] = Counter()
+    frozen: Counter[str] = Counter()
+    for name, parameter in start.model.named_parameters():
+        part = next((room for room in ("emb", "head", ".att.", ".ffn.") if room in name), "norms").strip(".")
+        (train if parameter.requires_grad else frozen)[part] += parameter.numel()
+    for room in dict.fromkeys([*train, *frozen]):
+        yield room, train[room], frozen[room]
+
+
+GOOD, BAD = "bold green", "bold red"  # what becomes likelier, and what less likely
+
+
+def coloured(tokens: list[int], trained: list[bool], decode, style: str = GOOD) -> Text:
+    """The text of `tokens`, what is trained on in `style`, the rest dim."""
+    text = Text()
+    run: list[int] = []
+    for at, token in enumerate(tokens[:SHOWN]):
+        run.append(token)
+        if at + 1 == min(len(tokens), SHOWN) or trained[at + 1] != trained[at]:
+            text.append(decode(run), style=style if trained[at] else "dim")
+            run = []
+    return text
+
+
+def pair_sample(batch: PairBatch, decode) -> Iterator[Text]:
+    """The first prompt of a batch with each of its answers."""
+    prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
+    rated = isinstance(batch, RatedBatch)
+    good = [bool(batch.good[0])] if rated else [True, False]
+    for answer, likes in enumerate(good):
+        targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
+        shown = prompt[-SHOWN // 2 :]
+        trained = [False] * len(shown) + [True] * len(targets)
+        yield coloured(shown + targets, trained, decode, GOOD if likes else BAD)
+
+
+def text_sample(batch: TextBatch, decode) -> Text:
+    """The first document of a batch."""
+    end = int(batch.starts[1])
+    targets = batch.targets[:end]
+    trained = [False, *(targets != IGNORE).tolist()]
+    return coloured([*batch.tokens[:end].tolist(), int(targets[-1].clamp(min=0))], trained, decode)
+
+
+def samples(inputs: Inputs, steps) -> Iterator[Text]:
+    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text."""
+    decode = inputs.tokenizer.decode
+    for k in range(SAMPLES):
+        batch = steps.micro_batch(k)
+        if not isinstance(batch, PairBatch):
+            yield text_sample(batch, decode)
+            continue
+        yield from pair_sample(batch, decode)
+        if batch.general is not None:
+            yield text_sample(batch.general, decode)
+
+
+def show_memory(console: Console, estimate: Estimate, tokens: int) -> None:
+    """The parts of a step's memory and their sums."""
+    console.rule(f"memory of a step over {tokens:,} tokens (estimate)")
+    for place, parts in (("in all", estimate.device), ("in all, on the host", estimate.host)):
+        for part, size in {**parts, place: sum(parts.values())}.items() if parts else ():
+            console.print(f"{part:28} {size / MIB:12,.1f} MiB", highlight=False)
+
+
+def spread(count: int) -> list[int]:
+    """Some of `count` micro-batches, from the first to the last; samples may grow, and files may be sorted."""
+    return sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
+
+
+def longest(config: Config, inputs: Inputs) -> int:
+    """Tokens of a micro-batch of nothing but the longest row of the files, as far as rows are known."""
+    row = inputs.reports[0].longest  # of a pair, the prompt and the longer answer
+    return config.micro_bsz * (row if config.pair_file else min(row, config.ctx_len))
+
+
+def dry_run_shape(config: Config) -> None:
+    """--dry_run_shape: what a model of that shape would take, in rows of --ctx_len tokens. No file is read.
+
+    A GPU is assumed unless --accelerator is cpu. Raises ValueError for a shape that cannot be.
+    """
+    console = Console(stderr=False)
+    model, report = shape_model(config)
+    console.print("\n".join([*shape_lines(model), *report.lines()]), markup=False, highlight=False)
+    tokens = config.micro_bsz * config.ctx_len
+    show_memory(console, memory_by_part(config, model, tokens, gpu=config.accelerator != "cpu"), tokens)
+
+
+def shape_lines(model: RWKV) -> list[str]:
+    """The sizes in a sentence."""
+    s = model.sizes
+    return [f"{s.version}, {s.n_layer} layers of width {s.n_embd}, feed-forward {s.dim_ffn}, vocabulary {s.vocab_size}"]
+
+
+def dry_run(config: Config, folder: Path, start: Start) -> None:
+    """Print the plan of the run and stop. Reference scores are not computed."""
+    console = Console(stderr=False)
+    inputs = Inputs(config, start, folder)
+    steps = inputs.training(score=False)
+    for report in inputs.reports:
+        console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
+    for text in samples(inputs, steps):
+        console.rule("what is trained on (green: likelier, red: less likely)")
+        console.print(text)
+    console.rule("parameters")
+    for room, train, frozen in rooms(start):
+        console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
+    console.print("\n".join(start.report.lines()), markup=False, highlight=False)
+    total = optimizer_steps(config, steps)
+    seen = [tokens_run(steps.micro_batch(k)) for k in spread(total * config.accumulate_grad_batches)]
+    tokens = max(*seen, longest(config, inputs))
+    show_memory(
+        console, memory_by_part(config, start.model, tokens, gpu=device_for(config.accelerator) == "cuda"), tokens
+    )
+    console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
+    console.rule("run")
+    batches = total * config.accumulate_grad_batches
+    saves = -(-config.epoch_count // config.epoch_save) + 1
+    disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
+    console.print(
+        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {batches * config.micro_bsz:,} samples, about "
+        f"{round(batches * sum(seen) / len(seen)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
+        highlight=False,
+    )

@@ -1,0 +1,169 @@
+"""One training run: batches in order, Lightning's loop, saves and logs around it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rwkv_rlhf.checkpoints.resume_points import Point, Points
+from rwkv_rlhf.checkpoints.run_folder import RunFolder
+from rwkv_rlhf.data.batch import PairBatch, TextBatch
+from rwkv_rlhf.data.sampler import Steps
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.distributed.launch import here
+from rwkv_rlhf.reports.metrics import log_new_run
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
+from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.resume import KeepPoints
+from rwkv_rlhf.training.schedule import Schedule
+from rwkv_rlhf.training.strategies import make_strategy
+
+
+class MicroBatches(Dataset):
+    """Micro-batch k of this rank, counted from the very start of training."""
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+
+    def __getitem__(self, k: int) -> TextBatch | PairBatch:
+        return self.steps.micro_batch(k)
+
+
+class EpochPositions(Sampler[int]):
+    """Positions of one mini-epoch; Lightning tells which one through `set_epoch`.
+
+    A run that is resumed in mini-epoch `resumed` leaves out the `done` micro-batches that it had.
+    """
+
+    def __init__(self, per_epoch: int, first_epoch: int, resumed: int = 0, done: int = 0) -> None:
+        self.per_epoch = per_epoch
+        self.first_epoch = first_epoch
+        self.resumed = resumed
+        self.done = done
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is over mini-epoch `epoch` of this run."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        begin = (self.first_epoch + self.epoch) * self.per_epoch
+        done = self.done if self.epoch == self.resumed else 0
+        return iter(range(begin + done, begin + self.per_epoch))
+
+
+def micro_batches_per_epoch(config: Config) -> int:
+    """--epoch_steps rounded up to whole optimizer steps."""
+    return config.steps_per_epoch * config.accumulate_grad_batches
+
+
+def optimizer_steps(config: Config, steps: Steps) -> int:
+    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
+
+    Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
+    are left.
+    """
+    count = config.steps_per_epoch * config.epoch_count
+    if config.my_exit_tokens > 0:
+        examples = min(len(steps.examples), 10_000)
+        mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
+        whole = math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step))
+        count = min(count, whole - config.steps_per_epoch * config.epoch_begin)
+        if count <= 0:
+            raise ValueError(
+                f"--my_exit_tokens {config.my_exit_tokens} are {whole} optimizer steps, and mini-epoch "
+                f"{config.epoch_begin} comes after them: nothing is left to train"
+            )
+    return count
+
+
+def schedule_of(config: Config, steps: Steps) -> Schedule:
+    """The schedule of this run and of what --epoch_begin says is done."""
+    per_epoch = config.steps_per_epoch
+    return Schedule(
+        warmup=config.warmup_steps,
+        total=per_epoch * config.epoch_begin + optimizer_steps(config, steps),
+        kind=config.lr_schedule,
+        offset=per_epoch * config.epoch_begin,
+    )
+
+
+def fit(
+    trainee: Trainee,
+    steps: Steps,
+    config: Config,
+    run: RunFolder,
+    settings: dict[str, Any],
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    points: Points | None = None,
+    resumed: Point | None = None,
+) -> bool:
+    """Train to the end, from the point `resumed` on; True when Ctrl+C stopped it (rwkv-last is written then)."""
+    folder: Path = run.folder
+    # Lightning's advice is about data loaders and loggers that this program does not have
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ranks.first():
+        log_new_run(folder / "train_log.txt", settings)
+    save = Save(run, config.epoch_begin, config.epoch_save, settings)
+    bar = config.enable_progress_bar and sys.stdout.isatty()
+    callbacks: list[pl.Callback] = []
+    if ranks.first():
+        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
+    if evaluate is not None:
+        callbacks.append(Validate(evaluate, run, config.early_stop))
+    callbacks.append(save)
+    if config.wandb and ranks.first():
+        callbacks.append(WandB(config.wandb, folder, settings))
+    if bar:
+        callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    if points is not None:
+        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
+    device = next(trainee.parameters()).device
+    trainer = pl.Trainer(
+        accelerator="cpu" if device.type == "cpu" else "gpu",
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=make_strategy(config, trainee.model),
+        plugins=here(),
+        max_epochs=config.epoch_count,
+        max_steps=optimizer_steps(config, steps),
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=bar,
+        logger=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(folder),
+    )
+    begin = (resumed.about["epoch"], resumed.about["done"]) if resumed else (0, 0)
+    positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin, *begin)
+    # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
+    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
+    try:
+        trainer.fit(trainee, loader)
+    except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
+        more = "" if config.resume_every < 0 else ", --resume auto goes on"
+        raise RuntimeError(f"stopped by SIGTERM; rwkv-last holds what was learnt{more}") from stop
+    except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
+        if not save.stopped:
+            raise
+    if not save.stopped:
+        run.save("final")
+    return save.stopped

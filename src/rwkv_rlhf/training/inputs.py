@@ -1,0 +1,323 @@
+"""What a run reads: training examples with their order, held-out examples, and the reference scores of pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors, tensors_hash
+from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
+from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
+from rwkv_rlhf.data.joined_documents import Growing, Joined
+from rwkv_rlhf.data.pairs.pairs import Pairs
+from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sampler import (
+    MagicPrime,
+    MixedSteps,
+    Order,
+    RandomSlices,
+    Sequential,
+    Shuffled,
+    Steps,
+    check_magic_prime,
+)
+from rwkv_rlhf.data.split import Subset, split
+from rwkv_rlhf.data.text.documents import Texts, text_type
+from rwkv_rlhf.data.text.h5 import H5Texts
+from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.layers.placing import Layout, matrices
+from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.scoring.divergence import Divergence
+from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
+from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.start import Start
+
+log = logging.getLogger(__name__)
+
+
+def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[str]:
+    """A sentence when the weights of good and bad answers are far from what KTO's paper advises."""
+    good = sum(rated[index].good for index in range(len(rated)))
+    bad = len(rated) - good
+    ratio = desirable * good / max(1e-9, undesirable * bad)
+    if bad and good and not 0.9 <= ratio <= 1.5:
+        yield (
+            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
+            f"{desirable * good / bad:.3g}"
+        )
+
+
+class Inputs:
+    """Opens the files that `config` names, for the model of `start`. Every reader raises ValueError with file:line."""
+
+    def __init__(self, config: Config, start: Start, folder: Path) -> None:
+        self.config = config
+        self.start = start
+        self.folder = folder
+        self.reports: list[DataReport] = []
+        self.split_off: Subset | None = None  # what --val_split took from the training examples
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The World vocabulary, or --vocab_file."""
+        return load_tokenizer(self.start.sizes.vocab_size, self.config.vocab_file or None)
+
+    def _pairs(self, path: str, *, cap: bool) -> Pairs:
+        """Preference pairs or rated answers, as the file has them."""
+        c = self.config
+        options = {
+            "template": c.template,
+            "max_len": c.rlhf_max_corpus_len if cap else 0,
+            "ctx_len": c.ctx_len if cap else 0,
+            "skip_bad": c.skip_bad,
+        }
+        if is_rated(path):
+            pairs = open_rated(path, self.tokenizer, **options)
+        else:
+            pairs = open_pairs(path, self.tokenizer, drop_ties=c.drop_ties, **options)
+        self.reports.append(pairs.report)
+        return pairs
+
+    def _training_pairs(self, score: bool) -> Pairs:
+        """--rlhf_train_file as the loss wants it, with reference scores if it needs them and `score`."""
+        c = self.config
+        pairs, kind = self._pairs(c.pair_file, cap=True), LOSSES[c.loss].kind
+        rated = isinstance(pairs[0], RatedExample)
+        if kind == "pairs" and rated:
+            raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
+        if kind == "rated":
+            pairs = pairs if rated else taken_apart(pairs)
+            for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
+                log.info(sentence)
+        if score and LOSSES[c.loss].needs_reference:
+            return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
+        return pairs
+
+    def _texts(self, path: str, *, cut: bool, data_type: str = "", teacher: bool = False) -> Texts | H5Texts:
+        c = self.config
+        how: dict[str, Any] = {"train_on_prompt": c.train_on_prompt, "skip_bad": c.skip_bad}
+        how["ctx_len"] = c.ctx_len if cut else 0
+        texts: Texts | H5Texts
+        if text_type(path, data_type) == "h5":  # already tokenised
+            how |= {"teacher": teacher, "top_k": c.top_k if "top_k" in c.given else 0}
+            texts = open_h5(path, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
+        else:
+            texts = open_text(path, self.tokenizer, data_type=data_type, template=c.template, **how)
+        self.reports.append(texts.report)
+        return texts
+
+    def training(self, score: bool = True) -> Steps | MixedSteps:
+        """The training examples as optimizer steps; pairs with their reference scores if `score`."""
+        c = self.config
+        examples: Any
+        if LOSSES[c.loss].kind != "text":
+            examples = self._training_pairs(score)
+            order = self._shuffled(len(examples))
+        else:
+            examples, order = self._training_text()
+        self._say_report()
+        if c.val_split > 0:
+            if not isinstance(examples, Pairs | Texts | H5Texts):
+                raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
+            examples, self.split_off = split(examples, c.val_split, c.seed)
+            order = self._shuffled(len(examples))
+            log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
+        if LOSSES[c.loss].kind == "text":
+            return Steps(*self._samples(examples, order), *size, self._growing())
+        steps = Steps(examples, order, *size)
+        if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
+            return steps
+        text = self._training_text()
+        self._say_report()
+        return MixedSteps(steps, Steps(*self._samples(*text), *size, self._growing()))
+
+    def _training_text(self) -> tuple[Any, Order]:
+        """--data_file as examples and their order."""
+        c = self.config
+        if text_type(c.data_file, c.data_type) == "binidx":
+            return self._corpus()
+        from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
+        texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
+        return texts, self._shuffled(len(texts))
+
+    def _say_report(self) -> None:
+        for line in [] if self.config.dry_run else self.reports[-1].lines():  # a dry run prints all reports itself
+            log.info(line)
+
+    def _shuffled(self, n: int) -> Order:
+        return Shuffled(n, self.config.seed) if self.config.random_mode else Sequential(n)
+
+    def _samples(self, examples: Any, order: Order) -> tuple[Any, Order]:
+        """Documents of text and their order as samples: --infctx_dataset_multiplier of them to one."""
+        c = self.config
+        if c.infctx_dataset_multiplier <= 1 and c.reset_state:
+            return examples, order
+        if not hasattr(examples, "length"):
+            raise ValueError(
+                "--infctx_dataset_multiplier and --reset_state 0 work on documents, not on slices of a corpus, which "
+                "cross the borders of documents anyway"
+            )
+        seed = c.seed if c.random_mode else None
+        joined = Joined(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
+        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        return joined, self._shuffled(len(joined))
+
+    def _growing(self) -> Growing | None:
+        """--initial_ctx_len: how long samples are at each step."""
+        c = self.config
+        if not c.initial_ctx_len:
+            return None
+        log.info(
+            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
+        )
+        return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
+
+    def _corpus(self) -> tuple[Any, Order]:
+        """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
+        c = self.config
+        stateless = c.train_stage == 3 or c.magic_prime > 0
+        slices, report = open_slices(c.data_file, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1)
+        self.reports.append(report)
+        if not c.random_mode:
+            return slices, Sequential(len(slices))
+        if not stateless:
+            return slices, RandomSlices(len(slices), c.seed)
+        prime = check_magic_prime(c.magic_prime, report.trained + 1, c.ctx_len)
+        log.info("magic prime %d: %d slices of %d tokens, each once per pass", prime, prime, c.ctx_len)
+        return slices, MagicPrime(prime)
+
+    def reference(self, pairs: Pairs, trust: bool = False) -> Tensor:
+        """(n, 2) summed log-probabilities under the reference model, or the file's own where they may be trusted.
+
+        `trust` takes the file's own unseen and raises ValueError when it lacks any.
+        """
+        c = self.config
+        known = all(pair.reference is not None for pair in pairs)
+        if trust and not known:
+            raise ValueError(f"--trust_reference 1: {pairs.report.source} lacks reference scores of some pairs")
+        if known and (trust or (not c.reference_model and self._same_reference(pairs.sidecar or {}))):
+            log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
+            return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
+        if known:
+            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+        return self._computed_reference(pairs)
+
+    def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
+        """(n, 2) summed log-probabilities under the reference model, from the cache of the project folder if there."""
+        c = self.config
+        model, model_hash, layout = self.start.model, self.start.hash, self.start.report.layout
+        if c.reference_model:
+            model, layout = self._foreign_model(c.reference_model)
+            model_hash = file_hash(c.reference_model)
+        held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
+        if initial := initial_factors(model):  # PiSSA's start model is the packed residual and these
+            held.append(tensors_hash(initial))
+        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+            return reference_scores(
+                model,
+                pairs,
+                model_hash=model_hash,
+                arithmetic=" ".join(held),
+                folder=self.folder,
+                chunk=c.head_chunk,
+                progress=done,
+                length=c.chunk,
+            )
+
+    def _same_reference(self, about: dict) -> bool:
+        """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
+        model, layout = self.start.model, self.start.report.layout
+        storage = layout.store if layout.packed else "none"
+        whole = not layout.packed or layout.packed >= {name for name, _ in matrices(model)} - {"emb"}
+        return (
+            about.get("reference") == "sum"
+            and about.get("model") == self.start.hash
+            and about.get("precision") == self.config.precision
+            and about.get("storage", "none") == storage
+            and whole  # a file has all matrices in one storage
+            and not begins_from_matrix({how.mode for how in layout.adapted.values()})
+        )
+
+    def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
+        """--reference_model, for as long as it is needed."""
+        model, report = load_model(
+            path, compute_dtype=self.start.model.compute_dtype, device=device_for(self.config.accelerator)
+        )
+        if model.sizes.vocab_size != self.start.sizes.vocab_size:
+            raise ValueError(
+                f"--reference_model {path} has a vocabulary of {model.sizes.vocab_size}, "
+                f"the model one of {self.start.sizes.vocab_size}"
+            )
+        return model, report.layout
+
+    def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]] | None:
+        """The held-out examples as a function that scores them under the model of the moment; None without any.
+
+        They are --val_file, or what --val_split took. Pairs are compared with their reference scores, taken now, if
+        `reference`; otherwise the preference is raw.
+        """
+        c = self.config
+        if self.split_off is not None:
+            if isinstance(self.split_off[0], TextExample):
+                return self._held_out_texts(self.split_off)
+            examples = [self.split_off[index] for index in range(len(self.split_off))]
+            known = [pair.reference for pair in examples]
+            if LOSSES[c.loss].needs_reference and None not in known:  # then they were looked at, or computed
+                return self._held_out_pairs(examples, torch.tensor(known))
+            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
+        if not c.val_file:
+            return None
+        if kind_of(c.val_file) == "text":
+            return self._held_out_texts(self._texts(c.val_file, cut=False))
+        pairs = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
+
+    def _held_out_texts(self, texts: Iterable[TextExample]) -> Callable[[], dict[str, Any]]:
+        def score() -> dict[str, Any]:
+            with evaluating(self.start.model):
+                return evaluate_text(self.start.model, texts, self.config.head_chunk)
+
+        return score
+
+    def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
+        """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
+        c, model = self.config, self.start.model
+        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
+        rated = isinstance(pairs[0], RatedExample)
+        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        distance: Divergence | None = None
+        if base is not None:
+            reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
+            with evaluating(reference):
+                distance = Divergence(reference, pairs, c.seed, c.chunk)
+            log.info(
+                "held out: kl is KL(policy || reference) of the next token, exact at %d positions of %d chosen answers",
+                len(distance.positions),
+                distance.pairs,
+            )
+
+        def score() -> dict[str, Any]:
+            with evaluating(model):
+                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                near = {} if distance is None else {"kl": distance.of(model)}
+            if rated:
+                return rated_metrics(sums, counts, good, base, beta) | near
+            return pair_metrics(sums, counts, base, beta) | near
+
+        return score

@@ -1,0 +1,242 @@
+"""The LightningModule: a batch becomes scores, scores become one number, every optimizer step becomes one record."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch import Tensor
+
+from rwkv_rlhf.checkpoints.loading import write_atomic
+from rwkv_rlhf.data.batch import PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.distributed.watchdog import at
+from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.losses.kinds import Loss
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.scoring.divergence import mismatch_ratio
+from rwkv_rlhf.scoring.evaluation import evaluating
+from rwkv_rlhf.scoring.forward import batch_loss
+from rwkv_rlhf.scoring.teacher import Teacher
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.optimizers import OPTIMIZERS, parameter_groups
+from rwkv_rlhf.training.schedule import Schedule
+from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
+
+log = logging.getLogger(__name__)
+
+PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
+
+COUNTERS = ("bad_steps", "pref_percentage", "last_record")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+def tokens_run(batch: TextBatch | PairBatch) -> int:
+    """Tokens that go through the model: prompts once, every answer, and the text beside them."""
+    if not isinstance(batch, PairBatch):
+        return batch.tokens.numel()
+    beside = [*([] if batch.general is None else [batch.general]), *getattr(batch, "others", ())]
+    return batch.prompts.numel() + batch.answers.numel() + sum(map(tokens_run, beside))
+
+
+def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
+    """Every tensor of a batch by name, those of the text beside pairs as `general.<name>`."""
+    found: dict[str, Tensor] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value
+        elif isinstance(value, TextBatch):
+            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
+    return found
+
+
+class Trainee(pl.LightningModule):
+    """Trains `model` with the loss that `config` names.
+
+    A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
+    loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean. A `teacher`
+    that runs along is asked about each batch first.
+    """
+
+    def __init__(
+        self,
+        model: RWKV,
+        plan: Plan,
+        config: Config,
+        schedule: Schedule,
+        folder: Path,
+        teacher: Teacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.plan = plan
+        self.config = config
+        self.schedule = schedule
+        self.folder = folder
+        self.teacher = teacher  # no torch module, so nothing of it is trained or saved
+        self.bad_steps = 0
+        self._bad = False  # something in the running optimizer step was not a number
+        self.loss = LOSSES[config.loss]
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
+        self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
+        self.last_record: dict[str, Any] = {}
+        self.pref_percentage = 0.5
+        self._means: dict[str, float] = defaultdict(float)
+        self._kl: Tensor | None = None  # KTO's divergence of the running optimizer step
+        self._tokens = 0
+        self._clock = time.perf_counter()
+        self.grad_norm = 0.0
+
+    @property
+    def together(self) -> bool:
+        """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
+        return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
+    def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
+        """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
+        number, one of several goes on with it, and the step is left out by all."""
+        at(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
+        if self.teacher is not None:
+            batch = self.teacher(batch)
+        value, metrics = self._share(batch)
+        self._tokens += tokens_run(batch)
+        for name, amount in metrics.items():
+            self._means[name] += float(amount)
+        if not torch.isfinite(value):
+            self._skip(f"the loss is {float(value.detach())}", batch, index)
+            if not self.together:
+                return None
+            value = value * math.nan  # in every gradient, so that all ranks see it
+        return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a micro-batch adds to the optimizer step's loss and to the means of its metrics."""
+        if isinstance(batch, RatedBatch):
+            if batch.others:
+                with evaluating(self.model):
+                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk, self.config.chunk)
+                self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)  # over all ranks
+            batch = replace(batch, kl=self._kl)
+        value, metrics = self._per_total(self.loss, batch)
+        general = batch.general if isinstance(batch, PairBatch) else None
+        if general is None:
+            return value, metrics
+        more, parts = self._per_total(LOSSES["sft"], general)
+        rho = self.config.dpo_general_corpus_ratio
+        metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
+        if "l2wrap" in parts:
+            metrics["l2wrap"] = rho * parts["l2wrap"] + (1 - rho) * metrics.get("l2wrap", 0.0)
+        return rho * more + (1 - rho) * value, metrics | {"general": parts["nll"]}
+
+    def _per_total(self, loss: Loss, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its metrics as shares of the optimizer step's means."""
+        value, metrics = batch_loss(self.model, batch, loss, self.config)
+        return value / batch.total, {name: amount / batch.total for name, amount in metrics.items()}
+
+    def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:
+        """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
+        step = self.trainer.global_step
+        self.bad_steps += not self._bad  # further micro-batches belong to the same step
+        self._bad = True
+        rows = ""
+        if batch is not None:
+            whose = f"-rank-{ranks.rank()}" if self.together else ""
+            path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
+            write_atomic(tensors_of(batch), path)
+            rows = f", its rows are in {path}"
+        sentence = f"{what} at optimizer step {step}{rows}"
+        if self.bad_steps > self.config.max_bad_steps:
+            raise NonFiniteLoss(
+                f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
+                "--precision fp32. The checkpoints written so far are intact"
+            )
+        log.warning("%s: the step is left out", sentence)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer that --optim names, over the profile's groups."""
+        c = self.config
+        groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
+        return OPTIMIZERS[c.optim](groups, (c.beta1, c.beta2), c.adam_eps)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
+        if clips_itself(self.trainer):
+            return
+        norm = gradient_norm(self.trainer, optimizer)
+        self.grad_norm = float(norm)
+        if not self._bad and not math.isfinite(self.grad_norm):
+            self._skip(f"the gradient's norm is {self.grad_norm}")
+        if self._bad:
+            optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
+            return
+        if 0 < self.config.grad_clip < self.grad_norm:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give every group the rate of this very step."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.trainer.global_step, group["lr_init"], group["lr_final"])
+
+    def on_train_start(self) -> None:
+        """Start the clock of the first step when everything is loaded."""
+        self._clock = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        """Close the record of an optimizer step when its last micro-batch is done."""
+        if (index + 1) % self.trainer.accumulate_grad_batches:
+            return
+        self._close_record()
+        for call in self.after_step:
+            call()
+
+    def _close_record(self) -> None:
+        now = time.perf_counter()
+        if clips_itself(self.trainer):
+            self.grad_norm = norm_of_last_step(self.trainer)
+            if not self._bad and not math.isfinite(self.grad_norm):
+                self._skip(f"the gradient's norm is {self.grad_norm}")
+        if self._bad:
+            self._bad = False
+            self._means.clear()
+            self._tokens, self._clock = 0, now
+            return
+        names = sorted(self._means)
+        self._tokens, *sums = ranks.summed([self._tokens, *(self._means[name] for name in names)])
+        means = dict(zip(names, sums))
+        groups = self.trainer.optimizers[0].param_groups
+        widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
+        record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
+        record |= {"tokens": int(self._tokens), "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
+        record |= {"grad_norm": self.grad_norm}
+        if "accuracy" in means:
+            self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
+            record["pref_percentage"] = self.pref_percentage
+        self.last_record = record | means
+        for listener in self.listeners:
+            listener(self.last_record)
+        self._means.clear()
+        self._tokens, self._clock = 0, now
+
+    def counters(self) -> dict[str, Any]:
+        """What a resumed run must know of the steps before it."""
+        return {name: getattr(self, name) for name in COUNTERS}
+
+    def take_counters(self, counters: dict[str, Any]) -> None:
+        """Go on counting where `counters` was called."""
+        for name in COUNTERS:
+            setattr(self, name, counters[name])

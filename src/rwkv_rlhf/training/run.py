@@ -1,0 +1,123 @@
+"""The rooms in the order that a run walks through them; train.py reads as the list of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from rwkv_rlhf.checkpoints.adapter_files import write_factors
+from rwkv_rlhf.checkpoints.resume_points import FOLDER, Point, Points
+from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import fingerprint
+from rwkv_rlhf.reports.metrics import append_json
+from rwkv_rlhf.scoring.teacher import open_teacher
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.fit import fit, schedule_of
+from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.resume import about_run, take_weights
+from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
+
+log = logging.getLogger(__name__)
+
+SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
+
+
+def settings_of(config: Config) -> dict[str, object]:
+    """Every setting that differs from its default, for logs."""
+    fields = (field for field in dataclasses.fields(config) if field.name != "given")
+    return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
+
+
+def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
+    """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
+    inputs = Inputs(config, start, folder)
+    compared = bool(config.load_adapter or config.reference_model)
+    score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
+    if config.load_adapter:
+        resume_adapter(config, start)
+    result = {"event": "eval"} | score()
+    append_json(folder / "metrics.jsonl", result)
+    return result
+
+
+def train(config: Config, folder: Path, start: Start, point: Point | None = None) -> bool:
+    """Train, from `point` on if there is one; True when Ctrl+C stopped it.
+
+    Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
+    overwrite a file that the run begins from.
+    """
+    typed, config = config, numbered_from(config, start.path)
+    refuse_overwriting(config, folder, start)
+    pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
+    ranks.check_same("--load_model", fingerprint(start.path))
+    teacher = open_teacher(config, start.sizes.vocab_size)
+    inputs = Inputs(config, start, folder)
+    steps = inputs.training()
+    ranks.check_same("number of examples", len(steps.examples))
+    held_out = inputs.held_out(reference=True)
+    if point is not None:
+        take_weights(start.model, point, start.hash)
+    elif config.load_adapter:
+        resume_adapter(config, start)
+    for line in start.report.lines():
+        log.info(line)
+    trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
+    sidecar = run_sidecar(config, folder, start)
+    run = run_folder(config, folder, start, sidecar)
+    about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
+    points = Points(folder / FOLDER, about, point.path if point else None)
+    return fit(trainee, steps, config, run, settings_of(config), held_out, points, point)
+
+
+def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
+    """Raises ValueError when a save of this run would take the place of a file that it, or its adapters, need later."""
+    begin, end = config.epoch_begin, config.epoch_begin + config.epoch_count
+    needed = {
+        "--load_model": None if continues(config) else start.path,
+        "--load_cold_adapter": start.cold,
+        "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
+        "--reference_model": config.reference_model,
+        "--teacher_model": config.teacher_model,
+    }
+    for flag, path in needed.items():
+        found = SAVED.match(Path(path).name) if path else None
+        if not found or Path(path).resolve().parent != folder.resolve():
+            continue
+        written = flag == "--load_model" or not found[1].isdigit() or begin <= int(found[1]) < end
+        if written:
+            raise ValueError(
+                f"{flag} {path} lies in --proj_dir {folder}, and this run would write over it: give another folder, or "
+                "move the file"
+            )
+
+
+def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
+    """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
+    sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
+    name, sha256 = ranks.from_first(lambda: write_factors(start.model, folder, f".{config.save_format}"))
+    return dataclasses.replace(
+        sidecar,
+        initial_file=name,
+        initial_sha256=sha256,
+        cold_file=str(start.cold.resolve()) if start.cold else "",
+        cold_sha256=start.cold_hash,
+    )
+
+
+def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
+    """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
+    return RunFolder(
+        folder,
+        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
+        sidecar,
+        suffix=f".{config.save_format}",
+        keep=config.keep,
+        states=bool(config.state_output_mode),
+    )

@@ -1,0 +1,88 @@
+"""What of a running training is not in its weights: random numbers, position, counters, the optimizer's moments."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from rwkv_rlhf.training.module import Trainee
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that training draws from: Python, numpy, torch, and the GPU in use."""
+    kind, keys, at, gauss, cached = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), at, gauss, cached),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def run_state(trainer: pl.Trainer, trainee: Trainee, *, ended: bool) -> dict[str, Any]:
+    """Position, counters and random numbers after an optimizer step; cheap enough to take after each.
+
+    `ended` = the mini-epoch's end has been dealt with, so the next one comes.
+    """
+    loop = trainer.fit_loop
+    done = 0 if ended else loop.epoch_loop.batch_progress.current.ready
+    over = done >= trainer.num_training_batches or (not ended and trainer.global_step >= trainer.max_steps)
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch + ended,
+        "done": done,  # micro-batches of this mini-epoch
+        "over": over,  # it has no more of them, and its end is still to come: validation, saves
+        "stopped": trainer.should_stop,
+        "random": random_state(),
+        "counters": trainee.counters(),
+        "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+    }
+
+
+def take_run_state(trainer: pl.Trainer, trainee: Trainee, state: dict[str, Any]) -> None:
+    """Make the trainer stand where `run_state` was taken; for `on_train_start`, when Lightning has set itself up.
+
+    The data loader skips `done` micro-batches itself (`EpochPositions`). The end of a mini-epoch that was not
+    dealt with any more is dealt with now.
+    """
+    trainee.take_counters(state["counters"])
+    for callback in trainer.callbacks:
+        callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
+    trainer.should_stop = state["stopped"]
+    loop = trainer.fit_loop
+    loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state["step"]
+    epochs = loop.epoch_progress.current
+    epochs.ready = epochs.started = epochs.processed = epochs.completed = state["epoch"]
+    set_random_state(state["random"])
+    if state["over"]:
+        epochs.ready = epochs.started = epochs.processed = state["epoch"] + 1
+        for callback in trainer.callbacks:
+            callback.on_train_epoch_end(trainer, trainee)
+        epochs.completed = state["epoch"] + 1
+
+
+def skip_batches(trainer: pl.Trainer, done: int) -> None:
+    """Tell Lightning, at the first batch of a mini-epoch that is resumed, that `done` came before it."""
+    loop = trainer.fit_loop
+    batches = loop.epoch_loop.batch_progress.current
+    batches.ready += done
+    batches.started += done
+    batches.processed += done
+    batches.completed += done
+    loop._data_fetcher.fetched += done

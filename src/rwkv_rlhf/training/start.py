@@ -1,0 +1,280 @@
+"""From a Config to a model that is ready to train: the base file, its sizes, the plan, the adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.checkpoints.adapter_files import (
+    begins_from_matrix,
+    check_base,
+    chosen_quant,
+    cold_of,
+    factors_of,
+    hinting,
+    layout_of,
+    tensors_hash,
+)
+from rwkv_rlhf.checkpoints.loading import build_model, file_sizes, load_adapter, read_tensors, write_atomic
+from rwkv_rlhf.checkpoints.merging import base_reader, shapes
+from rwkv_rlhf.checkpoints.resume_points import Point
+from rwkv_rlhf.checkpoints.run_folder import NUMBERED, newest_checkpoint
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.host_memory import keep_pages, return_pages
+from rwkv_rlhf.layers.placing import Layout, Report
+from rwkv_rlhf.model.initial import initial_tensors
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.model.sizes import Sizes, check_flags
+from rwkv_rlhf.plan import Plan, plan_for
+from rwkv_rlhf.precision import DTYPES, device_for
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import trains
+from rwkv_rlhf.training.optimizers import NOTHING
+
+log = logging.getLogger(__name__)
+
+HINTS = {
+    "base": "give the right {load_model}, or {force} 1 to go on",
+    "factors": "give them with {load_adapter_pissa_init}",
+    "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
+}
+SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
+SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
+
+
+def write_initial(config: Config, folder: Path) -> Path:
+    """--train_stage 1: `rwkv-init.pth`, float32, with the tradition's initial values."""
+    if not config.version or not config.vocab_size:
+        raise ValueError("--train_stage 1 needs --my_testing, --n_layer, --n_embd and --vocab_size")
+    tensors = initial_tensors(
+        config.version,
+        config.n_layer,
+        config.n_embd,
+        config.vocab_size,
+        config.head_size,
+        config.seed,
+        config.dim_ffn or None,
+    )
+    path = folder / "rwkv-init.pth"
+    write_atomic(tensors, path)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    log.info("%s: %s, %d layers, width %d, %d parameters", path, config.version, config.n_layer, config.n_embd, count)
+    return path
+
+
+@dataclass
+class Start:
+    """A loaded model and what is known of the file it came from."""
+
+    path: Path
+    sizes: Sizes
+    plan: Plan
+    model: RWKV
+    report: Report
+    read: Callable[[], Mapping[str, Tensor]]  # opens the base file anew, with the cold adapter merged
+    cold: Path | None = None
+
+    @cached_property
+    def base_hash(self) -> str:
+        """SHA-256 of the base file, read by the first of several ranks."""
+        return ranks.from_first(lambda: file_hash(self.path))
+
+    @cached_property
+    def cold_hash(self) -> str:
+        """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
+        return ranks.from_first(lambda: file_hash(self.cold) if self.cold else "")
+
+    @cached_property
+    def hash(self) -> str:
+        """What tells this start model from another: the base file's SHA-256, with that of the cold adapter."""
+        return self.base_hash + (f"+{self.cold_hash}" if self.cold else "")
+
+
+def continues(config: Config) -> bool:
+    """Whether the run goes on from the newest checkpoint of its own folder (--load_model 0)."""
+    return config.load_model in ("", "0")
+
+
+def numbered_from(config: Config, path: Path) -> Config:
+    """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on.
+
+    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0.
+    """
+    found = NUMBERED.match(path.name)
+    begin = int(found[1]) + 1 if found else 0
+    if not (continues(config) and found) or config.epoch_begin >= begin:
+        return config
+    log.info("going on from %s: --epoch_begin %d", path, begin)
+    return dataclasses.replace(config, epoch_begin=begin)
+
+
+def base_path(config: Config, folder: Path, point: Point | None = None) -> Path:
+    """The checkpoint to start from: --load_model, or the newest in the project folder with --load_model 0.
+
+    A run that is resumed has the file that it began from, not what it saved since.
+    """
+    if not continues(config):
+        return Path(config.load_model)
+    return newest_checkpoint(folder) if point is None else point.project / point.about["base"]
+
+
+def start(config: Config, folder: Path, point: Point | None = None) -> Start:
+    """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files.
+
+    With `point` PiSSA has the initial factors of the run that is resumed.
+    """
+    return_pages()
+    path = base_path(config, folder, point)
+    sizes = file_sizes(path)
+    check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
+    plan = plan_for(config, sizes.n_layer)
+    if continues(config) and plan.modes != {"full"}:
+        raise ValueError(
+            "--load_model 0 goes on from whole models of the project folder, and this plan saves parts of one: "
+            "give the model with --load_model"
+        )
+    with hinting(HINTS):
+        cold = cold_adapter(config)
+        layout = adapter_layout(config)
+        initial = resumed_factors(config, plan, layout) if point is None else factors_again(point)
+        initial_file = "" if config.load_adapter else config.load_adapter_pissa_init
+        read = base_reader(path, cold, device_for(config.accelerator), initial_file, force=config.force)
+    model, report = build_model(
+        shapes(read()),
+        compute_dtype=DTYPES[config.precision],
+        layout=layout,
+        plan=plan,
+        quant=config.storage,
+        limited=config.limited_lora,
+        rslora=config.rslora,
+        svd_niter=config.svd_niter,
+        initial=initial,
+        seed=config.seed,
+        device=device_for(config.accelerator),
+        source=path,
+        reopen=read,
+        grad_cp=config.grad_cp,
+        wkv_backend=config.wkv_backend,
+    )
+    if device_for(config.accelerator) == "cpu":
+        keep_pages()
+    if trains(config) and not report.trained:
+        raise ValueError(NOTHING)
+    begun = Start(path, sizes, plan, model, report, read, cold)
+    if config.load_adapter:
+        check_adapter(config, begun)
+    return begun
+
+
+def shape_model(config: Config) -> tuple[RWKV, Report]:
+    """The model that --dry_run_shape describes, by the plan of the flags, on the meta device: sizes without numbers.
+
+    Raises ValueError for a shape that is not written like L61-D4096 or L61-D4096:V65536, or that cannot be.
+    """
+    found = SHAPE.fullmatch(config.dry_run_shape)
+    if not found or not all(int(number) for number in found.groups("1")):
+        raise ValueError(
+            f"{{dry_run_shape}} {config.dry_run_shape}: expected layers and width like L61-D4096, or L61-D4096:V65536 "
+            "with the vocabulary"
+        )
+    layers, width, vocabulary = (int(number) for number in found.groups(str(config.vocab_size or 65536)))
+    version = config.version or "x070"
+    with torch.device("meta"):
+        tensors = initial_tensors(version, layers, width, vocabulary, config.head_size, dim_ffn=config.dim_ffn or None)
+    return build_model(
+        tensors,
+        compute_dtype=DTYPES[config.precision],
+        plan=plan_for(config, layers),
+        quant=config.storage,
+        limited=config.limited_lora,
+        rslora=config.rslora,
+        device="meta",
+        source="the shape",
+    )
+
+
+def cold_adapter(config: Config) -> Path | None:
+    """--load_cold_adapter, or what lay below --load_adapter in its training. Raises ValueError when they differ."""
+    if not config.load_adapter:
+        return Path(config.load_cold_adapter) if config.load_cold_adapter else None
+    sidecar = read_sidecar(config.load_adapter)
+    return cold_of(config.load_adapter, sidecar, config.load_cold_adapter, force=config.force)
+
+
+def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
+    """PiSSA's initial factors of --load_adapter: made anew they would be another base. None when there is no need."""
+    modes = plan.modes if layout is None else {how.mode for how in layout.adapted.values()}
+    sidecar = read_sidecar(config.load_adapter) if config.load_adapter else None
+    other = sidecar is not None and not begins_from_matrix({how.mode for how in sidecar.adapted.values()})
+    if not (config.load_adapter and begins_from_matrix(modes)) or other:  # another kind is refused when it is loaded
+        if config.load_adapter and config.load_adapter_pissa_init:
+            raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
+        return None
+    return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init, force=config.force)
+
+
+def factors_again(point: Point) -> dict[str, Tensor] | None:
+    """PiSSA's initial factors of the run that wrote `point`; None without any. Raises ValueError when they are gone."""
+    name, sha256 = point.about["initial"]
+    if not name:
+        return None
+    factors = read_tensors(point.project / name)
+    if tensors_hash(factors) != sha256:
+        raise ValueError(f"{point.project / name} holds other initial factors than those that {point.path} began with")
+    return factors
+
+
+def adapter_layout(config: Config) -> Layout | None:
+    """For --eval_only without a plan: what --load_adapter itself says was trained; else None (the plan rules)."""
+    planned = {"layer_profile", "peft"} & config.given
+    if not (config.eval_only and config.load_adapter) or planned:
+        return None
+    sidecar = read_sidecar(config.load_adapter)
+    if sidecar is None:
+        raise ValueError(
+            f"--load_adapter {config.load_adapter} has no .json beside it, so say how it was trained: "
+            "--layer_profile, or --peft lora --lora_r R --lora_alpha A, and --quant"
+        )
+    quant = chosen_quant(sidecar, config.storage if {"quant", "quant_mode"} & config.given else None)
+    return layout_of(read_tensors(config.load_adapter), sidecar, quant=quant)
+
+
+def check_adapter(config: Config, start: Start) -> None:
+    """Refuse --load_adapter of another base or plan, before references are computed. Raises ValueError."""
+    sidecar = read_sidecar(config.load_adapter)
+    check_whole(sidecar, config.load_adapter)
+    with hinting(HINTS):
+        check_base(sidecar, start.path, sha256=start.base_hash, force=config.force)
+    if sidecar is not None:
+        check_same_adapters(sidecar, start.report.layout, config.load_adapter)
+
+
+def resume_adapter(config: Config, start: Start) -> None:
+    """Put --load_adapter into the model, after the reference was taken. Raises ValueError when it does not fit."""
+    load_adapter(start.model, config.load_adapter)
+
+
+def check_same_adapters(sidecar: Sidecar, layout: Layout, path: str) -> None:
+    """Refuse to go on with another scaling or storage than the checkpoint was trained with; raises ValueError."""
+    if sidecar.quant_mode != layout.store:
+        raise ValueError(
+            f"{path} was trained on {sidecar.quant_mode} matrices, this run would hold them as {layout.store}: "
+            "give the same --quant and --quant_mode"
+        )
+    for name, how in layout.adapted.items():
+        was = sidecar.adapted.get(name)
+        if was is not None and (was.mode, was.rank, was.scaling) != (how.mode, how.rank, how.scaling):
+            raise ValueError(
+                f"{path} was trained with {was.mode} of rank {was.rank} and scaling {was.scaling:g} in {name}, "
+                f"this run would use {how.mode} of rank {how.rank} and scaling {how.scaling:g}"
+            )

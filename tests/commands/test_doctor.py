@@ -1,0 +1,95 @@
+"""`--doctor 1`: what a user learns of the machine, and that a wrong kernel is named and ends with a status."""
+
+import fcntl
+
+import pytest
+
+from rwkv_rlhf.commands import doctor as module
+from rwkv_rlhf.commands.doctor import DISAGREEMENT, doctor
+from rwkv_rlhf.ops import backends as select
+from rwkv_rlhf.ops import build, check, gpu
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Few tokens: what is judged here is the judge."""
+    monkeypatch.setattr(check, "SHAPE", (1, 9, 1, 32))
+    monkeypatch.setattr(check, "REPEATS", 1)
+    select._build_failure.cache_clear()
+    yield
+    select._build_failure.cache_clear()
+
+
+def test_every_compiled_kernel_is_compared(capsys):
+    """If this breaks, the doctor calls a machine healthy without having looked at every kernel."""
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    assert doctor() is None
+    said = capsys.readouterr().out
+    for op, backends in select.BACKENDS.items():
+        if "cpu" in backends and op != "pointwise7":
+            assert said.count(f"  {op} ") == 2, op
+    for name in check.POINTWISE:
+        assert said.count(f"  {name} ") == 2, name
+    assert "NOT RIGHT" not in said and "every kernel that can run here agrees" in said
+
+
+class Wrong:
+    """A kernel whose gradients are off by a thousandth."""
+
+    def __init__(self, real):
+        self.real = real
+
+    def forward(self, *arguments):
+        return self.real.forward(*arguments)
+
+    def backward(self, *arguments):
+        return [grad * 1.001 for grad in self.real.backward(*arguments)]
+
+
+def test_a_wrong_gradient_ends_with_a_status(monkeypatch, capsys):
+    """If this breaks, a user trains for a week on a kernel that this machine's compiler got wrong."""
+    real = select.kernel
+    wrong = lambda op, *rest: Wrong(real(op, *rest)) if op == "wkv6" else real(op, *rest)  # noqa: E731
+    monkeypatch.setattr("rwkv_rlhf.ops.recurrence.kernel", wrong)
+    assert doctor() == DISAGREEMENT
+    assert "NOT RIGHT: wkv6 (cpu, fp32)" in capsys.readouterr().out
+
+
+def test_a_missing_compiler_is_explained(monkeypatch, capsys):
+    """If this breaks, a slow run on a machine without a compiler stays a riddle."""
+
+    def missing(*_):
+        raise build.BuildError("no C++ compiler: 'c++' was not found (install g++ or clang++, or set CXX)")
+
+    monkeypatch.setattr(build, "compiler", missing)
+    monkeypatch.setattr(build, "_loaded", {})
+    assert doctor() is None
+    said = capsys.readouterr().out
+    assert "install g++ or clang++" in said and "plain PyTorch, 50 times slower" in said
+    assert "wkv6, wkv7" in said and "the cpu kernel does not run: no C++ compiler" in said
+    assert "no compiled kernel can run here" in said
+
+
+def test_a_lock_that_is_held_is_shown(monkeypatch, capsys, tmp_path):
+    """A lock file whose owner is dead says nothing; one that is held is named."""
+    monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
+    for name in ("dead", "alive"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+    with open(tmp_path / "alive" / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lines = dict(module.cache())
+    assert str(tmp_path / "alive" / "lock") in lines["lock"] and "dead" not in lines["lock"]
+
+
+def test_a_toolkit_outside_of_the_path_is_found(monkeypatch, tmp_path):
+    """If this breaks, the doctor misses the very nvcc that the kernels are compiled with."""
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.9'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(gpu.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert dict(module.compilers())["nvcc"] == f"Cuda compilation tools, release 99.9 ({nvcc})"

@@ -1,0 +1,79 @@
+"""Every format in the table: a sample of it becomes a batch with every token in its place."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rwkv_rlhf.data import FORMATS, kind_of, open_pairs, open_text
+from rwkv_rlhf.data.batch import IGNORE, PairBatch, PairExample, TextExample
+from rwkv_rlhf.data.pairs.save import write_save
+from rwkv_rlhf.data.sampler import Sequential, Steps
+from rwkv_rlhf.data.text.binidx import write_corpus
+from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.data.tokenizer import load_tokenizer
+
+PAIR = {"prompt": "Hi", "chosen": "Hello.", "reject": "Go away."}
+IDS = ("User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n")
+
+
+def pair_sample(name, path, world):
+    if name == "csv":
+        path.write_text("prompt,chosen,reject\n" + ",".join(PAIR.values()) + "\n")
+    elif name == "jsonl":
+        path.write_text(json.dumps(PAIR) + "\n")
+    elif name == "save":
+        write_save(path, [PairExample(*map(world.encode, IDS))], {})
+    elif name == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({key: [value] for key, value in PAIR.items()}), path)
+    elif name == "h5":
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for part, text in zip(("prompttokens", "chosentokens", "rejecttokens"), IDS):
+                file.create_dataset(part, (1,), h5py.vlen_dtype(np.int64))[0] = world.encode(text)
+    else:
+        pytest.fail(f"give this test a sample of the format {name}")
+
+
+def text_sample(name, path, world):
+    if name == "jsonl":
+        path.write_text(json.dumps({"text": "one two"}) + "\n")
+    elif name == "txt":
+        path.write_text("one two")
+    elif name == "binidx":
+        write_corpus(path, [np.array([*world.encode("one two"), 0])], iter([0]), 65536)
+    elif name == "h5":
+        with writing(path, {}) as out:
+            out.add([TextExample(np.array([*world.encode("one two"), 0]))])
+    else:
+        pytest.fail(f"give this test a sample of the format {name}")
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind != "text"])
+def test_pairs_of_every_format(name, tmp_path):
+    """The same pair from any file gives the same batch."""
+    world, path = load_tokenizer(65536), tmp_path / f"a.{name}"
+    pair_sample(name, path, world)
+    assert kind_of(path) == "pairs"
+    pairs = open_pairs(path, world, ctx_len=64)
+    batch = Steps(pairs, Sequential(len(pairs)), 2, 3).micro_batch(1)
+    prompt, chosen, reject = map(world.encode, IDS)
+    assert isinstance(batch, PairBatch)
+    assert batch.prompts.tolist() == prompt[:-1] * 2
+    assert batch.targets.tolist() == (chosen + reject) * 2
+    assert (batch.reference, batch.total) == (None, 6.0)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind != "pairs"])
+def test_text_of_every_format(name, tmp_path):
+    """The same document from any file gives the same batch, end of document included."""
+    world, path = load_tokenizer(65536), tmp_path / ("a" if name == "binidx" else f"a.{name}")
+    text_sample(name, path, world)
+    assert kind_of(path) == "text"
+    texts = open_text(path, world, ctx_len=64)
+    batch = Steps(texts, Sequential(len(texts)), 1, 1).micro_batch(7)
+    ids = [*world.encode("one two"), 0]
+    assert (batch.tokens.tolist(), batch.targets.tolist()) == (ids[:-1], ids[1:])
+    assert IGNORE not in batch.targets.tolist()
+    assert batch.starts.tolist() == [0, len(ids) - 1]

@@ -1,0 +1,282 @@
+"""Preference pairs from CSV, JSONL and parquet: text, templates, caps, and mistakes named by file and line."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.data.pairs.pairs import open_pairs, pair_records
+from rwkv_rlhf.data.pairs.rows import read_pairs
+from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.templates.builtin import TEMPLATES, WORLD, draw_form, normalise
+from rwkv_rlhf.data.tokenizer import load_tokenizer
+
+GOOD = "prompt,chosen,reject\nHi,Hello.,Go away.\n"
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer(65536)
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def rows(path, **options):
+    report = DataReport(str(path), skip_bad=options.pop("skip_bad", False))
+    return list(read_pairs(path, report, **options)), report
+
+
+def test_normalise():
+    """A blank line inside a turn would end it early in every template."""
+    assert normalise("  a\r\n\r\n \t\n\nb\rc \n") == "a\nb\nc"
+    assert normalise("a\n b") == "a\n b"
+    assert normalise("\n\n") == ""
+
+
+def test_pair_of_the_world_template(tmp_path, world):
+    """Ids written by hand: what the tradition's files hold for this row."""
+    pairs = open_pairs(write(tmp_path / "a.csv", GOOD), world)
+    text = [world.decode(part) for part in (pairs[0].prompt, pairs[0].chosen, pairs[0].reject)]
+    assert text == ["User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n"]
+    assert pairs[0].prompt == [24281, 59, *world.encode(" Hi"), 261, *world.encode("Assistant"), 59]
+    assert pairs[0].chosen[-1] == world.encode(".\n\n")[-1]
+    assert pairs[0].reference is None
+    assert (len(pairs), pairs.trained(0), pairs.report.examples) == (1, 1, 1)
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    """A BOM, other cases, the alias, extra columns, quoted commas, quotes and line breaks, CRLF, blank lines."""
+    text = '\ufeffId,Prompt,CHOSEN, Rejected ,note\r\n1,"a, ""b""\r\nc",yes,no,\r\n\r\n2,q,"long\n\nanswer",x,y\r\n'
+    pairs, report = rows(write(tmp_path / "a.csv", text))
+    assert [(p.turns, p.chosen, p.reject) for p in pairs] == [
+        ((("user", 'a, "b"\nc'),), "yes", "no"),
+        ((("user", "q"),), "long\nanswer", "x"),
+    ]
+    assert [p.where.rsplit("/")[-1] for p in pairs] == ["a.csv:2 (row 1)", "a.csv:5 (row 2)"]
+    assert report.rows == 2
+
+
+def test_system_prompt(tmp_path, world):
+    """The optional column comes first in the prompt."""
+    pairs = open_pairs(write(tmp_path / "a.csv", "system,prompt,chosen,reject\nBe kind.,Hi,Yes,No\n"), world)
+    assert world.decode(pairs[0].prompt) == "System: Be kind.\n\nUser: Hi\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "prompt,answer,reject\na,b,c\n",
+            r"a\.csv:1: the column chosen is missing; its columns are prompt, answer, reject",
+        ),
+        ("", r"a\.csv:1: the column prompt is missing; the file is empty"),
+        ("prompt,chosen,reject\n" + 'p,"x\ny",z\n' * 6 + "p,,z\n", r"a\.csv:14 \(row 7\): the answer chosen is empty"),
+        ("prompt,chosen,reject\n ,x,y\n", r"a\.csv:2 \(row 1\): the prompt is empty"),
+        ("prompt,chosen,reject\np,x\n", r"a\.csv:2 \(row 1\): the answer reject is empty"),
+        ("prompt,chosen,reject\np,x , x\n", r"a\.csv:2 \(row 1\): chosen and reject are identical"),
+        ("prompt,chosen,reject\np,x,y,z\n", r"a\.csv:2 \(row 1\): 4 cells, but the header has 3"),
+        ('prompt,chosen,reject\np,x,y\np,"x,y\n', r"a\.csv:3 \(row 2\): not readable as CSV.*quotation mark"),
+        (b"prompt,chosen,reject\np,x,y\np,\xff,y\n", r"a\.csv:3 \(row 2\): byte 0xff is not UTF-8"),
+        ("prompt,prompt,chosen,reject\n", "the column prompt stands twice"),
+        ("prompt,chosen,reject\n", "holds no usable preference pair"),
+    ],
+)
+def test_mistakes_in_a_csv(tmp_path, world, text, message):
+    """One sentence with the line on which the row starts, also when cells before it span lines."""
+    with pytest.raises(ValueError, match=message):
+        open_pairs(write(tmp_path / "a.csv", text), world)
+
+
+def test_skip_bad_counts_every_row_left_out(tmp_path, world):
+    """Nothing is dropped silently."""
+    text = b'prompt,chosen,reject\np,,y\np,x,x\np,\xff,y\n,x,y\np,x,y\np,x,y,z\np,"x,y\n'
+    report = open_pairs(write(tmp_path / "a.csv", text), world, skip_bad=True).report
+    assert (report.rows, report.examples) == (7, 1)
+    assert report.skipped == Counter(
+        {
+            "empty chosen": 1,
+            "identical answers": 1,
+            "not UTF-8": 1,
+            "empty prompt": 1,
+            "too many cells": 1,
+            "unreadable": 1,
+        }
+    )
+    assert "skipped 1: not UTF-8" in "\n".join(report.lines())
+
+
+def test_rows_that_an_open_quotation_mark_swallows_are_counted(tmp_path, world):
+    """One typing error can cost the rest of the file: the summary says which lines."""
+    text = 'prompt,chosen,reject\np,x,y\nq,"x,y\n' + "r,x,y\n" * 7
+    with pytest.raises(ValueError, match=r"a\.csv:3 .*lines 3 to 10"):
+        open_pairs(write(tmp_path / "a.csv", text), world)
+    report = open_pairs(write(tmp_path / "a.csv", text), world, skip_bad=True).report
+    assert (report.examples, dict(report.skipped)) == (1, {"unreadable, lines 3 to 10": 1})
+
+
+def test_scores_that_are_missing_are_no_ties(tmp_path):
+    """Tables have NaN where nobody scored: such a pair is kept under --drop_ties 1."""
+    scores = [("NaN", "NaN"), ("3", "nan"), ("", "4"), ("4", "4"), ("5", "4"), ("4", "5")]
+    lines = [f"p{n},x,y,{good},{bad}" for n, (good, bad) in enumerate(scores)]
+    path = write(tmp_path / "a.csv", "\n".join(["prompt,chosen,reject,score_chosen,score_rejected", *lines]) + "\n")
+    report = DataReport(str(path))
+    assert [pair.turns[0][1] for pair in read_pairs(path, report, drop_ties=True)] == ["p0", "p1", "p2", "p4", "p5"]
+    assert dict(report.skipped) == {"tie: both answers have the same score": 1}
+
+
+def test_rows_without_rejects_for_the_generator(tmp_path):
+    """rlhf_generate_reject_csv.py reads the same files with the rejects still empty or the column absent."""
+    pairs, _ = rows(write(tmp_path / "a.csv", "prompt,chosen\np,x\n"), need_reject=False)
+    assert pairs[0].reject == ""
+    pairs, _ = rows(write(tmp_path / "b.csv", "prompt,chosen,reject\np,x,\nq,y,z\n"), need_reject=False)
+    assert [p.reject for p in pairs] == ["", "z"]
+
+
+def test_jsonl_key_sets(tmp_path):
+    """prompt/chosen/reject, the question form, and message lists whose last turn is the answer."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    records = [
+        {"prompt": "p", "chosen": "x", "reject": "y"},
+        {"system": "s", "question": "q", "chosen": "x", "rejected": "y"},
+        {
+            "prompt": "a",
+            "chosen": [*talk, {"role": "assistant", "content": "x"}],
+            "rejected": [*talk, {"role": "assistant", "content": "y"}],
+        },
+        {"prompt": talk, "chosen": "x", "rejected": [{"role": "assistant", "content": "y"}]},
+    ]
+    pairs, _ = rows(write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, records))))
+    history = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    assert [p.turns for p in pairs] == [(("user", "p"),), (("system", "s"), ("user", "q")), history, history]
+    assert {(p.chosen, p.reject) for p in pairs} == {("x", "y")}
+    assert WORLD.prompt(history) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p", "chosen": "x"}', "reject is missing"),
+        ('{"prompt": "p", "chosen": 3, "reject": "y"}', "chosen must be text"),
+        (
+            '{"prompt": "p", "chosen": "x", "reject": [{"role": "user", "content": "y"}]}',
+            "last message must be the assistant",
+        ),
+        ('{"prompt": "p", "chosen": "x", "reject": [{"role": "bot", "content": "y"}]}', "message 1 has the role 'bot'"),
+        ('{"prompt": "p", "chosen": "x", "reject": "y"', "not a JSON object"),
+        ("[1]", "a JSON object is needed"),
+    ],
+)
+def test_mistakes_in_jsonl(tmp_path, world, line, message):
+    """The line that is wrong, not the whole file."""
+    good = '{"prompt": "p", "chosen": "x", "reject": "y"}\n'
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*" + message):
+        open_pairs(write(tmp_path / "a.jsonl", good + line), world)
+
+
+def test_parquet(tmp_path, world):
+    """Sets published as parquet open without a conversion."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"prompt": ["p", "q"], "chosen": ["x", "x"], "rejected": ["y", "x"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet row 2: chosen and reject are identical"):
+        open_pairs(tmp_path / "a.parquet", world)
+    pairs = open_pairs(tmp_path / "a.parquet", world, skip_bad=True)
+    assert world.decode(pairs[0].chosen) == " x\n\n"
+    with pytest.raises(ValueError, match="not a readable parquet"):
+        open_pairs(write(tmp_path / "b.parquet", "no"), world)
+
+
+def test_caps_keep_the_cue_and_are_counted(tmp_path, world):
+    """A prompt that lost its end would lose `Assistant:`; an answer keeps its start."""
+    path = write(tmp_path / "a.csv", "prompt,chosen,reject\n" + "w " * 50 + ",good " + "g " * 50 + ",bad\n")
+    whole = open_pairs(path, world)[0]
+    pairs = open_pairs(path, world, max_len=10)
+    assert pairs[0] == PairExample(whole.prompt[-10:], whole.chosen[:10], whole.reject)
+    assert world.decode(pairs[0].prompt).endswith("\n\nAssistant:")
+    assert pairs.report.truncated == Counter(prompt=1, chosen=1)
+    same = write(tmp_path / "b.csv", "prompt,chosen,reject\np,same start a,same start b\n")
+    with pytest.raises(
+        ValueError, match=r"b\.csv:2 \(row 1\): chosen and reject do not differ in their first 2 tokens"
+    ):
+        open_pairs(same, world, max_len=2)
+
+
+def test_ctx_len_grows_with_one_notice(tmp_path, world):
+    """The tradition crashed when prompt and answer together were longer than ctx_len."""
+    path = write(tmp_path / "a.csv", GOOD)
+    pairs = open_pairs(path, world, ctx_len=4)
+    pair = pairs[0]
+    assert pairs.ctx_len == len(pair.prompt) + max(len(pair.chosen), len(pair.reject)) > 4
+    assert len(pairs.report.notices) == 1
+    assert open_pairs(path, world, ctx_len=100).ctx_len == 100
+
+
+def test_rows_are_cycled_to_the_wanted_count(tmp_path, world):
+    """60 pairs from 3 rows: every row 20 times, other templates in other cycles, the same file for the same seed."""
+    path = write(tmp_path / "a.csv", "prompt,chosen,reject\n" + "".join(f"p{i},x{i},y{i}\n" for i in range(3)))
+    pairs, report = pair_records(path, world, "mixed", 60, seed=100)
+    assert Counter(world.decode(p.chosen) for p in pairs) == {f" x{i}\n\n": 20 for i in range(3)}
+    assert len({world.decode(p.prompt).split(":")[0] for p in pairs}) > 1
+    assert (report.rows, report.examples) == (3, 60)
+    assert pair_records(path, world, "mixed", 60, seed=100)[0] == pairs
+    assert pair_records(path, world, "mixed", 60, seed=101)[0] != pairs
+    some, report = pair_records(path, world, count=2)
+    assert len(some) == 2
+    assert "1 of 3 rows are not used" in report.notices[0]
+    with pytest.raises(ValueError, match="--target_pair_count 0"):
+        pair_records(path, world, count=0)
+
+
+def test_mixed_shares():
+    """80/10/10, drawn from one seed."""
+    rng = random.Random(100)
+    counts = Counter(draw_form("mixed", rng).user for _ in range(4000))
+    assert abs(counts["User"] / 4000 - 0.8) < 0.03
+    assert abs(counts["Question"] / 4000 - 0.1) < 0.02
+    assert counts.total() == counts["User"] + counts["Question"] + counts["Input"]
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_every_template_ends_its_answers(name, tmp_path, world):
+    """An answer whose end is not trained never stops; chosen and rejected share one prompt."""
+    pairs = open_pairs(write(tmp_path / "a.csv", GOOD), world, template=name)
+    ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), (0,)}
+    assert tuple(pairs[0].chosen[-1:]) in ends
+    assert pairs[0].prompt
+
+
+def test_g1_cues(world):
+    """Thoughts follow ` <think`; answers without thoughts follow an empty thought."""
+    form = TEMPLATES["g1"][0][1]
+    turns = [("user", "Hi")]
+    think, plain = ["<think>\nhm\n</think>\nYes", "<think></think>No"], ["Yes", "No"]
+    assert form.prompt(turns, think) + form.answers(think)[0] == "User: Hi\n\nAssistant: <think>\nhm\n</think>\nYes\n\n"
+    assert form.prompt(turns, think) == "User: Hi\n\nAssistant: <think"
+    assert form.prompt(turns, plain) + form.answers(plain)[1] == "User: Hi\n\nAssistant: <think>\n</think>\nNo\n\n"
+    both = [think[0], "No"]
+    assert form.prompt(turns, both) + form.answers(both)[1] == "User: Hi\n\nAssistant: No\n\n"
+
+
+def test_unknown_names(tmp_path, world):
+    """A template or a suffix that does not exist is named with the legal ones."""
+    with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, plain"):
+        pair_records(tmp_path / "a.csv", world, "wrld")
+    with pytest.raises(ValueError, match=r"not a file of preference pairs; one of \.csv"):
+        open_pairs(write(tmp_path / "a.xlsx", "x"), world)
+    with pytest.raises(ValueError, match=r"none\.csv: cannot be read"):
+        open_pairs(tmp_path / "none.csv", world)
+
+
+def test_references_can_be_set(tmp_path, world):
+    """Scores computed before training go into the batches; the file's pairs stay as they were."""
+    pairs = open_pairs(write(tmp_path / "a.csv", GOOD), world)
+    scored = pairs.with_reference([(-1.5, -2.5)])
+    assert scored[0].reference == (-1.5, -2.5)
+    assert pairs[0].reference is None
+    assert scored.report is pairs.report

@@ -1,0 +1,253 @@
+"""Sampling: what is sampled, with which probability, when it ends, and that nobody else in the batch matters."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.generation.sampling import Choice, generate, nucleus, penalised, pick, sequence_seed
+from rwkv_rlhf.model.initial import initial_tensors
+from rwkv_rlhf.model.state import LayerState, State
+
+V = 70
+
+
+class Letters:
+    """One token per byte; id 0 is the end of a document."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(i for i in ids if i)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+
+class Chain(nn.Module):
+    """The next token depends on the last one only: `table` (V, V) holds the logits. Counts the rows of each step."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+        self.rows: list[int] = []
+
+    def forward(self, tokens, state=None, starts=None):
+        rows = tokens.shape[0] if starts is None else len(starts) - 1
+        self.rows.append(rows)
+        zero = torch.zeros(rows, 1)
+        return nn.functional.one_hot(tokens, len(self.table)).float(), State([LayerState(zero, zero, zero)])
+
+    def head(self, hidden):
+        return hidden @ self.table
+
+
+def script(text: str, size: int = 128) -> Chain:
+    """A chain that surely says `text` (each character followed by the next one; repeats not allowed)."""
+    table = torch.zeros(size, size)
+    for here, after in zip(text.encode(), text.encode()[1:], strict=False):
+        table[here, after] = 50.0
+    return Chain(table)
+
+
+@pytest.fixture(scope="module", params=["x040", "x060", "x070"])
+def model(request):
+    """x040 has a state of another form than the later versions."""
+    tensors = initial_tensors(request.param, 2, 64, V, 64, 5)
+    draw = torch.Generator().manual_seed(0)
+    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=draw) for name, t in tensors.items()}
+    tensors["head.weight"] *= 4  # a decided opinion at every step
+    return build_model(tensors, compute_dtype=torch.float32)[0]
+
+
+def one_pass(model, prompt, tokens):
+    """Log-probability of each of `tokens` by one plain pass over everything."""
+    with torch.no_grad():
+        hidden, _ = model(torch.tensor([prompt + tokens[:-1]]))
+        logp = torch.log_softmax(model.head(hidden[0]).double(), -1)[len(prompt) - 1 :]
+    return [float(row[token]) for row, token in zip(logp, tokens, strict=True)]
+
+
+PROMPTS = [[3, 9, 4], [17], [5, 6, 7, 8, 9, 10, 11]]
+OPEN = {"stop_texts": (), "stop_ids": ()}
+
+
+def test_logprobs_are_those_of_the_model_itself(model):
+    """A trainer would learn from wrong probabilities if the temperature, cuts or penalties leaked into them."""
+    wild = {"temperature": 1.7, "top_p": 0.8, "frequency": 0.7, "presence": 0.3, "banned": (1,)}
+    for prompt, one in zip(PROMPTS, generate(model, PROMPTS, max_tokens=12, seed=3, **wild, **OPEN), strict=True):
+        assert len(one.tokens) == 12 and not one.finished
+        assert one.logprobs == pytest.approx(one_pass(model, prompt, one.tokens), abs=2e-4)
+
+
+def test_temperature_0_takes_the_likeliest_token_every_time(model):
+    """The greedy answer must be the one that a plain pass over the whole text predicts."""
+    for prompt, one in zip(PROMPTS, generate(model, PROMPTS, max_tokens=8, temperature=0, **OPEN), strict=True):
+        said = list(prompt)
+        for token in one.tokens:
+            with torch.no_grad():
+                hidden, _ = model(torch.tensor([said]))
+            assert token == int(model.head(hidden[0, -1]).argmax())
+            said.append(token)
+
+
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(model):
+    """The same row with the same seed gives the same answer in any batch, so a resumed run goes on unchanged."""
+    settings = {
+        "max_tokens": 20,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "frequency": 0.5,
+        "stop_texts": (),
+        "stop_ids": (2, 3, 4, 5),
+    }
+    together = generate(model, PROMPTS, seed=[11, 12, 13], **settings)
+    for prompt, seed, one in zip(PROMPTS, (11, 12, 13), together, strict=True):
+        assert generate(model, [prompt], seed=[seed], **settings)[0].tokens == one.tokens
+
+
+def test_the_seed_decides_and_rows_differ(model):
+    """Equal prompts with one seed must not all get one answer; the same call must repeat itself."""
+    calls = [generate(model, [[7, 8]] * 4, max_tokens=12, seed=seed, **OPEN) for seed in (1, 1, 2)]
+    said = [[one.tokens for one in call] for call in calls]
+    assert said[0] == said[1] and said[0] != said[2]
+    assert len({tuple(tokens) for tokens in said[0]}) == 4
+
+
+def test_samples_of_a_prompt_share_its_run(model):
+    """GRPO's groups: prompt-major order, different answers, the same probabilities as single runs."""
+    out = generate(model, PROMPTS[:2], max_tokens=6, samples=3, seed=4, **OPEN)
+    assert len(out) == 6 and len({tuple(one.tokens) for one in out[:3]}) == 3
+    for row, one in enumerate(out):
+        assert one.logprobs == pytest.approx(one_pass(model, PROMPTS[row // 3], one.tokens), abs=2e-4)
+
+
+def test_a_stop_text_ends_a_sequence_even_across_tokens():
+    """`ab` is never one token here; the answer ends before it and what follows is not sampled."""
+    chain = script("xyzabcd")
+    one = generate(chain, [[ord("x")]], max_tokens=20, temperature=0, stop_texts=("ab",), tokenizer=Letters())[0]
+    assert one.finished and one.text == "yz" and Letters().decode(one.tokens) == "yzab"
+
+
+def test_finished_sequences_leave_the_batch():
+    """A short answer must not cost the steps of a long one."""
+    chain = script("abcdefgh\x01")
+    out = generate(chain, [[ord("g")], [ord("a")]], max_tokens=30, temperature=0, stop_ids=(1,), stop_texts=())
+    assert [len(one.tokens) for one in out] == [2, 8] and all(one.finished for one in out)
+    assert chain.rows == [2, 2] + [1] * 6
+
+
+def test_end_of_document_ends_without_being_said():
+    """Token 0 stops generation and is no part of the text."""
+    table = torch.zeros(128, 128)
+    table[ord("a"), ord("b")] = table[ord("b"), 0] = 50.0
+    one = generate(Chain(table), [[ord("a")]], max_tokens=9, temperature=0, tokenizer=Letters())[0]
+    assert one.finished and one.tokens == [ord("b"), 0] and one.text == "b"
+
+
+def test_state_goes_on_where_the_conversation_was(model):
+    """A chat that keeps the state must answer as if it had read everything again."""
+    first = generate(model, [[3, 9, 4]], max_tokens=5, seed=1, keep_state=True, **OPEN)[0]
+    second = [5, 6]
+    whole = generate(model, [[3, 9, 4, *first.tokens, *second]], max_tokens=6, temperature=0, **OPEN)[0]
+    carried = [first.tokens[-1], *second]
+    kept = generate(model, [carried], max_tokens=6, temperature=0, state=first.state, **OPEN)[0]
+    assert kept.tokens == whole.tokens
+    assert kept.logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+
+
+def test_training_mode_is_restored_and_nothing_is_tracked(model):
+    """Dropout must be off while sampling and on again afterwards."""
+    model.train()
+    one = generate(model, [[1]], max_tokens=2, keep_state=True, **OPEN)[0]
+    assert model.training and not one.state[0].wkv.requires_grad
+    model.eval()
+
+
+def shares(logits: list[float], choice: Choice, draws: int = 4000) -> list[float]:
+    """How often each token is picked over evenly spaced draws: the probabilities, to 1/draws."""
+    grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, choice)
+    return (torch.bincount(picked, minlength=len(logits)) / draws).tolist()
+
+
+def test_temperature_is_applied_to_what_top_p_leaves():
+    """Hand computed: p = 0.5, 0.3, 0.2; top_p 0.7 keeps two; temperature 1/2 squares them: 25 to 9."""
+    logits = [math.log(0.2), math.log(0.5), math.log(0.3)]
+    assert shares(logits, Choice(top_p=0.7, temperature=0.5)) == pytest.approx([0, 25 / 34, 9 / 34], abs=1e-3)
+    assert shares(logits, Choice()) == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
+    assert shares(logits, Choice(top_k=2)) == pytest.approx([0, 5 / 8, 3 / 8], abs=1e-3)
+    assert shares(logits, Choice(top_p=0.5)) == pytest.approx([0, 1, 0], abs=1e-3)
+
+
+def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
+    """With 5000 nearly equal tokens, 0.9 of the mass is thousands of tokens, far more than are sorted at first."""
+    probs = torch.softmax(torch.linspace(0, 0.1, 5000), 0)[None]
+    kept, ids = nucleus(probs, 0.9, 0)
+    assert 0.9 <= float(kept.sum()) < 0.9 + float(probs.max()) + 1e-4
+    assert len(set(ids[kept > 0].tolist())) == int((kept > 0).sum())
+
+
+def test_a_draw_next_to_1_never_picks_a_forbidden_token():
+    """Rounding at the end of the cumulative sum must not reach a banned or cut token."""
+    logits = penalised(
+        torch.zeros(1, 9), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0).bool(), Choice(banned=(8, 7))
+    )
+    draw = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert int(pick(logits, draw, Choice(banned=(8, 7)))) == 6
+    assert int(pick(logits, draw, Choice(top_p=0.2))) in range(7)
+
+
+def test_penalties_decay_as_in_the_tradition():
+    """Counts are multiplied by the decay at every token and grow by 1: computed here with a dict, token by token."""
+    said, choice = [4, 2, 4, 4, 1], Choice(presence=0.25, frequency=0.5, decay=0.9)
+    counts: dict[int, float] = {}
+    for token in said:
+        counts = {key: value * 0.9 for key, value in counts.items()}
+        counts[token] = counts.get(token, 0) + 1
+    expected = [-(0.25 + 0.5 * counts[token]) if token in counts else 0.0 for token in range(6)]
+    first = torch.tensor([[token not in said[:place] for place, token in enumerate(said)]])
+    found = penalised(torch.zeros(1, 6), torch.tensor([said]), first, choice)
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_frequency_penalty_prevents_loops():
+    """A chain that only wants to repeat itself must move on under a penalty."""
+    table = torch.zeros(8, 8)
+    table.fill_diagonal_(2.0)
+    plain = generate(Chain(table), [[3]], max_tokens=6, temperature=0, **OPEN)[0].tokens
+    moved = generate(Chain(table), [[3]], max_tokens=6, temperature=0, frequency=5.0, **OPEN)[0].tokens
+    assert plain == [3] * 6 and len(set(moved)) == 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": [1, 2]}, "seeds"),
+        ({"stop_texts": ("x",)}, "tokenizer"),
+    ],
+)
+def test_settings_out_of_range_are_named(model, wrong, word):
+    """One sentence instead of a crash inside a kernel."""
+    with pytest.raises(ValueError, match=word):
+        generate(model, [[1]], **({"max_tokens": 2, **OPEN} | wrong))
+
+
+def test_an_empty_prompt_and_a_broken_model_are_named(model):
+    """Neither may end in nonsense text."""
+    with pytest.raises(ValueError, match="prompt 2"):
+        generate(model, [[1], []], max_tokens=2, **OPEN)
+    with pytest.raises(ValueError, match="not finite"):
+        generate(Chain(torch.full((8, 8), float("nan"))), [[1]], max_tokens=2, **OPEN)
+
+
+def test_sequence_seeds_do_not_collide():
+    """Rows and tries get different generators."""
+    assert len({sequence_seed(seed, row) for seed in range(30) for row in range(300)}) == 9000

@@ -1,0 +1,263 @@
+"""Each loss against its published formula, written out here from raw logits in float64, values and gradients."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_rlhf.losses import LOSSES, step_loss
+from rwkv_rlhf.losses.tokens import IGNORE
+from tests.support.loss_cases import (
+    ANSWERS,
+    CHUNKS,
+    PAIR_LOSSES,
+    REFERENCE,
+    STARTS,
+    TEXT,
+    V,
+    batch_of,
+    config,
+    head_and_hidden,
+    pair_batch,
+    probabilities,
+    rated_batch,
+    same_as,
+    token_logps,
+)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("name", ["", "sft"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("l2wrap", [True, False])
+def test_sft_formula(name, chunk, smoothing, l2wrap):
+    """sum_t -(1-eps) log p_y - (eps/V) sum_k log p_k, + 0.5e-4 max_k z_k^2, over trained tokens."""
+    head, hidden = head_and_hidden(len(TEXT))
+    z, p = probabilities(head, hidden)
+    loss = wrap = nll = torch.zeros((), dtype=torch.float64)
+    for t in [t for t in range(len(TEXT)) if TEXT[t] != IGNORE]:
+        log_p = p[t].log()
+        nll = nll - log_p[TEXT[t]]
+        loss = loss - (1 - smoothing) * log_p[TEXT[t]] - smoothing / V * log_p.sum()
+        wrap = wrap + 0.5e-4 * z[t].max() ** 2
+    settings = config(head_chunk=chunk, smoothing=smoothing, l2wrap=None if l2wrap else False)
+    found, metrics = step_loss(LOSSES[name], head, hidden, SimpleNamespace(targets=TEXT), settings)
+    same_as(found, loss + wrap * l2wrap, head, hidden)
+    torch.testing.assert_close(metrics["loss"], loss.detach())  # the penalty is never part of the logged loss
+    torch.testing.assert_close(metrics["nll"], nll.detach())
+    assert ("l2wrap" in metrics) == l2wrap
+    with torch.no_grad():
+        evaluated, quiet = step_loss(LOSSES[name], head, hidden, SimpleNamespace(targets=TEXT), settings)
+    torch.testing.assert_close(evaluated, found.detach())
+    assert quiet.keys() == metrics.keys()
+    for key, value in metrics.items():
+        torch.testing.assert_close(quiet[key], value)
+
+
+def test_l2wrap_has_the_traditions_gradient():
+    """RWKV-LM adds 1e-4 * max logit to the gradient at each position's largest logit (there divided by B*T)."""
+    head, hidden = nn.Identity(), torch.randn(len(TEXT), V, dtype=torch.float64, requires_grad=True)
+    batch = SimpleNamespace(targets=TEXT)
+    on, _ = step_loss(LOSSES["sft"], head, hidden, batch, config())
+    off, _ = step_loss(LOSSES["sft"], head, hidden, batch, config(l2wrap=False))
+    added = torch.autograd.grad(on, hidden)[0] - torch.autograd.grad(off, hidden)[0]
+    want = torch.zeros_like(added)
+    for t in range(len(TEXT)):
+        if TEXT[t] != IGNORE:
+            want[t, hidden[t].argmax()] = 1e-4 * hidden[t].detach().max()
+    torch.testing.assert_close(added, want)
+
+
+def test_accumulated_sft_equals_one_batch():
+    """Micro-batches of 1 and 7 trained tokens weigh by tokens, L2Wrap included, not half and half."""
+    head, hidden = head_and_hidden(8)
+    targets = torch.tensor([5, IGNORE, IGNORE, 1, 2, 3, 4, 0])
+    whole, _ = step_loss(LOSSES["sft"], head, hidden, SimpleNamespace(targets=targets), config(smoothing=0.1))
+    parts = [
+        step_loss(LOSSES["sft"], head, hidden[part], SimpleNamespace(targets=targets[part]), config(smoothing=0.1))[0]
+        for part in (slice(0, 3), slice(3, 8))
+    ]
+    same_as(sum(parts) / 6, whole / 6, head, hidden)
+
+
+DPO_CASES = [
+    (loss, logp, eps)
+    for loss in ("sigmoid", "hinge", "ipo", "robust")
+    for logp in ("sum", "mean")
+    for eps in (0.0, 0.15)
+]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("loss,logp,eps", DPO_CASES)
+def test_dpo_formula(loss, logp, eps, chunk):
+    """sum over pairs of dpo_alpha * CE(chosen) + l(h), h = (s_c - s_r) - (b_c - b_r), from single probabilities."""
+    beta, alpha = 0.3, 0.1
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for pair in range(2):
+        chosen, reject = answers[2 * pair], answers[2 * pair + 1]
+        m_c, m_r = (len(chosen), len(reject)) if logp == "mean" or loss == "ipo" else (1, 1)
+        h = (sum(chosen) - REFERENCE[pair, 0]) / m_c - (sum(reject) - REFERENCE[pair, 1]) / m_r
+        sigma = 1 / (1 + (-beta * h).exp())
+        if loss == "sigmoid":  # cDPO: -(1-eps) log s(bh) - eps log s(-bh), s(-x) = 1 - s(x)
+            value = -(1 - eps) * sigma.log() - eps * (1 - sigma).log()
+        elif loss == "robust":  # rDPO: (-(1-eps) log s(bh) + eps log s(-bh)) / (1 - 2 eps)
+            value = (-(1 - eps) * sigma.log() + eps * (1 - sigma).log()) / (1 - 2 * eps)
+        elif loss == "hinge":
+            value = (1 - eps) * (1 - beta * h).clamp(min=0) + eps * (1 + beta * h).clamp(min=0)
+        else:  # (h - 1/(2 beta))^2 and, for a swapped pair, (-h - 1/(2 beta))^2
+            value = (1 - eps) * (h - 1 / (2 * beta)) ** 2 + eps * (h + 1 / (2 * beta)) ** 2
+        truth = truth + value - alpha * sum(chosen) / len(chosen)
+    settings = config(
+        head_chunk=chunk, dpo_beta=beta, dpo_alpha=alpha, dpo_loss=loss, dpo_logp=logp, dpo_label_smoothing=eps
+    )
+    found, metrics = step_loss(LOSSES["dpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["dpo"] + alpha * metrics["ce"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+def test_orpo_formula(mode, chunk):
+    """sum over pairs of -mean log p(chosen) - alpha log sigmoid(log (odds_c / odds_r)), odds = P / (1 - P)."""
+    alpha = 0.25
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for chosen, reject in zip(answers[0::2], answers[1::2]):
+        m_c, m_r = (len(chosen), len(reject)) if mode == "mean" else (1, 1)
+        p_c, p_r = (sum(chosen) / m_c).exp(), (sum(reject) / m_r).exp()
+        ratio = (p_c / (1 - p_c)) / (p_r / (1 - p_r))
+        truth = truth - sum(chosen) / len(chosen) - alpha * (ratio / (1 + ratio)).log()  # sigmoid(log x) = x / (1 + x)
+    settings = config(head_chunk=chunk, orpo_alpha=alpha, orpo_mode=mode)
+    found, metrics = step_loss(LOSSES["orpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["ce"] + alpha * metrics["odds"])
+
+
+def sigmoid(x):
+    """By its definition."""
+    return 1 / (1 + (-x).exp())
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+def test_simpo_formula(alpha, chunk):
+    """sum over pairs of -log sigmoid(beta/|c| log P_c - beta/|r| log P_r - gamma) - alpha/|c| log P_c."""
+    beta, gamma = 2.5, 1.4
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for chosen, reject in zip(answers[0::2], answers[1::2]):
+        mean_c, mean_r = sum(chosen) / len(chosen), sum(reject) / len(reject)
+        truth = truth - sigmoid(beta * mean_c - beta * mean_r - gamma).log() - alpha * mean_c
+    settings = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
+    found, metrics = step_loss(LOSSES["simpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["simpo"] + alpha * metrics["ce"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_cpo_formula(alpha, chunk):
+    """sum over pairs of -log sigmoid(beta log P_c - beta log P_r) - alpha/|c| log P_c."""
+    beta = 0.3
+    head, hidden = head_and_hidden(len(ANSWERS))
+    answers = token_logps(head, hidden)
+    truth = 0.0
+    for chosen, reject in zip(answers[0::2], answers[1::2]):
+        truth = truth - sigmoid(beta * sum(chosen) - beta * sum(reject)).log() - alpha * sum(chosen) / len(chosen)
+    settings = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
+    found, metrics = step_loss(LOSSES["cpo"], head, hidden, pair_batch(), settings)
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["cpo"] + alpha * metrics["ce"])
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+def test_wpo_formula(shift, alpha, chunk):
+    """sum over pairs of -w_c w_r log sigmoid(beta h) - alpha/|c| log P_c with constant weights
+    w = exp(mean_t log (p_t / sum_v p_v^2)), their product at most 1 (the shifted targets reach that)."""
+    beta = 0.2
+    head, hidden = head_and_hidden(len(ANSWERS))
+    with torch.no_grad():  # the trained tokens become likely: their weights go above 1
+        hidden += shift * head.weight[ANSWERS.clamp(min=0)]
+    answers = token_logps(head, hidden)
+    _, p = probabilities(head, hidden)
+    weights = []
+    for begin, end in zip(STARTS[:-1].tolist(), STARTS[1:].tolist()):
+        logs = [(p[t, ANSWERS[t]] / (p[t] ** 2).sum()).log() for t in range(begin, end) if ANSWERS[t] != IGNORE]
+        weights.append((sum(logs) / len(logs)).exp().item())
+    truth = 0.0
+    for pair in range(2):
+        chosen, reject = answers[2 * pair], answers[2 * pair + 1]
+        h = (sum(chosen) - sum(reject)) - (REFERENCE[pair, 0] - REFERENCE[pair, 1])
+        weight = min(1.0, weights[2 * pair] * weights[2 * pair + 1])
+        truth = truth - weight * sigmoid(beta * h).log() - alpha * sum(chosen) / len(chosen)
+    found, metrics = step_loss(
+        LOSSES["wpo"], head, hidden, pair_batch(), config(head_chunk=chunk, wpo_alpha=alpha, wpo_beta=beta)
+    )
+    same_as(found, truth, head, hidden)
+    torch.testing.assert_close(metrics["loss"], metrics["wpo"] + alpha * metrics["ce"])
+    assert 0 < metrics["weight"].item() <= 2
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("kl", [0.0, 1.7])
+def test_kto_formula(kl, chunk):
+    """lambda_D (1 - sigmoid(beta (r - z))) for good answers, lambda_U (1 - sigmoid(beta (z - r))) for bad ones."""
+    beta, desirable, undesirable = 0.3, 1.3, 0.6
+    head, hidden = head_and_hidden(len(ANSWERS))
+    batch, truth, rewards = rated_batch(kl), 0.0, []
+    for answer, base, good in zip(token_logps(head, hidden), batch.reference, batch.good.tolist()):
+        ratio = sum(answer) - base
+        rewards.append(beta * ratio.item())
+        if good:
+            truth = truth + desirable * (1 - sigmoid(beta * (ratio - kl)))
+        else:
+            truth = truth + undesirable * (1 - sigmoid(beta * (kl - ratio)))
+    settings = config(
+        head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable
+    )
+    found, metrics = step_loss(LOSSES["kto"], head, hidden, batch, settings)
+    same_as(found, truth, head, hidden)
+    means = {name: metrics[name].item() / batch.total for name in ("kl", "chosen_reward", "reject_reward")}
+    want = {"kl": kl, "chosen_reward": (rewards[0] + rewards[3]) / 2, "reject_reward": (rewards[1] + rewards[2]) / 2}
+    assert means == pytest.approx(want)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
+    """Off unless asked for; then a mean over trained positions, of each pair."""
+    head, hidden = head_and_hidden(len(ANSWERS))
+    plain, metrics = step_loss(LOSSES[name], head, hidden, pair_batch(), config())
+    assert "l2wrap" not in metrics
+    z, _ = probabilities(head, hidden)
+    squares = z.amax(1) ** 2 * (ANSWERS != IGNORE)
+    penalty = 0.5e-4 * (squares[:6].sum() / 5 + squares[6:].sum() / 6)
+    found, metrics = step_loss(LOSSES[name], head, hidden, pair_batch(), config(l2wrap=True))
+    same_as(found, plain + penalty, head, hidden)
+    torch.testing.assert_close(metrics["loss"], plain.detach())
+    torch.testing.assert_close(metrics["l2wrap"], penalty.detach())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_ignores_the_chunk_length(name):
+    """Parametrised over the table: a loss that notices chunking fails here without a test of its own."""
+    batch = batch_of(name)
+    head, hidden = head_and_hidden(len(batch.targets))
+    whole, parts = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+    assert "loss" in parts and not any(value.requires_grad for value in parts.values())
+    for chunk in CHUNKS[:2]:
+        found, metrics = step_loss(
+            LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True, head_chunk=chunk)
+        )
+        again, _ = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+        same_as(found, again, head, hidden)
+        for key, value in parts.items():
+            torch.testing.assert_close(metrics[key], value)
+    torch.testing.assert_close(whole, again)

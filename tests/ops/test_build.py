@@ -1,0 +1,162 @@
+"""Kernels are compiled on first use; whatever goes wrong there must end in a slower run, not in a crash or a hang."""
+
+import fcntl
+import logging
+import os
+import time
+
+import pytest
+import torch
+
+from rwkv_rlhf.ops import backends as select
+from rwkv_rlhf.ops import build
+from rwkv_rlhf.ops.wkv7 import wkv7
+
+GOOD = 'extern "C" int answer() { return 42; }\n'
+BROKEN = "int main() { return undeclared_name; }\n"
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """A private source folder and a private cache; forgets what was decided about failed builds."""
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(build, "SOURCES", folder)
+    monkeypatch.setattr(build, "cache_folder", lambda: cache)
+    select._build_failure.cache_clear()
+    yield folder
+    select._build_failure.cache_clear()
+
+
+def small_inputs(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 3, 1, 32, generator=generator).mul(0.3).to(dtype) for _ in range(6)]
+
+
+def test_failed_build_runs_as_plain_pytorch_with_one_warning(sources, caplog):
+    (sources / "wkv7.cpp").write_text(BROKEN)
+    inputs = small_inputs()
+    with caplog.at_level(logging.WARNING):
+        y, state = wkv7(*inputs)
+        wkv7(*inputs)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "error" in warnings[0] and "undeclared_name" in warnings[0] and "\n" not in warnings[0]
+    expected_y, expected_state = wkv7(*inputs, backend="naive")
+    assert torch.equal(y, expected_y) and torch.equal(state, expected_state)
+
+
+def test_forced_kernel_that_cannot_be_built_is_an_error_with_the_reason(sources):
+    (sources / "wkv7.cpp").write_text(BROKEN)
+    with pytest.raises(ValueError, match="undeclared_name"):
+        wkv7(*small_inputs(), backend="cpu")
+
+
+def test_missing_compiler_is_named(sources, monkeypatch):
+    (sources / "good.cpp").write_text(GOOD)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        build.library("good")
+
+
+def test_second_process_reuses_the_binary_and_a_changed_source_does_not(sources):
+    (sources / "good.cpp").write_text(GOOD)
+    first = build.binary(build._host_recipe("good"))
+    stamp = first.stat().st_mtime_ns
+    assert build.binary(build._host_recipe("good")) == first and first.stat().st_mtime_ns == stamp
+    (sources / "good.cpp").write_text(GOOD.replace("42", "43"))
+    assert build.binary(build._host_recipe("good")) != first
+
+
+def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):
+    (sources / "good.cpp").write_text(GOOD)
+    binary = build.binary(build._host_recipe("good"))
+    binary.unlink()
+    (binary.parent / "lock").write_text("left behind")
+    began = time.monotonic()
+    assert build.binary(build._host_recipe("good")).is_file()
+    assert time.monotonic() - began < 30
+
+
+def test_lock_held_for_too_long_is_ignored(sources, monkeypatch):
+    (sources / "good.cpp").write_text(GOOD)
+    monkeypatch.setattr(build, "LOCK_PATIENCE", 0.2)
+    binary = build.binary(build._host_recipe("good"))
+    binary.unlink()
+    with open(binary.parent / "lock", "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert build.binary(build._host_recipe("good")).is_file()
+
+
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_two_processes_that_build_at_once_end_with_one_binary(sources, monkeypatch, patience):
+    """If this breaks, two runs that start together load half a kernel, or one of them fails; with and without locks."""
+    (sources / "good.cpp").write_text(GOOD)
+    monkeypatch.setattr(build, "LOCK_PATIENCE", patience)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                status = 0 if build.binary(build._host_recipe("good")).is_file() else 2
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    binary = build.binary(build._host_recipe("good"))
+    assert sorted(path.name for path in binary.parent.iterdir()) == sorted(["lock", binary.name])
+
+
+def test_damaged_binary_is_rebuilt(sources):
+    (sources / "good.cpp").write_text(GOOD)
+    binary = build.binary(build._host_recipe("good"))
+    binary.write_bytes(binary.read_bytes()[:200])
+    build.library("good")
+    assert binary.stat().st_size > 200
+
+
+def test_full_disk_is_a_readable_error(sources, monkeypatch):
+    (sources / "good.cpp").write_text(GOOD)
+
+    def no_room(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "_compile", no_room)
+    with pytest.raises(build.BuildError, match="No space left"):
+        build.library("good")
+
+
+def test_read_only_cache_folder_has_a_private_substitute(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.cpp_extension, "get_default_build_root", lambda: "/proc/no-such-folder")
+    monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = build.cache_folder()
+    assert folder.parent == tmp_path and folder.stat().st_uid == os.getuid()
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("In file included\na.cpp:3:1: error: no such thing\nmore", "a.cpp:3:1: error: no such thing"),
+        ("sh: 1: c++: not found", "sh: 1: c++: not found"),
+        ("", "the compiler failed without a message"),
+    ],
+)
+def test_first_error_line_of_a_compiler(output, line):
+    assert build.first_error(output) == line
+
+
+def test_choice_of_backend_says_why_others_were_refused():
+    cpu, shape = torch.device("cpu"), (1, 8, 2, 64)
+    name, reason = select.choose("wkv7", cpu, torch.float64, shape)
+    assert name == "naive" and "float64" in reason
+    name, reason = select.choose("wkv7", cpu, torch.float32, (1, 8, 2, 48))
+    assert name == "naive" and "48" in reason
+    name, reason = select.choose("wkv7", torch.device("cuda"), torch.float32, shape)
+    assert name == "naive" and "cuda" in reason
+    with pytest.raises(ValueError, match="float64"):
+        select.choose("wkv7", cpu, torch.float64, shape, "cpu")
+    with pytest.raises(ValueError, match="naive"):
+        select.choose("wkv7", cpu, torch.float32, shape, "fastest")

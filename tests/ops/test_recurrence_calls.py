@@ -1,0 +1,193 @@
+"""How the recurrences are called: what is kept and converted, and errors that name the argument at fault."""
+
+import pytest
+import torch
+
+from rwkv_rlhf.ops import recurrence
+from rwkv_rlhf.ops.build import BuildError, library
+from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state
+
+ROOM = 32  # head size of the inputs here
+
+
+@pytest.fixture(params=list(RECURRENCES))
+def op(request):
+    """Each recurrence."""
+    return request.param
+
+
+def plain_inputs(op, batch=1, tokens=3, heads=2):
+    return [x.detach() for x in make_inputs(op, (batch, tokens, heads, ROOM))]
+
+
+def test_only_what_is_asked_for_is_kept(op):
+    """Inference keeps nothing for backward; a frozen input gets no gradient."""
+    run, inputs, state = RECURRENCES[op].function, make_inputs(op, (1, 4, 1, ROOM)), make_state(op, 1, 1, ROOM)
+    with torch.no_grad():
+        assert not run(*inputs, state=state)[0].requires_grad
+    inputs[0] = inputs[0].detach()
+    y, _ = run(*inputs, state=state)
+    y.sum().backward()
+    assert inputs[0].grad is None and inputs[1].grad is not None and state.grad is not None
+
+
+def test_inference_with_parameters_that_train_writes_no_checkpoints(op, monkeypatch):
+    """If this breaks, sampling and the first pass of a long context write a state every 64 tokens for nobody."""
+    backend_of(op)
+    asked, real = [], recurrence.kernel
+
+    class Noting:
+        def __init__(self, *which):
+            self.real = real(*which)
+
+        def forward(self, inputs, state, starts, keep):
+            asked.append(keep)
+            return self.real.forward(inputs, state, starts, keep)
+
+    monkeypatch.setattr(recurrence, "kernel", Noting)
+    run, inputs = RECURRENCES[op].function, make_inputs(op, (1, 4, 1, ROOM))
+    run(*inputs, state=make_state(op, 1, 1, ROOM), backend="cpu")
+    with torch.no_grad():
+        run(*inputs, state=make_state(op, 1, 1, ROOM), backend="cpu")
+    assert asked == [True, False]
+
+
+def test_kernel_keeps_little_for_backward(op):
+    """A float32 state every 64 tokens and, for wkv7, one number per token and channel: long contexts rely on it."""
+    inputs, kept = make_inputs(op, (1, 128, 1, 64)), {}
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        RECURRENCES[op].function(*inputs, backend=backend_of(op))
+    extra = sum(size for pointer, size in kept.items() if pointer not in own)
+    per_element = {"wkv4": 3 * 4 / 64, "wkv5": 4, "wkv6": 4, "wkv7": 8}[op]
+    assert extra <= 128 * 64 * per_element + 64  # 64: starts
+
+
+def backend_of(op):
+    """ "cpu", or a skip where it cannot be built."""
+    try:
+        library(op)
+    except BuildError as error:
+        pytest.skip(f"the kernel cannot be built here: {error}")
+    return "cpu"
+
+
+def test_state_of_another_dtype_is_converted_and_receives_its_gradient(op):
+    inputs = make_inputs(op, (1, 4, 1, ROOM))
+    state = make_state(op, 1, 1, ROOM, torch.bfloat16)
+    y, last = RECURRENCES[op].function(*inputs, state=state)
+    y.sum().backward()
+    assert last.dtype == torch.float32 and state.grad.dtype == torch.bfloat16
+
+
+def test_vectors_of_another_dtype_are_converted_and_receive_their_gradient():
+    """A bfloat16 model hands over its parameters as they are."""
+    for op in ("wkv4", "wkv5", "wkv6"):
+        *inputs, u = make_inputs(op, (1, 4, 1, ROOM), torch.bfloat16)
+        u = u.detach().bfloat16().requires_grad_()
+        y, _ = RECURRENCES[op].function(*inputs, u)
+        y.sum().backward()
+        assert y.dtype == torch.bfloat16 and u.grad.dtype == torch.bfloat16
+
+
+def test_operator_refuses_offsets_outside_its_memory(op):
+    """Called by hand with wrong segment starts the operator must raise, not read foreign memory."""
+    backend_of(op)
+    inputs, count = plain_inputs(op, tokens=4, heads=1), len(RECURRENCES[op].tokens)
+    flat = [x.flatten(0, 1) if n < count else x for n, x in enumerate(inputs)]
+    for starts in ([0, 5], [0, 3], [1, 4], [0, 4, 2, 4], [0, -1, 4]):
+        state = make_state(op, len(starts) - 1, 1, ROOM).detach()
+        with pytest.raises(RuntimeError, match="starts"):
+            library(op).forward(flat, state, torch.tensor(starts), True)
+
+
+def test_operator_refuses_tensors_that_do_not_fit(op):
+    """A missing input, one too short, a state of too few rows, an upstream gradient of another dtype."""
+    backend_of(op)
+    inputs, count = plain_inputs(op, tokens=4, heads=1), len(RECURRENCES[op].tokens)
+    flat = [x.flatten(0, 1) if n < count else x for n, x in enumerate(inputs)]
+    state, starts = make_state(op, 1, 1, ROOM).detach(), torch.tensor([0, 4])
+    run, back = library(op).forward, library(op).backward
+    with pytest.raises(RuntimeError, match="inputs are"):
+        run(flat[:-1], state, starts, True)
+    with pytest.raises(RuntimeError, match="another shape"):
+        run([*flat[:-1], flat[-1][..., :-1]], state, starts, True)
+    with pytest.raises(RuntimeError, match="bad state"):
+        run(flat, state[:0], starts, True)
+    y, last, *kept = run(flat, state, starts, True)
+    with pytest.raises(RuntimeError, match="bad dy"):
+        back(flat, kept, starts, y.double(), last)
+    with pytest.raises(RuntimeError, match="kept nothing"):
+        back(flat, [], starts, y, last)
+
+
+def cut(x):
+    return x[:, :2]
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "message"),
+    [
+        (1, cut, "{name} has shape"),
+        (1, torch.Tensor.bfloat16, "{name} is torch.bfloat16"),
+        (0, lambda x: x[0], "{name} must have shape"),
+        (0, torch.Tensor.half, "{name} must be bfloat16"),
+        (1, lambda x: x.to("meta"), "{name} is on meta"),
+    ],
+)
+def test_wrong_input_is_named(op, which, change, message):
+    inputs = plain_inputs(op)
+    inputs[which] = change(inputs[which])
+    with pytest.raises(ValueError, match=message.format(name=RECURRENCES[op].names[which])):
+        RECURRENCES[op].function(*inputs)
+
+
+@pytest.mark.parametrize("op", ["wkv4", "wkv5", "wkv6"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda u: u[..., :-1], "u has shape"),
+        (lambda u: u.long(), "u must be a floating-point"),
+        (lambda u: u.to("meta"), "u is on meta"),
+    ],
+)
+def test_wrong_vector_is_named(op, change, message):
+    *inputs, u = plain_inputs(op)
+    with pytest.raises(ValueError, match=message):
+        RECURRENCES[op].function(*inputs, change(u))
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (torch.tensor([0, 3], dtype=torch.int32), "starts must be int64"),
+        (torch.tensor([0, 2]), "starts must rise from 0 to the 3 tokens"),
+        (torch.tensor([0, 3, 1, 3]), "starts must rise"),
+        (torch.tensor([0]), "starts must be int64 of shape"),
+    ],
+)
+def test_wrong_starts_are_named(op, starts, message):
+    with pytest.raises(ValueError, match=message):
+        RECURRENCES[op].function(*plain_inputs(op), starts=starts)
+
+
+def test_wrong_state_or_backend_is_named(op):
+    run, inputs, state = RECURRENCES[op].function, plain_inputs(op), make_state(op, 1, 2, ROOM).detach()
+    with pytest.raises(ValueError, match="state has shape"):
+        run(*inputs, state=state[..., :-1])
+    with pytest.raises(ValueError, match="state must be a floating-point"):
+        run(*inputs, state=state.long())
+    with pytest.raises(ValueError, match="state has shape"):
+        run(*inputs, starts=torch.tensor([0, 1, 3]), state=state)
+    with pytest.raises(ValueError, match=f"{op} has no backend 'fast'"):
+        run(*inputs, backend="fast")
+
+
+def test_packed_rows_need_batch_size_one(op):
+    with pytest.raises(ValueError, match="starts needs packed rows"):
+        RECURRENCES[op].function(*plain_inputs(op, batch=2), starts=torch.tensor([0, 3]))

@@ -1,0 +1,238 @@
+"""Context without limit: chunks must give exactly what one long pass gives, or long documents train something else."""
+
+import dataclasses
+import weakref
+
+import pytest
+import torch
+
+from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from rwkv_rlhf.layers.adapters import ADAPTERS
+from rwkv_rlhf.layers.placing import apply_plan
+from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.losses.tokens import IGNORE, token_scores
+from rwkv_rlhf.model import VERSIONS
+from rwkv_rlhf.plan import make_plan
+from rwkv_rlhf.scoring.forward import batch_loss, pair_hidden, text_hidden
+from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
+from rwkv_rlhf.settings.config import Config
+from tests.conftest import random_tensors
+from tests.model.test_model import build
+
+
+def texts(*lengths):
+    generator = torch.Generator().manual_seed(4)
+    return pack_texts([TextExample(torch.randint(300, (n,), generator=generator).numpy()) for n in lengths])
+
+
+def pairs():
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda n: torch.randint(300, (n,), generator=generator).tolist()  # noqa: E731
+    return pack_pairs([PairExample(draw(p), draw(c), draw(r)) for p, c, r in ((9, 4, 7), (1, 3, 2), (5, 12, 1))])
+
+
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def weigh(parts):
+    generator = torch.Generator().manual_seed(6)
+    return sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in parts)
+
+
+def scorer(model, targets):
+    def score(hidden, here):
+        scores = token_scores(model.head, hidden, targets[here], want_mean=True, want_max=True)
+        return scores.logp, scores.mean_logp, scores.max_logit
+
+    return score
+
+
+def text_pieces(batch, length):
+    pieces = Pieces(length)
+    pieces.add_row(batch.tokens, batch.starts)
+    return pieces
+
+
+def pair_pieces(batch, length):
+    pieces = Pieces(length)
+    ends = pieces.add_row(batch.prompts, batch.prompt_starts, keep=True, scored=False)
+    pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(2)])
+    return pieces
+
+
+def compare(model, whole, parts, limit):
+    for one, two in zip(whole, parts, strict=True):
+        assert torch.allclose(one, two, rtol=limit, atol=limit)
+    want, got = gradients(model, weigh(whole)), gradients(model, weigh(parts))
+    assert want.keys() == got.keys() and len(want) > 3
+    for name, grad in want.items():
+        scale = grad.abs().max().clamp_min(1e-3)
+        assert float((grad - got[name]).abs().max() / scale) <= limit, name
+
+
+@pytest.mark.parametrize("length", [1, 5, 7, 100])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_packed_documents_in_chunks_equal_one_pass(version, length):
+    model = build(random_tensors(version, n_layer=2), torch.float64)
+    batch = texts(8, 1, 2, 14, 3)
+    score = scorer(model, batch.targets)
+    whole = score(text_hidden(model, batch), slice(None))
+    compare(model, whole, piecewise(model, text_pieces(batch, length), score), 1e-10)
+
+
+@pytest.mark.parametrize("length", [1, 4, 100])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_pairs_in_chunks_equal_one_pass(version, length):
+    """Prompts run once and are forked; the empty prompt begins anew."""
+    model = build(random_tensors(version, n_layer=2), torch.float64)
+    batch = pairs()
+    score = scorer(model, batch.targets)
+    whole = score(pair_hidden(model, batch), slice(None))
+    compare(model, whole, piecewise(model, pair_pieces(batch, length), score), 1e-10)
+
+
+def long_batch():
+    """A document over many pieces, one of two tokens, one without a trained token, an empty one."""
+    generator = torch.Generator().manual_seed(8)
+    rows = [torch.randint(300, (n,), generator=generator).numpy() for n in (23, 2, 6, 1)]
+    masks = [None, None, torch.zeros(6, dtype=torch.bool).numpy(), None]
+    return pack_texts([TextExample(tokens, mask) for tokens, mask in zip(rows, masks)])
+
+
+def preference_batch(reference):
+    batch = pairs()
+    return dataclasses.replace(batch, reference=torch.full((3, 2), -1.5) if reference else None)
+
+
+LOSS_CASES = [name for name, loss in LOSSES.items() if loss.kind in ("text", "pairs") and name != "distillation"]
+
+
+@pytest.mark.parametrize("name", LOSS_CASES)
+def test_every_loss_is_that_of_one_long_pass(name):
+    """Value, metrics and gradients, in float64; a piece without a trained token is harmless."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    loss = LOSSES[name]
+    batch = long_batch() if loss.kind == "text" else preference_batch(loss.needs_reference)
+    found = []
+    for length in (0, 4):
+        config = Config(loss=name, smoothing=0.1 if loss.kind == "text" else 0.0, infctx=length > 0, chunk_ctx=length)
+        value, metrics = batch_loss(model, batch, loss, config)
+        found.append((value.detach(), metrics, gradients(model, value)))
+    (whole, logged, want), (value, metrics, got) = found
+    assert torch.allclose(whole, value, rtol=1e-10)
+    assert logged.keys() == metrics.keys()
+    assert all(torch.allclose(logged[k].double(), metrics[k].double(), rtol=1e-9) for k in logged)
+    for key, grad in want.items():
+        assert float((grad - got[key]).abs().max() / grad.abs().max().clamp_min(1e-3)) <= 1e-10, key
+
+
+@pytest.mark.parametrize("rows", [[1], [1, 1], [9]])
+def test_a_sample_with_nothing_to_train_is_harmless(rows):
+    """Documents of one token, or all masked: the loss is 0 and so is every gradient, not NaN or a crash."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = texts(*rows)
+    batch = dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE))
+    value, metrics = batch_loss(model, batch, LOSSES["sft"], Config(loss="sft", infctx=True, chunk_ctx=4))
+    assert float(value.detach()) == 0 and all(float(x) == 0 for x in metrics.values())
+    if value.requires_grad:
+        assert all(bool((grad == 0).all()) for grad in gradients(model, value).values())
+
+
+@pytest.mark.parametrize("name", ["keeping", "sums"])
+def test_memory_of_one_piece_is_free_before_the_next(name):
+    """If this breaks, two pieces' gradients lie in memory at once, which is as much as the model again."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = texts(24)
+    alive: list[weakref.ref] = []
+
+    def score(hidden, here):
+        assert not any(found() is not None for found in alive), "the piece before is still there"
+        if hidden.requires_grad:
+            alive[:] = [weakref.ref(hidden)]
+        scores = token_scores(model.head, hidden, batch.targets[here]).logp
+        return (scores.sum()[None] if name == "sums" else scores,)
+
+    (found,) = piecewise(model, text_pieces(batch, 5), score, sums=name == "sums")
+    found.sum().backward()
+    assert alive
+
+
+@pytest.mark.parametrize("mode", list(ADAPTERS))
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_adapters_packed_matrices_and_recomputed_blocks(mode, quant):
+    """float32, with a dropout that must draw in the second run what it drew in the first."""
+    torch.manual_seed(0)
+    model = build(random_tensors("x060", n_layer=2, n_embd=128, head_size=64), torch.float32, grad_cp=True)
+    plan = make_plan(mode, 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1.0, lr_final=1.0)
+    apply_plan(model, plan, quant=quant, compute_dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    batch = texts(9, 14)
+    score = scorer(model, batch.targets)
+    compare(model, score(text_hidden(model, batch), slice(None)), piecewise(model, text_pieces(batch, 5), score), 1e-4)
+
+
+def test_dropout_draws_the_same_in_both_runs():
+    """If this breaks, the gradient belongs to another network than the loss."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.5, lr_init=1.0, lr_final=1.0)
+    apply_plan(model, plan, compute_dtype=torch.float64)
+    model.train()
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("key.lora_B"))
+    batch, step = texts(9, 14), 1e-6
+    score = scorer(model, batch.targets)
+
+    def value():
+        torch.manual_seed(5)
+        return weigh(piecewise(model, text_pieces(batch, 5), score))
+
+    slope = gradients(model, value())[name]
+    with torch.no_grad():
+        before = float(value())
+        direction = slope / slope.norm()
+        weight += step * direction
+        assert (float(value()) - before) / step == pytest.approx(float(slope.norm()), rel=1e-3)
+
+
+def test_truncated_cuts_the_gradient_within_a_segment_only():
+    """The old behaviour: each chunk by itself, but a prompt still learns from its answers' first chunk."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = texts(12)
+    score = scorer(model, batch.targets)
+    truncated = gradients(model, weigh(piecewise(model, text_pieces(batch, 4), score, truncated=True)))
+    exact = gradients(model, weigh(score(text_hidden(model, batch), slice(None))))
+    generator = torch.Generator().manual_seed(6)
+    weights = [torch.randn(11, generator=generator, dtype=torch.float64) for _ in range(3)]
+    state, total = None, 0
+    for begin in range(0, 11, 4):
+        here = slice(begin, min(begin + 4, 11))
+        hidden, state = model(batch.tokens[None, here], state and state.detach())
+        total = total + sum((x * w[here]).sum() for x, w in zip(score(hidden[0], here), weights))
+    wanted = gradients(model, total)
+    assert all(torch.allclose(truncated[k], wanted[k], atol=1e-10) for k in wanted)
+    assert any(not torch.allclose(exact[k], wanted[k], atol=1e-4) for k in wanted)
+
+
+def test_states_wait_in_host_memory_unchanged():
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch = pairs()
+    score = scorer(model, batch.targets)
+    found = [gradients(model, weigh(piecewise(model, pair_pieces(batch, 3), score, offload=x))) for x in (False, True)]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_gradients_arrive_once():
+    """DDP and ZeRO refuse a parameter whose gradient is ready twice in one backward pass."""
+    model = build(random_tensors("x070", n_layer=2), torch.float64)
+    batch, arrived = pairs(), []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    weigh(piecewise(model, pair_pieces(batch, 3), scorer(model, batch.targets))).backward()
+    assert len(arrived) == len(set(arrived)) > 30
