@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import elementwise as pointwise7
+from rwkv_rlhf.ops import elementwise as elementwise
 
 Case = tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]
 
@@ -30,12 +30,12 @@ def cases(tokens: int, width: int, size: int, dtype: torch.dtype) -> dict[str, C
     keys = (rows(), vector(), vector(), vector(), rows())
     norm = (rows(heads, size), rows(), rows(), rows(), vector(heads, size), vector(), vector(), rows())
     return {
-        "token_mix, 6 mixes": (lambda b, x, m: pointwise7.token_mix(x, None, None, m, b), (rows(), vector(6, width))),
-        "token_mix, 1 mix": (lambda b, x, m: pointwise7.token_mix(x, None, None, m, b), (rows(), vector(1, width))),
-        "value_gate": (lambda b, *t: (pointwise7.value_gate(*t, backend=b),), (rows(), rows(), vector(), rows())),
-        "delta_keys": (lambda b, *t: pointwise7.delta_keys(*t, heads, backend=b), keys),
-        "gated_norm": (lambda b, *t: (pointwise7.gated_norm(*t, backend=b),), norm),
-        "relu_squared, 4C": (lambda b, x: (pointwise7.relu_squared(x, b),), (rows(4 * width),)),
+        "token_mix, 6 mixes": (lambda b, x, m: elementwise.token_mix(x, None, None, m, b), (rows(), vector(6, width))),
+        "token_mix, 1 mix": (lambda b, x, m: elementwise.token_mix(x, None, None, m, b), (rows(), vector(1, width))),
+        "value_gate": (lambda b, *t: (elementwise.value_gate(*t, backend=b),), (rows(), rows(), vector(), rows())),
+        "delta_keys": (lambda b, *t: elementwise.delta_keys(*t, heads, backend=b), keys),
+        "gated_norm": (lambda b, *t: (elementwise.gated_norm(*t, backend=b),), norm),
+        "relu_squared, 4C": (lambda b, x: (elementwise.relu_squared(x, b),), (rows(4 * width),)),
     }
 
 

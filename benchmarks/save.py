@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 import train  # noqa: E402
-from rwkv_rlhf.checkpoints.resume_points import Points, last_point  # noqa: E402
+from rwkv_rlhf.checkpoints.resume_points import ResumePoints, last_point  # noqa: E402
 from rwkv_rlhf.checkpoints.run_folder import RunFolder  # noqa: E402
 from rwkv_rlhf.training.background import Background  # noqa: E402
-from rwkv_rlhf.training.resume import KeepPoints  # noqa: E402
+from rwkv_rlhf.training.resume import WriteResumePoints  # noqa: E402
 
 VOCAB = 257
 times: dict[str, list[float]] = defaultdict(list)
@@ -122,10 +122,10 @@ def main() -> None:
     parser.add_argument("--json")
     flags = parser.parse_args()
     logging.disable(logging.INFO)
-    KeepPoints._write = timed("copy", KeepPoints._write)
-    Points.write = timed("write", Points.write, cpu=True)
+    WriteResumePoints._write = timed("copy", WriteResumePoints._write)
+    ResumePoints.write = timed("write", ResumePoints.write, cpu=True)
     RunFolder.save = timed("checkpoint", RunFolder.save)
-    KeepPoints._go_on = timed("resume", KeepPoints._go_on)
+    WriteResumePoints._go_on = timed("resume", WriteResumePoints._go_on)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(flags, Path(folder))
     for name, value in found.items():

@@ -63,9 +63,9 @@ def worker(words):
     from rwkv_rlhf.distributed import ranks
     from rwkv_rlhf.distributed.launch import launched
     from rwkv_rlhf.settings.command_line import parse
-    from rwkv_rlhf.training.module import Trainee
+    from rwkv_rlhf.training.module import TrainingModule
 
-    end, save, found = Trainee.on_train_batch_end, RunFolder.save, {"steps": [], "saves": []}
+    end, save, found = TrainingModule.on_train_batch_end, RunFolder.save, {"steps": [], "saves": []}
 
     def timed_end(self, *arguments):
         end(self, *arguments)
@@ -76,10 +76,10 @@ def worker(words):
         save(self, name)
         found["saves"].append(time.perf_counter() - began)
 
-    Trainee.on_train_batch_end, RunFolder.save = timed_end, timed_save
+    TrainingModule.on_train_batch_end, RunFolder.save = timed_end, timed_save
     with launched(parse(words), [__file__, "--worker", *words]) as config:
         ranked(config)
-        if ranks.first():
+        if ranks.is_rank_zero():
             Path(config.proj_dir, "found.json").write_text(json.dumps(found))
 
 

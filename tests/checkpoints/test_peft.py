@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from rwkv_rlhf.checkpoints.exporters.peft_format import from_peft, to_peft
 from rwkv_rlhf.layers.adaptation import Adaptation, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 
 peft = pytest.importorskip("peft", reason="peft is a test dependency of its own (requirements-test.txt)")
 
@@ -26,8 +26,8 @@ def pair(mode: str, config, adaptation: Adaptation):
     dense[0].weight.data.copy_(matrix(OUT, IN))
     theirs = peft.get_peft_model(dense, config).base_model.model[0]
     begun = {f"{part}_init": tensor.detach().clone() for part, tensor in parts_of(theirs).items()}
-    layer = ADAPTERS[mode].linear.over(Linear(IN, OUT, device="meta"), adaptation)
-    layer.take(matrix(OUT, IN), Placement(torch.float32, generator=seeded(0, "here"), initial=begun))
+    layer = ADAPTERS[mode].linear.wrap(Linear(IN, OUT, device="meta"), adaptation)
+    layer.take(matrix(OUT, IN), StorageSpec(torch.float32, generator=seeded(0, "here"), initial=begun))
     for n, (part, tensor) in enumerate(parts_of(theirs).items()):
         moved = getattr(layer, part).data.add_(matrix(*tensor.shape, seed=5 + n))
         tensor.data.copy_(moved)
@@ -109,10 +109,10 @@ def our_model(adapted: dict[str, Adaptation]) -> tuple[Model, dict, dict]:
         layer = model.get_submodule(name)
         if name in adapted:
             kinds = ADAPTERS[adapted[name].mode]
-            layer = (kinds.embedding if name == "emb" else kinds.linear).over(layer, adapted[name])
+            layer = (kinds.embedding if name == "emb" else kinds.linear).wrap(layer, adapted[name])
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = layer
-        layer.take(matrix(*shape, seed=n), Placement(torch.float32, generator=seeded(0, name)))
+        layer.take(matrix(*shape, seed=n), StorageSpec(torch.float32, generator=seeded(0, name)))
         for part in layer.tensors:
             tensor = getattr(layer, part)
             tensor.data.add_(matrix(*tensor.shape, seed=9 + n))

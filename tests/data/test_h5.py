@@ -13,7 +13,7 @@ import torch
 from rwkv_rlhf.commands import sft_h5
 from rwkv_rlhf.data import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.batch import TextExample, TopK, pack_texts
-from rwkv_rlhf.data.joined_documents import Growing, Joined, shortened
+from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments, shortened
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.h5 import open_h5, writing
@@ -286,7 +286,7 @@ class Sized:
 def test_joined_documents_fill_a_sample_and_none_is_lost(reset_state, seed):
     """At most so many documents to a sample, at most ctx_len inputs; the tradition cut off the rest."""
     sized, ctx_len = Sized(30, masked=True, teacher=True), 9
-    joined = Joined(sized, 3, ctx_len, seed, reset_state)
+    joined = JoinedDocuments(sized, 3, ctx_len, seed, reset_state)
     members = [joined.indices(i) for i in range(len(joined))]
     assert sorted(i for group in members for i in group) == list(range(30))
     if seed is None:
@@ -309,7 +309,7 @@ def test_samples_grow_with_the_step_and_the_total_follows():
     growing = Growing(2, 12, 5)
     assert [growing(step) for step in range(8)] == [2, 4, 6, 8, 10, 12, 12, 12]
     sized = Sized(40, masked=True)
-    joined = Joined(sized, 4, 12)
+    joined = JoinedDocuments(sized, 4, 12)
     steps = Steps(joined, Sequential(len(joined)), 1, 2, growing=growing)
     for step in range(7):
         parts = [steps.micro_batch(2 * step + a) for a in (0, 1)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import merge, train
-from rwkv_rlhf.distributed.launch import launched, place_of
+from rwkv_rlhf.distributed.launch import launched, rank_info_of
 from rwkv_rlhf.settings.command_line import parse
 from tests.conftest import read_jsonl
 
@@ -261,7 +261,7 @@ PLACES = [
 @pytest.mark.parametrize(("variables", "flags", "expected"), PLACES)
 def test_a_process_knows_its_place(long_run, variables, flags, expected):
     """If this breaks, processes of a launcher meet at the wrong address or share the wrong ranks."""
-    place = place_of(parse([str(word) for word in (*long_run[0], *flags)]), variables)
+    place = rank_info_of(parse([str(word) for word in (*long_run[0], *flags)]), variables)
     assert (*place[:4], place.launcher) == expected
     if place.launcher == "srun":
         assert (place.address, place.port) == ("gpu07", 19711)
@@ -281,7 +281,7 @@ def test_a_launcher_that_disagrees_is_refused(long_run, flags):
     address = {} if len(flags) == 2 and flags[0] == "--num_nodes" else {"MASTER_ADDR": "a", "MASTER_PORT": "9"}
     variables = {name: str(value) for name, value in WRONG[flags].items()} | address
     with pytest.raises(ValueError, match=r"\{(devices|num_nodes)\}|RANK"):
-        place_of(parse([str(word) for word in (*long_run[0], *flags)]), variables)
+        rank_info_of(parse([str(word) for word in (*long_run[0], *flags)]), variables)
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from rwkv_rlhf.checkpoints.adapter_files import open_adapter
 from rwkv_rlhf.checkpoints.exporters.peft import to_peft_folder
 from rwkv_rlhf.checkpoints.loading import write_atomic
-from rwkv_rlhf.checkpoints.resume_points import Points
+from rwkv_rlhf.checkpoints.resume_points import ResumePoints
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.data.batch import PairExample, TextExample, TopK
 from rwkv_rlhf.data.journal import Journal
@@ -242,4 +242,4 @@ def write_cache(folder: Path) -> Path:
 
 def write_point(folder: Path) -> Path:
     tree = {"weights": {"a": torch.ones(4), "b": torch.zeros(2, 3)}, "optimizer": [{"step": 3, 7: None}, (0.5, "text")]}
-    return Points(folder / "resume", {"seed": 1}).write({"step": 3, "epoch": 0, "done": 6}, tree)
+    return ResumePoints(folder / "resume", {"seed": 1}).write({"step": 3, "epoch": 0, "done": 6}, tree)

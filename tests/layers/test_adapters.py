@@ -12,7 +12,7 @@ from rwkv_rlhf.checkpoints.loading import plain_model
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.adapters.pissa import principal_factors, residual
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 from rwkv_rlhf.layers.placing import plan_layout
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model.initial import initial_tensors
@@ -36,9 +36,9 @@ def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-def placement(dtype=torch.float32, store: str = "none", name: str = "here", **options) -> Placement:
+def spec(dtype=torch.float32, store: str = "none", name: str = "here", **options) -> StorageSpec:
     master = torch.float64 if dtype == torch.float64 else torch.float32
-    return Placement(dtype, store=store, master=master, generator=seeded(0, name), **options)
+    return StorageSpec(dtype, store=store, master=master, generator=seeded(0, name), **options)
 
 
 def adapted(mode: str, store: str = "none", dtype=torch.float32, *, learnt=True, rank=RANK, dropout=0.0) -> Linear:
@@ -46,8 +46,8 @@ def adapted(mode: str, store: str = "none", dtype=torch.float32, *, learnt=True,
     if store in ("nf4", "fp4"):
         pytest.importorskip("bitsandbytes")
     plain = Linear(IN, OUT, device="meta")
-    layer = ADAPTERS[mode].linear.over(plain, Adaptation.make(mode, rank, 2.0 * rank, dropout))
-    layer.take(matrix(OUT, IN), placement(dtype, store))
+    layer = ADAPTERS[mode].linear.wrap(plain, Adaptation.make(mode, rank, 2.0 * rank, dropout))
+    layer.load_weight(matrix(OUT, IN), spec(dtype, store))
     return moved(layer) if learnt else layer
 
 
@@ -90,7 +90,7 @@ def test_an_untrained_adapter_is_the_base_model(mode, store, dtype):
     """Training would start from a damaged model."""
     layer = adapted(mode, store, dtype, learnt=False)
     plain = Linear(IN, OUT, device="meta")
-    plain.take(matrix(OUT, IN), placement(dtype, store))
+    plain.load_weight(matrix(OUT, IN), spec(dtype, store))
     x = matrix(3, 5, IN, seed=1).to(dtype)
     if mode != "pissa":
         assert torch.equal(layer(x), plain(x))
@@ -216,7 +216,7 @@ def test_first_factors_are_kaiming_and_depend_on_the_name_only():
 def test_bfloat16_activations_over_float32_masters():
     """A trained float32 matrix must serve a bfloat16 run, with its gradient in float32."""
     layer = Linear(IN, OUT)
-    layer.take(matrix(OUT, IN), Placement(torch.float32))
+    layer.load_weight(matrix(OUT, IN), StorageSpec(torch.float32))
     layer.weight.requires_grad_()
     y = layer(matrix(4, IN, seed=1).bfloat16())
     y.float().sum().backward()
@@ -250,9 +250,9 @@ def test_pissa_s_rest_is_rounded_once():
 
 def test_pissa_s_rest_of_a_shared_file_is_not_rounded_to_its_dtype():
     """The check of a merge uses the file's matrices as they lie there; the rest of one is no matrix of the file."""
-    layer = ADAPTERS["pissa"].linear.over(Linear(IN, OUT, device="meta"), Adaptation.make("pissa", RANK, 1))
+    layer = ADAPTERS["pissa"].linear.wrap(Linear(IN, OUT, device="meta"), Adaptation.make("pissa", RANK, 1))
     weight = matrix(OUT, IN).bfloat16()
-    layer.take(weight, placement(torch.bfloat16, share=True))
+    layer.load_weight(weight, spec(torch.bfloat16, share=True))
     assert layer.weight.dtype == torch.float32 and distance(layer.merged(), weight) < 1e-6
 
 
@@ -265,8 +265,8 @@ def test_pissa_s_factors_depend_on_seed_and_name_only():
     torch.manual_seed(2)
     second = adapted("pissa", learnt=False)
     assert torch.equal(first.lora_A, second.lora_A) and torch.equal(first.weight, second.weight)
-    third = ADAPTERS["pissa"].linear.over(Linear(IN, OUT, device="meta"), Adaptation.make("pissa", RANK, 1))
-    third.take(matrix(OUT, IN), placement(name="there", svd_niter=1))
+    third = ADAPTERS["pissa"].linear.wrap(Linear(IN, OUT, device="meta"), Adaptation.make("pissa", RANK, 1))
+    third.load_weight(matrix(OUT, IN), spec(name="there", svd_niter=1))
     assert not torch.equal(first.lora_A, third.lora_A)
 
 
@@ -276,11 +276,11 @@ def test_pissa_resumed_from_its_initial_factors_is_the_same_model(store, dtype):
     """A second decomposition, or a second subtraction, would freeze another rest of the matrix."""
     layer = adapted("pissa", store, dtype)
     initial = {name: getattr(layer, name) for name in layer.initial}
-    again = ADAPTERS["pissa"].linear.over(Linear(IN, OUT, device="meta"), layer.adaptation)
+    again = ADAPTERS["pissa"].linear.wrap(Linear(IN, OUT, device="meta"), layer.adaptation)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads % 2 + 1)  # other sums in the products
     try:
-        again.take(matrix(OUT, IN), placement(dtype, store, "elsewhere", initial=initial))
+        again.load_weight(matrix(OUT, IN), spec(dtype, store, "elsewhere", initial=initial))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(again.dense(), layer.dense()) and torch.equal(again.lora_A, layer.lora_A_init)
@@ -296,8 +296,8 @@ def test_pissa_resumed_from_its_initial_factors_is_the_same_model(store, dtype):
 @dtypes
 def test_an_embedding_s_adapter_starts_as_the_base_and_merges(mode, dtype):
     """The adapter of an embedding row was once silently not loaded."""
-    table = ADAPTERS[mode].embedding.over(Embedding(50, 16, device="meta"), Adaptation.make(mode, 4, 8))
-    table.take(matrix(50, 16), placement(dtype))
+    table = ADAPTERS[mode].embedding.wrap(Embedding(50, 16, device="meta"), Adaptation.make(mode, 4, 8))
+    table.load_weight(matrix(50, 16), spec(dtype))
     tokens = torch.tensor([[3, 3, 49], [0, 1, 2]])
     if mode == "lora":
         assert torch.equal(table(tokens), table.weight[tokens])
@@ -316,8 +316,8 @@ def test_an_embedding_s_adapter_starts_as_the_base_and_merges(mode, dtype):
 
 def test_dora_leaves_rows_of_zeros_alone():
     """A fresh RWKV-7 has matrices of zeros; a norm of zero would make them NaN."""
-    layer = ADAPTERS["dora"].linear.over(Linear(IN, OUT, device="meta"), Adaptation.make("dora", RANK, 8))
-    layer.take(torch.zeros(OUT, IN), placement())
+    layer = ADAPTERS["dora"].linear.wrap(Linear(IN, OUT, device="meta"), Adaptation.make("dora", RANK, 8))
+    layer.load_weight(torch.zeros(OUT, IN), spec())
     x = matrix(3, IN, seed=1)
     y = layer(x)
     y.sum().backward()
@@ -374,7 +374,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_layer_rank_and_shape():
         ("miss", 97, r"rank 97 is more than the 96 inputs"),
     ):
         with pytest.raises(RankError, match=words):
-            ADAPTERS[mode].linear.over(plain, Adaptation.make(mode, rank, 1))
+            ADAPTERS[mode].linear.wrap(plain, Adaptation.make(mode, rank, 1))
     tensors = initial_tensors("x070", 1, 64, 40, 32, 0)
     model = plain_model(sizes_of(tensors), compute_dtype=torch.float32)
     plan = make_plan("bone", 1, rank=24, alpha=1.0, lr_init=1e-4, lr_final=1e-5)

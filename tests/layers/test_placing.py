@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model, kept, trainable
+from rwkv_rlhf.checkpoints.loading import build_model, checkpoint_tensors, trainable
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.layers.placing import apply_plan, plan_layout
@@ -90,7 +90,7 @@ def test_rejected_factors_of_an_adapter_stay_as_they_began():
     learning = trainable(model)
     assert not held & learning.keys() and "blocks.1.att.key.lora_B" in learning
     assert "blocks.0.att.key.lora_A" in learning and "blocks.1.att.value.lora_A" in learning
-    assert kept(model).keys() == learning.keys() | held
+    assert checkpoint_tensors(model).keys() == learning.keys() | held
     assert report.trained == sum(p.numel() for p in learning.values())
     model.head(model(torch.arange(24).view(2, 12))[0]).logsumexp(-1).sum().backward()
     assert all(dict(model.named_parameters())[name].grad is None for name in held)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.layers.adaptation import seeded
-from rwkv_rlhf.layers.linear import Linear, Placement
+from rwkv_rlhf.layers.linear import Linear, StorageSpec
 from rwkv_rlhf.layers.stores import STORES, fp8, nf4, store_class
 
 IN, OUT = 96, 64  # rows of 96 do not end where the blocks of 64 do
@@ -30,7 +30,7 @@ def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def packed_layer(store: str, dtype=torch.float32) -> Linear:
     layer = Linear(IN, OUT, device="meta")
-    layer.take(matrix(OUT, IN), Placement(dtype, store=store))
+    layer.load_weight(matrix(OUT, IN), StorageSpec(dtype, store=store))
     return layer
 
 

@@ -237,13 +237,13 @@ def test_heads_of_the_model(store, adapter):
     """Packed or dense, with or without LoRA: the scores are those of the head called as a module."""
     from rwkv_rlhf.layers.adaptation import Adaptation
     from rwkv_rlhf.layers.adapters.lora import LoRA
-    from rwkv_rlhf.layers.linear import Linear, Placement
+    from rwkv_rlhf.layers.linear import Linear, StorageSpec
 
     if store != "none":
         pytest.importorskip("bitsandbytes")
     head = Linear(C, V, device="meta")
-    head = LoRA.over(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
-    head.take(torch.randn(V, C), Placement(torch.float32, store=store))
+    head = LoRA.wrap(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
+    head.take(torch.randn(V, C), StorageSpec(torch.float32, store=store))
     if adapter:
         nn.init.normal_(head.lora_B)
     hidden = hidden_states(torch.float32)

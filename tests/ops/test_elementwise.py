@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import elementwise as pointwise7
-from rwkv_rlhf.ops import elementwise_naive as pointwise7_naive
+from rwkv_rlhf.ops import elementwise as elementwise
+from rwkv_rlhf.ops import elementwise_naive as elementwise_naive
 from rwkv_rlhf.ops.build import BuildError, library
 
 EPS = 64e-5
@@ -19,7 +19,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 def kernels():
     """Skip where there is no compiler; then users run the twins."""
     try:
-        library("pointwise7")
+        library("elementwise")
     except BuildError as error:
         pytest.skip(f"kernels cannot be built: {error}")
 
@@ -135,9 +135,9 @@ def test_twins_are_the_published_formulas(op: str):
     """A twin that is wrong would pass its error on to every kernel judged by it."""
     starts = torch.tensor([0, 0, 2, 2, 5, 5]) if op == "token_mix" else None
     tensors = inputs(op, 1, 5, 2, 4, torch.float64, segments=5)
-    for out, expected in zip(call(pointwise7_naive, op, tensors, 2, starts), written_out(op, tensors, 2, starts)):
+    for out, expected in zip(call(elementwise_naive, op, tensors, 2, starts), written_out(op, tensors, 2, starts)):
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *t: call(pointwise7_naive, op, t, 2, starts), tensors, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *t: call(elementwise_naive, op, t, 2, starts), tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -148,8 +148,8 @@ def test_twins_are_the_published_formulas(op: str):
 def test_kernels_equal_twins(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kernels, poisoned):
     """Training with kernels would differ from training without, or use memory nobody wrote."""
     tensors = inputs(op, *shape, dtype)
-    fast = run(pointwise7, op, tensors, shape[2], backend="cpu")
-    slow = run(pointwise7_naive, op, tensors, shape[2])
+    fast = run(elementwise, op, tensors, shape[2], backend="cpu")
+    slow = run(elementwise_naive, op, tensors, shape[2])
     for a, b in zip(fast, slow, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert distance(a, b) < LIMITS[dtype]
@@ -164,14 +164,14 @@ def test_packed_segments_equal_separate_rows(backend: str, with_last: bool, kern
     x, last, mixes = inputs("token_mix", 1, bounds[-1], 3, 32, torch.float32, segments=len(bounds) - 1)
     given = (x, last, mixes) if with_last else (x, mixes)
     weights = torch.randn(6, *x.shape)
-    outs = pointwise7.token_mix(x, last if with_last else None, starts, mixes, backend=backend)
+    outs = elementwise.token_mix(x, last if with_last else None, starts, mixes, backend=backend)
     packed = [*outs, *torch.autograd.grad(outs, given, list(weights))]
 
     parts = []
     for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin < end:
             row = last[s : s + 1] if with_last else None
-            parts.append(pointwise7.token_mix(x[:, begin:end], row, None, mixes, backend=backend))
+            parts.append(elementwise.token_mix(x[:, begin:end], row, None, mixes, backend=backend))
     outs = [torch.cat(pieces, 1) for pieces in zip(*parts)]
     separate = [*outs, *torch.autograd.grad(outs, given, list(weights))]
     for a, b in zip(packed, separate, strict=True):
@@ -183,9 +183,9 @@ def test_packed_segments_equal_separate_rows(backend: str, with_last: bool, kern
 def test_a_carried_token_equals_one_long_row(kernels):
     """Text cut into pieces (infinite context, sampling) would be another text, and its gradient would stop."""
     x, last, mixes = inputs("token_mix", 2, 50, 2, 32, torch.float32)
-    whole = torch.stack(pointwise7.token_mix(x, last, None, mixes, backend="cpu"))
+    whole = torch.stack(elementwise.token_mix(x, last, None, mixes, backend="cpu"))
     halves = [
-        torch.stack(pointwise7.token_mix(part, before, None, mixes, backend="cpu"))
+        torch.stack(elementwise.token_mix(part, before, None, mixes, backend="cpu"))
         for part, before in ((x[:, :20], last), (x[:, 20:], x[:, 19]))
     ]
     torch.testing.assert_close(torch.cat(halves, 2), whole, rtol=0, atol=0)
@@ -204,7 +204,7 @@ def test_equal_inputs_give_equal_bits(op: str, kernels):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            results.append(run(pointwise7, op, tensors, 4, backend="cpu"))
+            results.append(run(elementwise, op, tensors, 4, backend="cpu"))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -215,11 +215,11 @@ def test_equal_inputs_give_equal_bits(op: str, kernels):
 def test_frozen_inputs_do_not_change_the_other_gradients(op: str, kernels, poisoned):
     """Under LoRA most tensors are frozen; the trained ones would then get other gradients than in full training."""
     tensors = inputs(op, 1, 40, 2, 32, torch.float32)
-    outs = call(pointwise7, op, tensors, 2, backend="cpu")
+    outs = call(elementwise, op, tensors, 2, backend="cpu")
     full = torch.autograd.grad([out.square().sum() for out in outs], tensors)
     for i in range(len(tensors)):
         some = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
-        outs = call(pointwise7, op, some, 2, backend="cpu")
+        outs = call(elementwise, op, some, 2, backend="cpu")
         (only,) = torch.autograd.grad([out.square().sum() for out in outs], [some[i]])
         assert torch.equal(only, full[i])
 
@@ -231,7 +231,7 @@ def test_an_unused_output_counts_as_zero(op: str, kernels, poisoned):
     for used in range(3):
         fast, slow = (
             torch.autograd.grad(
-                call(pointwise7, op, tensors, 2, backend=b)[used].square().sum(), tensors, allow_unused=True
+                call(elementwise, op, tensors, 2, backend=b)[used].square().sum(), tensors, allow_unused=True
             )
             for b in ("cpu", "naive")
         )
@@ -245,8 +245,8 @@ def test_strides_do_not_matter(op: str, kernels):
     tensors = inputs(op, 2, 12, 2, 32, torch.float32)
     strided = [t.detach().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for t in tensors]
     for a, b in zip(
-        torch.autograd.grad(sum(o.sum() for o in call(pointwise7, op, strided, 2, backend="cpu")), strided),
-        torch.autograd.grad(sum(o.sum() for o in call(pointwise7, op, tensors, 2, backend="naive")), tensors),
+        torch.autograd.grad(sum(o.sum() for o in call(elementwise, op, strided, 2, backend="cpu")), strided),
+        torch.autograd.grad(sum(o.sum() for o in call(elementwise, op, tensors, 2, backend="naive")), tensors),
     ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -256,7 +256,7 @@ def test_small_vectors_may_have_the_activations_dtype(kernels):
     y, r, k, v, r_k, weight, bias, g = inputs("gated_norm", 1, 9, 2, 32, torch.bfloat16)
     narrow = (y, r, k, v, *(t.detach().bfloat16().requires_grad_() for t in (r_k, weight, bias)), g)
     for a, b in zip(
-        run(pointwise7, "gated_norm", narrow, 2, backend="cpu"), run(pointwise7_naive, "gated_norm", narrow, 2)
+        run(elementwise, "gated_norm", narrow, 2, backend="cpu"), run(elementwise_naive, "gated_norm", narrow, 2)
     ):
         assert a.dtype == torch.bfloat16 and distance(a, b) < 1e-2
 
@@ -266,15 +266,15 @@ def test_extreme_values(backend: str, kernels):
     """A saturated gate would overflow, a zero key divide by zero, or a NaN vanish that should stop a run."""
     extreme = torch.tensor([-math.inf, -1e30, -100.0, -60.0, 0.0, 60.0, 1e30, math.inf, math.nan]).repeat(4)[None, None]
     one, zero = torch.ones_like(extreme), torch.zeros_like(extreme)
-    gate = pointwise7.value_gate(zero, one, torch.zeros(36), extreme, backend=backend)[0, 0, :9]
+    gate = elementwise.value_gate(zero, one, torch.zeros(36), extreme, backend=backend)[0, 0, :9]
     torch.testing.assert_close(gate[3:8].double(), torch.tensor([-60.0, 0.0, 60.0, 1e30, math.inf]).double().sigmoid())
     assert (gate[:3] < 1e-37).all() and gate[8].isnan()
     key = torch.zeros(1, 1, 32, requires_grad=True)
-    outs = pointwise7.delta_keys(key, *torch.ones(3, 32), torch.zeros(1, 1, 32), 1, backend=backend)
+    outs = elementwise.delta_keys(key, *torch.ones(3, 32), torch.zeros(1, 1, 32), 1, backend=backend)
     assert not any(out.any() for out in outs)
     assert torch.autograd.grad(outs[0].sum(), key)[0].isfinite().all()
     infinite = torch.tensor([-math.inf, -1.0, 0.0, 2.0, math.inf, math.nan])
-    squared = pointwise7.relu_squared(infinite, backend=backend)
+    squared = elementwise.relu_squared(infinite, backend=backend)
     torch.testing.assert_close(squared, torch.tensor([0.0, 0.0, 0.0, 4.0, math.inf, math.nan]), equal_nan=True)
 
 
@@ -282,7 +282,7 @@ def test_extreme_values(backend: str, kernels):
 @pytest.mark.parametrize("op", OPS)
 def test_no_tokens_at_all(op: str, backend: str, kernels):
     """An empty prompt would crash."""
-    for result in run(pointwise7, op, inputs(op, 1, 0, 2, 32, torch.float32), 2, backend=backend):
+    for result in run(elementwise, op, inputs(op, 1, 0, 2, 32, torch.float32), 2, backend=backend):
         assert not result.any()
 
 
@@ -290,14 +290,14 @@ def test_mistakes_are_named():
     """A tensor of the wrong size would be read beyond its end, or the error would not say which it was."""
     x, _, mixes = inputs("token_mix", 1, 4, 2, 32, torch.float32)
     with pytest.raises(ValueError, match=r"last must be \(1, 64\)"):
-        pointwise7.token_mix(x, torch.zeros(2, 64), None, mixes)
+        elementwise.token_mix(x, torch.zeros(2, 64), None, mixes)
     with pytest.raises(ValueError, match="starts must rise from 0 to T = 4"):
-        pointwise7.token_mix(x, None, torch.tensor([0, 3, 2, 4]), mixes)
+        elementwise.token_mix(x, None, torch.tensor([0, 3, 2, 4]), mixes)
     with pytest.raises(ValueError, match="need B = 1"):
-        pointwise7.token_mix(x.repeat(2, 1, 1), None, torch.tensor([0, 4]), mixes)
+        elementwise.token_mix(x.repeat(2, 1, 1), None, torch.tensor([0, 4]), mixes)
     with pytest.raises(ValueError, match=r"v_first is torch\.bfloat16"):
-        pointwise7.value_gate(x, x.bfloat16(), torch.zeros(64), x)
+        elementwise.value_gate(x, x.bfloat16(), torch.zeros(64), x)
     with pytest.raises(ValueError, match="3 heads do not divide"):
-        pointwise7.delta_keys(x, *torch.zeros(3, 64), x, 3)
+        elementwise.delta_keys(x, *torch.zeros(3, 64), x, 3)
     with pytest.raises(ValueError, match="r_k"):
-        pointwise7.gated_norm(x.view(1, 4, 2, 32), x, x, x, torch.zeros(64), torch.zeros(64), torch.zeros(64), x)
+        elementwise.gated_norm(x.view(1, 4, 2, 32), x, x, x, torch.zeros(64), torch.zeros(64), torch.zeros(64), x)

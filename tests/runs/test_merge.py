@@ -13,7 +13,7 @@ import torch
 
 from rwkv_rlhf.checkpoints.loading import (
     build_model,
-    kept,
+    checkpoint_tensors,
     load_adapter,
     load_model,
     read_tensors,
@@ -234,7 +234,7 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(0.01)
-    write_atomic({name: parameter.detach() for name, parameter in kept(model).items()}, checkpoint)
+    write_atomic({name: parameter.detach() for name, parameter in checkpoint_tensors(model).items()}, checkpoint)
     write_sidecar(read_sidecar(checkpoint), checkpoint)
     merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
     assert spread(logits(model), plain_logits(merged)) <= 1e-5

@@ -11,7 +11,7 @@ import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, write_factors
 from rwkv_rlhf.checkpoints.loading import build_model, load_adapter, load_model, read_tensors, trainable, write_atomic
-from rwkv_rlhf.checkpoints.merge_shares import parse_coefficients
+from rwkv_rlhf.checkpoints.merge_shares import parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
@@ -157,7 +157,7 @@ def test_a_filter_merges_some_layers_and_weighs_others(tmp_path, capsys, mode):
 )
 def test_filters_that_mean_nothing_are_refused(text, sentence):
     with pytest.raises(ValueError, match=sentence):
-        parse_coefficients(text, 2)
+        parse_merge_shares(text, 2)
 
 
 @pytest.mark.parametrize("mode", ["lora", "pissa", "dora", "miss"])

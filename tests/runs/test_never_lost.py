@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints import resume_points as points_module
-from rwkv_rlhf.checkpoints.resume_points import Points, last_point, points_in
+from rwkv_rlhf.checkpoints.resume_points import ResumePoints, last_point, points_in
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training import callbacks
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import advice, is_out_of_memory
 from tests.conftest import read_jsonl
 
@@ -156,7 +156,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(typed, script, text_jsonl, tmp
 
 def test_a_point_that_is_too_large_for_the_file_system(tmp_path):
     """As a full disk, for machines where nothing can be mounted."""
-    points = Points(tmp_path / "resume", {"settings": {}})
+    points = ResumePoints(tmp_path / "resume", {"settings": {}})
     place = {"step": 1, "epoch": 0, "done": 1}
     points.write(place, {"weights": {"a": torch.ones(10)}})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -174,7 +174,7 @@ def test_a_folder_that_becomes_read_only(typed, script, text_jsonl, tmp_path, mo
     """If this breaks, a disk that fails goes unnoticed, and the run trains for nothing."""
     words = [*typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 6, "--resume_every", 1, "--epoch_count", 1]
     with small_disk(tmp_path / "disk", "20m") as disk:
-        step, calls = Trainee.training_step, []
+        step, calls = TrainingModule.training_step, []
 
         def and_then_read_only(self, batch, index):
             calls.append(1)
@@ -183,7 +183,7 @@ def test_a_folder_that_becomes_read_only(typed, script, text_jsonl, tmp_path, mo
                 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
             return step(self, batch, index)
 
-        monkeypatch.setattr(Trainee, "training_step", and_then_read_only)
+        monkeypatch.setattr(TrainingModule, "training_step", and_then_read_only)
         status, _, err = script(train.main, *fresh(words, disk))
         assert status != 0 and err.count("\n") == 1 and "Read-only" in err, err
         assert last_point(disk / "resume").about["step"] == 3
@@ -194,7 +194,7 @@ def test_a_folder_that_becomes_read_only(typed, script, text_jsonl, tmp_path, mo
 def test_ranks_meet_in_one_point(tmp_path):
     """If this breaks, a point of several processes lacks a part, or a part of an earlier attempt is taken for a new."""
     folder = tmp_path / "resume"
-    ranks = [Points(folder, {"settings": {}}) for _ in range(2)]
+    ranks = [ResumePoints(folder, {"settings": {}}) for _ in range(2)]
     for rank, one in enumerate(ranks):
         one.join(rank, 2, "abc")
     place = {"step": 5, "epoch": 0, "done": 5}
@@ -209,7 +209,7 @@ def test_ranks_meet_in_one_point(tmp_path):
 def test_a_rank_that_never_writes(tmp_path, monkeypatch):
     """If this breaks, rank 0 calls a point whole that is not, or waits for ever."""
     monkeypatch.setattr(points_module, "PATIENCE", 0.1)
-    points = Points(tmp_path, {"settings": {}})
+    points = ResumePoints(tmp_path, {"settings": {}})
     points.join(0, 2, "abc")
     with pytest.raises(ValueError, match="rank 1 has not written"):
         points.write({"step": 1, "epoch": 0, "done": 1}, {"run": 0})
@@ -233,9 +233,9 @@ def test_values_and_tensors_come_back_exactly(tmp_path):
 
 def test_bad_steps_count_on_after_a_resume(typed, script, text_jsonl, tmp_path, monkeypatch):
     """If this breaks, each restart forgives a run that has blown up."""
-    step = Trainee.training_step
+    step = TrainingModule.training_step
     monkeypatch.setattr(
-        Trainee,
+        TrainingModule,
         "training_step",
         lambda self, batch, index: None if self._skip("a test", batch, index) else step(self, batch, index) * 0,
     )
@@ -251,7 +251,7 @@ def test_out_of_memory_names_three_flags_and_keeps_what_is_done(typed, script, t
     words = [*typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 6, "--epoch_count", 1]
     words += ["--resume_every", 0, "--ctx_len", 1024]
     assert script(train.main, *fresh(words, tmp_path / "whole"))[0] == 0
-    step, calls = Trainee.training_step, []
+    step, calls = TrainingModule.training_step, []
 
     def too_large(self, batch, index):
         calls.append(1)
@@ -259,7 +259,7 @@ def test_out_of_memory_names_three_flags_and_keeps_what_is_done(typed, script, t
             torch.empty(1 << 60, dtype=torch.uint8)
         return step(self, batch, index)
 
-    monkeypatch.setattr(Trainee, "training_step", too_large)
+    monkeypatch.setattr(TrainingModule, "training_step", too_large)
     status, _, err = script(train.main, *fresh(words, tmp_path / "out"))
     assert status == 1 and err.count("\n") == 1 and "--quant 1 --quant_mode nf4" in err
     assert "--micro_bsz 1 --accumulate_grad_batches 2" in err and "--infctx 1 --chunk_ctx 512" in err

@@ -10,7 +10,7 @@ import torch
 
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training import callbacks
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from tests.conftest import read_jsonl
 
 
@@ -90,7 +90,7 @@ def cut_at(monkeypatch):
     """cut_at(k, what): instead of the micro-batch after the k-th from now there is `what`."""
 
     def cut(k, what=killed):
-        step, left = Trainee.training_step, [k]
+        step, left = TrainingModule.training_step, [k]
 
         def counted(self, batch, index):
             left[0] -= 1
@@ -98,8 +98,8 @@ def cut_at(monkeypatch):
                 what()
             return step(self, batch, index)
 
-        monkeypatch.setattr(Trainee, "training_step", counted)
-        return lambda: monkeypatch.setattr(Trainee, "training_step", step)
+        monkeypatch.setattr(TrainingModule, "training_step", counted)
+        return lambda: monkeypatch.setattr(TrainingModule, "training_step", step)
 
     return cut
 

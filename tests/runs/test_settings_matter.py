@@ -20,7 +20,7 @@ from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.plan import COLUMNS
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.inputs import Inputs
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import OPTIMIZERS
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
@@ -50,7 +50,7 @@ def seen(monkeypatch):
     norms: of the gradient that the step used. passes: of one block, recomputation included.
     """
     found = SimpleNamespace(fed=[], updates=[], norms=[], passes=0, names={})
-    training_step, adamw = Trainee.training_step, OPTIMIZERS["adamw"]
+    training_step, adamw = TrainingModule.training_step, OPTIMIZERS["adamw"]
 
     def count(*_):
         found.passes += 1
@@ -82,7 +82,7 @@ def seen(monkeypatch):
         return past
 
     found.forget = forget  # gives what was seen of one run, and begins anew
-    monkeypatch.setattr(Trainee, "training_step", watched_step)
+    monkeypatch.setattr(TrainingModule, "training_step", watched_step)
     monkeypatch.setitem(OPTIMIZERS, "adamw", watched_adamw)
     return found
 

@@ -9,7 +9,7 @@ import pytest
 
 from rwkv_rlhf.settings.command_line import Parser, UsageError, as_flags, parse, run, spelled
 from rwkv_rlhf.settings.config import Config, settings
-from rwkv_rlhf.settings.constraints import LAWS, SETTINGS_OF
+from rwkv_rlhf.settings.constraints import CONSTRAINTS, SETTINGS_OF
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 
 SIZES = "--load_model M --proj_dir P --vocab_size 65536 --n_layer 24 --n_embd 2048 --my_testing x070"
@@ -303,7 +303,7 @@ def test_wishes_that_have_an_effect_are_accepted():
 
 def test_flags_and_settings_are_the_same_list():
     """A setting that cannot be typed, or two with the same name, would be lost."""
-    assert set(LAWS) and {name for names in SETTINGS_OF.values() for name in names} <= set(settings())
+    assert set(CONSTRAINTS) and {name for names in SETTINGS_OF.values() for name in names} <= set(settings())
     assert spelled("{version} {pair_file} {dpo} {lora} {unknown}") == (
         "--my_testing --rlhf_train_file --dpo --lora {unknown}"
     )

@@ -19,21 +19,21 @@ from rwkv_rlhf.commands.train import ranked
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launched
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.resume import HostCopy
 from rwkv_rlhf.training.strategies import load_rank_state, local, own_states, rank_state
 
 
-def forget(trainee, batch, index):
+def forget(module, batch, index):
     """A training step before which the optimizer's state is wrecked and restored."""
-    if index == 2 and trainee.folder.name == "forgetful":
-        state = HostCopy()(rank_state(trainee.trainer))
-        for _, own in own_states(trainee.trainer):
+    if index == 2 and module.folder.name == "forgetful":
+        state = HostCopy()(rank_state(module.trainer))
+        for _, own in own_states(module.trainer):
             assert own
             for value in own.values():
                 local(value).fill_(7)
-        load_rank_state(trainee.trainer, state)
-    return training_step(trainee, batch, index)
+        load_rank_state(module.trainer, state)
+    return training_step(module, batch, index)
 
 
 def main(runs, words):
@@ -52,9 +52,9 @@ def main(runs, words):
                 path.write_text(f"{type(error).__name__}: {error}")
 
 
-training_step = Trainee.training_step
+training_step = TrainingModule.training_step
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    Trainee.training_step = forget
+    TrainingModule.training_step = forget
     main(sys.argv[1], sys.argv[2:])

@@ -12,7 +12,7 @@ from rwkv_rlhf.checkpoints.loading import build_model
 from rwkv_rlhf.commands import make_binidx, train
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.model.initial import TABLES, initial_tensors
-from rwkv_rlhf.ops import elementwise as pointwise7
+from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.training.memory import block_bytes, state_bytes, weights_by_storage
 from tests.conftest import VOCAB
@@ -205,7 +205,7 @@ def test_a_shape_weighs_what_the_model_of_that_shape_does(mode, quant):
 def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, width):
     """If this breaks, a kernel, its plain twin or a block keeps more of each token than the plan knows. Within 15%."""
     if twins:  # as on a GPU
-        monkeypatch.setattr(pointwise7, "_runs_on_host", lambda *_: False)
+        monkeypatch.setattr(elementwise, "_runs_on_host", lambda *_: False)
     mode = "lora" if dropout or twins else "full"  # the casts of masters are counted apart
     plan = make_plan(mode, 2, rank=4, dropout=dropout, lr_init=1.0, lr_final=1.0)
     model, _ = build_model(initial_tensors(version, 2, 256, 64, 64, 1), plan=plan, compute_dtype=NUMBERS[width])

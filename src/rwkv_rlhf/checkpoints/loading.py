@@ -25,13 +25,13 @@ from rwkv_rlhf.layers.placing import (
     Layout,
     Report,
     frozen_layout,
-    hollow,
     matrices,
+    on_meta,
     place,
-    placement_for,
     plan_layout,
     replace,
     report_of,
+    storage_spec_for,
 )
 from rwkv_rlhf.model.sizes import STATES, Sizes, check_flags, sizes_of, states_in
 
@@ -214,9 +214,9 @@ def build_model(
         layout = plan_layout(model, plan, quant=quant, limited=limited, rslora=rslora)
     shapes = {name: parameter.shape for name, parameter in wanted.items()}
     replace(model, layout)
-    placement = placement_for(compute_dtype, device, share, svd_niter)
+    spec = storage_spec_for(compute_dtype, device, share, svd_niter)
     if torch.device(device).type == "meta":
-        hollow(model, layout, placement)
+        on_meta(model, layout, spec)
         return model, report_of(model, layout)
     dtypes, block = {}, ""
     for name, shape in shapes.items():
@@ -225,7 +225,7 @@ def build_model(
             tensors = reopen()
         tensor = tensors[name] if name in tensors or name not in states else torch.zeros(shape)
         dtypes[name] = tensor.dtype
-        place(model, name, tensor.reshape(shape), layout, placement, seed, initial)
+        place(model, name, tensor.reshape(shape), layout, spec, seed, initial)
     report = report_of(model, layout)
     report.dtypes = dtypes
     return model, report
@@ -264,7 +264,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def kept(model: nn.Module) -> dict[str, nn.Parameter]:
+def checkpoint_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a checkpoint of training holds, by name: all that trains, and what RejectParts holds of an adapter.
 
     The factors that do not learn began at random: without them nothing can be merged.
@@ -273,7 +273,9 @@ def kept(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name in adapters}
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], path: str | Path) -> None:
+def copy_into(
+    model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter], path: str | Path
+) -> None:
     """Copy `tensors` into the parameters `wanted` of `model`. Raises ValueError with the key diff unless all match."""
     difference = key_diff(tensors, wanted, OPTIONAL - wanted.keys())
     if difference:
@@ -283,12 +285,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], wanted: Mapping[str, n
             parameter.copy_(tensors[name].reshape(parameter.shape))
 
 
-def take_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Let each adapter of `model` take the form that its tensors in a checkpoint have (`Linear.expect`)."""
+def adopt_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let each adapter of `model` take the form that its tensors in a checkpoint have (`Linear.adopt_form`)."""
     for name, layer in matrices(model):
         found = {part: tensors[f"{name}.{part}"] for part in layer.tensors if f"{name}.{part}" in tensors}
         if found:
-            layer.expect(found)
+            layer.adopt_form(found)
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -297,8 +299,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     Raises ValueError with the key diff when the file has others, or of other shapes (another plan, other layers).
     """
     tensors = read_tensors(path)
-    take_forms(model, tensors)
-    fill(model, tensors, kept(model), path)
+    adopt_forms(model, tensors)
+    copy_into(model, tensors, checkpoint_tensors(model), path)
     log.info("continued from %s", path)
 
 

@@ -15,7 +15,7 @@ ENDS = ("emb", "head")
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class MergeShares:
     """The share of each row (emb, a block's number, head) in the merged model; None = everything, wholly.
 
     Rows that a filter does not name stay as in the base. ln0 goes with emb, ln_out with head, as in a layer profile.
@@ -53,7 +53,7 @@ class Coefficients:
         return {name: tensor for name, tensor in tensors.items() if self.of(name)}
 
 
-def parse_coefficients(text: str, n_layer: int) -> Coefficients:
+def parse_merge_shares(text: str, n_layer: int) -> MergeShares:
     """`0-3 0.2*4-24 head`: rows or ranges of them, each with an optional factor >= 0; blanks or commas between.
 
     Raises ValueError for other words, for blocks that the model does not have, and for a row that is named twice.
@@ -84,4 +84,4 @@ def parse_coefficients(text: str, n_layer: int) -> Coefficients:
             rows[row] = factor
     if not any(rows.values()):
         raise ValueError(f"--layer_filter {text!r} leaves every layer as in the base")
-    return Coefficients(rows)
+    return MergeShares(rows)

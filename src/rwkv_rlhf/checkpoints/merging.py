@@ -16,10 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, open_adapter, parts_of
-from rwkv_rlhf.checkpoints.loading import build_model, fill, kept, key_diff, plain_model, read_tensors, take_forms
-from rwkv_rlhf.checkpoints.merge_shares import Coefficients
+from rwkv_rlhf.checkpoints.loading import (
+    adopt_forms,
+    build_model,
+    checkpoint_tensors,
+    copy_into,
+    key_diff,
+    plain_model,
+    read_tensors,
+)
+from rwkv_rlhf.checkpoints.merge_shares import MergeShares
 from rwkv_rlhf.layers.adaptation import RankError
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 from rwkv_rlhf.layers.placing import Layout, Report, adapter_for, known_factors, matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
@@ -70,8 +78,8 @@ def combined_model(
     _check_names(base, adapter, layout, source)
     with _naming(source):
         model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
-    take_forms(model, adapter)
-    fill(model, adapter, kept(model), source)
+    adopt_forms(model, adapter)
+    copy_into(model, adapter, checkpoint_tensors(model), source)
     return model, report
 
 
@@ -146,14 +154,14 @@ class Merged(Mapping[str, Tensor]):
         file: AdapterFile,
         *,
         device: torch.device | str = "cpu",
-        coefficients: Coefficients | None = None,
+        shares: MergeShares | None = None,
     ) -> None:
         self.base, self.file, self.device = base, file, device
-        self.coefficients = coefficients or Coefficients()
+        self.shares = shares or MergeShares()
         known = shapes(base)
         _check_names(known, file.tensors, file.layout, file.path)
         self.plain = dict(matrices(plain_model(sizes_of(known), compute_dtype=torch.float32)))
-        new = [name for name in file.layout.trained if name not in base and self.coefficients.of(name)]
+        new = [name for name in file.layout.trained if name not in base and self.shares.of(name)]
         self.names = [*base, *sorted(new)]
 
     def __iter__(self) -> Iterator[str]:
@@ -171,7 +179,7 @@ class Merged(Mapping[str, Tensor]):
         return {name: known[name] if name in known else self.file.tensors[name].to("meta") for name in self.names}
 
     def __getitem__(self, name: str) -> Tensor:
-        layout, share = self.file.layout, self.coefficients.of(name)
+        layout, share = self.file.layout, self.shares.of(name)
         layer = name.removesuffix(".weight")
         touched = name in layout.trained or layer in layout.adapted or layer in layout.packed
         if not (touched and share):
@@ -194,12 +202,12 @@ class Merged(Mapping[str, Tensor]):
             layer: Linear | Embedding = adapter_for(name, plain, file.layout) or plain
         store = file.layout.store if name in file.layout.packed else "none"
         known = known_factors(layer, name, file.initial) if layer.initial else None
-        layer.take(weight, Placement(torch.float32, self.device, store, initial=known))
+        layer.load_weight(weight, StorageSpec(torch.float32, self.device, store, initial=known))
         parts = parts_of(layer.adaptation.mode) if layer.adaptation else ()
         mine = {part: file.tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in file.tensors}
-        layer.expect(mine)
+        layer.adopt_form(mine)
         wanted = {f"{name}.{part}": getattr(layer, part) for part in parts}
-        fill(layer, {f"{name}.{part}": tensor for part, tensor in mine.items()}, wanted, file.path)
+        copy_into(layer, {f"{name}.{part}": tensor for part, tensor in mine.items()}, wanted, file.path)
         merged = layer.merged()
         if layer is plain:
             layer.store, layer.weight = None, None  # only a list of layers here: keep one matrix at a time
@@ -223,15 +231,15 @@ def check_merged(
     base: Mapping[str, Tensor],
     file: AdapterFile,
     merged: Mapping[str, Tensor],
-    coefficients: Coefficients | None = None,
+    shares: MergeShares | None = None,
 ) -> tuple[float, float]:
     """Compare logits of base + adapter with those of the merged model on a probe text.
 
     Both run in float32. Returns (largest difference relative to the range of the logits, what rounding allows); with
-    coefficients other than 0 and 1 there is nothing that was trained to compare with: then (0, inf), and (inf, 0) when
+    shares other than 0 and 1 there is nothing that was trained to compare with: then (0, inf), and (inf, 0) when
     the merged model's logits are no numbers.
     """
-    shown = coefficients or Coefficients()
+    shown = shares or MergeShares()
     after = probe_logits(build_model(merged, compute_dtype=torch.float32, share=True)[0], sizes_of(base).vocab_size)
     if not shown.whole:
         return (0.0, math.inf) if bool(after.isfinite().all()) else (math.inf, 0.0)

@@ -37,7 +37,7 @@ class Damaged(ValueError):
 
 
 @dataclass(frozen=True)
-class Point:
+class ResumePoint:
     """A whole, verified point: `about` is what its manifest says beside the hashes."""
 
     path: Path
@@ -86,7 +86,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return content
 
 
-def open_point(path: Path) -> Point:
+def open_point(path: Path) -> ResumePoint:
     """The point in the folder `path`, every file compared with its hash.
 
     Raises Damaged for flipped or missing bytes, ValueError for a point of a later program.
@@ -100,10 +100,10 @@ def open_point(path: Path) -> Point:
             raise Damaged(f"{file} is missing")
         if file_hash(file) != sha256:
             raise Damaged(f"{file} is damaged: its bytes are not those that were written")
-    return Point(path, content["about"])
+    return ResumePoint(path, content["about"])
 
 
-def last_point(folder: Path) -> Point | None:
+def last_point(folder: Path) -> ResumePoint | None:
     """The last whole point in a resume folder, None where there never was one.
 
     Damaged ones are passed over, each said once. Raises ValueError when none is whole.
@@ -123,7 +123,7 @@ def last_point(folder: Path) -> Point | None:
     return None
 
 
-class Points:
+class ResumePoints:
     """Writes the points of one run into `folder`, and keeps the last two of them.
 
     `about` goes into every manifest. `line` is the point that the run goes on from: points of other runs are removed
@@ -204,7 +204,7 @@ class Points:
                 shutil.rmtree(other, ignore_errors=True)
 
 
-def explicit_point(path: Path) -> Point:
+def explicit_point(path: Path) -> ResumePoint:
     """--resume PATH: a point, or the last one of a resume folder or a project folder. Raises ValueError."""
     if NAME.match(path.name) and (path / MANIFEST).exists():
         return open_point(path)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.checkpoints.loading import kept, write_atomic
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, write_atomic
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, write_checkpoint
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.distributed.watchdog import at
+from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.plan import is_state
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,11 @@ def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dt
     All ranks call this, as a tensor may be spread over them: each is put together by itself, for the first rank.
     """
     tensors = {}
-    for name, parameter in kept(model).items():
+    for name, parameter in checkpoint_tensors(model).items():
         whole = name.endswith(WHOLE_MATRIX) and not any(norm in f".{name}" for norm in NORMS)
         dtype = dtypes.get(name, torch.float32) if whole and save_dtype == "base" else torch.float32
-        with ranks.whole(parameter) as tensor:
-            if ranks.first():
+        with ranks.full_tensor(parameter) as tensor:
+            if ranks.is_rank_zero():
                 tensors[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
     return tensors
 
@@ -113,9 +113,9 @@ class RunFolder:
         Every rank calls this, as all of them may hold parts of the tensors; the first one writes.
         """
         path = self.folder / f"rwkv-{name}{self.suffix}"
-        at(f"saving {path.name}")
+        heartbeat(f"saving {path.name}")
         tensors = self.tensors()
-        if not ranks.first():
+        if not ranks.is_rank_zero():
             return path
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
@@ -133,7 +133,7 @@ class RunFolder:
         self._numbered.append(path)
         while 0 < self.keep < len(self._numbered):
             oldest = self._numbered.pop(0)
-            if not ranks.first():
+            if not ranks.is_rank_zero():
                 continue
             oldest.unlink(missing_ok=True)
             oldest.with_suffix(".json").unlink(missing_ok=True)

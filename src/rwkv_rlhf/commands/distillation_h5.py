@@ -18,7 +18,7 @@ import torch
 
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
 from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
-from rwkv_rlhf.data.grouping import together
+from rwkv_rlhf.data.grouping import grouped
 from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.progress import counted
 from rwkv_rlhf.data.report import DataReport
@@ -50,7 +50,7 @@ def parser() -> Parser:
 
 def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:
     """Neighbouring documents together up to `most` tokens; a longer document alone."""
-    return together(examples, lambda example: len(example.tokens), most)
+    return grouped(examples, lambda example: len(example.tokens), most)
 
 
 def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:

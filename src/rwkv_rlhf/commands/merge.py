@@ -17,7 +17,7 @@ import torch
 from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
 from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder, to_peft_folder
 from rwkv_rlhf.checkpoints.loading import file_sizes, write_atomic
-from rwkv_rlhf.checkpoints.merge_shares import Coefficients, parse_coefficients
+from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
 from rwkv_rlhf.layers.stores import STORES
@@ -123,7 +123,7 @@ def merge(args: argparse.Namespace) -> None:
     check_paths(output, base_path, adapter_path, sidecar_path(adapter_path), *named)
     device = chosen_device(args.device)
     sizes = file_sizes(base_path)  # a base that is no RWKV model is refused before anything is hashed
-    shares = parse_coefficients(args.layer_filter, sizes.n_layer) if args.layer_filter else Coefficients()
+    shares = parse_merge_shares(args.layer_filter, sizes.n_layer) if args.layer_filter else MergeShares()
     file = opened(args)
     with hinting(HINTS):
         cold = cold_of(adapter_path, file.sidecar, args.load_cold_adapter, force=args.force)
@@ -131,7 +131,7 @@ def merge(args: argparse.Namespace) -> None:
         check_inputs(f"--output {output}", output, *found, *([cold] if cold else []))
         base = base_reader(base_path, cold, device, force=args.force)()
     base = dict(base) if isinstance(base, Merged) else base
-    merged = dict(Merged(base, file, device=device, coefficients=shares))
+    merged = dict(Merged(base, file, device=device, shares=shares))
     difference, allowed = check_merged(base, file, merged, shares)
     if shares.whole:
         print(f"check: logits of merged and base + adapter differ by at most {difference:.1e} of their range")

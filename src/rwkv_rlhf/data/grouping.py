@@ -1,4 +1,4 @@
-"""How documents become examples, cut into pieces that overlap by one token, and how examples run together."""
+"""How documents become examples, cut into pieces that overlap by one token, and how examples run grouped."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -22,7 +22,7 @@ def pieces(begin: int, end: int, ctx_len: int, before: np.ndarray | None) -> Ite
             yield at, stop, trained
 
 
-def together(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+def grouped(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
     """Neighbours in lists of at most `most` tokens, a longer item alone: always the same lists for the same items."""
     row: list[Item] = []
     held = 0

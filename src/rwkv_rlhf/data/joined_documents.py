@@ -21,7 +21,7 @@ class Documents(Protocol):
     def length(self, index: int) -> int: ...
 
 
-class Joined:
+class JoinedDocuments:
     """Up to `documents` neighbouring examples joined to one sample of at most ctx_len inputs.
 
     The tradition's --infctx_dataset_multiplier, which cut off what went beyond ctx_len; here the sample ends before the

@@ -2,7 +2,7 @@
 
 Three ways lead here. torchrun and srun start every process and say so in variables of their own; else the process that
 the user started is the first of its machine and starts the others with the same command. Whichever it was, every
-process then knows the same things about itself (`Place`), and the work begins when all have met.
+process then knows the same things about itself (`RankInfo`), and the work begins when all have met.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvi
 from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.distributed.watchdog import Watch
+from rwkv_rlhf.distributed.watchdog import Watchdog
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains
 
@@ -38,7 +38,7 @@ SPARE = 3.0  # minutes after --timeout until the library that moves the tensors 
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """One process among those that train: its rank of `world`, and of `local_world` on its machine."""
 
     rank: int
@@ -55,17 +55,17 @@ class Place(NamedTuple):
         return self.rank // self.local_world
 
 
-def by_torchrun(variables: Variables) -> Place | None:
-    """The place that torchrun's variables (or our own first process, in the same ones) give this process."""
+def by_torchrun(variables: Variables) -> RankInfo | None:
+    """What torchrun's variables (or our own first process, in the same ones) say of this process."""
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in variables for name in needed):
         return None
     *numbers, address, port = (variables[name] for name in needed)
-    return Place(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
+    return RankInfo(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
 
 
-def by_slurm(variables: Variables) -> Place | None:
-    """The place that srun gives this process; None outside of a job step of several tasks."""
+def by_slurm(variables: Variables) -> RankInfo | None:
+    """What srun says of this process; None outside of a job step of several tasks."""
     tasks = variables.get("SLURM_STEP_NUM_TASKS") or variables.get("SLURM_NTASKS", "1")
     needed = ("SLURM_PROCID", "SLURM_LOCALID")
     typed = variables.get("SLURM_JOB_NAME") in INTERACTIVE
@@ -81,19 +81,19 @@ def by_slurm(variables: Variables) -> Place | None:
         15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0)
     )
     rank, local = (_number(name, variables[name]) for name in needed)
-    return Place(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
+    return RankInfo(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
 
 
-LAUNCHERS: dict[str, Callable[[Variables], Place | None]] = {"torchrun": by_torchrun, "srun": by_slurm}
+LAUNCHERS: dict[str, Callable[[Variables], RankInfo | None]] = {"torchrun": by_torchrun, "srun": by_slurm}
 
 
-def place_of(config: Config, variables: Variables) -> Place:
+def rank_info_of(config: Config, variables: Variables) -> RankInfo:
     """Where this process stands. Raises ValueError where the launcher's numbers and the flags disagree."""
     for find in LAUNCHERS.values():
-        place = find(variables)
-        if place is not None:
-            _check_flags(config, place)
-            return place
+        info = find(variables)
+        if info is not None:
+            _check_flags(config, info)
+            return info
     nodes, local = config.num_nodes, config.devices
     node = _number("NODE_RANK", variables.get("NODE_RANK", "0"))
     missing = [name for name in ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
@@ -105,18 +105,18 @@ def place_of(config: Config, variables: Variables) -> Place:
     if not 0 <= node < nodes:
         raise ValueError(f"NODE_RANK {node}: {{num_nodes}} {nodes} has machines 0 to {nodes - 1}")
     if nodes == 1:
-        return Place(0, local, 0, local, port=_free_port() if local > 1 else 0)
+        return RankInfo(0, local, 0, local, port=_free_port() if local > 1 else 0)
     port = _number("MASTER_PORT", variables["MASTER_PORT"])
-    return Place(node * local, nodes * local, 0, local, variables["MASTER_ADDR"], port)
+    return RankInfo(node * local, nodes * local, 0, local, variables["MASTER_ADDR"], port)
 
 
-def _check_flags(config: Config, place: Place) -> None:
-    found = {"devices": place.local_world, "num_nodes": place.world // place.local_world}
+def _check_flags(config: Config, info: RankInfo) -> None:
+    found = {"devices": info.local_world, "num_nodes": info.world // info.local_world}
     for name, number in found.items():
         if name in config.given and getattr(config, name) != number:
             raise ValueError(
-                f"{{{name}}} {getattr(config, name)}, but {place.launcher} started {place.world} processes, "
-                f"{place.local_world} on each machine: give {{{name}}} {number} or leave it out"
+                f"{{{name}}} {getattr(config, name)}, but {info.launcher} started {info.world} processes, "
+                f"{info.local_world} on each machine: give {{{name}}} {number} or leave it out"
             )
 
 
@@ -133,12 +133,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-class Placed(ClusterEnvironment):
-    """Tells Lightning what `Place` says; the processes are there before it comes."""
+class LaunchEnvironment(ClusterEnvironment):
+    """Tells Lightning what `RankInfo` says; the processes are there before it comes."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, info: RankInfo) -> None:
         super().__init__()
-        self.place = place
+        self.info = info
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -148,12 +148,12 @@ class Placed(ClusterEnvironment):
     @property
     def main_address(self) -> str:
         """The machine of rank 0."""
-        return self.place.address
+        return self.info.address
 
     @property
     def main_port(self) -> int:
         """The port of rank 0."""
-        return self.place.port
+        return self.info.port
 
     @staticmethod
     def detect() -> bool:
@@ -162,41 +162,41 @@ class Placed(ClusterEnvironment):
 
     def world_size(self) -> int:
         """How many processes there are."""
-        return self.place.world
+        return self.info.world
 
     def set_world_size(self, size: int) -> None:
         """It is known already."""
-        assert size == self.place.world, (size, self.place)
+        assert size == self.info.world, (size, self.info)
 
     def global_rank(self) -> int:
         """The rank among all."""
-        return self.place.rank
+        return self.info.rank
 
     def set_global_rank(self, rank: int) -> None:
         """It is known already."""
-        assert rank == self.place.rank, (rank, self.place)
+        assert rank == self.info.rank, (rank, self.info)
 
     def local_rank(self) -> int:
         """The rank on this machine."""
-        return self.place.local_rank
+        return self.info.local_rank
 
     def node_rank(self) -> int:
         """The number of this machine."""
-        return self.place.node
+        return self.info.node
 
 
-def start_others(place: Place, words: Sequence[str]) -> dict[int, subprocess.Popen]:
+def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen]:
     """The other processes of this machine, by rank: the same command, told their places in torchrun's variables."""
     started = {}
-    for local in range(1, place.local_world):
-        rank = place.rank + local
+    for local in range(1, info.local_world):
+        rank = info.rank + local
         told = {
             "RANK": rank,
-            "WORLD_SIZE": place.world,
+            "WORLD_SIZE": info.world,
             "LOCAL_RANK": local,
-            "LOCAL_WORLD_SIZE": place.local_world,
-            "MASTER_ADDR": place.address,
-            "MASTER_PORT": place.port,
+            "LOCAL_WORLD_SIZE": info.local_world,
+            "MASTER_ADDR": info.address,
+            "MASTER_PORT": info.port,
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # when another process ends it would draw stack traces
         }
         variables = os.environ | {name: str(value) for name, value in told.items()}
@@ -209,12 +209,12 @@ def takes_several(config: Config) -> bool:
     return trains(config) and not config.dry_run
 
 
-_here = [Place(0, 1, 0, 1)]  # of this process
+_here = [RankInfo(0, 1, 0, 1)]  # of this process
 
 
-def here() -> Placed:
-    """The place of this process, as Lightning asks for it."""
-    return Placed(_here[-1])
+def here() -> LaunchEnvironment:
+    """The rank of this process, as Lightning asks for it."""
+    return LaunchEnvironment(_here[-1])
 
 
 @contextmanager
@@ -227,56 +227,56 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     """
     before = dict(os.environ)
     try:
-        with _placed(config, words) as placed:
-            yield placed
+        with _met_here(config, words) as met:
+            yield met
     finally:  # DeepSpeed and Lightning leave their variables behind, which processes started later would believe
         os.environ.clear()
         os.environ.update(before)
 
 
 @contextmanager
-def _placed(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
-    place = place_of(config, os.environ)
+def _met_here(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
+    info = rank_info_of(config, os.environ)
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
-    if place.world == 1:
+    if info.world == 1:
         yield config
         return
     if not takes_several(config):
-        yield None if place.rank else config
+        yield None if info.rank else config
         return
     config = dataclasses.replace(
         config,
-        devices=place.local_world,
-        num_nodes=place.world // place.local_world,
-        enable_progress_bar=config.enable_progress_bar and place.rank == 0,
+        devices=info.local_world,
+        num_nodes=info.world // info.local_world,
+        enable_progress_bar=config.enable_progress_bar and info.rank == 0,
     )
-    backend = _take_device(config, place)
-    if place.rank:
+    backend = _take_device(config, info)
+    if info.rank:
         logging.getLogger().setLevel(logging.WARNING)
         for handler in logging.getLogger().handlers:
-            handler.setFormatter(logging.Formatter(f"rank {place.rank}: %(message)s"))
-    _here.append(place)
-    others = {} if place.launcher else start_others(place, words)
-    parent = place.node * place.local_world if place.local_rank else None
-    with Watch(place.rank, place.world, others, config.timeout, parent=parent) as watch:
-        _meet(place, backend, config.timeout)
-        watch.begin(place.address, place.port)
+            handler.setFormatter(logging.Formatter(f"rank {info.rank}: %(message)s"))
+    _here.append(info)
+    others = {} if info.launcher else start_others(info, words)
+    parent = info.node * info.local_world if info.local_rank else None
+    with Watchdog(info.rank, info.world, others, config.timeout, parent=parent) as watch:
+        _meet(info, backend, config.timeout)
+        watch.begin(info.address, info.port)
         yield config
 
 
-def _take_device(config: Config, place: Place) -> str:
+def _take_device(config: Config, info: RankInfo) -> str:
     """Settles on this rank's GPU or share of the cores; returns the backend that moves tensors between ranks."""
     gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
     if not gpus:
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
-        if place.world > place.local_world and (name := interface_towards(place.address)):
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world))
+        if info.world > info.local_world and (name := interface_towards(info.address)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return "gloo"
-    if place.local_world > gpus:
-        raise ValueError(f"{{devices}} {place.local_world}: this machine shows {gpus} GPUs")
-    torch.cuda.set_device(place.local_rank)
+    if info.local_world > gpus:
+        raise ValueError(f"{{devices}} {info.local_world}: this machine shows {gpus} GPUs")
+    torch.cuda.set_device(info.local_rank)
     return "nccl"
 
 
@@ -299,15 +299,15 @@ def interface_towards(address: str) -> str:
     return ""
 
 
-def _meet(place: Place, backend: str, timeout: float) -> None:
+def _meet(info: RankInfo, backend: str, timeout: float) -> None:
     """Returns when every rank is connected. Raises RuntimeError naming the address when some do not come."""
-    os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
+    os.environ.update(MASTER_ADDR=info.address, MASTER_PORT=str(info.port))
     try:
         distributed.init_process_group(
-            backend, rank=place.rank, world_size=place.world, timeout=timedelta(minutes=timeout + SPARE)
+            backend, rank=info.rank, world_size=info.world, timeout=timedelta(minutes=timeout + SPARE)
         )
-        ranks.together()
+        ranks.barrier()
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"rank {place.rank} did not meet all {place.world} at {place.address} port {place.port}: {error}"
+            f"rank {info.rank} did not meet all {info.world} at {info.address} port {info.port}: {error}"
         ) from error

@@ -31,7 +31,7 @@ def rank() -> int:
     return distributed.get_rank() if several() else 0
 
 
-def first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is rank 0, the one that writes files, logs and reports."""
     return rank() == 0
 
@@ -42,7 +42,7 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def summed(numbers: Sequence[float]) -> list[float]:
+def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     """The sum over all ranks of each of `numbers`, of which every rank has equally many."""
     if not several() or not numbers:
         return list(numbers)
@@ -51,7 +51,7 @@ def summed(numbers: Sequence[float]) -> list[float]:
     return totals.tolist()
 
 
-def largest(number: float) -> float:
+def all_reduce_max(number: float) -> float:
     """The largest of the ranks' numbers."""
     if not several():
         return number
@@ -60,7 +60,7 @@ def largest(number: float) -> float:
     return float(found)
 
 
-def gathered(value: Value) -> list[Value]:
+def all_gather(value: Value) -> list[Value]:
     """What every rank gives, in the order of ranks; plain values and CPU tensors."""
     if not several():
         return [value]
@@ -69,19 +69,19 @@ def gathered(value: Value) -> list[Value]:
     return found
 
 
-def from_first(make: Callable[[], Value]) -> Value:
+def broadcast_from_zero(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on every rank; the others do not call `make`."""
     if not several():
         return make()
-    found = [make() if first() else None]
+    found = [make() if is_rank_zero() else None]
     distributed.broadcast_object_list(found, src=0, device=device())
     return found[0]
 
 
-def together() -> None:
+def barrier() -> None:
     """Returns when every rank has come here."""
     if several():
-        largest(0.0)
+        all_reduce_max(0.0)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -91,7 +91,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole(parameter: Tensor) -> Iterator[Tensor]:
+def full_tensor(parameter: Tensor) -> Iterator[Tensor]:
     """All of a parameter, of which every rank may hold a part; only inside the block, and on all ranks at once."""
     if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
         from deepspeed.runtime.zero import GatheredParameters
@@ -104,18 +104,18 @@ def whole(parameter: Tensor) -> Iterator[Tensor]:
         yield parameter.detach()
 
 
-def shared_out(work: Callable[[int], Value], count: int, model: nn.Module) -> list[Value]:
+def split_over_ranks(work: Callable[[int], Value], count: int, model: nn.Module) -> list[Value]:
     """[work(0), ..., work(count - 1)], each done by one rank and known to all.
 
     Where the ranks hold parts of the model every rank does all of it, in step with the others.
     """
     if not several() or is_sharded(model):
         return [work(number) for number in range(count)]
-    parts = gathered([work(number) for number in range(rank(), count, world())])
+    parts = all_gather([work(number) for number in range(rank(), count, world())])
     return [parts[number % world()][number // world()] for number in range(count)]
 
 
-def same_start(tensors: Sequence[Tensor]) -> None:
+def broadcast_parameters(tensors: Sequence[Tensor]) -> None:
     """Give every rank the numbers that rank 0 has in `tensors`, in place."""
     if several():
         with torch.no_grad():
@@ -130,7 +130,7 @@ def check_same(what: str, value: Any) -> None:
 
     `what` completes the sentence "rank 1 has another ...".
     """
-    values = gathered(value)
+    values = all_gather(value)
     other = next((number for number, found in enumerate(values) if found != values[0]), None)
     if other is not None:
         raise ValueError(f"rank {other} has another {what} than rank 0: {values[other]!r} instead of {values[0]!r}")

@@ -2,7 +2,7 @@
 
 A rank that waits for the others inside a collective operation cannot do that itself: it would wait for ever, or until
 the library gives up with a sentence about sockets. The ranks tell each other, through the store at which they met, what
-they are doing (`at`) and how often that has changed. A rank that fails says so before it ends.
+they are doing (`heartbeat`) and how often that has changed. A rank that fails says so before it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import TracebackType
 from torch import distributed
 from torch.distributed import TCPStore
 
-from rwkv_rlhf.distributed.ranks import together
+from rwkv_rlhf.distributed.ranks import barrier
 
 GRACE = 3.0  # seconds in which a rank may still fail by itself, with a better sentence, after another has
 LOST = 20.0  # seconds without a sign of life after which a rank is suspected, once something has gone wrong
@@ -32,15 +32,15 @@ FAILED = "failed"  # the key under which the first failure is announced
 # words in what the libraries raise when a rank at the other end of a connection is gone
 BROKEN = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket", "timed out", "store")
 
-_watch: list[Watch] = []  # of this process
+_watchdogs: list[Watchdog] = []  # of this process
 
 
-def at(what: str) -> None:
+def heartbeat(what: str) -> None:
     """Says that this rank is about to do `what`: a sign that it does not hang. Before the first one nothing counts as
     hanging, as nobody knows how long a model takes to load."""
-    for watch in _watch:
-        watch.ticks += 1
-        watch.what = what
+    for watchdog in _watchdogs:
+        watchdog.ticks += 1
+        watchdog.what = what
 
 
 def exit_status(error: BaseException) -> int:
@@ -52,7 +52,7 @@ def exit_status(error: BaseException) -> int:
     return 2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else 1
 
 
-class Watch:
+class Watchdog:
     """Watches the other ranks from inside the block.
 
     children: those that this process has started, by rank. parent: the rank whose process (or whose launcher) started
@@ -72,9 +72,9 @@ class Watch:
         self.over = threading.Event()
         self.lock = threading.Lock()  # a store is no place for two threads
 
-    def __enter__(self) -> Watch:
-        _watch.append(self)
-        threading.Thread(target=self._run, daemon=True, name="watch").start()
+    def __enter__(self) -> Watchdog:
+        _watchdogs.append(self)
+        threading.Thread(target=self._run, daemon=True, name="watchdog").start()
         return self
 
     def begin(self, address: str, port: int) -> None:
@@ -91,12 +91,12 @@ class Watch:
 
     def _part(self) -> None:
         """A good end: the first rank, which holds the store, stays until the others need it no more."""
-        together()
+        barrier()
         self.over.set()
-        _watch.clear()
+        _watchdogs.clear()
         with self.lock:
             self.store = None
-        together()
+        barrier()
         distributed.destroy_process_group()
         for child in self.children.values():
             child.wait()

@@ -18,7 +18,7 @@ from rwkv_rlhf.layers.stores.store import ExactBuffers, Store
 
 
 @dataclass(frozen=True)
-class Placement:
+class StorageSpec:
     """In what form a matrix is taken: `store` packs it, `dtype` is that of a dense one, `master` that of adapters.
 
     `generator` draws the adapter's first values. With `share` a dense matrix that already fits is not copied. PiSSA
@@ -59,16 +59,16 @@ class Linear(ExactBuffers):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.store: Store | None = None
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        """Hold the matrix `weight` (out, in) as `placement` says, frozen. Adapters also start their own tensors."""
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        """Hold the matrix `weight` (out, in) as `spec` says, frozen. Adapters also start their own tensors."""
         assert weight.shape == (self.out_features, self.in_features), weight.shape
-        store = store_class(placement.store)
+        store = store_class(spec.store)
         if store is None:
-            self.store, self.weight = None, placement.dense(weight)
+            self.store, self.weight = None, spec.dense(weight)
         else:
-            self.store, self.weight = store.pack(weight.detach().to(placement.device)), None
+            self.store, self.weight = store.pack(weight.detach().to(spec.device)), None
 
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+    def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the form that the adapter's own `tensors` of a checkpoint have, where an older program had another."""
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,14 +110,14 @@ class Embedding(ExactBuffers):
         self.embedding_dim = embedding_dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        """Hold the table `weight` (V, C) as `placement` says, frozen. Adapters also start their own tensors."""
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        """Hold the table `weight` (V, C) as `spec` says, frozen. Adapters also start their own tensors."""
         assert weight.shape == (self.num_embeddings, self.embedding_dim), weight.shape
-        assert placement.store == "none"
-        self.weight = placement.dense(weight)
+        assert spec.store == "none"
+        self.weight = spec.dense(weight)
 
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
-        """As `Linear.expect`."""
+    def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
+        """As `Linear.adopt_form`."""
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The table (V, C) without any adapter."""

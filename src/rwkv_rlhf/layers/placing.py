@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.precision import wide_dtype
 
@@ -164,7 +164,7 @@ def adapter_for(name: str, layer: Linear | Embedding, layout: Layout) -> Linear 
 
 def _adapter(layer: Linear | Embedding, name: str, adaptation: Adaptation) -> Linear | Embedding:
     try:
-        return _adapter_class(layer, name, adaptation.mode).over(layer, adaptation)
+        return _adapter_class(layer, name, adaptation.mode).wrap(layer, adaptation)
     except RankError as mistake:
         raise RankError(f"layer {name}: mode {adaptation.mode}: {mistake}") from mistake
 
@@ -183,39 +183,39 @@ def place(
     name: str,
     tensor: Tensor,
     layout: Layout,
-    placement: Placement,
+    spec: StorageSpec,
     seed: int = 0,
     initial: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Give the base tensor `name` to the replaced `model`: trained = float32 master, frozen = dense or packed.
 
-    `placement.store` is ignored: the layout says which matrices are packed. An adapter's first values depend on `seed`
+    `spec.store` is ignored: the layout says which matrices are packed. An adapter's first values depend on `seed`
     and the layer's name only, and where it begins from its matrix (PiSSA) on `initial`, if given: known factors by
-    `<layer>.<name in the layer's initial>`. With `placement.share` frozen matrices stay as they come, in their dtype.
+    `<layer>.<name in the layer's initial>`. With `spec.share` frozen matrices stay as they come, in their dtype.
     Raises ValueError when `initial` lacks the factors of the layer or has them in another shape.
     """
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     trains = name in layout.trained
     if trains:
-        placement = changed(placement, dtype=placement.master, share=False)
+        spec = changed(spec, dtype=spec.master, share=False)
     if isinstance(module, Linear | Embedding):
         store = layout.store if module_name in layout.packed else "none"
-        if placement.share:
-            placement = changed(placement, dtype=tensor.dtype)
+        if spec.share:
+            spec = changed(spec, dtype=tensor.dtype)
         known = known_factors(module, module_name, initial)
-        module.take(tensor, changed(placement, store=store, generator=seeded(seed, module_name), initial=known))
+        module.load_weight(tensor, changed(spec, store=store, generator=seeded(seed, module_name), initial=known))
         if trains:
             module.weight.requires_grad_(True)
         for part in module.tensors if module.adaptation else ():
             getattr(module, part).requires_grad_(f"{module_name}.{part}" not in layout.held)
     else:
         assert leaf in module._parameters, name
-        parameter = placement.dense(tensor)
+        parameter = spec.dense(tensor)
         setattr(module, leaf, parameter.requires_grad_(trains))
 
 
-def hollow(model: nn.Module, layout: Layout, placement: Placement) -> None:
+def on_meta(model: nn.Module, layout: Layout, spec: StorageSpec) -> None:
     """As `place` of every tensor of the replaced `model`, but on the meta device: dtypes and sizes without numbers."""
     for name, parameter in list(model.named_parameters()):
         module_name, _, leaf = name.rpartition(".")
@@ -224,10 +224,10 @@ def hollow(model: nn.Module, layout: Layout, placement: Placement) -> None:
         if module_name in layout.packed and not own:
             store = store_class(layout.store)
             assert store is not None
-            module.store, module.weight = store.hollow(parameter.shape), None
+            module.store, module.weight = store.on_meta(parameter.shape), None
             continue
         trains = name not in layout.held if own else name in layout.trained
-        dtype = placement.master if own or trains else placement.dtype
+        dtype = spec.master if own or trains else spec.dtype
         setattr(module, leaf, nn.Parameter(parameter.detach().to(dtype), requires_grad=trains))
     for _, layer in matrices(model):  # what an adapter began with, as large as the factors that it belongs to
         for part, like in zip(layer.initial, layer.tensors, strict=False):
@@ -284,13 +284,13 @@ def apply_plan(
     replace(model, layout)
     for name in list(tensors):
         tensor = tensors.pop(name)
-        place(model, name, tensor, layout, placement_for(compute_dtype, tensor.device), seed)
+        place(model, name, tensor, layout, storage_spec_for(compute_dtype, tensor.device), seed)
     return report_of(model, layout)
 
 
-def placement_for(
+def storage_spec_for(
     compute_dtype: torch.dtype, device: torch.device | str = "cpu", share: bool = False, svd_niter: int = 4
-) -> Placement:
+) -> StorageSpec:
     """Frozen tensors in the compute dtype, trained ones in float32 (float64 in float64 runs)."""
     master = wide_dtype(compute_dtype)
-    return Placement(compute_dtype, device, master=master, share=share, svd_niter=svd_niter)
+    return StorageSpec(compute_dtype, device, master=master, share=share, svd_niter=svd_niter)

@@ -40,7 +40,7 @@ class Loss:
         """Scores -> (sum over trained tokens or pairs, detached sums by name; "loss" is what is logged as the loss)."""
         raise NotImplementedError
 
-    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
         """What `token_scores` must find besides log p, as its keywords."""
         return {"want_max": l2wrap}
 
@@ -61,7 +61,9 @@ class Loss:
         if (at := self.at(batch)) is not None:
             scores = gathered_scores(head, hidden, batch.targets, at, chunk=chunk)
         else:
-            scores = token_scores(head, hidden, batch.targets, chunk=chunk, **self.wants(l2wrap=l2wrap, **settings))
+            scores = token_scores(
+                head, hidden, batch.targets, chunk=chunk, **self.required_stats(l2wrap=l2wrap, **settings)
+            )
         return self.from_scores(scores, batch, l2wrap=l2wrap, **settings)
 
     @staticmethod
@@ -78,7 +80,7 @@ class TextLoss(Loss):
     kind = "text"
     l2wrap = True
 
-    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
         return {"want_mean": settings.get("smoothing", 0) > 0, "want_max": l2wrap}
 
     def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
@@ -94,7 +96,7 @@ class PairLoss(Loss):
 
     kind = "pairs"
 
-    def wants(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
+    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
         return {"want_max": l2wrap, "want_square": self.needs_weights}
 
     def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:

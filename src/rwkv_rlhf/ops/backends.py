@@ -63,7 +63,7 @@ BACKENDS: dict[str, dict[str, Rule]] = {
     "wkv5": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv6": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv7": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
-    "pointwise7": {"cpu": host_library, "naive": any_tensor},
+    "elementwise": {"cpu": host_library, "naive": any_tensor},
     "logprob": {"cpu": host_library, "naive": any_tensor},
 }
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import elementwise as pointwise7
+from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.ops import judge
 from rwkv_rlhf.ops.backends import BACKENDS, choose
 from rwkv_rlhf.ops.logprob import row_grad_, row_stats
@@ -98,7 +98,7 @@ def cases() -> Iterator[Case]:
     for op in judge.RECURRENCES:
         yield Case(op, op, functools.partial(_recurrence_inputs, op), functools.partial(_recurrence, op))
     for name in POINTWISE:
-        yield Case("pointwise7", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
+        yield Case("elementwise", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
     yield Case("logprob", "logprob", _logits, _logprob)
 
 
@@ -117,15 +117,15 @@ X = (BATCH, TOKENS, *C)
 POINTWISE: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor | tuple[Tensor, ...]]]] = {
     "token_mix": (
         (X, (BATCH, *C), (6, *C)),
-        lambda x, last, mixes, backend: pointwise7.token_mix(x, last, None, mixes, backend),
+        lambda x, last, mixes, backend: elementwise.token_mix(x, last, None, mixes, backend),
     ),
-    "value_gate": ((X, X, C, X), pointwise7.value_gate),
+    "value_gate": ((X, X, C, X), elementwise.value_gate),
     "delta_keys": (
         (X, C, C, C, X),
-        lambda *inputs, backend: pointwise7.delta_keys(*inputs, HEADS, backend),
+        lambda *inputs, backend: elementwise.delta_keys(*inputs, HEADS, backend),
     ),
-    "gated_norm": ((SHAPE, X, X, X, (HEADS, SIZE), C, C, X), pointwise7.gated_norm),
-    "relu_squared": ((X,), pointwise7.relu_squared),
+    "gated_norm": ((SHAPE, X, X, X, (HEADS, SIZE), C, C, X), elementwise.gated_norm),
+    "relu_squared": ((X,), elementwise.relu_squared),
 }
 
 

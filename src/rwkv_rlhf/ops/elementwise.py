@@ -5,7 +5,7 @@ Activations are bfloat16, float32 or (naive) float64, all of one dtype; small pe
 masters. Arithmetic is float32 inside (float64 for float64 activations), a result is rounded once to the activations'
 dtype, and gradients reach every tensor. Per-channel gradients are summed in an order that depends on the number of
 rows alone, so equal inputs give equal bits for any number of threads. `backend` is "auto" or a name of
-`select.BACKENDS["pointwise7"]`. Every function raises ValueError for shapes or dtypes that do not fit.
+`select.BACKENDS["elementwise"]`. Every function raises ValueError for shapes or dtypes that do not fit.
 """
 
 from collections.abc import Callable
@@ -89,13 +89,13 @@ def gated_norm(
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
-    ops = library("pointwise7") if _runs_on_host(x, backend) else naive
+    ops = library("elementwise") if _runs_on_host(x, backend) else naive
     return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
 
 
 def _runs_on_host(x: Tensor, backend: str) -> bool:
     """Whether the C++ kernels take these activations, rather than the plain twins."""
-    return choose("pointwise7", x.device, x.dtype, tuple(x.shape), backend)[0] == "cpu"
+    return choose("elementwise", x.device, x.dtype, tuple(x.shape), backend)[0] == "cpu"
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -106,7 +106,7 @@ def _kernel(name: str, tensors: tuple[Tensor | None, ...], *settings: int | floa
     """Run one group of kernels; without gradients straight, which matters when tokens are sampled one by one."""
     if _records(*tensors):
         return _Kernel.apply(name, settings, *tensors)
-    return tuple(getattr(library("pointwise7"), name)(*tensors, *settings))
+    return tuple(getattr(library("elementwise"), name)(*tensors, *settings))
 
 
 class _Kernel(torch.autograd.Function):
@@ -117,14 +117,14 @@ class _Kernel(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an output nobody used costs nothing
         ctx.save_for_backward(*tensors)
         ctx.name, ctx.settings = name, settings
-        return tuple(getattr(library("pointwise7"), name)(*tensors, *settings))
+        return tuple(getattr(library("elementwise"), name)(*tensors, *settings))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         need = list(ctx.needs_input_grad[2:])
-        backward = getattr(library("pointwise7"), f"{ctx.name}_backward")
+        backward = getattr(library("elementwise"), f"{ctx.name}_backward")
         return None, None, *backward(list(grads), *tensors, *ctx.settings, need)
 
 

@@ -20,7 +20,7 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
 
 
 def token_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor) -> tuple[Tensor, ...]:
-    """out_m = x + (shift(x) - x) * mix_m; see `pointwise7.token_mix`."""
+    """out_m = x + (shift(x) - x) * mix_m; see `elementwise.token_mix`."""
     wide, wide_mixes = _wide(x, mixes)
     if starts is None:
         head = wide.new_zeros(x.shape[0], x.shape[2]) if last is None else last.to(wide.dtype)
@@ -36,7 +36,7 @@ def token_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tens
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor) -> Tensor:
-    """v + (v_first - v) * sigmoid(v0 + v12); see `pointwise7.value_gate`."""
+    """v + (v_first - v) * sigmoid(v0 + v12); see `elementwise.value_gate`."""
     wide, first, bias, low = _wide(v, v_first, v0, v12)
     return (wide + (first - wide) * torch.sigmoid(bias + low)).to(v.dtype)
 
@@ -44,7 +44,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor) -> Tensor:
 def delta_keys(
     k: Tensor, k_k: Tensor, k_a: Tensor, a0: Tensor, a12: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k (1 + (a - 1) k_a), -kk, kk a; see `pointwise7.delta_keys`."""
+    """k (1 + (a - 1) k_a), -kk, kk a; see `elementwise.delta_keys`."""
     wide, scale, amount, bias, low = _wide(k, k_k, k_a, a0, a12)
     rate = torch.sigmoid(bias + low)
     kk = F.normalize((wide * scale).unflatten(-1, (heads, -1)), dim=-1, eps=NORM_EPS).flatten(-2)
@@ -63,7 +63,7 @@ def gated_norm(
     g: Tensor,
     eps: float = 64e-5,
 ) -> Tensor:
-    """(GroupNorm_H(y) weight + bias + (sum_head r k r_k) v) g; see `pointwise7.gated_norm`."""
+    """(GroupNorm_H(y) weight + bias + (sum_head r k r_k) v) g; see `elementwise.gated_norm`."""
     y_, r_, k_, v_, r_k_, weight_, bias_, g_ = _wide(y, r, k, v, r_k, weight, bias, g)
     heads, size = y.shape[-2:]
     normed = F.layer_norm(y_, (size,), eps=eps).flatten(-2) * weight_ + bias_
@@ -72,7 +72,7 @@ def gated_norm(
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2; see `pointwise7.relu_squared`."""
+    """max(x, 0)^2; see `elementwise.relu_squared`."""
     (wide,) = _wide(torch.relu(x))
     return wide.square().to(x.dtype)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
-from rwkv_rlhf.data.grouping import together
-from rwkv_rlhf.distributed.ranks import shared_out
-from rwkv_rlhf.distributed.watchdog import at
+from rwkv_rlhf.data.grouping import grouped
+from rwkv_rlhf.distributed.ranks import split_over_ranks
+from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses.orpo import log_odds
 from rwkv_rlhf.losses.tokens import token_scores
 from rwkv_rlhf.model.rwkv import RWKV
@@ -54,18 +54,18 @@ def _long_document(model: RWKV, example: TextExample, chunk: int) -> tuple[float
 def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> dict[str, Any]:
     """Token-weighted plain negative log-likelihood: no smoothing, no L2Wrap. Keys loss, perplexity, tokens."""
     device = next(model.parameters()).device
-    rows = list(together(examples, lambda example: len(example.tokens), ROW))
+    rows = list(grouped(examples, lambda example: len(example.tokens), ROW))
 
     def scored_row(number: int) -> tuple[float, int]:
         row = rows[number]
-        at(f"scoring row {number} of held-out text")
+        heartbeat(f"scoring row {number} of held-out text")
         if len(row) == 1 and len(row[0].tokens) > ROW:
             return _long_document(model, row[0], chunk)
         batch = pack_texts(row).to(device)
         scores = token_scores(model.head, text_hidden(model, batch), batch.targets, chunk=chunk)
         return float(scores.logp.double().sum()), int((batch.targets >= 0).sum())
 
-    found = shared_out(scored_row, len(rows), model)
+    found = split_over_ranks(scored_row, len(rows), model)
     total, count = sum(logp for logp, _ in found), sum(scored for _, scored in found)
     if count == 0:
         raise ValueError("--val_file has no token to score: every document is shorter than two tokens")
@@ -75,7 +75,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
 
 def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
     """Neighbouring pairs that are scored together, up to ROW tokens: always the same ones for the same pairs."""
-    return together(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
+    return grouped(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
 
 
 @torch.no_grad()
@@ -92,14 +92,14 @@ def score_pairs(
     rows = list(pair_rows(pairs))
 
     def scored_row(number: int) -> tuple[Tensor, Tensor]:
-        at(f"scoring row {number} of pairs")
+        heartbeat(f"scoring row {number} of pairs")
         scores = pair_sums(model, pack_pairs(rows[number]).to(device), chunk, length)
         if progress is not None:
             progress(len(rows[number]))
         sums = torch.stack([scores.chosen_sum, scores.reject_sum], 1).float().cpu()
         return sums, torch.stack([scores.chosen_count, scores.reject_count], 1).cpu()
 
-    sums, counts = zip(*shared_out(scored_row, len(rows), model), strict=True)
+    sums, counts = zip(*split_over_ranks(scored_row, len(rows), model), strict=True)
     return torch.cat(sums), torch.cat(counts)
 
 

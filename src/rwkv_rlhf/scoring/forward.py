@@ -62,17 +62,19 @@ def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
 
 
 def long_scores(
-    model: RWKV, batch: PairBatch, length: int, *, chunk: int, wants: dict[str, bool], **how: bool
+    model: RWKV, batch: PairBatch, length: int, *, chunk: int, required_stats: dict[str, bool], **how: bool
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in pieces of `length` tokens; `how` goes to `piecewise`."""
 
     def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
-        scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **wants)
+        scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **required_stats)
         return tuple(x for x in scores if x is not None)
 
     found = iter(piecewise(model, cut(batch, length), score, **how))
     logp = next(found)
-    asked = (wants.get(name) for name in ("want_mean", "want_max", "want_square"))  # in the order of the fields
+    asked = (
+        required_stats.get(name) for name in ("want_mean", "want_max", "want_square")
+    )  # in the order of the fields
     return TokenScores(logp, *(next(found) if want else None for want in asked))
 
 
@@ -103,7 +105,9 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
     if isinstance(batch, TextBatch):
         return long_text_loss(model, batch, loss, config, config.chunk, **how)
     settings = loss_settings(loss, config)
-    scores = long_scores(model, batch, config.chunk, chunk=config.head_chunk, wants=loss.wants(**settings), **how)
+    scores = long_scores(
+        model, batch, config.chunk, chunk=config.head_chunk, required_stats=loss.required_stats(**settings), **how
+    )
     return loss.from_scores(scores, batch, **settings)
 
 
@@ -111,7 +115,7 @@ def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: An
 def answer_logp(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> Tensor:
     """(A,) log-probabilities of the answers' tokens, without a graph; in pieces of `length` tokens if not 0."""
     if length:
-        return long_scores(model, batch, length, chunk=chunk, wants={}).logp
+        return long_scores(model, batch, length, chunk=chunk, required_stats={}).logp
     return token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk).logp
 
 

@@ -66,7 +66,7 @@ def reference_scores(
     """
     key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
     path = folder / "cache" / f"reference-{key}.pth"
-    found = ranks.from_first(lambda: cached_scores(path, len(pairs)))
+    found = ranks.broadcast_from_zero(lambda: cached_scores(path, len(pairs)))
     if found is not None:
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return found
@@ -75,7 +75,7 @@ def reference_scores(
     log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
         sums, _ = score_pairs(model, pairs, chunk, progress, length)
-    if ranks.first():
+    if ranks.is_rank_zero():
         path.parent.mkdir(exist_ok=True)
         write_atomic({"sums": sums}, path)
     return sums

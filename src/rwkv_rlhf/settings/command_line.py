@@ -20,7 +20,7 @@ from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings.config import PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, LOSS_FLAGS, WORDS
-from rwkv_rlhf.settings.not_built import refuse_unbuilt
+from rwkv_rlhf.settings.not_built import refuse_not_built
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     try:
         check(config)
         if built:
-            refuse_unbuilt(config)
+            refuse_not_built(config)
     except ValueError as mistake:
         raise UsageError(spelled(str(mistake))) from mistake
     if words:

@@ -35,7 +35,7 @@ PARTS = ("att", "ffn", "ln", "time")
 NOT_BINIDX = (".jsonl", ".txt", ".csv", ".save", ".h5", ".hdf5")
 
 
-class Law(NamedTuple):
+class Constraint(NamedTuple):
     """A combination that is refused: when it holds, and what to say."""
 
     broken: Callable[[Config], bool]
@@ -66,153 +66,153 @@ def names_h5(config: Config) -> bool:
     return config.data_file.lower().endswith((".h5", ".hdf5"))
 
 
-LAWS = (
-    Law(
+CONSTRAINTS = (
+    Constraint(
         lambda c: bool(c.dry_run_shape) and not c.dry_run,
         "{dry_run_shape=} needs {dry_run} 1: it prints the memory of a model of that shape and trains nothing",
     ),
-    Law(
+    Constraint(
         lambda c: bool(c.dry_run_shape) and bool(c.load_model or c.load_adapter or c.train_stage),
         "{dry_run_shape=} stands in place of a file: leave out {load_model}, {load_adapter} and {train_stage}",
     ),
-    Law(
+    Constraint(
         lambda c: c.eval_only and not c.val_file,
         "{eval_only} 1 needs {val_file}, the text or pairs to score",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 1 and bool(c.load_model),
         "{train_stage} 1 writes a new model, so {load_model} must be 0, not {load_model!}",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 1 and c.version is None,
         "{train_stage} 1 needs {version}, the RWKV version to make: x040, x052, x060 or x070",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 1 and c.vocab_size == 0,
         "{train_stage} 1 needs {vocab_size}, e.g. 65536 for the World vocabulary",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 1 and c.version != "x040" and c.n_embd % c.head_size != 0,
         "{n_embd=} is not a multiple of {head_size=}",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 1 and c.dim_att not in (0, c.n_embd),
         "{dim_att=} with {train_stage} 1: initial values exist for attention as wide as the model only, {n_embd=}",
     ),
-    Law(
+    Constraint(
         lambda c: c.train_stage == 0 and not (c.doctor or c.dry_run_shape) and not c.load_model,
         "{load_model} is missing: give a checkpoint, or 0 with {train_stage} 1 (new model) or 3 (newest in {proj_dir})",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and not c.loss and bool(c.pair_file),
         "{pair_file=} needs a loss: {dpo} 1, {orpo} 1 or another one on preference pairs",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.loss in (*PAIR_LOSSES, "kto", "ppo", "grpo") and not c.pair_file,
         "{loss=} needs {pair_file}, the file of preference pairs",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.loss in ("sft", "distillation") and not c.data_file,
         "{loss=} needs {data_file}, the text to train on",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.loss == "distillation" and not c.teacher_model and not names_h5(c),
         "{distillation} 1 needs a teacher: an .h5 with its logits as {data_file} (distillation_generate_h5.py), or "
         "{teacher_model}",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and c.infctx_dataset_multiplier > 1,
         "{infctx_dataset_multiplier=} joins documents of text; {loss=} trains on pairs",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and not c.reset_state,
         "{reset_state} 0 glues documents of text; {loss=} trains on pairs",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and c.initial_ctx_len > 0,
         "{initial_ctx_len=} shortens samples of text; for {loss=} there is {rlhf_max_corpus_len}",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and not c.loss,
         "nothing to train on: give {data_file} (text), or {pair_file} with {dpo} 1, {orpo} 1 or another loss",
     ),
-    Law(
+    Constraint(
         lambda c: c.loss == "dpo" and c.dpo_general_corpus_ratio > 0 and not c.data_file,
         "{dpo_general_corpus_ratio=} needs {data_file}, the general text",
     ),
-    Law(
+    Constraint(
         lambda c: c.dpo_label_smoothing > 0 and c.dpo_loss in ("ipo", "hinge"),
         "{dpo_label_smoothing=} has no meaning with {dpo_loss=}; it belongs to sigmoid and robust",
     ),
-    Law(
+    Constraint(
         lambda c: c.loss == "dpo" and c.dpo_loss == "ipo" and c.dpo_logp == "sum" and "dpo_logp" in c.given,
         "{dpo_logp=} with {dpo_loss=}: IPO is defined on mean log-probabilities",
     ),
-    Law(
+    Constraint(
         lambda c: c.loss == "ppo" and not c.reward_model,
         "{ppo} 1 needs {reward_model}",
     ),
-    Law(
+    Constraint(
         lambda c: c.loss == "grpo" and not c.reward_model and not c.reward_funcs,
         "{grpo} 1 needs {reward_model} or {reward_funcs}",
     ),
-    Law(
+    Constraint(
         lambda c: bool(c.layer_profile) and "peft" in c.given,
         "{layer_profile=} and {peft=}: the profile already says what each layer learns; give one of the two",
     ),
-    Law(
+    Constraint(
         lambda c: bool(c.val_file) and c.val_split > 0,
         "{val_file=} and {val_split=}: give one of the two",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.early_stop > 0 and not c.val_file and c.val_split == 0,
         "{early_stop=} needs {val_file} or {val_split}, the held-out examples that may stop improving",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.magic_prime > 0 and not (trains_on_text(c) and names_corpus(c)),
         "{magic_prime=} needs a binidx corpus as {data_file}; no other data comes in that order",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.my_exit_tokens > 0 and c.loss not in ("", "sft", "distillation"),
         "{my_exit_tokens=} with {loss=}: it counts tokens of text; {epoch_count} says when this training ends",
     ),
-    Law(
+    Constraint(
         lambda c: c.infctx and c.state_cp,
         "{infctx} 1 with {chunk_ctx} and {state_cp} 1 with {ctx_parts} say the same twice; give one of the two",
     ),
-    Law(
+    Constraint(
         lambda c: c.ctx_parts > c.ctx_len,
         "{ctx_parts=} is more than {ctx_len=}",
     ),
-    Law(
+    Constraint(
         lambda c: c.initial_ctx_len > c.ctx_len,
         "{initial_ctx_len=} is more than {ctx_len=}",
     ),
-    Law(
+    Constraint(
         lambda c: "ctx_warmup_steps" in c.given and c.initial_ctx_len == 0,
         "{ctx_warmup_steps=} needs {initial_ctx_len}, the length to start from",
     ),
-    Law(
+    Constraint(
         lambda c: c.state_shift and not c.state and c.peft != "state",
         "{state_shift} 1 needs {state} 1",
     ),
-    Law(
+    Constraint(
         lambda c: bool(c.load_adapter_pissa_init) and not c.load_adapter and not c.load_cold_adapter,
         "{load_adapter_pissa_init=} needs {load_adapter}, the adapter that began from it",
     ),
-    Law(
+    Constraint(
         lambda c: c.force and not c.load_adapter and not c.load_cold_adapter,
         "{force} 1 needs {load_adapter} or {load_cold_adapter}, the adapter of another base model",
     ),
-    Law(
+    Constraint(
         lambda c: c.rslora and c.peft in ("pissa", "bone", "miss"),
         "{rslora} 1 has no effect with {peft=}: only lora and dora have a scale",
     ),
-    Law(
+    Constraint(
         lambda c: c.lora_plus != 1 and c.peft in ("bone", "miss"),
         "{lora_plus=} has no effect with {peft=}: it has no factor B",
     ),
-    Law(
+    Constraint(
         lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
         "{lora_parts=}: must be a comma list of att, ffn, ln, time",
     ),
@@ -220,18 +220,18 @@ LAWS = (
 
 
 # what strategies cannot do, with the reason; all else goes together with all of them
-SHARING = (
-    Law(
+STRATEGY_CONSTRAINTS = (
+    Constraint(
         lambda c: trains(c) and c.strategy.startswith(("fsdp", "deepspeed_stage_3")) and c.chunk > 0,
         "{strategy=} puts a block together when its backward pass begins, and infinite context has one backward pass "
         "for all pieces and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.strategy.startswith("deepspeed_stage_3") and c.state and c.grad_cp,
         "{strategy=} lets the learnt states go before a block that is recomputed reads them; use {grad_cp} 0, or "
         "{strategy} deepspeed_stage_2, which needs no more memory for them",
     ),
-    Law(
+    Constraint(
         lambda c: trains(c) and c.strategy.startswith("deepspeed") and c.precision == "fp64",
         "{strategy=} keeps its copies in float32, so {precision=} would be less than it says; use {strategy} ddp",
     ),
@@ -253,7 +253,7 @@ def say(sentence: str, config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError, one sentence with the flag, its value and what is legal, for the first law that is broken."""
+    """Raises ValueError, one sentence with the flag, its value and what is legal, for the first broken constraint."""
     for name, field in settings().items():
         value, legal = getattr(config, name), field.metadata
         if value is None:
@@ -269,9 +269,9 @@ def check(config: Config) -> None:
         ):
             if limit in legal and broken(value, legal[limit]):
                 raise ValueError(f"{{{name}}} {value}: must be {words} {legal[limit]}")
-    for law in (*LAWS, *SHARING):
-        if law.broken(config):
-            raise ValueError(say(law.sentence, config))
+    for constraint in (*CONSTRAINTS, *STRATEGY_CONSTRAINTS):
+        if constraint.broken(config):
+            raise ValueError(say(constraint.sentence, config))
     if config.peft not in ADAPTERS:
         useless = [name for name in PLAN_FLAGS if name in config.given]
         if not config.layer_profile:

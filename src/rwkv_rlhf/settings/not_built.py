@@ -50,7 +50,7 @@ NOT_BUILT = (
 )
 
 
-def refuse_unbuilt(config: Config) -> None:
+def refuse_not_built(config: Config) -> None:
     """Raises ValueError with the sentence of the first missing part that the run asks for."""
     for part in NOT_BUILT:
         if part.wanted(config):

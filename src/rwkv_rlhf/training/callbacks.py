@@ -16,7 +16,7 @@ from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
 from rwkv_rlhf.reports.page import write_report
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def shown(record: dict[str, Any]) -> str:
 class Bar(TQDMProgressBar):
     """Lightning's bar with the numbers of the last optimizer step."""
 
-    def get_metrics(self, trainer: pl.Trainer, module: Trainee) -> dict[str, str]:
+    def get_metrics(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, str]:
         """What stands to the right of the bar."""
         return {name: f"{module.last_record[name]:.4g}" for name in SHOWN if name in module.last_record}
 
@@ -56,7 +56,7 @@ class Log(pl.Callback):
         self.epoch_begin = epoch_begin
         self._losses: list[float] = []
 
-    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
         """Listen to the module's records."""
         pl_module.listeners.append(self.record)
 
@@ -77,7 +77,7 @@ class Log(pl.Callback):
             self._said = time.monotonic()
             log.info("step %d: %s", record["step"], shown(record))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """Close the mini-epoch with its mean loss."""
         if self._losses:
             mean = sum(self._losses) / len(self._losses)
@@ -106,10 +106,10 @@ class Validate(pl.Callback):
         """Go on comparing; a run that was not validated before has nothing to compare with."""
         self.best, self.waited = state_dict.get("best"), state_dict.get("waited", 0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """Lower loss is better; for pairs higher accuracy, then higher margin."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
-        if ranks.first():
+        if ranks.is_rank_zero():
             append_json(self.folder.folder / "metrics.jsonl", record)
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
         merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
@@ -142,7 +142,7 @@ class Save(pl.Callback):
         """Go on counting them."""
         self.folder.numbered = state_dict["numbered"]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
@@ -151,7 +151,7 @@ class Save(pl.Callback):
             self.folder.save_numbered(self.epoch_begin + epoch)
             self.report()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Trainee, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
         """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             self.stopped = isinstance(exception, KeyboardInterrupt)
@@ -160,7 +160,7 @@ class Save(pl.Callback):
 
     def report(self) -> None:
         """Redraw the curves; a page that cannot be written never stops a run."""
-        if not ranks.first():
+        if not ranks.is_rank_zero():
             return
         try:
             write_report(self.folder.folder, self.settings)
@@ -178,10 +178,10 @@ class WandB(pl.Callback):
             raise ValueError(f"--wandb {project} needs the package wandb: pip install wandb") from error
         self.run = wandb.init(project=project, dir=str(folder), config=settings, name=folder.name)
 
-    def setup(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
         """Listen to the module's records."""
         pl_module.listeners.append(lambda record: self.run.log(record, step=record["step"]))
 
-    def teardown(self, trainer: pl.Trainer, pl_module: Trainee, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
         """Close the run there too."""
         self.run.finish()

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rwkv_rlhf.checkpoints.resume_points import Point, Points
+from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.data.batch import PairBatch, TextBatch
 from rwkv_rlhf.data.sampler import Steps
@@ -24,8 +24,8 @@ from rwkv_rlhf.distributed.launch import here
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
-from rwkv_rlhf.training.module import Trainee
-from rwkv_rlhf.training.resume import KeepPoints
+from rwkv_rlhf.training.module import TrainingModule
+from rwkv_rlhf.training.resume import WriteResumePoints
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
 
@@ -103,14 +103,14 @@ def schedule_of(config: Config, steps: Steps) -> Schedule:
 
 
 def fit(
-    trainee: Trainee,
+    module: TrainingModule,
     steps: Steps,
     config: Config,
     run: RunFolder,
     settings: dict[str, Any],
     evaluate: Callable[[], dict[str, Any]] | None = None,
-    points: Points | None = None,
-    resumed: Point | None = None,
+    points: ResumePoints | None = None,
+    resumed: ResumePoint | None = None,
 ) -> bool:
     """Train to the end, from the point `resumed` on; True when Ctrl+C stopped it (rwkv-last is written then)."""
     folder: Path = run.folder
@@ -118,28 +118,28 @@ def fit(
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if ranks.first():
+    if ranks.is_rank_zero():
         log_new_run(folder / "train_log.txt", settings)
     save = Save(run, config.epoch_begin, config.epoch_save, settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
     callbacks: list[pl.Callback] = []
-    if ranks.first():
+    if ranks.is_rank_zero():
         callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
     if evaluate is not None:
         callbacks.append(Validate(evaluate, run, config.early_stop))
     callbacks.append(save)
-    if config.wandb and ranks.first():
+    if config.wandb and ranks.is_rank_zero():
         callbacks.append(WandB(config.wandb, folder, settings))
     if bar:
         callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
     if points is not None:
-        callbacks.append(KeepPoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
-    device = next(trainee.parameters()).device
+        callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
+    device = next(module.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=make_strategy(config, trainee.model),
+        strategy=make_strategy(config, module.model),
         plugins=here(),
         max_epochs=config.epoch_count,
         max_steps=optimizer_steps(config, steps),
@@ -157,7 +157,7 @@ def fit(
     # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
     loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
     try:
-        trainer.fit(trainee, loader)
+        trainer.fit(module, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
         more = "" if config.resume_every < 0 else ", --resume auto goes on"
         raise RuntimeError(f"stopped by SIGTERM; rwkv-last holds what was learnt{more}") from stop

@@ -15,7 +15,7 @@ from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_fact
 from rwkv_rlhf.checkpoints.loading import load_model
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
-from rwkv_rlhf.data.joined_documents import Growing, Joined
+from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments
 from rwkv_rlhf.data.pairs.pairs import Pairs
 from rwkv_rlhf.data.progress import counted
 from rwkv_rlhf.data.report import DataReport
@@ -173,7 +173,7 @@ class Inputs:
                 "cross the borders of documents anyway"
             )
         seed = c.seed if c.random_mode else None
-        joined = Joined(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
+        joined = JoinedDocuments(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
         log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 

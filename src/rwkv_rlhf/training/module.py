@@ -19,7 +19,7 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.loading import write_atomic
 from rwkv_rlhf.data.batch import PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.distributed.watchdog import at
+from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.kinds import Loss
 from rwkv_rlhf.model.rwkv import RWKV
@@ -64,7 +64,7 @@ def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
     return found
 
 
-class Trainee(pl.LightningModule):
+class TrainingModule(pl.LightningModule):
     """Trains `model` with the loss that `config` names.
 
     A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
@@ -109,7 +109,7 @@ class Trainee(pl.LightningModule):
     def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
         number, one of several goes on with it, and the step is left out by all."""
-        at(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
+        heartbeat(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
         if self.teacher is not None:
             batch = self.teacher(batch)
         value, metrics = self._share(batch)
@@ -216,7 +216,7 @@ class Trainee(pl.LightningModule):
             self._tokens, self._clock = 0, now
             return
         names = sorted(self._means)
-        self._tokens, *sums = ranks.summed([self._tokens, *(self._means[name] for name in names)])
+        self._tokens, *sums = ranks.all_reduce_sum([self._tokens, *(self._means[name] for name in names)])
         means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))

@@ -23,14 +23,14 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import fill, kept, write_atomic
-from rwkv_rlhf.checkpoints.resume_points import FOLDER, Point, Points, explicit_point, last_point, points_in
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into, write_atomic
+from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints, explicit_point, last_point, points_in
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.reports.metrics import append_json, drop_after
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
 from rwkv_rlhf.training.callbacks import Save
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import is_out_of_memory
 from rwkv_rlhf.training.run_identity import identity, refuse_another_run
 from rwkv_rlhf.training.run_state import run_state, skip_batches, take_run_state
@@ -44,25 +44,25 @@ NEVER = -1  # --resume_every
 PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
 
 
-def find_point(config: Config, folder: Path) -> Point | None:
+def find_point(config: Config, folder: Path) -> ResumePoint | None:
     """The point that --resume asks for, verified by rank 0; None without --resume, or with `auto` without any point.
 
     Raises ValueError, on every rank alike, when the points are damaged or belong to a run with other settings.
     """
 
-    def look() -> Point | str | None:
+    def look() -> ResumePoint | str | None:
         try:
             return _found(config, folder)
         except ValueError as mistake:
             return str(mistake)
 
-    point = ranks.from_first(look)
+    point = ranks.broadcast_from_zero(look)
     if isinstance(point, str):
         raise ValueError(point)
     return point
 
 
-def _found(config: Config, folder: Path) -> Point | None:
+def _found(config: Config, folder: Path) -> ResumePoint | None:
     if not config.resume:
         if points_in(folder / FOLDER) and config.resume_every != NEVER:
             log.warning(
@@ -102,13 +102,13 @@ def about_run(config: Config, base: str, model_hash: str, initial: tuple[str, st
     }
 
 
-def take_weights(model: torch.nn.Module, point: Point, model_hash: str) -> None:
+def take_weights(model: torch.nn.Module, point: ResumePoint, model_hash: str) -> None:
     """Put the trained tensors of `point` into `model`. Raises ValueError for another base model."""
     if point.about["model"] != model_hash:
         raise ValueError(
             f"{point.path} belongs to a run from another base model ({point.about['base']}): {{load_model}}"
         )
-    fill(model, point.read(0)["weights"], kept(model), point.path)
+    copy_into(model, point.read(0)["weights"], checkpoint_tensors(model), point.path)
 
 
 class HostCopy:
@@ -138,7 +138,7 @@ class HostCopy:
         return held.copy_(tree.detach(), non_blocking=True)
 
 
-class KeepPoints(pl.Callback):
+class WriteResumePoints(pl.Callback):
     """Writes a point at every numbered save and each `every` optimizer steps, in the background; and when stopped.
 
     `resumed` is the point to go on from; with `again` and none, a run that was killed before its first point is what
@@ -147,7 +147,7 @@ class KeepPoints(pl.Callback):
     """
 
     def __init__(
-        self, points: Points, save: Save, every: int, folder: Path, resumed: Point | None, again: bool
+        self, points: ResumePoints, save: Save, every: int, folder: Path, resumed: ResumePoint | None, again: bool
     ) -> None:
         self.points, self.save, self.every, self.folder = points, save, every, folder
         self.resumed, self.again = resumed, again
@@ -161,10 +161,12 @@ class KeepPoints(pl.Callback):
         self._agreed = False  # all ranks stop after the same step
         self._leaving = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """Go on from the point, if there is one, and watch out for signals."""
-        self.trainer, self.trainee = trainer, pl_module
-        self.points.join(trainer.global_rank, trainer.world_size, ranks.from_first(lambda: secrets.token_hex(4)))
+        self.trainer, self.module = trainer, pl_module
+        self.points.join(
+            trainer.global_rank, trainer.world_size, ranks.broadcast_from_zero(lambda: secrets.token_hex(4))
+        )
         pl_module.after_step.append(self.step_done)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._signalled)
@@ -187,7 +189,7 @@ class KeepPoints(pl.Callback):
         drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
         drop_after(self.folder / LOG, sizes[LOG], tuple("0123456789"))
 
-    def _go_on(self, point: Point) -> None:
+    def _go_on(self, point: ResumePoint) -> None:
         found = point.read(self.trainer.global_rank)
         load_rank_state(self.trainer, found["optimizer"])
         state = found["run"]
@@ -197,21 +199,21 @@ class KeepPoints(pl.Callback):
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
             log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]
-        take_run_state(self.trainer, self.trainee, state)
+        take_run_state(self.trainer, self.module, state)
         if not state["over"]:  # else its end was dealt with just now
             self.state = state | {"logs": self._log_sizes()}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Trainee, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TrainingModule, batch: Any, batch_idx: int) -> None:
         """The first batch of all stands in the middle of a mini-epoch when the point did."""
         if self._skip:
             skip_batches(trainer, self._skip)
             self._skip = 0
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Trainee, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: TrainingModule, optimizer: Any) -> None:
         """From here to `step_done` the tensors change: no signal may come between."""
         self._guards = 1
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Trainee, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TrainingModule, *_: Any) -> None:
         """Between two micro-batches of a step."""
         if not self._guards:
             self._stop_if_asked()
@@ -225,7 +227,7 @@ class KeepPoints(pl.Callback):
         self.background.check()
         self._stop_if_asked()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """After the saves of a mini-epoch."""
         with self._guarded():
             self._note(ended=True)
@@ -233,11 +235,11 @@ class KeepPoints(pl.Callback):
                 self._write()
         self._stop_if_asked()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Trainee) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
         """The last point must be whole before the run counts as done."""
         self.background.wait()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Trainee, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
         """Stopped or out of memory: what is done stays, unless the tensors were just being changed."""
         self._leaving = True
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException) or is_out_of_memory(exception)
@@ -256,7 +258,7 @@ class KeepPoints(pl.Callback):
             raise
 
     def _note(self, ended: bool = False) -> None:
-        self.state = run_state(self.trainer, self.trainee, ended=ended) | {"logs": self._log_sizes()}
+        self.state = run_state(self.trainer, self.module, ended=ended) | {"logs": self._log_sizes()}
 
     def _log_sizes(self) -> dict[str, int]:
         return {name: _size(self.folder / name) for name in (METRICS, LOG)}
@@ -268,10 +270,10 @@ class KeepPoints(pl.Callback):
         """All that this rank keeps, the tensors as they are. Every rank calls it: some weights are spread over them."""
         tree = {"run": self.state, "optimizer": rank_state(self.trainer)}
         weights = {}
-        spread = ranks.is_sharded(self.trainee.model)
-        for name, parameter in kept(self.trainee.model).items():
-            with ranks.whole(parameter) as tensor:
-                if ranks.first():
+        spread = ranks.is_sharded(self.module.model)
+        for name, parameter in checkpoint_tensors(self.module.model).items():
+            with ranks.full_tensor(parameter) as tensor:
+                if ranks.is_rank_zero():
                     weights[name] = tensor.to("cpu", copy=True) if spread else tensor
         if weights:
             tree["weights"] = weights
@@ -308,7 +310,7 @@ class KeepPoints(pl.Callback):
     def _stop_if_asked(self) -> None:
         number = self._asked
         if ranks.several():
-            any_of_them = ranks.largest({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
+            any_of_them = ranks.all_reduce_max({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
             number = self._asked = (None, signal.SIGTERM, signal.SIGINT)[int(any_of_them)]
         if number is not None:
             self._agreed = True

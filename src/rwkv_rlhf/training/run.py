@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
-from rwkv_rlhf.checkpoints.resume_points import FOLDER, Point, Points
+from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
@@ -20,7 +20,7 @@ from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.fit import fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.resume import about_run, take_weights
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
 
@@ -47,7 +47,7 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     return result
 
 
-def train(config: Config, folder: Path, start: Start, point: Point | None = None) -> bool:
+def train(config: Config, folder: Path, start: Start, point: ResumePoint | None = None) -> bool:
     """Train, from `point` on if there is one; True when Ctrl+C stopped it.
 
     Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
@@ -68,12 +68,12 @@ def train(config: Config, folder: Path, start: Start, point: Point | None = None
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    trainee = Trainee(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
+    module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
     sidecar = run_sidecar(config, folder, start)
     run = run_folder(config, folder, start, sidecar)
     about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
-    points = Points(folder / FOLDER, about, point.path if point else None)
-    return fit(trainee, steps, config, run, settings_of(config), held_out, points, point)
+    points = ResumePoints(folder / FOLDER, about, point.path if point else None)
+    return fit(module, steps, config, run, settings_of(config), held_out, points, point)
 
 
 def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
@@ -101,7 +101,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
 def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
     """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = ranks.from_first(lambda: write_factors(start.model, folder, f".{config.save_format}"))
+    name, sha256 = ranks.broadcast_from_zero(lambda: write_factors(start.model, folder, f".{config.save_format}"))
     return dataclasses.replace(
         sidecar,
         initial_file=name,

@@ -9,7 +9,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from rwkv_rlhf.training.module import Trainee
+from rwkv_rlhf.training.module import TrainingModule
 
 
 def random_state() -> dict[str, Any]:
@@ -35,7 +35,7 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def run_state(trainer: pl.Trainer, trainee: Trainee, *, ended: bool) -> dict[str, Any]:
+def run_state(trainer: pl.Trainer, module: TrainingModule, *, ended: bool) -> dict[str, Any]:
     """Position, counters and random numbers after an optimizer step; cheap enough to take after each.
 
     `ended` = the mini-epoch's end has been dealt with, so the next one comes.
@@ -50,18 +50,18 @@ def run_state(trainer: pl.Trainer, trainee: Trainee, *, ended: bool) -> dict[str
         "over": over,  # it has no more of them, and its end is still to come: validation, saves
         "stopped": trainer.should_stop,
         "random": random_state(),
-        "counters": trainee.counters(),
+        "counters": module.counters(),
         "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
     }
 
 
-def take_run_state(trainer: pl.Trainer, trainee: Trainee, state: dict[str, Any]) -> None:
+def take_run_state(trainer: pl.Trainer, module: TrainingModule, state: dict[str, Any]) -> None:
     """Make the trainer stand where `run_state` was taken; for `on_train_start`, when Lightning has set itself up.
 
     The data loader skips `done` micro-batches itself (`EpochPositions`). The end of a mini-epoch that was not
     dealt with any more is dealt with now.
     """
-    trainee.take_counters(state["counters"])
+    module.take_counters(state["counters"])
     for callback in trainer.callbacks:
         callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
     trainer.should_stop = state["stopped"]
@@ -73,7 +73,7 @@ def take_run_state(trainer: pl.Trainer, trainee: Trainee, state: dict[str, Any])
     if state["over"]:
         epochs.ready = epochs.started = epochs.processed = state["epoch"] + 1
         for callback in trainer.callbacks:
-            callback.on_train_epoch_end(trainer, trainee)
+            callback.on_train_epoch_end(trainer, module)
         epochs.completed = state["epoch"] + 1
 
 

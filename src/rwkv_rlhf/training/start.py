@@ -25,7 +25,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 )
 from rwkv_rlhf.checkpoints.loading import build_model, file_sizes, load_adapter, read_tensors, write_atomic
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
-from rwkv_rlhf.checkpoints.resume_points import Point
+from rwkv_rlhf.checkpoints.resume_points import ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import NUMBERED, newest_checkpoint
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
 from rwkv_rlhf.distributed import ranks
@@ -87,12 +87,12 @@ class Start:
     @cached_property
     def base_hash(self) -> str:
         """SHA-256 of the base file, read by the first of several ranks."""
-        return ranks.from_first(lambda: file_hash(self.path))
+        return ranks.broadcast_from_zero(lambda: file_hash(self.path))
 
     @cached_property
     def cold_hash(self) -> str:
         """SHA-256 of the adapter that was merged into the base before anything else, "" without one."""
-        return ranks.from_first(lambda: file_hash(self.cold) if self.cold else "")
+        return ranks.broadcast_from_zero(lambda: file_hash(self.cold) if self.cold else "")
 
     @cached_property
     def hash(self) -> str:
@@ -118,7 +118,7 @@ def numbered_from(config: Config, path: Path) -> Config:
     return dataclasses.replace(config, epoch_begin=begin)
 
 
-def base_path(config: Config, folder: Path, point: Point | None = None) -> Path:
+def base_path(config: Config, folder: Path, point: ResumePoint | None = None) -> Path:
     """The checkpoint to start from: --load_model, or the newest in the project folder with --load_model 0.
 
     A run that is resumed has the file that it began from, not what it saved since.
@@ -128,7 +128,7 @@ def base_path(config: Config, folder: Path, point: Point | None = None) -> Path:
     return newest_checkpoint(folder) if point is None else point.project / point.about["base"]
 
 
-def start(config: Config, folder: Path, point: Point | None = None) -> Start:
+def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Start:
     """Load the base model and let every matrix become what its profile row says. Raises ValueError for bad files.
 
     With `point` PiSSA has the initial factors of the run that is resumed.
@@ -223,7 +223,7 @@ def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[s
     return factors_of(config.load_adapter, sidecar, config.load_adapter_pissa_init, force=config.force)
 
 
-def factors_again(point: Point) -> dict[str, Tensor] | None:
+def factors_again(point: ResumePoint) -> dict[str, Tensor] | None:
     """PiSSA's initial factors of the run that wrote `point`; None without any. Raises ValueError when they are gone."""
     name, sha256 = point.about["initial"]
     if not name:

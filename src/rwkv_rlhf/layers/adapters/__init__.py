@@ -14,8 +14,8 @@ from rwkv_rlhf.layers.linear import Embedding, Linear
 
 
 class Adapter(NamedTuple):
-    """Classes of one mode. Each has `over(layer, adaptation)`, which raises RankError,
-    `rank_of(first tensor)`, `take`, `merged`, `tensors`, `fast` and `initial`."""
+    """Classes of one mode. Each has `wrap(layer, adaptation)`, which raises RankError,
+    `rank_of(first tensor)`, `load_weight`, `merged`, `tensors`, `fast` and `initial`."""
 
     linear: type[Linear]
     embedding: type[Embedding] | None

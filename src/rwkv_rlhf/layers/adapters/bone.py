@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError
-from rwkv_rlhf.layers.linear import Linear, Placement
+from rwkv_rlhf.layers.linear import Linear, StorageSpec
 
 
 class Bone(Linear):
@@ -38,7 +38,7 @@ class Bone(Linear):
         return bone.shape[-1]
 
     @classmethod
-    def over(cls, linear: Linear, adaptation: Adaptation) -> Bone:
+    def wrap(cls, linear: Linear, adaptation: Adaptation) -> Bone:
         """An adapter for the shape of `linear`, on the meta device. Raises RankError unless r divides both sides."""
         rank, sides = adaptation.rank, (linear.out_features, linear.in_features)
         if sides[0] % rank or sides[1] % rank:
@@ -48,9 +48,9 @@ class Bone(Linear):
             )
         return cls(linear.in_features, linear.out_features, adaptation, device="meta")
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        super().take(weight, placement)
-        self.bone = nn.Parameter(torch.zeros(self.bone.shape, device=placement.device, dtype=placement.master))
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        super().load_weight(weight, spec)
+        self.bone = nn.Parameter(torch.zeros(self.bone.shape, device=spec.device, dtype=spec.master))
 
     def merged(self) -> Tensor:
         weight, bone, rank = super().merged(), self.bone.detach().float(), self.adaptation.rank

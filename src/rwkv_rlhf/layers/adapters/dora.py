@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.adapters.lora import LoRA
-from rwkv_rlhf.layers.linear import Placement
+from rwkv_rlhf.layers.linear import StorageSpec
 
 SMALLEST = 1e-12  # a row of zeros has no direction: it stays zero
 COLUMN_EXTRA = 1e-6  # what the program of the per-column variant adds to its norms
@@ -40,11 +40,11 @@ class DoRA(LoRA):
         self.register_buffer("squares", torch.empty(out_features, device=device), persistent=False)  # |W|^2
         self._remembered: tuple[tuple, Tensor] | None = None
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        super().take(weight, placement)
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        super().load_weight(weight, spec)
         self._measure(1)
 
-    def expect(self, tensors: Mapping[str, Tensor]) -> None:
+    def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
         if "lora_M" in tensors and tensors["lora_M"].dim() == 2 and self.by_row:
             self.per_column()
 

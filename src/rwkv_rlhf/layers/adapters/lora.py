@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.adaptation import Adaptation
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 
 
-def first_factors(inner: int, outer: int, rank: int, placement: Placement) -> tuple[nn.Parameter, nn.Parameter]:
+def first_factors(inner: int, outer: int, rank: int, spec: StorageSpec) -> tuple[nn.Parameter, nn.Parameter]:
     """A (r, inner) Kaiming-uniform with a = sqrt(5), that is U(-1/sqrt(inner), 1/sqrt(inner)); B (outer, r) zero.
 
     Drawn in float32 on the CPU, so that every device and precision starts with the same numbers.
     """
     bound = inner**-0.5
-    a = torch.empty(rank, inner).uniform_(-bound, bound, generator=placement.generator)
+    a = torch.empty(rank, inner).uniform_(-bound, bound, generator=spec.generator)
     b = torch.zeros(outer, rank)
-    return tuple(nn.Parameter(t.to(device=placement.device, dtype=placement.master)) for t in (a, b))
+    return tuple(nn.Parameter(t.to(device=spec.device, dtype=spec.master)) for t in (a, b))
 
 
 class LoRA(Linear):
@@ -42,13 +42,13 @@ class LoRA(Linear):
         return lora_A.shape[0]
 
     @classmethod
-    def over(cls, linear: Linear, adaptation: Adaptation) -> LoRA:
-        """An adapter for the shape of `linear`, on the meta device: `take` gives it numbers."""
+    def wrap(cls, linear: Linear, adaptation: Adaptation) -> LoRA:
+        """An adapter for the shape of `linear`, on the meta device: `load_weight` gives it numbers."""
         return cls(linear.in_features, linear.out_features, adaptation, device="meta")
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        super().take(weight, placement)
-        factors = first_factors(self.in_features, self.out_features, self.adaptation.rank, placement)
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        super().load_weight(weight, spec)
+        factors = first_factors(self.in_features, self.out_features, self.adaptation.rank, spec)
         self.lora_A, self.lora_B = factors
 
     def merged(self) -> Tensor:
@@ -85,13 +85,13 @@ class LoRAEmbedding(Embedding):
     rank_of = LoRA.rank_of
 
     @classmethod
-    def over(cls, embedding: Embedding, adaptation: Adaptation) -> LoRAEmbedding:
-        """An adapter for the shape of `embedding`, on the meta device: `take` gives it numbers."""
+    def wrap(cls, embedding: Embedding, adaptation: Adaptation) -> LoRAEmbedding:
+        """An adapter for the shape of `embedding`, on the meta device: `load_weight` gives it numbers."""
         return cls(embedding.num_embeddings, embedding.embedding_dim, adaptation, device="meta")
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        super().take(weight, placement)
-        factors = first_factors(self.num_embeddings, self.embedding_dim, self.adaptation.rank, placement)
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        super().load_weight(weight, spec)
+        factors = first_factors(self.num_embeddings, self.embedding_dim, self.adaptation.rank, spec)
         self.lora_A, self.lora_B = factors
 
     def merged(self) -> Tensor:

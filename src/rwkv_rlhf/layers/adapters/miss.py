@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError
-from rwkv_rlhf.layers.linear import Linear, Placement
+from rwkv_rlhf.layers.linear import Linear, StorageSpec
 
 
 class MiSS(Linear):
@@ -32,15 +32,15 @@ class MiSS(Linear):
         return miss.shape[0]
 
     @classmethod
-    def over(cls, linear: Linear, adaptation: Adaptation) -> MiSS:
+    def wrap(cls, linear: Linear, adaptation: Adaptation) -> MiSS:
         """An adapter for the shape of `linear`, on the meta device. Raises RankError for r above the inputs."""
         if adaptation.rank > linear.in_features:
             raise RankError(f"rank {adaptation.rank} is more than the {linear.in_features} inputs of the matrix")
         return cls(linear.in_features, linear.out_features, adaptation, device="meta")
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        super().take(weight, placement)
-        self.miss = nn.Parameter(torch.zeros(self.miss.shape, device=placement.device, dtype=placement.master))
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        super().load_weight(weight, spec)
+        self.miss = nn.Parameter(torch.zeros(self.miss.shape, device=spec.device, dtype=spec.master))
 
     def merged(self) -> Tensor:
         rows = torch.arange(self.in_features, device=self.miss.device) % self.adaptation.rank

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError
 from rwkv_rlhf.layers.adapters.lora import LoRA, LoRAEmbedding, first_factors
-from rwkv_rlhf.layers.linear import Embedding, Linear, Placement
+from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 from rwkv_rlhf.precision import wide_dtype
 
 OVERSAMPLING = 8  # directions beyond r that the search follows, as Halko et al. advise
@@ -53,29 +53,29 @@ def residual(weight: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor
     return rest
 
 
-def _split(weight: Tensor, rank: int, placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
-    """(W - B A, A, B) of (m, n), the factors in the master dtype: those of `placement.initial` or computed.
+def _split(weight: Tensor, rank: int, spec: StorageSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(W - B A, A, B) of (m, n), the factors in the master dtype: those of `spec.initial` or computed.
 
     A matrix of zeros, as a new RWKV has them, has no principal part, and two factors of zeros would never learn: it
     begins as LoRA does.
     """
-    weight = weight.detach().to(placement.device)
-    if placement.initial is None:
-        a, b = principal_factors(weight, rank, placement.svd_niter, placement.generator)
+    weight = weight.detach().to(spec.device)
+    if spec.initial is None:
+        a, b = principal_factors(weight, rank, spec.svd_niter, spec.generator)
         if not b.any():
-            a, b = first_factors(weight.shape[1], len(weight), rank, placement)
+            a, b = first_factors(weight.shape[1], len(weight), rank, spec)
     else:
-        a, b = (placement.initial[name] for name in PiSSA.initial)
+        a, b = (spec.initial[name] for name in PiSSA.initial)
         assert a.shape == (rank, weight.shape[1]) and b.shape == (len(weight), rank), (a.shape, b.shape)
-    a, b = (factor.detach().to(device=placement.device, dtype=placement.master) for factor in (a, b))
-    dtype = wide_dtype(placement.dtype)
+    a, b = (factor.detach().to(device=spec.device, dtype=spec.master) for factor in (a, b))
+    dtype = wide_dtype(spec.dtype)
     return residual(weight, a, b, dtype), a, b
 
 
-def _unshared(placement: Placement) -> Placement:
+def _unshared(spec: StorageSpec) -> StorageSpec:
     """The residual is no tensor of the file: where those are used as they lie there, it stays unrounded."""
-    dtype = torch.promote_types(placement.dtype, torch.float32) if placement.share else placement.dtype
-    return replace(placement, share=False, dtype=dtype)
+    dtype = torch.promote_types(spec.dtype, torch.float32) if spec.share else spec.dtype
+    return replace(spec, share=False, dtype=dtype)
 
 
 def _begin(layer: PiSSA | PiSSAEmbedding, a: Tensor, b: Tensor) -> None:
@@ -99,13 +99,13 @@ class PiSSA(LoRA):
     initial = ("lora_A_init", "lora_B_init")
 
     @classmethod
-    def over(cls, linear: Linear, adaptation: Adaptation) -> PiSSA:
+    def wrap(cls, linear: Linear, adaptation: Adaptation) -> PiSSA:
         _check_rank(adaptation.rank, (linear.out_features, linear.in_features))
-        return super().over(linear, adaptation)
+        return super().wrap(linear, adaptation)
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        rest, a, b = _split(weight, self.adaptation.rank, placement)
-        Linear.take(self, rest, _unshared(placement))
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        rest, a, b = _split(weight, self.adaptation.rank, spec)
+        Linear.load_weight(self, rest, _unshared(spec))
         _begin(self, a, b)
 
 
@@ -115,11 +115,11 @@ class PiSSAEmbedding(LoRAEmbedding):
     initial = PiSSA.initial
 
     @classmethod
-    def over(cls, embedding: Embedding, adaptation: Adaptation) -> PiSSAEmbedding:
+    def wrap(cls, embedding: Embedding, adaptation: Adaptation) -> PiSSAEmbedding:
         _check_rank(adaptation.rank, (embedding.num_embeddings, embedding.embedding_dim))
-        return super().over(embedding, adaptation)
+        return super().wrap(embedding, adaptation)
 
-    def take(self, weight: Tensor, placement: Placement) -> None:
-        rest, a, b = _split(weight.t(), self.adaptation.rank, placement)
-        Embedding.take(self, rest.t().contiguous(), _unshared(placement))
+    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
+        rest, a, b = _split(weight.t(), self.adaptation.rank, spec)
+        Embedding.load_weight(self, rest.t().contiguous(), _unshared(spec))
         _begin(self, a, b)

@@ -108,7 +108,7 @@ class FP8(Store):
         return cls(weight.shape, packed, scale)
 
     @classmethod
-    def hollow(cls, shape: torch.Size) -> FP8:
+    def on_meta(cls, shape: torch.Size) -> FP8:
         packed = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
         return cls(shape, packed, torch.empty((shape[0], 1), dtype=torch.float32, device="meta"))
 

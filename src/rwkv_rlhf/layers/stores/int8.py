@@ -49,7 +49,7 @@ class Int8(Store):
         return cls(weight.shape, packed, scale)
 
     @classmethod
-    def hollow(cls, shape: torch.Size) -> Int8:
+    def on_meta(cls, shape: torch.Size) -> Int8:
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks, BLOCK), dtype=torch.int8, device="meta")
         return cls(shape, packed, torch.empty((blocks, 1), dtype=torch.float32, device="meta"))

@@ -117,7 +117,7 @@ class FourBit(Store):
         return cls(weight.shape, *pack_4bit(weight, cls.mode))
 
     @classmethod
-    def hollow(cls, shape: torch.Size) -> FourBit:
+    def on_meta(cls, shape: torch.Size) -> FourBit:
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device="meta")
         return cls(shape, packed, torch.empty(blocks, dtype=torch.float32, device="meta"))

@@ -56,7 +56,7 @@ class Store(ExactBuffers):
         raise NotImplementedError
 
     @classmethod
-    def hollow(cls, shape: torch.Size) -> Store:
+    def on_meta(cls, shape: torch.Size) -> Store:
         """As `pack` of a matrix of this shape, on the meta device: sizes without numbers."""
         raise NotImplementedError
 

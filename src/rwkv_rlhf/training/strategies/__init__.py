@@ -15,7 +15,7 @@ from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rwkv_rlhf.checkpoints.loading import kept
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.settings.config import DEEPSPEED, Config
 from rwkv_rlhf.training.strategies.deepspeed import Zero, zero
@@ -28,7 +28,7 @@ def ddp(config: Config, model: nn.Module) -> Strategy | str:
     """The whole model on each rank. One process needs no strategy."""
     if not ranks.several():
         return "auto"
-    ranks.same_start(list(kept(model).values()))
+    ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
     return DDPStrategy(
         timeout=timedelta(minutes=config.timeout),
         init_sync=False,  # all ranks read the same file; what trains was sent above

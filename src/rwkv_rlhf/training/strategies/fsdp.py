@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from rwkv_rlhf.checkpoints.loading import kept
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.settings.config import Config
 
@@ -50,5 +50,5 @@ def fsdp(config: Config, model: nn.Module) -> Sharded | str:
         return "auto"
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("head.")):
         raise ValueError("{strategy} fsdp has no backward pass to split where only the head learns; use {strategy} ddp")
-    ranks.same_start(list(kept(model).values()))
+    ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
     return Sharded(data_parallel_size=ranks.world(), tensor_parallel_size=1, timeout=timedelta(minutes=config.timeout))

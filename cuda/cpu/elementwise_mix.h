@@ -1,7 +1,7 @@
 // token_mix: every token interpolated with its predecessor.
 #pragma once
 
-#include "pointwise7_common.h"
+#include "elementwise_common.h"
 
 namespace {
 

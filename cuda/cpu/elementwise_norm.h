@@ -1,7 +1,7 @@
 // gated_norm: normalisation per head, the bonus of the current token, and the gate.
 #pragma once
 
-#include "pointwise7_common.h"
+#include "elementwise_common.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // delta_keys: removal keys of unit length per head, and the keys that replace them.
 #pragma once
 
-#include "pointwise7_common.h"
+#include "elementwise_common.h"
 
 namespace {
 

@@ -4,10 +4,10 @@
 // Letters: rows = B * T, C width, N head size; a leading d marks a gradient.
 #include <torch/library.h>
 
-#include "pointwise7_common.h"
-#include "pointwise7_keys.h"
-#include "pointwise7_mix.h"
-#include "pointwise7_norm.h"
+#include "elementwise_common.h"
+#include "elementwise_keys.h"
+#include "elementwise_mix.h"
+#include "elementwise_norm.h"
 
 namespace {
 
@@ -110,7 +110,7 @@ Tensor relu_squared_backward(const Tensor& grad, const Tensor& out) {
 
 }  // namespace
 
-TORCH_LIBRARY(rwkv_pointwise7, m) {
+TORCH_LIBRARY(rwkv_elementwise, m) {
   m.def("token_mix(Tensor x, Tensor? last, Tensor mixes, Tensor? starts) -> Tensor[]");
   m.def("token_mix_backward(Tensor?[] grads, Tensor x, Tensor? last, Tensor mixes, Tensor? starts, bool[4] need)"
         " -> Tensor[]");
@@ -128,7 +128,7 @@ TORCH_LIBRARY(rwkv_pointwise7, m) {
   m.def("relu_squared_backward(Tensor grad, Tensor out) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(rwkv_pointwise7, CPU, m) {
+TORCH_LIBRARY_IMPL(rwkv_elementwise, CPU, m) {
   m.impl("token_mix", &token_mix);
   m.impl("token_mix_backward", &token_mix_backward);
   m.impl("value_gate", &value_gate);

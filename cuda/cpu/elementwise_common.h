@@ -1,4 +1,4 @@
-// What the parts of pointwise7.cpp share: short names, checks of the arguments.
+// What the parts of elementwise.cpp share: short names, checks of the arguments.
 #pragma once
 
 #include <array>
