@@ -1,5 +1,5 @@
 // One way to write a GPU kernel for three compilers: nvcc (CUDA), hipcc (AMD) and, for tests, an ordinary C++ compiler
-// with -DRWKV_HOST, where tests/harness/host.h runs blocks and threads on the CPU.
+// with -DRWKV_HOST, where tests/support/kernel_host.h runs blocks and threads on the CPU.
 //
 // How a file cuda/<op>.cu is made (cuda/wkv7.cu is the model):
 //   * `template <...> __global__ void BOUNDS(threads, registers) name(Arguments x)`: the compiler may use as many
@@ -11,19 +11,17 @@
 //   * Offsets into tensors are int64_t. No atomics: results are repeatable to the bit.
 //   * Memory is read and written with load<n> and store<n>: n consecutive numbers of type float or bf16, as float,
 //     in one access (the address must be a multiple of its size; all tensors begin at a multiple of 16).
-//   * The file ends with two C functions, called by ops/gpu.py, where the table LAYOUTS names the tensors:
+//   * The file ends with the C functions of call.h, which ops/gpu.py calls (its table LAYOUTS names the tensors):
+//         RWKV_PUBLIC int64_t rwkv_interval()
 //         RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes, int dtype, int device, void* stream)
 //         RWKV_EXPORT rwkv_backward(same)
-//     tensors: forward: inputs, state, places | y, final state | kept (null when backward will not run)
-//              backward: inputs, kept, places, dy, gradient of the final state | gradients of the inputs and of the
-//              initial state | scratch.   Per-token tensors are (tokens, H, N), or (tokens, C) for wkv4.
-//     They queue kernels on `stream`, allocate nothing, never wait, and return null or the text of an error.
+//     They queue kernels on `stream`, allocate nothing and never wait.
 #pragma once
 
-#include <stdint.h>
+#include "call.h"
 
 #if defined(RWKV_HOST)
-#include "host.h"
+#include "kernel_host.h"
 #elif defined(__HIP__)
 #include <hip/hip_runtime.h>
 #else
@@ -31,7 +29,6 @@
 #endif
 
 #define DEVICE __device__ __forceinline__
-#define RWKV_EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 namespace rwkv {
 
@@ -134,33 +131,6 @@ struct OnDevice {
 
 // ---------------------------------------------------------------- numbers in memory
 
-struct bf16 {
-    uint16_t bits;
-};
-
-DEVICE float from_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof(x));
-    return x;
-}
-
-DEVICE uint32_t to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(x));
-    return bits;
-}
-
-DEVICE float widen(float x) { return x; }
-DEVICE float widen(bf16 x) { return from_bits((uint32_t)x.bits << 16); }
-
-DEVICE void narrow(float x, float& to) { to = x; }
-// Nearest, ties to even. A NaN keeps its upper bits and is made quiet, as rounding could carry it into infinity.
-DEVICE void narrow(float x, bf16& to) {
-    const uint32_t bits = to_bits(x);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to.bits = (uint16_t)(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 // COUNT numbers side by side, aligned so that a copy is one access of up to 16 bytes.
 template <int COUNT, typename T = float>
 struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Pack {
@@ -234,72 +204,6 @@ DEVICE int owned(int thread) {
 template <int COUNT, int FIRST, int END>
 DEVICE bool writes(int thread) {
     return (thread & (END - 1) & ~(FIRST * COUNT - 1)) == 0;
-}
-
-// ---------------------------------------------------------------- arguments
-
-// sizes, as ops/gpu.py gives them. For wkv4, size is the number of channels C and heads is 1.
-struct Sizes {
-    int64_t tokens, rows, heads, size;
-    int64_t intervals;  // of all rows together
-    int64_t interval;   // tokens between checkpoints
-};
-
-inline Sizes sizes_of(const int64_t* x) { return {x[0], x[1], x[2], x[3], x[4], x[5]}; }
-
-// places, int64 (3, rows + 1): where each row begins among the tokens and where among the intervals, both with a last
-// entry for the end; then the rows from the longest to the shortest, so that the last blocks to finish are short.
-struct Places {
-    const int64_t *starts, *marks, *order;
-    int64_t rows;
-
-    Places(const void* places, const Sizes& sizes) : rows(sizes.rows) {
-        starts = static_cast<const int64_t*>(places);
-        marks = starts + rows + 1;
-        order = marks + rows + 1;
-    }
-
-    // The row that an interval belongs to.
-    DEVICE int64_t row_of(int64_t interval) const {
-        int64_t low = 0, high = rows;  // marks[low] <= interval < marks[high]
-        while (high - low > 1) {
-            const int64_t middle = (low + high) / 2;
-            if (marks[middle] <= interval)
-                low = middle;
-            else
-                high = middle;
-        }
-        return low;
-    }
-};
-
-enum Dtype { FLOAT32 = 0, BFLOAT16 = 1 };
-
-// The i-th tensor of a call.
-template <typename T>
-T* tensor(void* const* tensors, int i) {
-    return static_cast<T*>(tensors[i]);
-}
-
-template <int VALUE>
-struct Constant {
-    static constexpr int value = VALUE;
-};
-
-// f(Constant<N>, a T) for the head size and dtype of a call; null, or why there is no kernel for them.
-template <typename F>
-const char* dispatch(const Sizes& sizes, int dtype, F&& f) {
-    const auto with_size = [&](auto element) -> const char* {
-        switch (sizes.size) {
-            case 32: return f(Constant<32>{}, element), nullptr;
-            case 64: return f(Constant<64>{}, element), nullptr;
-            case 128: return f(Constant<128>{}, element), nullptr;
-        }
-        return "the head size is not one of 32, 64, 128";
-    };
-    if (dtype == FLOAT32) return with_size(float{});
-    if (dtype == BFLOAT16) return with_size(bf16{});
-    return "the dtype is neither float32 nor bfloat16";
 }
 
 static __global__ void probe() {}

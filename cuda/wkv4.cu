@@ -14,9 +14,8 @@ namespace {
 
 constexpr int THREADS = 64;
 constexpr int REGISTERS = 128;
-constexpr int INTERVAL = 32;  // as in ops/gpu.py
-constexpr int GROUP = 8;      // tokens read at once: the recurrence of one group hides the reading of the next
-constexpr float LOG2E = 1.44269504f;
+constexpr int SHORT = 32;  // tokens between checkpoints: what is before each of them must fit shared memory
+constexpr int GROUP = 8;   // tokens read at once: the recurrence of one group hides the reading of the next
 
 struct Arguments {
     Sizes sizes;
@@ -97,7 +96,7 @@ __global__ void BOUNDS(THREADS, REGISTERS) forward(Arguments x, const float* sta
     Group<T> now, next;
     now.read(x, lane, 0);
     for (int64_t token = 0; token < lane.tokens; token += GROUP) {
-        if (kept && token % INTERVAL == 0) write(kept, (mark++ * C + lane.channel) * 3, s);
+        if (kept && token % SHORT == 0) write(kept, (mark++ * C + lane.channel) * 3, s);
         next.read(x, lane, token + GROUP);
 #pragma unroll
         for (int i = 0; i < GROUP; ++i)
@@ -118,7 +117,7 @@ struct Gradients {
 };
 
 struct Before {
-    Sums token[INTERVAL][THREADS];  // p, q before each token of an interval
+    Sums token[SHORT][THREADS];  // p, q before each token of an interval
 };
 
 template <typename T>
@@ -131,9 +130,9 @@ __global__ void BOUNDS(THREADS, REGISTERS)
     const int64_t C = x.sizes.size, own = (lane.row * C + lane.channel) * 3;
     if (lane.tokens == 0) return write(to.state, own, read(dlast, own));
     float P = dlast[own], Q = -dlast[own + 1], mm = 0.f;  // times e^mm
-    for (int64_t interval = (lane.tokens + INTERVAL - 1) / INTERVAL; interval-- > 0;) {
-        const int64_t begin = interval * INTERVAL, mark = x.places.marks[lane.row] + interval;
-        const int count = (int)(lane.tokens - begin < INTERVAL ? lane.tokens - begin : INTERVAL);
+    for (int64_t interval = (lane.tokens + SHORT - 1) / SHORT; interval-- > 0;) {
+        const int64_t begin = interval * SHORT, mark = x.places.marks[lane.row] + interval;
+        const int count = (int)(lane.tokens - begin < SHORT ? lane.tokens - begin : SHORT);
         Sums s = read(kept, (mark * C + lane.channel) * 3);
         Group<T> tokens;
         for (int t = 0; t < count; t += GROUP) {
@@ -173,17 +172,12 @@ __global__ void BOUNDS(THREADS, REGISTERS)
     write(to.state, own, {daa, dbb, start.aa * daa + start.bb * dbb});
 }
 
-template <typename F>
-const char* by_dtype(int dtype, F&& f) {
-    if (dtype == FLOAT32) return f(float{}), nullptr;
-    if (dtype == BFLOAT16) return f(bf16{}), nullptr;
-    return "the dtype is neither float32 nor bfloat16";
-}
-
 int64_t blocks_of(const Sizes& sizes) { return sizes.rows * ((sizes.size + THREADS - 1) / THREADS); }
 
 }  // namespace
 }  // namespace rwkv
+
+RWKV_PUBLIC int64_t rwkv_interval() { return rwkv::SHORT; }
 
 // k, v, w, u, state, places | y, final state | states before each interval
 RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes_, int dtype, int device, void* stream) {

@@ -7,9 +7,8 @@
 namespace rwkv {
 namespace {
 
-constexpr int INTERVAL = 64;  // as in ops/gpu.py
-constexpr int L = 8;          // tokens in shared memory at a time; divides INTERVAL
-constexpr int VECTORS = 2;    // rows (or columns) of a thread
+constexpr int L = 8;            // tokens in shared memory at a time; divides INTERVAL
+constexpr int VECTORS = 2;      // rows (or columns) of a thread
 constexpr int REGISTERS = 128;  // more where blocks are few anyway
 
 // How the vectors of a head are shared out.

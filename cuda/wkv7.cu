@@ -315,10 +315,11 @@ __global__ void BOUNDS(Tile<N>::THREADS, REGISTERS) columns(const Columns<T> arg
 
 }  // namespace
 
+RWKV_PUBLIC int64_t rwkv_interval() { return INTERVAL; }
+
 // r, w, k, v, a, b, state, places | y, final state | S before each interval (intervals, H, N, N), sa (tokens, H, N)
 RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int device, void* stream) {
     const Sizes sizes = sizes_of(numbers);
-    if (sizes.interval != INTERVAL) return "compiled for another interval of checkpoints";
     const OnDevice here(device);
     const char* refused = dispatch(sizes, dtype, [&](auto size, auto element) {
         using T = decltype(element);
@@ -337,7 +338,6 @@ RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int 
 // dr, dw, dk, dv, da, db, gradient of the initial state | dsa, G at the last token of each interval, sums
 RWKV_EXPORT rwkv_backward(void* const* x, const int64_t* numbers, int dtype, int device, void* stream) {
     const Sizes sizes = sizes_of(numbers);
-    if (sizes.interval != INTERVAL) return "compiled for another interval of checkpoints";
     const OnDevice here(device);
     const char* refused = dispatch(sizes, dtype, [&](auto size, auto element) {
         using T = decltype(element);

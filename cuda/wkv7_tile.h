@@ -7,8 +7,6 @@
 namespace rwkv {
 namespace {
 
-constexpr int INTERVAL = 64;  // as in ops/gpu.py
-constexpr float RATE = 0.60653066f, LOG2E = 1.44269504f;
 // For 64 x 64 numbers in 64 threads `rows` needs a little more than 128; the next step of a multiprocessor is 168.
 constexpr int REGISTERS = 128, WIDE_REGISTERS = 168;
 
@@ -31,13 +29,13 @@ struct Tile {
 // ---------------------------------------------------------------- the stage
 
 struct Decay {
-    float value, slope;  // d = exp(-RATE sigmoid(w)), d(log d)/dw
+    float value, slope;  // d = exp(-DECAY_RATE sigmoid(w)), d(log d)/dw
 };
 
 // In bits of d, exp2_fast and reciprocal_fast are off by no more than rounding d is. w = -infinity gives 1 and 0.
 DEVICE Decay decay_of(float w) {
     const float q = exp2_fast(-fabsf(w) * LOG2E), inverse = reciprocal_fast(1.f + q);
-    return {exp2_fast((w < 0 ? q * inverse : inverse) * (-RATE * LOG2E)), -RATE * q * inverse * inverse};
+    return {exp2_fast((w < 0 ? q * inverse : inverse) * (-DECAY_RATE * LOG2E)), -DECAY_RATE * q * inverse * inverse};
 }
 
 // What stands for a token that is not there: no decay, and zeros.

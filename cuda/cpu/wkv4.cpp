@@ -39,16 +39,6 @@ struct Interval {
     alignas(64) Tokens old_share, new_share, y, old_next, new_next, aa, bb;
 };
 
-template <typename T>
-INLINE vec load_upto(const T* p, int n) {
-    return n >= W ? load(p) : load_first(p, n);
-}
-
-template <typename T>
-INLINE void store_upto(T* p, vec x, int n) {
-    n >= W ? store(p, x) : store_first(p, x, n);
-}
-
 void load_state(State& to, const float* from, int channels) {
     for (int c = 0; c < BLOCK; ++c) {
         const bool real = c < channels;
@@ -81,7 +71,7 @@ struct Step {
     vec old, fresh, den, y, old_next, new_next;
 };
 
-INLINE Step step(Interval& m, int c, vec k, vec v) {
+INLINE Step step(Interval& m, int64_t c, vec k, vec v) {
     const vec one = splat(1), log_decay = load(m.log_decay + c);
     const vec aa = load(m.state.aa + c), bb = load(m.state.bb + c);
     const vec pp = load(m.state.pp + c), low = load(m.state.low + c);
@@ -104,11 +94,10 @@ INLINE Step step(Interval& m, int c, vec k, vec v) {
 }
 
 void open_run(Interval& m, const float* w, const float* u, const Run& run, int channels) {
-    for (int c = 0; c < BLOCK; c += W) {
-        const bool some = c < channels;
-        store(m.u + c, some ? load_upto(u + run.shared + c, channels - c) : splat(0));
-        store(m.log_decay + c, -exp(some ? load_upto(w + run.shared + c, channels - c) : splat(0)));
-    }
+    each(channels, [&](int64_t c, auto lanes) {
+        store(m.u + c, load(u + run.shared + c, lanes));
+        store(m.log_decay + c, -exp(load(w + run.shared + c, lanes)));
+    });
 }
 
 // checkpoints may be null (nothing is kept then).
@@ -123,10 +112,9 @@ void forward_run(Interval& m, const T* k, const T* v, const float* w, const floa
             store_state(checkpoints + run.checkpoint + t / INTERVAL * run.interval, m.state, channels);
         if (t + AHEAD < run.tokens)
             for (const T* x : {k, v}) prefetch(x + at + AHEAD * run.stride, channels);
-        for (int c = 0; c < channels; c += W) {
-            const Step s = step(m, c, load_upto(k + at + c, channels - c), load_upto(v + at + c, channels - c));
-            store_upto(y + at + c, s.y, channels - c);
-        }
+        each(channels, [&](int64_t c, auto lanes) {
+            store(y + at + c, step(m, c, load(k + at + c, lanes), load(v + at + c, lanes)).y, lanes);
+        });
     }
     store_state(state_out + run.state, m.state, channels);
 }
@@ -135,15 +123,14 @@ void forward_run(Interval& m, const T* k, const T* v, const float* w, const floa
 template <typename T>
 void recompute(Interval& m, const T* k, const T* v, const Run& run, int64_t first, int n, int channels) {
     for (int t = 0; t < n; ++t)
-        for (int c = 0; c < channels; c += W) {
-            const int64_t at = run.first + (first + t) * run.stride + c;
-            const int to = t * BLOCK + c;
+        each(channels, [&](int64_t c, auto lanes) {
+            const int64_t at = run.first + (first + t) * run.stride + c, to = t * BLOCK + c;
             store(m.aa + to, load(m.state.aa + c)), store(m.bb + to, load(m.state.bb + c));
-            const Step s = step(m, c, load_upto(k + at, channels - c), load_upto(v + at, channels - c));
+            const Step s = step(m, c, load(k + at, lanes), load(v + at, lanes));
             const vec share = 1.f / s.den;
             store(m.old_share + to, s.old * share), store(m.new_share + to, s.fresh * share), store(m.y + to, s.y);
             store(m.old_next + to, s.old_next), store(m.new_next + to, s.new_next);
-        }
+        });
 }
 
 template <typename T>
@@ -159,21 +146,20 @@ void back(Interval& m, const T* k, const T* v, const T* dy, const Run& run, int6
     for (int t = n - 1; t >= 0; --t) {
         if (first + t >= INTERVAL)
             for (const T* x : {k, v, dy}) prefetch(x + run.first + (first + t - INTERVAL) * run.stride, channels);
-        for (int c = 0; c < channels; c += W) {
-            const int64_t at = run.first + (first + t) * run.stride + c;
-            const int from = t * BLOCK + c, rest = channels - c;
-            const vec value = load_upto(v + at, rest), grad = load_upto(dy + at, rest);
+        each(channels, [&](int64_t c, auto lanes) {
+            const int64_t at = run.first + (first + t) * run.stride + c, from = t * BLOCK + c;
+            const vec value = load(v + at, lanes), grad = load(dy + at, lanes);
             const vec old_next = load(m.old_next + from), new_next = load(m.new_next + from), y = load(m.y + from);
             const vec P = load(m.P + c), Q = load(m.Q + c);
             const vec own = grad * load(m.new_share + from), to_k = own * (value - y);
-            store_upto(out.v + at, own + new_next * P, rest);
-            store_upto(out.k + at, to_k + new_next * (value * P - Q), rest);
+            store(out.v + at, own + new_next * P, lanes);
+            store(out.k + at, to_k + new_next * (value * P - Q), lanes);
             store(m.du + c, load(m.du + c) + to_k);
             store(m.dl + c, load(m.dl + c) + old_next * (load(m.aa + from) * P - load(m.bb + from) * Q));
             const vec passed = grad * load(m.old_share + from);
             store(m.P + c, passed + old_next * P);
             store(m.Q + c, passed * y + old_next * Q);
-        }
+        });
     }
 }
 
@@ -214,71 +200,61 @@ void backward_run(Interval& m, const T* k, const T* v, const float* w, const flo
     }
 }
 
-// ---------------------------------------------------------------- tensors
-
-const Signature SIGNATURE{"k, v, w, u", 2, 2, 2, 3};
+// ---------------------------------------------------------------- calls
 
 // Runs of up to BLOCK channels, fewer where that leaves threads without work.
-Rows rows_of(const Tensors& x, const at::Tensor& starts) {
-    const int64_t channels = x[0].size(1), rows = starts.numel() - 1;
+Rows rows_of(const void* places, const Sizes& sizes, int threads) {
     int64_t block = BLOCK;
-    while (block > W && rows * ((channels + block - 1) / block) < threads()) block /= 2;
-    return Rows(starts, channels, block, 3);
+    while (block > W && sizes.rows * ((sizes.size + block - 1) / block) < threads) block /= 2;
+    return Rows(places, sizes, block, 3);
 }
 
-// -> y, final state, and when `keep`: checkpoints (intervals, C, 3), float32.
-Tensors forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
-    const Tensors x = dense(SIGNATURE, inputs, starts, state);
-    const Rows rows = rows_of(x, starts);
-    const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), state.options());
-    const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, rows.width, 3}, state.options());
-    const at::Tensor start = state.contiguous();
-    by_type(x[0], [&](auto element) {
-        using T = decltype(element);
-        float* kept = checkpoints.numel() ? pointer<float>(checkpoints) : nullptr;
-        for_tasks<Interval>(rows.tasks, [&](int64_t task, Interval& m) {
-            const Run run = rows.run(task);
-            forward_run(m, pointer<T>(x[0]), pointer<T>(x[1]), pointer<float>(x[2]), pointer<float>(x[3]), run,
-                        std::min<int64_t>(rows.block, rows.width - run.shared), pointer<float>(start), pointer<T>(y),
-                        pointer<float>(last), kept);
-        });
+// work(run, its channels, scratch) for every run.
+template <typename Work>
+void for_runs(const Rows& rows, int threads, const Work& work) {
+    for_tasks<Interval>(threads, rows.tasks, [&](int64_t task, Interval& m) {
+        const Run run = rows.run(task);
+        work(run, static_cast<int>(std::min(rows.block, rows.width - run.shared)), m);
     });
-    if (!keep) return {y, last};
-    return {y, last, checkpoints};
-}
-
-// -> gradients of k, v in their dtype, of w, u and of the initial state in float32.
-Tensors backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts, const at::Tensor& dy,
-                 const at::Tensor& dlast) {
-    const Tensors x = dense(SIGNATURE, inputs, starts, dlast);
-    const Rows rows = rows_of(x, starts);
-    TORCH_CHECK(kept.size() == 1 && kept[0].size(0) == rows.checkpoints.back(), "forward kept nothing");
-    const at::Tensor dy_dense = dense_dy(dy, x[0]), dlast_dense = dlast.contiguous();
-    const at::Tensor dk = at::empty_like(x[0]), dv = at::empty_like(x[0]);
-    const at::Tensor dw = at::empty({rows.count, rows.width}, dlast.options()), du = at::empty_like(dw);
-    const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
-    by_type(x[0], [&](auto element) {
-        using T = decltype(element);
-        const Grads<T> out{pointer<T>(dk), pointer<T>(dv), pointer<float>(dw), pointer<float>(du)};
-        for_tasks<Interval>(rows.tasks, [&](int64_t task, Interval& m) {
-            const Run run = rows.run(task);
-            backward_run(m, pointer<T>(x[0]), pointer<T>(x[1]), pointer<float>(x[2]), pointer<float>(x[3]), run,
-                         std::min<int64_t>(rows.block, rows.width - run.shared), pointer<float>(kept[0]),
-                         pointer<T>(dy_dense), pointer<float>(dlast_dense), out, pointer<float>(dstate));
-        });
-    });
-    return {dk, dv, sum_rows(dw), sum_rows(du), dstate};
 }
 
 }  // namespace
+
+RWKV_PUBLIC int64_t rwkv_interval() { return INTERVAL; }
+
+// k, v, w, u, state, places | y, final state | state before each interval (intervals, C, 3)
+RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    const Rows rows = rows_of(x[5], sizes, threads);
+    return by_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        enum { K, V, DECAY, U, STATE, PLACES, Y, LAST, CHECKPOINTS };
+        for_runs(rows, threads, [&](const Run& run, int channels, Interval& m) {
+            forward_run(m, tensor<const T>(x, K), tensor<const T>(x, V), tensor<float>(x, DECAY), tensor<float>(x, U),
+                        run, channels, tensor<float>(x, STATE), tensor<T>(x, Y), tensor<float>(x, LAST),
+                        tensor<float>(x, CHECKPOINTS));
+        });
+    });
+}
+
+// k, v, w, u, state before each interval, places, dy, gradient of the final state | dk, dv, dw, du, gradient of the
+// initial state
+RWKV_EXPORT rwkv_backward(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    const Rows rows = rows_of(x[5], sizes, threads);
+    return by_dtype(dtype, [&](auto element) {
+        using T = decltype(element);
+        enum { K, V, DECAY, U, CHECKPOINTS, PLACES, DY, DLAST, DK, DV, DW, DU, DSTATE };
+        std::vector<float> dw(sizes.rows * sizes.size), du(dw.size());
+        const Grads<T> out{tensor<T>(x, DK), tensor<T>(x, DV), dw.data(), du.data()};
+        for_runs(rows, threads, [&](const Run& run, int channels, Interval& m) {
+            backward_run(m, tensor<const T>(x, K), tensor<const T>(x, V), tensor<float>(x, DECAY), tensor<float>(x, U),
+                         run, channels, tensor<float>(x, CHECKPOINTS), tensor<const T>(x, DY), tensor<float>(x, DLAST),
+                         out, tensor<float>(x, DSTATE));
+        });
+        sum_rows(dw, sizes.size, tensor<float>(x, DW));
+        sum_rows(du, sizes.size, tensor<float>(x, DU));
+    });
+}
+
 }  // namespace rwkv
-
-TORCH_LIBRARY(rwkv_wkv4, m) {
-    m.def("forward(Tensor[] inputs, Tensor state, Tensor starts, bool keep) -> Tensor[]");
-    m.def("backward(Tensor[] inputs, Tensor[] kept, Tensor starts, Tensor dy, Tensor dlast) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(rwkv_wkv4, CPU, m) {
-    m.impl("forward", &rwkv::forward);
-    m.impl("backward", &rwkv::backward);
-}

@@ -1,12 +1,12 @@
 // WKV-5.2 on the CPU: wkv56.h with one decay for all tokens.
 #include "wkv56.h"
 
-TORCH_LIBRARY(rwkv_wkv5, m) {
-    m.def("forward(Tensor[] inputs, Tensor state, Tensor starts, bool keep) -> Tensor[]");
-    m.def("backward(Tensor[] inputs, Tensor[] kept, Tensor starts, Tensor dy, Tensor dlast) -> Tensor[]");
+RWKV_PUBLIC int64_t rwkv_interval() { return rwkv::INTERVAL; }
+
+RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes, int dtype, int threads) {
+    return rwkv::forward56<false>(tensors, sizes, dtype, threads);
 }
 
-TORCH_LIBRARY_IMPL(rwkv_wkv5, CPU, m) {
-    m.impl("forward", &rwkv::forward<false>);
-    m.impl("backward", &rwkv::backward<false>);
+RWKV_EXPORT rwkv_backward(void* const* tensors, const int64_t* sizes, int dtype, int threads) {
+    return rwkv::backward56<false>(tensors, sizes, dtype, threads);
 }

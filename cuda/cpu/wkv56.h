@@ -275,82 +275,65 @@ void backward_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run,
     }
 }
 
-// ---------------------------------------------------------------- tensors
+// ---------------------------------------------------------------- calls
 
-template <bool PER_TOKEN>
-constexpr Signature SIGNATURE{"r, k, v, w, u", PER_TOKEN ? 4 : 3, PER_TOKEN ? 1 : 2, 3, 0};
-
+// The pointers of a call's five inputs, which come first.
 template <typename T, bool PER_TOKEN>
-Inputs<T, PER_TOKEN> inputs_of(const Tensors& x) {
-    return {pointer<T>(x[0]), pointer<T>(x[1]), pointer<T>(x[2]),
-            pointer<std::conditional_t<PER_TOKEN, T, float>>(x[3]), pointer<float>(x[4])};
+Inputs<T, PER_TOKEN> inputs_of(void* const* x) {
+    return {tensor<const T>(x, 0), tensor<const T>(x, 1), tensor<const T>(x, 2),
+            tensor<std::conditional_t<PER_TOKEN, const T, const float>>(x, 3), tensor<const float>(x, 4)};
 }
 
-inline Rows rows_of(const Tensors& x, const at::Tensor& starts) {
-    const int64_t n = x[0].size(2);
-    return Rows(starts, x[0].size(1) * n, n, n);
-}
-
-// -> y, final state, and when `keep`: checkpoints (intervals, H, N_key, N_value), float32.
+// r, k, v, w, u, state, places | y, final state | state before each interval (intervals, H, N_key, N_value)
 template <bool PER_TOKEN>
-Tensors forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
-    const Tensors x = dense(SIGNATURE<PER_TOKEN>, inputs, starts, state);
-    const int64_t h = x[0].size(1), n = x[0].size(2);
-    const Rows rows = rows_of(x, starts);
-    const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), state.options());
-    const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, h, n, n}, state.options());
-    const at::Tensor start = state.contiguous();
-    by_size(x[0], [&](auto size, auto element) {
+const char* forward56(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    return dispatch(sizes, dtype, [&](auto size, auto element) {
         constexpr int N = decltype(size)::value;
         using T = decltype(element);
-        const Inputs<T, PER_TOKEN> in = inputs_of<T, PER_TOKEN>(x);
-        float* kept = checkpoints.numel() ? pointer<float>(checkpoints) : nullptr;
-        int width = N;  // with fewer heads than threads, several threads share a head's values
-        while (rows.tasks * (N / width) < threads() && width > W) width /= 2;
-        const int parts = N / width;
-        for_tasks<Interval<N>>(rows.tasks * parts, [&](int64_t task, Interval<N>& m) {
+        enum { STATE = 5, PLACES, Y, LAST, CHECKPOINTS };
+        const Rows rows(x[PLACES], sizes, N, N);
+        const int width = values_of_a_task<N>(rows.tasks, threads), parts = N / width;
+        for_tasks<Interval<N>>(threads, rows.tasks * parts, [&](int64_t task, Interval<N>& m) {
             const auto with = [&](auto vecs) {
-                forward_run<N, decltype(vecs)::value, T>(m, in, rows.run(task / parts), task % parts * width, width,
-                                                        pointer<float>(start), pointer<T>(y), pointer<float>(last),
-                                                        kept);
+                forward_run<N, decltype(vecs)::value, T>(m, inputs_of<T, PER_TOKEN>(x), rows.run(task / parts),
+                                                        task % parts * width, width, tensor<float>(x, STATE),
+                                                        tensor<T>(x, Y), tensor<float>(x, LAST),
+                                                        tensor<float>(x, CHECKPOINTS));
             };
             if (width >= 4 * W && MAX_VECS >= 4)
-                with(std::integral_constant<int, std::min(MAX_VECS, N / W)>{});
+                with(Constant<std::min(MAX_VECS, N / W)>{});
             else if (width >= 2 * W)
-                with(std::integral_constant<int, 2>{});
+                with(Constant<2>{});
             else
-                with(std::integral_constant<int, 1>{});
+                with(Constant<1>{});
         });
     });
-    if (!keep) return {y, last};
-    return {y, last, checkpoints};
 }
 
-// -> gradients of r, k, v, w in their dtype, of u (and WKV-5.2's w) and of the initial state in float32.
+// r, k, v, w, u, state before each interval, places, dy, gradient of the final state | dr, dk, dv, dw, du, gradient of
+// the initial state
 template <bool PER_TOKEN>
-Tensors backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts, const at::Tensor& dy,
-                 const at::Tensor& dlast) {
-    const Tensors x = dense(SIGNATURE<PER_TOKEN>, inputs, starts, dlast);
-    const Rows rows = rows_of(x, starts);
-    const int64_t h = x[0].size(1), n = x[0].size(2);
-    TORCH_CHECK(kept.size() == 1 && kept[0].size(0) == rows.checkpoints.back(), "forward kept nothing");
-    const at::Tensor dy_dense = dense_dy(dy, x[0]), dlast_dense = dlast.contiguous();
-    const at::Tensor dr = at::empty_like(x[0]), dk = at::empty_like(x[0]), dv = at::empty_like(x[0]);
-    const at::Tensor du = at::empty({rows.count, h, n}, dlast.options());
-    const at::Tensor dw = PER_TOKEN ? at::empty_like(x[0]) : at::empty_like(du);
-    const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
-    by_size(x[0], [&](auto size, auto element) {
+const char* backward56(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    return dispatch(sizes, dtype, [&](auto size, auto element) {
         constexpr int N = decltype(size)::value;
         using T = decltype(element);
-        const Inputs<T, PER_TOKEN> in = inputs_of<T, PER_TOKEN>(x);
-        const Grads<T, PER_TOKEN> out{pointer<T>(dr), pointer<T>(dk), pointer<T>(dv),
-                                      pointer<std::conditional_t<PER_TOKEN, T, float>>(dw), pointer<float>(du)};
-        for_tasks<Interval<N>>(rows.tasks, [&](int64_t task, Interval<N>& m) {
-            backward_run<N, T, PER_TOKEN>(m, in, rows.run(task), pointer<float>(kept[0]), pointer<T>(dy_dense),
-                                          pointer<float>(dlast_dense), out, pointer<float>(dstate));
+        enum { CHECKPOINTS = 5, PLACES, DY, DLAST, DR, DK, DV, DW, DU, DSTATE };
+        const Rows rows(x[PLACES], sizes, N, N);
+        std::vector<float> du(sizes.rows * rows.width), dw(PER_TOKEN ? 0 : du.size());
+        Grads<T, PER_TOKEN> out{tensor<T>(x, DR), tensor<T>(x, DK), tensor<T>(x, DV), nullptr, du.data()};
+        if constexpr (PER_TOKEN)
+            out.w = tensor<T>(x, DW);
+        else
+            out.w = dw.data();
+        for_tasks<Interval<N>>(threads, rows.tasks, [&](int64_t task, Interval<N>& m) {
+            backward_run<N, T, PER_TOKEN>(m, inputs_of<T, PER_TOKEN>(x), rows.run(task), tensor<float>(x, CHECKPOINTS),
+                                          tensor<T>(x, DY), tensor<float>(x, DLAST), out, tensor<float>(x, DSTATE));
         });
+        sum_rows(du, rows.width, tensor<float>(x, DU));
+        if constexpr (!PER_TOKEN) sum_rows(dw, rows.width, tensor<float>(x, DW));
     });
-    return {dr, dk, dv, PER_TOKEN ? dw : sum_rows(dw), sum_rows(du), dstate};
 }
 
 }  // namespace

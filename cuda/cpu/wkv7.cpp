@@ -50,11 +50,36 @@ INLINE void forward_sweep(float* S, int width, const float* r, const float* k, c
     }
 }
 
+// Rows of floats, `stride` apart.
+template <typename T>
+struct Strided {
+    T* p;
+    int64_t stride;
+};
+
+// n tokens for VB * W values: updates S and sa, fills y. v, y and, unless it is null, sa_out: [token][values]. Apart
+// from `forward_run`, so that it is compiled once for both dtypes.
+template <int N, int VB>
+[[gnu::noinline]] void forward_block(float* S, int width, int n, const Prepared<N>& x, Strided<const float> v,
+                                     float* sa_now, Strided<float> y, Strided<float> sa_out) {
+    vec sa[VB], v_now[VB], out[VB];
+    for (int u = 0; u < VB; ++u) sa[u] = load(sa_now + u * W);
+    for (int t = 0; t < n; ++t) {
+        for (int u = 0; u < VB; ++u) v_now[u] = load(v.p + t * v.stride + u * W);
+        if (sa_out.p)
+            for (int u = 0; u < VB; ++u) store(sa_out.p + t * sa_out.stride + u * W, sa[u]);
+        forward_sweep<N, VB>(S, width, x.r + t * N, x.k + t * N, x.b + t * N, x.a_next + t * N, v_now, sa, out);
+        for (int u = 0; u < VB; ++u) store(y.p + t * y.stride + u * W, out[u]);
+    }
+    for (int u = 0; u < VB; ++u) store(sa_now + u * W, sa[u]);
+}
+
 // One run, for the values [value, value + width) of its head. sa and checkpoints may be null (nothing is kept then).
 template <int N, int VB, typename T>
 void forward_run(const Inputs<T>& x, const Run& run, int value, int width, const float* state, T* y,
                  float* state_out, float* sa_out, float* checkpoints) {
     alignas(64) float S[N * N], r[BLOCK * N], k[BLOCK * N], b[BLOCK * N], a_next[BLOCK * N], P[N], sa_now[N] = {};
+    alignas(64) float v[BLOCK * N], out[BLOCK * N];
     transpose(state + run.state + value * N, N, S, width, width, N);
     if (run.tokens > 0)
         for (int j = 0; j < N; j += W) {
@@ -72,19 +97,21 @@ void forward_run(const Inputs<T>& x, const Run& run, int value, int width, const
                             S + j * width, width * sizeof(float));
         const int n = std::min<int64_t>(BLOCK, run.tokens - first);
         prepare<N, false>(x, run, first, n, block, P);
-        for (int i = 0; i < width; i += VB * W) {
-            vec sa[VB], v[VB], out[VB];
-            for (int u = 0; u < VB; ++u) sa[u] = load(sa_now + i + u * W);
-            for (int t = 0; t < n; ++t) {
-                const int64_t at = run.first + (first + t) * run.stride + value + i;
-                for (int u = 0; u < VB; ++u) v[u] = load(x.v + at + u * W);
-                if (sa_out)
-                    for (int u = 0; u < VB; ++u) store(sa_out + at + u * W, sa[u]);
-                forward_sweep<N, VB>(S + i, width, r + t * N, k + t * N, b + t * N, a_next + t * N, v, sa, out);
-                for (int u = 0; u < VB; ++u) store(y + at + u * W, out[u]);
-            }
-            for (int u = 0; u < VB; ++u) store(sa_now + i + u * W, sa[u]);
+        const int64_t here = run.first + first * run.stride + value;
+        Strided<const float> values{v, width};
+        Strided<float> results{out, width}, kept{sa_out ? sa_out + here : nullptr, run.stride};
+        if constexpr (std::is_same_v<T, float>) {
+            values = {x.v + here, run.stride}, results = {y + here, run.stride};
+        } else {
+            for (int t = 0; t < n; ++t)
+                for (int i = 0; i < width; i += W) store(v + t * width + i, load(x.v + here + t * run.stride + i));
         }
+        for (int i = 0; i < width; i += VB * W)
+            forward_block<N, VB>(S + i, width, n, block, {values.p + i, values.stride}, sa_now + i,
+                                 {results.p + i, results.stride}, {kept.p ? kept.p + i : nullptr, kept.stride});
+        if constexpr (!std::is_same_v<T, float>)
+            for (int t = 0; t < n; ++t)
+                for (int i = 0; i < width; i += W) store(y + here + t * run.stride + i, load(out + t * width + i));
         for (int j = 0; j < N; ++j)
             for (int i = 0; i < width; i += W) store(S + j * width + i, load(S + j * width + i) * P[j]);
     }
@@ -108,7 +135,7 @@ struct Interval {
 // The states after tokens 1, 3, 5 .. n of RV value rows, from that in slot 0. Half of them, because writing all would
 // take longer than the sweep needs to make one from the other (forwards, and within a block as t is even).
 template <int N>
-INLINE void recompute_states(Interval<N>& m, int row, int n) {
+[[gnu::noinline]] void recompute_states(Interval<N>& m, int row, int n) {
     constexpr int KEYS = N / W < 4 ? N / W : 4, GROUP = W == 16 ? 4 : 2;
     for (int i = 0; i < RV; i += GROUP)
         for (int j = 0; j < N; j += KEYS * W) {
@@ -139,7 +166,7 @@ INLINE void recompute_states(Interval<N>& m, int row, int n) {
 // Token t of RV value rows, with S_t at hand (STEP: made from that of token t - 1): first what token t + 1 needs of S_t
 // (decay, a, and its share of G), then token t.
 template <int N, bool STEP>
-INLINE void backward_sweep(Interval<N>& m, int row, int t) {
+[[gnu::noinline]] void backward_sweep(Interval<N>& m, int row, int t) {
     const int here = t * N, next = (t + 1) * N;
     const float *S = m.S + (t + !STEP) / 2 * RV * N;
     const float *dy = m.dy + here + row, *v = m.v + here + row, *sa = m.sa + here + row;
@@ -270,97 +297,66 @@ void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, const floa
     std::memcpy(dstate + run.state, m.G, sizeof(m.G));
 }
 
-// ---------------------------------------------------------------- tensors
+// ---------------------------------------------------------------- calls
 
-const Signature SIGNATURE{"r, w, k, v, a, b", 6, 0, 3, 0};
-
+// The pointers of a call's six inputs, which come first.
 template <typename T>
-Inputs<T> inputs_of(const Tensors& x) {
-    return {pointer<T>(x[0]), pointer<T>(x[1]), pointer<T>(x[2]), pointer<T>(x[3]), pointer<T>(x[4]), pointer<T>(x[5])};
+Inputs<T> inputs_of(void* const* x) {
+    const auto in = [&](int i) { return tensor<const T>(x, i); };
+    return {in(0), in(1), in(2), in(3), in(4), in(5)};
 }
 
-Rows rows_of(const Tensors& x, const at::Tensor& starts) {
-    const int64_t n = x[0].size(2);
-    return Rows(starts, x[0].size(1) * n, n, n);
-}
-
-template <int N, typename T>
-void forward_all(const Tensors& x, const Rows& rows, const at::Tensor& state, const at::Tensor& y,
-                 const at::Tensor& last, const at::Tensor& sa, const at::Tensor& checkpoints) {
-    const Inputs<T> in = inputs_of<T>(x);
-    int width = N;  // with fewer heads than threads, several threads share a head's values
-    while (rows.tasks * (N / width) < threads() && width > W) width /= 2;
-    const int parts = N / width, registers = std::min(MAX_VB, width / W);
-    const auto run_task = [&](auto vb, int64_t task) {
-        forward_run<N, decltype(vb)::value, T>(in, rows.run(task / parts), task % parts * width, width,
-                                              pointer<float>(state), pointer<T>(y), pointer<float>(last),
-                                              sa.numel() ? pointer<float>(sa) : nullptr,
-                                              checkpoints.numel() ? pointer<float>(checkpoints) : nullptr);
-    };
-    // Written out: inside for_tasks, GCC 12 makes of the same loop code that is a quarter slower.
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads())
-    for (int64_t task = 0; task < rows.tasks * parts; ++task) {
-        if (registers >= 4)
-            run_task(std::integral_constant<int, std::min(4, N / W)>{}, task);
-        else if (registers == 2)
-            run_task(std::integral_constant<int, 2>{}, task);
-        else
-            run_task(std::integral_constant<int, 1>{}, task);
-    }
-}
-
-// -> y, final state, and when `keep`: sa (tokens, H, N) and checkpoints (intervals, H, N_key, N_value), both float32.
-Tensors forward(at::TensorList inputs, const at::Tensor& state, const at::Tensor& starts, bool keep) {
-    const Tensors x = dense(SIGNATURE, inputs, starts, state);
-    const int64_t h = x[0].size(1), n = x[0].size(2);
-    const Rows rows = rows_of(x, starts);
-    const auto options = x[0].options().dtype(at::kFloat);
-    const at::Tensor y = at::empty_like(x[0]), last = at::empty(state.sizes(), options);
-    const at::Tensor sa = at::empty(keep ? x[0].sizes() : at::IntArrayRef({0}), options);
-    const at::Tensor checkpoints = at::empty({keep ? rows.checkpoints.back() : 0, h, n, n}, options);
-    const at::Tensor start = state.contiguous();
-    by_size(x[0], [&](auto size, auto element) {
-        forward_all<decltype(size)::value, decltype(element)>(x, rows, start, y, last, sa, checkpoints);
-    });
-    if (!keep) return {y, last};
-    return {y, last, sa, checkpoints};
-}
-
-// -> gradients of r, w, k, v, a, b in their dtype and of the initial state in float32.
-Tensors backward(at::TensorList inputs, at::TensorList kept, const at::Tensor& starts, const at::Tensor& dy,
-                 const at::Tensor& dlast) {
-    const Tensors x = dense(SIGNATURE, inputs, starts, dlast);
-    const Rows rows = rows_of(x, starts);
-    TORCH_CHECK(kept.size() == 2 && kept[0].sizes() == x[0].sizes() && kept[1].size(0) == rows.checkpoints.back(),
-                "forward kept nothing");
-    const at::Tensor dy_dense = dense_dy(dy, x[0]), dlast_dense = dlast.contiguous();
-    Tensors out;
-    for (const at::Tensor& input : x) out.push_back(at::empty_like(input));
-    const at::Tensor dstate = at::empty(dlast.sizes(), dlast.options());
-    by_size(x[0], [&](auto size, auto element) {
-        constexpr int N = decltype(size)::value;
-        using T = decltype(element);
-        const Inputs<T> in = inputs_of<T>(x);
-        std::array<T*, 6> grads;
-        for (int i = 0; i < 6; ++i) grads[i] = pointer<T>(out[i]);
-        for_tasks<Interval<N>>(rows.tasks, [&](int64_t task, Interval<N>& m) {
-            backward_run<N, T>(m, in, rows.run(task), pointer<float>(kept[0]), pointer<float>(kept[1]),
-                               pointer<T>(dy_dense), pointer<float>(dlast_dense), grads, pointer<float>(dstate));
-        });
-    });
-    out.push_back(dstate);
-    return out;
+template <int N>
+Rows rows_of(const void* places, const Sizes& sizes) {
+    return Rows(places, sizes, N, N);
 }
 
 }  // namespace
+
+RWKV_PUBLIC int64_t rwkv_interval() { return INTERVAL; }
+
+// r, w, k, v, a, b, state, places | y, final state | S before each interval (intervals, H, N_key, N_value), sa
+RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    return dispatch(sizes, dtype, [&](auto size, auto element) {
+        using T = decltype(element);
+        enum { STATE = 6, PLACES, Y, LAST, CHECKPOINTS, SA };
+        constexpr int N = decltype(size)::value;
+        const Rows rows = rows_of<N>(x[PLACES], sizes);
+        const int width = values_of_a_task<N>(rows.tasks, threads), parts = N / width;
+        for_tasks<Nothing>(threads, rows.tasks * parts, [&](int64_t task, Nothing&) {
+            const auto with = [&](auto vb) {
+                forward_run<N, decltype(vb)::value, T>(inputs_of<T>(x), rows.run(task / parts), task % parts * width,
+                                                      width, tensor<float>(x, STATE), tensor<T>(x, Y),
+                                                      tensor<float>(x, LAST), tensor<float>(x, SA),
+                                                      tensor<float>(x, CHECKPOINTS));
+            };
+            if (width >= 4 * W && MAX_VB >= 4)
+                with(Constant<std::min(4, N / W)>{});
+            else if (width >= 2 * W)
+                with(Constant<2>{});
+            else
+                with(Constant<1>{});
+        });
+    });
+}
+
+// r, w, k, v, a, b, S before each interval, sa, places, dy, gradient of the final state |
+// dr, dw, dk, dv, da, db, gradient of the initial state
+RWKV_EXPORT rwkv_backward(void* const* x, const int64_t* numbers, int dtype, int threads) {
+    const Sizes sizes = sizes_of(numbers);
+    return dispatch(sizes, dtype, [&](auto size, auto element) {
+        using T = decltype(element);
+        enum { CHECKPOINTS = 6, SA, PLACES, DY, DLAST, GRADS, DSTATE = GRADS + 6 };
+        constexpr int N = decltype(size)::value;
+        const Rows rows = rows_of<N>(x[PLACES], sizes);
+        std::array<T*, 6> grads;
+        for (int i = 0; i < 6; ++i) grads[i] = tensor<T>(x, GRADS + i);
+        for_tasks<Interval<N>>(threads, rows.tasks, [&](int64_t task, Interval<N>& m) {
+            backward_run<N, T>(m, inputs_of<T>(x), rows.run(task), tensor<float>(x, SA), tensor<float>(x, CHECKPOINTS),
+                               tensor<T>(x, DY), tensor<float>(x, DLAST), grads, tensor<float>(x, DSTATE));
+        });
+    });
+}
+
 }  // namespace rwkv
-
-TORCH_LIBRARY(rwkv_wkv7, m) {
-    m.def("forward(Tensor[] inputs, Tensor state, Tensor starts, bool keep) -> Tensor[]");
-    m.def("backward(Tensor[] inputs, Tensor[] kept, Tensor starts, Tensor dy, Tensor dlast) -> Tensor[]");
-}
-
-TORCH_LIBRARY_IMPL(rwkv_wkv7, CPU, m) {
-    m.impl("forward", &rwkv::forward);
-    m.impl("backward", &rwkv::backward);
-}

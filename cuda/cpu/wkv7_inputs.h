@@ -9,7 +9,6 @@ namespace {
 constexpr int BLOCK = 16;     // tokens that share one origin of the cumulative decay
 static_assert(INTERVAL % BLOCK == 0);
 constexpr int RV = 32;        // value rows that backward handles together; a multiple of W
-constexpr float RATE = 0.60653066f;
 constexpr int MAX_VB = W == 16 ? 4 : 2;  // registers of values per forward sweep
 constexpr int KB = W == 16 ? 2 : 1;      // registers of keys per backward sweep
 
@@ -18,7 +17,7 @@ struct Inputs {
     const T *r, *w, *k, *v, *a, *b;
 };
 
-// exp(z) for z in [-RATE, RATE], by its series about the nearer half.
+// exp(z) for z in [-DECAY_RATE, DECAY_RATE], by its series about the nearer half.
 INLINE vec exp_small(vec z) {
     vec p = splat(1.f / 362880);
     for (float c : {1.f / 40320, 1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = p * z + c;
@@ -40,9 +39,9 @@ INLINE void prepare(const Inputs<T>& x, const Run& run, int64_t first, int n, co
         vec P = splat(1.f), inverse = splat(1.f);
         int64_t at = run.first + first * run.stride + j;
         for (int t = 0; t < n; ++t, at += run.stride) {
-            const vec s = 1.f / (1.f + exp(-load(x.w + at)));
-            P *= exp_small(-RATE * s);
-            inverse *= exp_small(RATE * s);
+            const vec s = sigmoid(load(x.w + at));
+            P *= exp_small(-DECAY_RATE * s);
+            inverse *= exp_small(DECAY_RATE * s);
             const int to = t * N + j;
             store(out.r + to, load(x.r + at) * P);
             store(out.k + to, load(x.k + at) * inverse);
@@ -51,7 +50,7 @@ INLINE void prepare(const Inputs<T>& x, const Run& run, int64_t first, int n, co
             if constexpr (BACKWARD) {
                 store(out.P + to, P);
                 store(out.inverse + to, inverse);
-                store(out.slope + to, -RATE * s * (1.f - s));
+                store(out.slope + to, -DECAY_RATE * s * (1.f - s));
             }
         }
         store(P_end + j, P);

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.ops import elementwise_naive as elementwise_naive
-from rwkv_rlhf.ops.build import BuildError, library
+from rwkv_rlhf.ops.build import BuildError
+from rwkv_rlhf.ops.cpu import library
 
 EPS = 64e-5
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rwkv_rlhf.ops import recurrence
-from rwkv_rlhf.ops.build import BuildError, library
+from rwkv_rlhf.ops.build import BuildError
+from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state
 
 ROOM = 32  # head size of the inputs here

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from rwkv_rlhf.ops import judge
-from rwkv_rlhf.ops.build import BuildError, library
+from rwkv_rlhf.ops.build import BuildError
+from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, meaning, results
 
 LIMIT = 2e-6

@@ -3,15 +3,15 @@
 To add a backend: one function that refuses what it cannot do, and one entry in `BACKENDS`.
 """
 
+import ctypes
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from rwkv_rlhf.ops import gpu
-from rwkv_rlhf.ops.build import BuildError, library
+from rwkv_rlhf.ops import calls, cpu, gpu
+from rwkv_rlhf.ops.build import BuildError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def host_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple
     """The C++ file cuda/cpu/<op>.cpp: CPU tensors in bfloat16 or float32, and a compiler that works."""
     if device.type != "cpu":
         return f"the tensors are on {device}"
-    if dtype not in (torch.bfloat16, torch.float32):
+    if dtype not in calls.DTYPES:
         return f"no kernel for {dtype}"
     return _build_failure(op, "cpu", device)
 
@@ -45,7 +45,7 @@ def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tup
     """The file cuda/<op>.cu: tensors of a GPU in bfloat16 or float32, and a compiler that works."""
     if device.type != "cuda":
         return f"the tensors are on {device}"
-    if dtype not in gpu.DTYPES:
+    if dtype not in calls.DTYPES:
         return f"no kernel for {dtype}"
     return _build_failure(op, "cuda", device)
 
@@ -88,9 +88,11 @@ def choose(
     raise ValueError(f"the backend asked for cannot run {op}: {'; '.join(refusals)}")
 
 
-def kernel(op: str, backend: str, device: torch.device) -> Any:
-    """What runs `op` on a backend other than "naive": a library of C++ or a `gpu.Kernel`. Raises BuildError."""
-    return gpu.kernel(op, device) if backend == "cuda" else library(op)
+def kernel(op: str, backend: str, device: torch.device) -> calls.Kernel | ctypes.CDLL:
+    """What runs `op` on a backend other than "naive": a `Kernel` for a recurrence, else C functions. Raises BuildError."""
+    if backend == "cuda":
+        return gpu.kernel(op, device)
+    return cpu.recurrence(op) if op in calls.LAYOUTS else cpu.library(op)
 
 
 @functools.cache

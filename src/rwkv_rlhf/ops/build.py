@@ -1,10 +1,10 @@
-"""Compile a kernel on first use and load it: nothing is compiled or loaded at import.
+"""Compile kernels on first use and keep the binaries: nothing is compiled or loaded at import, nothing here needs torch.
 
-`library` is for cuda/cpu/<name>.cpp; ops/gpu.py makes recipes of cuda/<name>.cu. A binary is kept under the user's
-cache folder, in a folder named by a hash of everything it depends on (source, command and with it the instruction set
-or architecture, torch, compiler), so one cache serves several machines and versions. It is compiled to a temporary name
-and renamed, so nobody can load half a file. The lock only spares other processes the same work: the operating system
-drops it when its owner dies, and one held for longer than `LOCK_PATIENCE` seconds is ignored.
+ops/cpu.py and ops/gpu.py make recipes; setup.py compiles those of the CPU into the wheel. A binary is kept under the
+user's cache folder, in a folder named by a hash of everything it depends on (sources, flags and with them the
+instruction set or architecture, compiler, machine), so one cache serves every clone, environment and version of torch.
+It is compiled to a temporary name and renamed, so nobody can load half a file. The lock only spares other processes the
+same work: the operating system drops it when its owner dies, and one held for longer than `LOCK_PATIENCE` is ignored.
 """
 
 import contextlib
@@ -16,14 +16,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch
-from torch.utils import cpp_extension
+from typing import NamedTuple, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -32,59 +29,36 @@ KERNELS = next(
     folder / "cuda" for folder in Path(__file__).resolve().parents[1:] if (folder / "cuda" / "device.h").is_file()
 )
 SOURCES = KERNELS / "cpu"
-LOCK_PATIENCE = 300.0
-# Vectors and fused multiply-adds, but none of the flags that let a compiler assume away NaN or infinity.
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w")
+PACKAGED = KERNELS / "built"  # what setup.py has put into a wheel
+LOCK_PATIENCE = 300.0  # seconds
+# Vectors and fused multiply-adds, but none of the flags that let a compiler assume away NaN or infinity. No OpenMP
+# library is linked: cuda/cpu/threads.h finds the one that torch has loaded.
+FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+# the instruction sets that CPU kernels are compiled for, the widest first
 ISA_FLAGS = {
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
+    "DEFAULT": (),
 }
 
 T = TypeVar("T")
-_loaded: dict[tuple, Any] = {}
-_guard = threading.Lock()
 
 
 class Recipe(NamedTuple):
     """How to make one binary."""
 
     source: Path
-    headers: Sequence[Path]
-    command: Sequence[str]  # compiler and flags; the source and -o follow
-    links: Sequence[str]  # what follows these
-    depends: Sequence[str]  # what else another binary is needed for: versions, the kind of machine
+    command: Sequence[str]  # compiler and flags; the source, -o and `links` follow
+    depends: Sequence[str]  # what else another binary is needed for: the compiler's version, the kind of machine
     label: str  # a word for the folder's name: the instruction set or architecture
+    links: Sequence[str] = ()
 
 
 class BuildError(RuntimeError):
     """A kernel could not be compiled or loaded; the text is the compiler's first error line."""
-
-
-def library(name: str) -> Any:
-    """Return `torch.ops.rwkv_<name>`, compiling cuda/cpu/<name>.cpp first if no cached binary fits.
-
-    Raises BuildError (again on every call: a failed build is not retried within a process).
-    """
-
-    def make() -> Any:
-        load(_host_recipe(name), torch.ops.load_library)
-        return getattr(torch.ops, f"rwkv_{name}")
-
-    return once((name, SOURCES), make)
-
-
-def once(key: tuple, make: Callable[[], T]) -> T:
-    """The result of `make`, which is called once per process and key; a BuildError is a result too, raised again."""
-    with _guard:
-        if key not in _loaded:
-            try:
-                _loaded[key] = make()
-            except BuildError as error:
-                _loaded[key] = error
-    found = _loaded[key]
-    if isinstance(found, BuildError):
-        raise found
-    return found
 
 
 def load(recipe: Recipe, open_library: Callable[[str], T]) -> T:
@@ -103,19 +77,59 @@ def load(recipe: Recipe, open_library: Callable[[str], T]) -> T:
         raise BuildError(f"{recipe.source.name}: {error}") from error
 
 
-def instruction_set() -> str:
-    """The widest vector instruction set this machine and torch agree on: AVX512, AVX2 or DEFAULT."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "DEFAULT"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return capability if capability in ISA_FLAGS else "DEFAULT"
+def binary(recipe: Recipe) -> Path:
+    """Path of the compiled library, compiled now unless a process with the same hash did so before. Raises BuildError."""
+    (found,) = binaries([recipe])
+    if isinstance(found, BuildError):
+        raise found
+    return found
+
+
+def binaries(recipes: Sequence[Recipe]) -> list[Path | BuildError]:
+    """`binary` for several recipes: the missing ones are compiled side by side, as many at a time as there are cores."""
+    found = [_target(recipe) for recipe in recipes]
+    missing = [
+        (recipe, target)
+        for recipe, target in zip(recipes, found)
+        if isinstance(target, Path) and not target.is_file()
+    ]
+    if not missing:
+        return found
+    names = ", ".join(f"{recipe.source.stem} ({recipe.label})" for recipe, _ in missing)
+    count = f"{len(missing)} kernel{'s' * (len(missing) > 1)}"
+    logger.info("compiling %s, once for this machine and compiler: %s", count, names)
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        failures = dict(zip((target for _, target in missing), pool.map(lambda pair: _build(*pair), missing)))
+    if not any(failures.values()):
+        logger.info("compiled %s in %.1f s", count, time.monotonic() - began)
+    return [failures.get(target) or target for target in found]
+
+
+def host_recipe(name: str, isa: str) -> Recipe:
+    """How cuda/cpu/<name>.cpp is compiled for an instruction set of `ISA_FLAGS`. Raises BuildError without a compiler."""
+    command, version = compiler()
+    flags = (*FLAGS, *ISA_FLAGS[isa])
+    return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), isa.lower())
+
+
+def packaged(name: str, isa: str) -> Path | None:
+    """The binary of cuda/cpu/<name>.cpp that a wheel brought for this kind of machine, for `isa` or a narrower set."""
+    sets = list(ISA_FLAGS)
+    paths = (packaged_path(name, other) for other in sets[sets.index(isa) :])
+    return next((path for path in paths if path.is_file()), None)
+
+
+def packaged_path(name: str, isa: str) -> Path:
+    """Where a wheel has the binary of cuda/cpu/<name>.cpp for an instruction set."""
+    return PACKAGED / f"{platform.machine()}-{isa.lower()}" / f"rwkv_{name}.so"
 
 
 def compiler() -> tuple[str, str]:
     """The C++ compiler ($CXX or c++) and its version line. Raises BuildError if there is none."""
-    command = cpp_extension.get_cxx_compiler()
     if platform.system() == "Windows":
-        raise BuildError("the kernels are written for GCC or clang, which torch does not use on Windows")
+        raise BuildError("the kernels are written for GCC and clang, which PyTorch does not use on Windows")
+    command = _variable("CXX") or "c++"
     if shutil.which(command) is None:
         raise BuildError(f"no C++ compiler: '{command}' was not found (install g++ or clang++, or set CXX)")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
@@ -123,13 +137,16 @@ def compiler() -> tuple[str, str]:
 
 
 def cache_folder() -> Path:
-    """Where binaries are kept: torch's own folder for extensions, or a private temporary one if that is read-only."""
-    root = Path(cpp_extension.get_default_build_root()) / "rwkv_ops"
-    with contextlib.suppress(OSError):
-        root.mkdir(parents=True, exist_ok=True)
-        if os.access(root, os.W_OK):
-            return root
-    fallback = Path(tempfile.gettempdir()) / f"rwkv_ops_{os.getuid()}"
+    """Where binaries are kept: rwkv-rlhf/kernels in the user's cache folder, or, where that cannot be written or there
+    is no home, a private folder for temporary files. Raises BuildError."""
+    home = Path(_variable("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    root = home / "rwkv-rlhf" / "kernels"
+    if home.is_absolute():  # "~" stays what it is where nobody has a home
+        with contextlib.suppress(OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            if os.access(root, os.W_OK):
+                return root
+    fallback = Path(tempfile.gettempdir()) / f"rwkv-rlhf-kernels-{os.getuid()}"
     try:
         fallback.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -148,61 +165,18 @@ def first_error(output: str) -> str:
     return lines[0] if lines else "the compiler failed without a message"
 
 
-def binary(recipe: Recipe) -> Path:
-    """Path of the compiled library, compiled now unless a process with the same hash did so before."""
-    source = recipe.source
-    if not source.is_file():
-        raise BuildError(f"no source file {source}")
-    digest = hashlib.sha256("\0".join((*recipe.command, *recipe.depends)).encode())
-    for path in (source, *recipe.headers):
-        digest.update(path.read_bytes())
-    folder = cache_folder() / f"{source.stem}-{recipe.label}-{digest.hexdigest()[:16]}"
-    target = folder / f"rwkv_{source.stem}.so"
-    if target.is_file():
-        return target
-    try:
-        folder.mkdir(exist_ok=True)
-        with _lock(folder / "lock"):
-            if not target.is_file():
-                _compile(recipe, target)
-    except OSError as error:  # a full or vanished disk
-        raise BuildError(f"{source.name}: {error}") from error
-    return target
-
-
-def _host_recipe(name: str) -> Recipe:
-    """The recipe of cuda/cpu/<name>.cpp for this machine's instruction set."""
-    command, version = compiler()
-    isa = instruction_set()
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
-    links = [part for path in cpp_extension.library_paths("cpu") for part in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    return Recipe(
-        source=SOURCES / f"{name}.cpp",
-        headers=sorted(SOURCES.glob("*.h")),
-        command=(command, *FLAGS, *ISA_FLAGS.get(isa, ()), "-shared", abi, *includes),
-        links=(*links, "-lc10", "-ltorch_cpu"),
-        depends=(version, torch.__version__, platform.machine()),
-        label=isa.lower(),
-    )
-
-
-def _compile(recipe: Recipe, target: Path) -> None:
-    """Compile and link a recipe's source, then give the result its final name in one step."""
-    began = time.monotonic()
-    source = recipe.source
-    logger.info("compiling %s (once; about 15 s)", source.name)
-    name = f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}"  # machines may share a cache
-    partial = target.with_name(name)
-    line = [*recipe.command, str(source), "-o", str(partial), *recipe.links]
-    try:
-        done = subprocess.run(line, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise BuildError(first_error(done.stderr + done.stdout))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    logger.info("compiled %s in %.0f s", source.name, time.monotonic() - began)
+def included(source: Path, folders: Sequence[Path] = ()) -> list[Path]:
+    """`source` and all that it includes with quotes, also indirectly, from its own folder or from `folders`."""
+    found: list[Path] = []
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            waiting += [(folder / name).resolve() for folder in (path.parent, *folders) if (folder / name).is_file()][:1]
+    return [source, *sorted(found[1:])]
 
 
 def held(path: Path) -> bool:
@@ -217,6 +191,58 @@ def held(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _variable(name: str) -> str | None:
+    """What the machine, not the run, is set up with: a compiler, a cache folder."""
+    value = os.path.expandvars(f"${name}")
+    return None if value in ("", f"${name}") else value
+
+
+def _target(recipe: Recipe) -> Path | BuildError:
+    """Where the binary of a recipe belongs, or why it cannot be had."""
+    source = recipe.source
+    if not source.is_file():
+        return BuildError(f"no source file {source}")
+    # where headers lie is left out, as what they say is in: another clone has the same binary
+    words = [word for word in recipe.command if not word.startswith("-I")]
+    folders = [Path(word[2:]) for word in recipe.command if word.startswith("-I")]
+    digest = hashlib.sha256("\0".join((*words, *recipe.links, *recipe.depends)).encode())
+    for path in included(source, folders):
+        digest.update(path.read_bytes())
+    try:
+        folder = cache_folder() / f"{source.stem}-{recipe.label}-{digest.hexdigest()[:16]}"
+    except BuildError as error:
+        return error
+    return folder / f"rwkv_{source.stem}.so"
+
+
+def _build(recipe: Recipe, target: Path) -> BuildError | None:
+    """Compile a recipe to its place, unless another process does so first; None, or why it failed."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with _lock(target.parent / "lock"):
+            if not target.is_file():
+                _compile(recipe, target)
+    except BuildError as error:
+        return error
+    except OSError as error:  # a full or vanished disk
+        return BuildError(f"{recipe.source.name}: {error}")
+    return None
+
+
+def _compile(recipe: Recipe, target: Path) -> None:
+    """Compile and link a recipe's source, then give the result its final name in one step."""
+    name = f"{target.name}.{os.getpid()}-{os.urandom(4).hex()}"  # machines may share a cache
+    partial = target.with_name(name)
+    line = [*recipe.command, str(recipe.source), "-o", str(partial), *recipe.links]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise BuildError(first_error(done.stderr + done.stdout))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

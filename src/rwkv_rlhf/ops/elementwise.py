@@ -5,9 +5,10 @@ Activations are bfloat16, float32 or (naive) float64, all of one dtype; small pe
 masters. Arithmetic is float32 inside (float64 for float64 activations), a result is rounded once to the activations'
 dtype, and gradients reach every tensor. Per-channel gradients are summed in an order that depends on the number of
 rows alone, so equal inputs give equal bits for any number of threads. `backend` is "auto" or a name of
-`select.BACKENDS["elementwise"]`. Every function raises ValueError for shapes or dtypes that do not fit.
+`backends.BACKENDS["elementwise"]`. Every function raises ValueError for shapes or dtypes that do not fit.
 """
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkv_rlhf.ops import elementwise_cpu as host
 from rwkv_rlhf.ops import elementwise_naive as naive
 from rwkv_rlhf.ops.backends import choose
-from rwkv_rlhf.ops.build import library
+from rwkv_rlhf.ops.elementwise_cpu import Call, RowSizes
 
 
 def token_mix(
@@ -31,7 +33,12 @@ def token_mix(
     """
     _check_mix(x, last, starts, mixes)
     if _runs_on_host(x, backend):
-        return _kernel("token_mix", (x, None if last is None else last.float(), mixes.float(), starts))
+        (batch, tokens, width), count = x.shape, mixes.shape[0]
+        if starts is not None:
+            starts = starts.to("cpu", torch.int64)
+        segments = batch if starts is None else starts.shape[0] - 1
+        sizes = RowSizes(batch * tokens, width, count, tokens, segments)
+        return _kernel(Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts))
     return _twin(naive.token_mix, (x, last, starts, mixes))
 
 
@@ -42,7 +49,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     """
     _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
     if _runs_on_host(v, backend):
-        return _kernel("value_gate", (v, v_first, v0.float(), v12))[0]
+        return _kernel(Call("value_gate", _rows(v), 1), (v, v_first, v0.float(), v12))[0]
     return _twin(naive.value_gate, (v, v_first, v0, v12))
 
 
@@ -58,7 +65,7 @@ def delta_keys(
     if heads < 1 or k.shape[-1] % heads:
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
     if _runs_on_host(k, backend):
-        return _kernel("delta_keys", (k, k_k.float(), k_a.float(), a0.float(), a12), heads)
+        return _kernel(Call("delta_keys", _rows(k, heads), 3), (k, k_k.float(), k_a.float(), a0.float(), a12))
     return _twin(naive.delta_keys, (k, k_k, k_a, a0, a12), heads)
 
 
@@ -78,18 +85,19 @@ def gated_norm(
 
     y (B,T,H,N); r, k, v, g (B,T,C); r_k (H,N); weight, bias (C,); eps is added to the variance. Returns (B,T,C).
     """
-    if y.dim() != 4 or r_k.shape != y.shape[2:]:
-        raise ValueError(f"gated_norm: y must be (B,T,H,N) and r_k (H,N), got {tuple(y.shape)} and {tuple(r_k.shape)}")
+    if y.dim() != 4 or r_k.shape != y.shape[2:] or r_k.device != y.device:
+        raise ValueError(f"gated_norm: y must be (B,T,H,N) and r_k (H,N), got {_describe(y)} and {_describe(r_k)}")
     rows = {"y": y.flatten(2), "r": r, "k": k, "v": v, "g": g}
     _check("gated_norm", rows, {"weight": weight, "bias": bias})
     if _runs_on_host(y, backend):
-        return _kernel("gated_norm", (y, r, k, v, r_k.float(), weight.float(), bias.float(), g), eps)[0]
+        call = Call("gated_norm", _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(eps),))
+        return _kernel(call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g))[0]
     return _twin(naive.gated_norm, (y, r, k, v, r_k, weight, bias, g), eps)
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
-    ops = library("elementwise") if _runs_on_host(x, backend) else naive
+    ops = host if _runs_on_host(x, backend) else naive
     return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
 
 
@@ -102,30 +110,31 @@ def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _kernel(name: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> tuple[Tensor, ...]:
+def _rows(x: Tensor, heads: int = 1) -> RowSizes:
+    """Sizes of activations (B,T,C)."""
+    batch, tokens, width = x.shape
+    return RowSizes(batch * tokens, width, heads)
+
+
+def _kernel(call: Call, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """Run one group of kernels; without gradients straight, which matters when tokens are sampled one by one."""
-    if _records(*tensors):
-        return _Kernel.apply(name, settings, *tensors)
-    return tuple(getattr(library("elementwise"), name)(*tensors, *settings))
+    return _Kernel.apply(call, *tensors) if _records(*tensors) else host.forward(call, tensors)
 
 
 class _Kernel(torch.autograd.Function):
-    """`name` and `name_backward` of the library. Only the inputs are saved, the rest is computed again."""
+    """A group of kernels. Only the inputs are saved, the rest is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, settings: tuple[int | float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)  # an output nobody used costs nothing
         ctx.save_for_backward(*tensors)
-        ctx.name, ctx.settings = name, settings
-        return tuple(getattr(library("elementwise"), name)(*tensors, *settings))
+        ctx.call = call
+        return host.forward(call, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[2:])
-        backward = getattr(library("elementwise"), f"{ctx.name}_backward")
-        return None, None, *backward(list(grads), *tensors, *ctx.settings, need)
+        return None, *host.backward(ctx.call, grads, ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
 def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
@@ -187,8 +196,8 @@ def _check(op: str, rows: dict[str, Tensor], vectors: dict[str, Tensor]) -> None
         if (other.shape, other.dtype, other.device) != (x.shape, x.dtype, x.device):
             raise ValueError(f"{op}: {first} is {_describe(x)}, but {name} is {_describe(other)}")
     for name, vector in vectors.items():
-        if vector.shape != x.shape[2:]:
-            raise ValueError(f"{op}: {name} must be ({x.shape[2]},), got {tuple(vector.shape)}")
+        if vector.shape != x.shape[2:] or vector.device != x.device:
+            raise ValueError(f"{op}: {name} must be ({x.shape[2]},) on {x.device}, got {_describe(vector)}")
 
 
 def _describe(x: Tensor) -> str:
@@ -208,3 +217,5 @@ def _check_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Ten
         rows = len(bounds) - 1
     if last is not None and last.shape != (rows, x.shape[2]):
         raise ValueError(f"token_mix: last must be {(rows, x.shape[2])}, got {tuple(last.shape)}")
+    if x.device != mixes.device or (last is not None and last.device != x.device):
+        raise ValueError(f"token_mix: x is on {x.device}, but last or mixes are not")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rlhf.ops import cpu
 from rwkv_rlhf.ops.backends import choose
-from rwkv_rlhf.ops.build import library
 from rwkv_rlhf.precision import wide_dtype
 
 # The twin widens so many logits at a time (16 MiB in float32; on a GPU, where each operation must be worth its launch,
@@ -39,11 +39,11 @@ def row_stats(logits: Tensor, targets: Tensor, backend: str = "auto", *, checked
     Raises ValueError for a target outside the vocabulary, unless the targets are `checked` (a GPU is waited for).
     """
     assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
-    if not checked:
-        check_range(targets, logits.shape[1])
     name, _ = choose("logprob", logits.device, logits.dtype, tuple(logits.shape), backend)
     if name == "cpu":
-        return RowStats(*library("logprob").row_stats(_rows(logits), targets.contiguous()))
+        return _host_stats(logits, targets)
+    if not checked:
+        check_range(targets, logits.shape[1])
     wide = wide_dtype(logits.dtype)
     n = logits.shape[0]
     lse, target, total, top = (logits.new_empty(n, dtype=wide) for _ in range(4))
@@ -76,8 +76,13 @@ def row_grad_(
     assert logits.dim() == 2 and targets.shape == logits.shape[:1], (logits.shape, targets.shape)
     name, _ = choose("logprob", logits.device, logits.dtype, tuple(logits.shape), backend)
     if name == "cpu" and logits.stride(1) == 1:
-        vectors = (v.contiguous() for v in (targets, lse, g_logp, g_mean, argmax, g_max))
-        library("logprob").row_grad_(logits, *vectors)
+        vectors = [x.contiguous() for x in (targets, lse, g_logp, g_mean, argmax, g_max)]
+        kinds = [(x.shape, x.dtype) for x in vectors]
+        index, number = (targets.shape, torch.int64), (targets.shape, torch.float32)
+        if kinds != [index, number, number, number, index, number]:
+            raise ValueError(f"row_grad_: each row needs two int64 indices and four float32 numbers, not {kinds}")
+        sizes = (*logits.shape, logits.stride(0))
+        cpu.call("logprob", "rwkv_row_grad", logits.dtype, [logits, *vectors], sizes)
         return logits
     for part in _blocks(logits):
         block = logits[part].to(lse.dtype)
@@ -98,8 +103,20 @@ def check_range(tokens: Tensor, vocabulary: int, what: str = "token id") -> None
             raise ValueError(f"{what} {wrong} is outside the model's vocabulary of {vocabulary}")
 
 
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+def _host_stats(logits: Tensor, targets: Tensor) -> RowStats:
+    """`row_stats` by the C++ kernel, which looks at the range of the targets itself."""
+    if targets.dtype != torch.int64 or not targets.is_cpu:
+        raise ValueError(f"targets must be int64 on the CPU, not {targets.dtype} on {targets.device}")
+    dense = logits if logits.stride(1) == 1 else logits.contiguous()
+    lse = torch.empty(len(targets), dtype=torch.float32)
+    found = RowStats(lse, *(torch.empty_like(lse) for _ in range(3)), torch.empty(len(targets), dtype=torch.int64))
+    tensors, sizes = (dense, targets.contiguous(), *found), (*logits.shape, dense.stride(0))
+    try:
+        cpu.call("logprob", "rwkv_row_stats", logits.dtype, tensors, sizes)
+    except RuntimeError:
+        check_range(targets, logits.shape[1])
+        raise
+    return found
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:

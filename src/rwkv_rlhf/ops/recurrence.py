@@ -24,15 +24,15 @@ def recur(
     tokens: dict[str, Tensor],
     vectors: dict[str, Tensor],
     state: Tensor | None,
-    empty: Tensor,
+    empty: Callable[[Tensor], Tensor],
     starts: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Check the arguments of the recurrence `op` and run it on the backend that `select.choose` names.
+    """Check the arguments of the recurrence `op` and run it on the backend that `backends.choose` names.
 
     tokens: the per-token inputs by name, each (B, T, ...), of one shape, dtype and device. vectors: inputs without
-    token axes, of the shape of one token. scan: the plain loop. empty: the state of one row before any token, on any
-    device. Other arguments and the results as in the public functions. Raises ValueError naming the argument.
+    token axes, of the shape of one token. scan: the plain loop. empty: the state of one row before any token, for a
+    per-token input. Other arguments and the results as in the public functions. Raises ValueError naming the argument.
     """
     first = check_tokens(tokens, dims=4 if op != "wkv4" else 3)
     dtype = wide_dtype(first.dtype)
@@ -40,19 +40,21 @@ def recur(
         check_tensor(name, x, tuple(first.shape[2:]), first.device)
     batch, count = first.shape[:2]
     lengths = None if starts is None else segment_lengths(starts, batch, count)
-    shape = (batch if lengths is None else len(lengths), *empty.shape)
+    rows = batch if lengths is None else len(lengths)
+    shape = (rows, *first.shape[2:], 3 if op == "wkv4" else first.shape[-1])
     if state is None:
-        state = empty.to(first.device, dtype).expand(shape)
+        state = empty(first).to(dtype).expand(shape)
     check_tensor("state", state, shape, first.device)
     name, _ = choose(op, first.device, first.dtype, tuple(first.shape), backend)
     inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, lengths)
-    edges = torch.tensor([0, *(lengths if lengths is not None else [count] * batch)], device="cpu").cumsum(0)
-    tensors = (state, *inputs, *constants)
-    # the function's own needs_input_grad is true of parameters under no_grad as well
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return _Compiled.apply(kernel(op, name, first.device), len(inputs), keep, edges, *tensors)
+    edges = list(itertools.accumulate(lengths if lengths is not None else [count] * batch, initial=0))
+    run = kernel(op, name, first.device)
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
+        y, last = run.forward((*inputs, *constants), state, edges, False)
+        return y, last
+    return _Compiled.apply(run, edges, state, *inputs, *constants)
 
 
 def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:
@@ -113,31 +115,23 @@ def _in_segments(
 
 
 class _Compiled(torch.autograd.Function):
-    """y, final state = kernel(per-token inputs, vectors, initial state).
+    """y, final state = kernel(initial state, per-token inputs, vectors).
 
-    A kernel has two functions, whatever the recurrence and the device. Per-token inputs are (tokens, ...), all rows one
-    after the other from `starts` (rows + 1,) int64; vectors and states are float32:
+    A kernel has two functions, whatever the recurrence and the device (ops/calls.py has the shapes):
         forward(inputs and vectors, state, starts, keep) -> [y, final state, *what backward needs if keep]
-        backward(inputs and vectors, kept, starts, dy, dlast) -> [a gradient for each input and vector, dstate]
+        backward(inputs and vectors, kept, dy, dlast) -> [a gradient for each input and vector, dstate]
     """
 
     @staticmethod
-    def forward(ctx, kernel, count, keep, starts, state, *inputs):
-        y, last, *kept = kernel.forward(_flat(inputs, count), state, starts, keep)
-        if keep:
-            ctx.save_for_backward(starts, *inputs, *kept)
-            ctx.kernel, ctx.count, ctx.all = kernel, count, len(inputs)
-        return y.view(inputs[0].shape), last
+    def forward(ctx, kernel, starts, state, *inputs):
+        y, last, *kept = kernel.forward(inputs, state, starts, True)
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.kernel, ctx.count = kernel, len(inputs)
+        return y, last
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlast):
-        starts, *saved = ctx.saved_tensors
-        inputs, kept = saved[: ctx.all], saved[ctx.all :]
-        *grads, dstate = ctx.kernel.backward(_flat(inputs, ctx.count), kept, starts, dy.flatten(0, 1), dlast)
-        return (None, None, None, None, dstate, *(grad.view(x.shape) for grad, x in zip(grads, inputs, strict=True)))
-
-
-def _flat(inputs: Sequence[Tensor], count: int) -> list[Tensor]:
-    """The first `count` inputs with batch and token axes made one."""
-    return [x.flatten(0, 1) if i < count else x for i, x in enumerate(inputs)]
+        inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        *grads, dstate = ctx.kernel.backward(inputs, kept, dy, dlast)
+        return (None, None, dstate, *grads)

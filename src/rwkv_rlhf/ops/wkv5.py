@@ -25,7 +25,7 @@ def wkv5(
     As `wkv6`, except for w: (H, N) raw decay, floating-point of any dtype, d = exp(-exp(w)) in float32 (or float64).
     """
     tokens = {"r": r, "k": k, "v": v}
-    return recur("wkv5", scan, tokens, {"w": w, "u": u}, state, no_state(r), starts, backend)
+    return recur("wkv5", scan, tokens, {"w": w, "u": u}, state, no_state, starts, backend)
 
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:

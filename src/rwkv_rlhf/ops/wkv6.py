@@ -29,17 +29,17 @@ def wkv6(
     state: (B, H, N_v, N_k), the initial state, or None for zeros. Kept in float32 (float64 for float64 inputs).
     starts: None, or int64 (S+1,) with B == 1: row s of the packed tokens is starts[s] : starts[s+1], may be empty,
         and begins from state[s] of an (S, H, N_v, N_k) state.
-    backend: "auto", or a name of `select.BACKENDS["wkv6"]`.
+    backend: "auto", or a name of `backends.BACKENDS["wkv6"]`.
     Returns y (B, T, H, N) in r's dtype and the final state, shaped like `state`. Gradients reach all inputs and the
     initial state, also through the final state. Raises ValueError naming the argument at fault.
     """
     tokens = {"r": r, "k": k, "v": v, "w": w}
-    return recur("wkv6", scan, tokens, {"u": u}, state, no_state(r), starts, backend)
+    return recur("wkv6", scan, tokens, {"u": u}, state, no_state, starts, backend)
 
 
 def no_state(r: Tensor) -> Tensor:
     """The state of one row before any token, (H, N_v, N_k), for r (B, T, H, N)."""
-    heads, size = r.shape[-2:] if r.dim() == 4 else (1, 1)
+    heads, size = r.shape[-2:]
     return torch.zeros(heads, size, size, device=r.device)
 
 

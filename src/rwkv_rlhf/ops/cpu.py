@@ -1,0 +1,135 @@
+"""Kernels on the CPU: cuda/cpu/<name>.cpp, compiled for the instruction set at hand and called through ctypes.
+
+A wheel brings them compiled; a clone compiles them on first use (ops/build.py). They run on the threads of the OpenMP
+library that torch has loaded, as many as torch.get_num_threads() says.
+"""
+
+import ctypes
+import functools
+import logging
+import platform
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.ops import build, calls
+from rwkv_rlhf.ops.build import BuildError
+
+logger = logging.getLogger(__name__)
+
+# what Linux calls the instructions that the compilers' x86-64-v3 and x86-64-v4 stand for
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+CPU_FLAGS: dict[str, set[str]] = {
+    "AVX512": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "AVX2": _V3,
+    "DEFAULT": set(),
+}
+CPU_INFO = Path("/proc/cpuinfo")
+MAPS = Path("/proc/self/maps")
+
+
+class Kernel(calls.Kernel):
+    """One recurrence on the CPU."""
+
+    def _run(self, name, given, filled, sizes, dtype):
+        return calls.call(getattr(self.functions, name), [*given, *filled], sizes, dtype, torch.get_num_threads())
+
+
+def call(
+    name: str,
+    function: str,
+    dtype: torch.dtype,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    *settings: object,
+) -> None:
+    """Run a C function of cuda/cpu/<name>.cpp on dense tensors, whose activations have this dtype.
+
+    Raises RuntimeError with the function's own words if it refuses.
+    """
+    run = _function(name, function, build.SOURCES)
+    failure = calls.call(run, tensors, sizes, calls.DTYPES[dtype], torch.get_num_threads(), *settings)
+    if failure:
+        raise RuntimeError(f"{name}: {failure}")
+
+
+def recurrence(op: str) -> Kernel:
+    """The recurrence `op`. Raises BuildError as `library`."""
+    return _recurrence(op, library(op))
+
+
+def library(name: str) -> ctypes.CDLL:
+    """cuda/cpu/<name>.cpp from the wheel, else from the cache, else compiled now.
+
+    Raises BuildError (again on every call: a failed build is not retried within a process).
+    """
+    found = _library(name, build.SOURCES)
+    if isinstance(found, BuildError):
+        raise found
+    return found
+
+
+def instruction_set() -> str:
+    """The widest of `build.ISA_FLAGS` that this processor has and torch uses too (ATEN_CPU_CAPABILITY lowers it)."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "DEFAULT"
+    sets = list(build.ISA_FLAGS)
+    capability = torch.backends.cpu.get_cpu_capability()
+    used = sets.index(capability if capability in sets else "DEFAULT")
+    flags = processor_flags()
+    return next(isa for isa in sets[used:] if flags is None or CPU_FLAGS[isa] <= flags)
+
+
+def processor_flags() -> set[str] | None:
+    """Instructions of the first processor by Linux' names; None where it does not say."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", CPU_INFO.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return set(found[1].split()) if found else None
+
+
+@functools.cache
+def _function(name: str, function: str, sources: Path) -> Callable[..., Any]:
+    return calls.function(library(name), function)
+
+
+@functools.cache
+def _recurrence(op: str, functions: ctypes.CDLL) -> Kernel:
+    return Kernel(op, functions)
+
+
+@functools.cache
+def _library(name: str, sources: Path) -> ctypes.CDLL | BuildError:
+    """An error is a result too; `sources` is part of the key."""
+    share_threads()
+    isa = instruction_set()
+    path = build.packaged(name, isa)
+    if path is not None:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            logger.warning("the compiled kernel %s of this installation does not load: %s", path, error)
+    try:
+        return build.load(build.host_recipe(name, isa), ctypes.CDLL)
+    except BuildError as error:
+        return error
+
+
+@functools.cache
+def share_threads() -> None:
+    """See to it that kernels find the OpenMP library that torch has loaded: its functions must be global."""
+    if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    try:
+        text = MAPS.read_text()
+    except OSError:
+        text = ""
+    for path in dict.fromkeys(re.findall(r"\S*/lib(?:gomp|omp|iomp5)\S*\.so\S*", text)):
+        if hasattr(ctypes.CDLL(path, ctypes.RTLD_GLOBAL), "GOMP_parallel"):
+            return
+    logger.warning("PyTorch has loaded no OpenMP library here: kernels run on one thread")

@@ -1,0 +1,62 @@
+"""The element-wise groups of RWKV-7 on the CPU: calls of cuda/cpu/elementwise.cpp, with memory for their results."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.ops import cpu
+
+
+class RowSizes(NamedTuple):
+    """Sizes of a call, in the order of `RowSizes` of cuda/cpu/rows.h."""
+
+    rows: int
+    width: int
+    parts: int = 1  # heads of a row, or mixes
+    tokens: int = 0  # rows of a sequence, where all are as long
+    segments: int = 0  # how many sequences there are
+
+
+class Call(NamedTuple):
+    """One call of a group: its name, its sizes, and what comes out."""
+
+    name: str
+    sizes: RowSizes
+    outputs: int
+    like: int = 0  # which input the outputs are shaped like
+    settings: tuple[Any, ...] = ()  # further arguments of the C functions
+
+
+def forward(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of a group for its inputs: activations of one dtype, the first of them first, and float32 vectors."""
+    given = _dense(tensors)
+    outs = tuple([torch.empty_like(given[call.like]) for _ in range(call.outputs)])
+    cpu.call("elementwise", "rwkv_" + call.name, given[0].dtype, [*given, *outs], call.sizes, *call.settings)
+    return outs
+
+
+def backward(
+    call: Call, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of the inputs that `need` one, from those of the outputs (None: zero)."""
+    given = _dense(tensors)
+    found = [torch.empty_like(t) if n and t is not None else None for t, n in zip(given, need)]
+    function, all_tensors = f"rwkv_{call.name}_backward", [*_dense(grads), *given, *found]
+    cpu.call("elementwise", function, given[0].dtype, all_tensors, call.sizes, *call.settings)
+    return found
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2; see `elementwise.relu_squared`."""
+    return forward(Call("relu_squared", RowSizes(x.numel(), 1), 1), (x,))[0]
+
+
+def relu_squared_backward(grad: Tensor, out: Tensor) -> Tensor:
+    """The gradient of x, from that of `out` = max(x, 0)^2."""
+    return forward(Call("relu_squared_backward", RowSizes(out.numel(), 1), 1), (grad, out))[0]
+
+
+def _dense(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
