@@ -311,7 +311,7 @@ def settings() -> dict[str, dataclasses.Field[Any]]:
 
 def choices_of(field: dataclasses.Field[Any]) -> Choices:
     """The values that a setting may take, () = any."""
-    choices = field.metadata["choices"]
+    choices: Choices | Callable[[], Choices] = field.metadata["choices"]
     return choices() if callable(choices) else choices
 
 

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 METRICS, LOG = "metrics.jsonl", "train_log.txt"
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
+SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins
 PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
 
 
@@ -161,8 +162,9 @@ class WriteResumePoints(pl.Callback):
         self._agreed = False  # all ranks stop after the same step
         self._leaving = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on from the point, if there is one, and watch out for signals."""
+        assert isinstance(pl_module, TrainingModule)
         self.trainer, self.module = trainer, pl_module
         self.points.join(
             trainer.global_rank, trainer.world_size, ranks.broadcast_from_zero(lambda: secrets.token_hex(4))
@@ -203,17 +205,21 @@ class WriteResumePoints(pl.Callback):
         if not state["over"]:  # else its end was dealt with just now
             self.state = state | {"logs": self._log_sizes()}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TrainingModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """The first batch of all stands in the middle of a mini-epoch when the point did."""
         if self._skip:
             skip_batches(trainer, self._skip)
             self._skip = 0
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: TrainingModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """From here to `step_done` the tensors change: no signal may come between."""
         self._guards = 1
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TrainingModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Between two micro-batches of a step."""
         if not self._guards:
             self._stop_if_asked()
@@ -227,7 +233,7 @@ class WriteResumePoints(pl.Callback):
         self.background.check()
         self._stop_if_asked()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the saves of a mini-epoch."""
         with self._guarded():
             self._note(ended=True)
@@ -235,11 +241,11 @@ class WriteResumePoints(pl.Callback):
                 self._write()
         self._stop_if_asked()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last point must be whole before the run counts as done."""
         self.background.wait()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stopped or out of memory: what is done stays, unless the tensors were just being changed."""
         self._leaving = True
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException) or is_out_of_memory(exception)
@@ -310,8 +316,8 @@ class WriteResumePoints(pl.Callback):
     def _stop_if_asked(self) -> None:
         number = self._asked
         if ranks.several():
-            any_of_them = ranks.all_reduce_max({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
-            number = self._asked = (None, signal.SIGTERM, signal.SIGINT)[int(any_of_them)]
+            asked = SIGNALS.index(None if number is None else signal.Signals(number))
+            number = self._asked = SIGNALS[int(ranks.all_reduce_max(asked))]
         if number is not None:
             self._agreed = True
             raise _exception(number)
