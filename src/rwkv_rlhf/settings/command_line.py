@@ -186,7 +186,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     loss = chosen_loss(typed)
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
-    field_of = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
+    field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
         name = field_of.get(flag, flag)
         value = convert(flag, text, kinds()[name])
