@@ -1,10 +1,6 @@
 """The model against independent runners: a user's merged file must mean the same elsewhere as it does here."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,19 +12,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.model.state import State
 from tests.conftest import random_tensors
-
-RUNNER = """
-import json, sys, torch
-from rwkv.model import RWKV
-tokens = json.loads(sys.argv[1])
-for path in sys.argv[2:]:
-    model = RWKV(model=path, strategy='cpu fp32')
-    whole, state, one_by_one = model.forward(tokens, None, full_output=True)[0], None, []
-    for token in tokens:
-        logits, state = model.forward([token], state)
-        one_by_one.append(logits)
-    torch.save([whole, torch.stack(one_by_one)], path + '.logits')
-"""
+from tests.support.processes import rwkv_package
 
 
 def build(tensors, dtype=torch.float32, **settings):
@@ -75,11 +59,7 @@ def package_logits(folder, checkpoints, v7):
     paths = [str(folder / f"model-{number}") for number in range(len(checkpoints))]
     for path, tensors in zip(paths, checkpoints):
         torch.save(tensors, path + ".pth")
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    command = [sys.executable, "-c", RUNNER, json.dumps(TOKENS), *paths]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(path + ".logits", weights_only=True) for path in paths]
+    return [torch.tensor(logits) for logits in rwkv_package("every", TOKENS, paths, v7=v7)]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,7 @@
 """merge.py: the merged model is what was trained, whatever the storage; wrong inputs are refused and left alone."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,23 +23,10 @@ from rwkv_rlhf.commands import merge
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
 from tests.conftest import any_initial_tensors
+from tests.support.processes import rwkv_package
 
 VOCABULARY, WIDTH, HEAD = 300, 128, 64
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
-
-GREEDY = """
-import json, sys
-from rwkv.model import RWKV
-answers = []
-for path in sys.argv[2:]:
-    model, answer = RWKV(model=path, strategy='cpu fp32'), []
-    logits, state = model.forward(json.loads(sys.argv[1]), None)
-    for _ in range(12):
-        answer.append(int(logits.argmax()))
-        logits, state = model.forward([answer[-1]], state)
-    answers.append(answer)
-print(json.dumps(answers))
-"""
 
 
 def base_tensors(dtype: torch.dtype, version: str = "x070") -> dict[str, torch.Tensor]:
@@ -291,11 +274,7 @@ def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_pa
             run_merge(base, checkpoint, folder / "merged.pth")
             ours.append(greedy(base, checkpoint))
             paths.append(str(folder / "merged"))
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

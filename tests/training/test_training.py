@@ -1,7 +1,6 @@
 """Whole runs of train.py on a two-layer model: what a user types, and what is on disk afterwards."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,8 +12,7 @@ import torch
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training.schedule import Schedule
 from tests.conftest import VOCAB, read_jsonl
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.support.source_files import ROOT
 
 
 @pytest.fixture
