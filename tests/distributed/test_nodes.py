@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from rwkv_rlhf.commands import train
-from tests.conftest import read_jsonl
-from tests.distributed.test_ranks import case, shared_words
+from tests.support.files import read_jsonl
 from tests.support.processes import started
+from tests.support.rank_cases import case, shared_words
 
 NAMES = [f"rwkv{os.getpid() % 10000}{side}" for side in "ab"]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")

@@ -11,15 +11,8 @@ from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.model.state import State
-from tests.conftest import random_tensors
+from tests.support.models import build, random_tensors
 from tests.support.processes import rwkv_package
-
-
-def build(tensors, dtype=torch.float32, **settings):
-    model = RWKV(sizes_of(tensors), compute_dtype=dtype, **settings)
-    model.load_state_dict({k: v for k, v in tensors.items() if k in model.state_dict()})
-    return model.to(dtype)
-
 
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
 SHAPES = [(64, 128), (32, 64)]  # head size, width; the package cannot run a single head of x050

@@ -13,7 +13,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import COLUMNS, MODES, Plan, make_plan, parse_layers, plan_for, read_profile
 from rwkv_rlhf.settings.config import Config
-from tests.conftest import random_tensors
+from tests.support.models import random_tensors
 from tests.support.source_files import ROOT
 
 SHIPPED = {

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.loading import (
-    build_model,
     checkpoint_tensors,
     load_adapter,
     load_model,
@@ -19,23 +18,10 @@ from rwkv_rlhf.checkpoints.loading import (
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar
-from rwkv_rlhf.commands import merge
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
-from tests.conftest import any_initial_tensors
+from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
 from tests.support.processes import rwkv_package
-
-VOCABULARY, WIDTH, HEAD = 300, 128, 64
-TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
-
-
-def base_tensors(dtype: torch.dtype, version: str = "x070") -> dict[str, torch.Tensor]:
-    tensors = any_initial_tensors(version, 2, WIDTH, VOCABULARY, HEAD, 0)
-    generator = torch.Generator().manual_seed(1)
-    for name, value in tensors.items():
-        scale = 1.0 if name == "emb.weight" else 0.5 / WIDTH**0.5 if value.dim() == 2 else 0.05
-        tensors[name] = (value + scale * torch.randn(value.shape, generator=generator)).to(dtype)
-    return tensors
 
 
 def mixed_plan():
@@ -67,25 +53,6 @@ def train(
     if sidecar:
         write_sidecar(sidecar_of(version, report.layout, plan, base), checkpoint)
     return base, checkpoint
-
-
-def run_merge(base: Path, checkpoint: Path, output: Path, *words: str) -> dict[str, torch.Tensor]:
-    arguments = ["--base_model", base, "--lora_checkpoint", checkpoint, "--output", output, "--device", "cpu", *words]
-    assert merge.main([str(word) for word in arguments]) == 0
-    return read_tensors(output)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(torch.tensor([TOKENS]))[0])[0].float()
-
-
-def spread(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).abs().max() / (one.max() - one.min()))
-
-
-def plain_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits(build_model(tensors, compute_dtype=torch.float32)[0])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -250,16 +217,6 @@ def test_inputs_are_never_overwritten(tmp_path):
         with pytest.raises(ValueError, match=sentence):
             run_merge(base, checkpoint, tmp_path / name)
     assert before == (base.read_bytes(), checkpoint.read_bytes())
-
-
-def greedy(base: Path, checkpoint: Path) -> list[int]:
-    """12 tokens after TOKENS of base and adapter together, all read again for each."""
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
-    text = list(TOKENS)
-    with torch.no_grad():
-        for _ in range(12):
-            text.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
-    return text[len(TOKENS) :]
 
 
 @pytest.mark.parametrize("v7", [False, True])

@@ -20,7 +20,7 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import advice, is_out_of_memory
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, environment
 from tests.support.source_files import ROOT
 

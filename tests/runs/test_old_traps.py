@@ -17,7 +17,7 @@ from rwkv_rlhf.commands import train
 from rwkv_rlhf.data.pairs.save import read_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.plan import read_profile
-from tests.conftest import VOCAB
+from tests.support.files import VOCAB
 from tests.support.source_files import ROOT, TESTS, tree_of
 
 # what went wrong -> how the tests begin that keep it out

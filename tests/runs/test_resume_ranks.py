@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.resume_points import last_point
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, started
 
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]

@@ -15,8 +15,8 @@ import torch
 
 from rwkv_rlhf.data.templates import jinja as chat_template
 from rwkv_rlhf.data.templates.jinja import load_chat_template
-from tests.conftest import VOCAB
 from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
+from tests.support.files import VOCAB
 from tests.support.processes import PROGRAMS, environment
 from tests.support.source_files import OTHERS, PACKAGE, ROOT, SCRIPTS, SRC, TESTS, name_of, tree_of
 

@@ -23,7 +23,7 @@ from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import OPTIMIZERS
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
-from tests.conftest import VOCAB, read_jsonl
+from tests.support.files import VOCAB, read_jsonl
 from tests.support.source_files import ROOT
 
 PROFILE = f"""{",".join(COLUMNS)}

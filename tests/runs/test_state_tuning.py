@@ -15,8 +15,8 @@ from rwkv_rlhf.model.sizes import STATES
 from rwkv_rlhf.model.state import LayerState, State
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
-from tests.conftest import random_tensors
-from tests.runs.test_merge import base_tensors
+from tests.support.merging import base_tensors
+from tests.support.models import random_tensors
 from tests.support.processes import rwkv_package
 
 TOKENS = torch.tensor([[5, 0, 17, 299, 3, 3, 42]])

@@ -14,7 +14,7 @@ from rwkv_rlhf.model.initial import TABLES, initial_tensors
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.training.memory import block_bytes, state_bytes, weights_by_storage
-from tests.conftest import VOCAB
+from tests.support.files import VOCAB
 from tests.support.processes import run_program
 
 NUMBERS = {2: torch.bfloat16, 4: torch.float32}  # by their bytes
