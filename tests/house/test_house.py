@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import kinds, train_parser
 from rwkv_rlhf.settings.config import settings
-from rwkv_rlhf.settings.constraints import SETTINGS_OF
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 from tests.support.source_files import (
     NATIVE,
@@ -229,8 +228,8 @@ def test_every_setting_is_read():
             read.add(node.value)
     config = tree_of(PACKAGE / "settings" / "config.py")
     derived = {node.attr for node in ast.walk(config) if isinstance(node, ast.Attribute)}
-    refused = {name for part in NOT_BUILT for name in part.wanted.__code__.co_names}
-    missing = {name for loss, names in SETTINGS_OF.items() if loss not in LOSSES for name in names}
+    refused = {part.setting for part in NOT_BUILT}
+    missing = {name for facts in tables.LOSSES.values() if not facts.implementation for name in facts.settings}
     companions = {"ds_bucket_mb", "svd_niter", "state_output_mode", "ctx_warmup_steps", "reward_model"}
     unread = set(settings()) - read - derived - refused - missing - companions - {"debug"}
     assert not unread

@@ -46,7 +46,7 @@ def trained(folder, mode, *, version="x070", dtype=torch.float32, quant="none", 
 
 
 @pytest.mark.parametrize("mode", [*ADAPTERS, "state"])
-@pytest.mark.parametrize("quant", list(STORES))
+@pytest.mark.parametrize("quant", ["none", *STORES])
 def test_every_adapter_over_every_storage_is_merged_as_it_ran(tmp_path, mode, quant):
     """Two rounded models that differ would be two models; PiSSA's residual is what is packed, not the matrix."""
     if quant in ("nf4", "fp4", "int8"):
