@@ -116,6 +116,64 @@ def test_imports_point_one_way():
     none(broken())
 
 
+def edges() -> dict[str, set[str]]:
+    """The files of the package that each file imports, by module name; `from package import file` is about the file."""
+    paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in SRC}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    found: dict[str, set[str]] = {module: set() for module in modules}
+    for module, path in modules.items():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                found[module].update(name if name in modules else str(node.module) for name in inside)
+            else:
+                found[module].update(imported(node))
+    return {module: asked & modules.keys() for module, asked in found.items()}
+
+
+def test_no_circle_between_two_files():
+    """Two files that need each other are one file in two pieces: neither can be read, tested or moved alone."""
+    asked = edges()
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            for name in asked[waiting.pop()] - seen:
+                seen.add(name)
+                waiting.append(name)
+        return seen
+
+    circles = [module for module in asked if module in reached(module)]
+    assert not circles, "\n".join(f"{module} reaches itself" for module in circles)
+
+
+def test_no_test_imports_a_test():
+    """Shared things live in tests/support; a test that leans on another cannot be moved or run by itself."""
+    none(
+        (path, node.lineno, module)
+        for path, node in walk(TESTS)
+        for module in imported(node)
+        if module == "conftest" or (module.startswith("tests.") and re.search(r"\.(test_\w+|conftest)$", module))
+    )
+
+
+def test_programs_are_files():
+    """A program in a string is neither linted nor found by who renames what it uses."""
+
+    def program(text: str) -> bool:
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            return False
+        return len(tree.body) > 2 and any(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body)
+
+    none(
+        (path, node.lineno, "a program in a string")
+        for path, node in walk(SRC, SCRIPTS, OTHERS, TESTS)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and program(node.value)
+    )
+
+
 def test_no_environment_variables():
     """What a run does is on its command line, not in variables that nobody sees. A launcher's own are the exception."""
 
