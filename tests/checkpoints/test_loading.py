@@ -34,7 +34,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.sizes import check_flags, sizes_of
 from rwkv_rlhf.plan import make_plan
-from tests.conftest import random_tensors
+from tests.support.models import random_tensors
 
 
 def tiny(n_layer: int = 2) -> dict[str, torch.Tensor]:

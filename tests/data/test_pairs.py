@@ -10,7 +10,8 @@ from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.pairs import open_pairs, pair_records
 from rwkv_rlhf.data.pairs.rows import read_pairs
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, WORLD, draw_form, normalise
+from rwkv_rlhf.data.templates.builtin import TEMPLATES, WORLD, normalise
+from rwkv_rlhf.data.templates.named import draw_form
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 
 GOOD = "prompt,chosen,reject\nHi,Hello.,Go away.\n"

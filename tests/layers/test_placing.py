@@ -12,7 +12,7 @@ from rwkv_rlhf.layers.placing import apply_plan, plan_layout
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import make_plan
-from tests.conftest import any_initial_tensors
+from tests.support.models import any_initial_tensors
 
 stores = pytest.mark.parametrize("store", ["none", *STORES])
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from rwkv_rlhf.commands import merge, train
 from rwkv_rlhf.plan import COLUMNS, plan_for
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.optimizers import parameter_groups
+from tests.support.source_files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS = torch.tensor([[5, 0, 17, 256, 3, 3, 42, 7, 0, 101]])
 # without a memory in the optimizer and with one rate, a run that was stopped and gone on with is the same run
 MEMORYLESS = ("--beta1", 0, "--beta2", 0, "--lr_schedule", "constant", "--lr_init", "2e-3", "--lr_final", "2e-3")

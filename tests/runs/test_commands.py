@@ -9,7 +9,7 @@ import torch
 
 from rwkv_rlhf.commands import chat, generate_rejects, make_binidx, merge, prepare_pairs, score_pairs, train
 from rwkv_rlhf.model import VERSIONS
-from tests.conftest import VOCAB, read_jsonl
+from tests.support.files import VOCAB, read_jsonl
 
 PROFILE = Path(__file__).resolve().parents[2] / "layerprofile" / "2_TEST.csv"
 COMMON = f"""--wandb "" --vocab_size {VOCAB} --epoch_begin 0 --epoch_save 1 --n_layer 2 --n_embd 64 --lr_init 5e-4

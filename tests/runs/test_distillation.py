@@ -17,8 +17,8 @@ from rwkv_rlhf.data.batch import TextBatch, TextExample, pack_texts
 from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.text.h5 import open_h5, writing
 from rwkv_rlhf.scoring.teacher import Teacher, top_logits
-from tests.conftest import VOCAB, read_jsonl
-from tests.data.test_h5 import old_file
+from tests.support.files import VOCAB, read_jsonl
+from tests.support.old_h5 import old_file
 
 h5py = pytest.importorskip("h5py")
 K = 5

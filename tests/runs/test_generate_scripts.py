@@ -16,26 +16,7 @@ from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation import rejects as room
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.precision import parse_strategy
-from tests.conftest import VOCAB, read_jsonl
-
-ROWS = [
-    ["say one", "gladly: one", ""],
-    ["say two", "gladly: two", "no, two"],
-    ['a "quoted", word', "gladly:\nline", ""],
-    ["say four", "gladly: four", ""],
-    ["say five", "gladly: five", ""],
-]
-
-
-def write_csv(path, rows, header=("prompt", "chosen", "reject")):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
+from tests.support.files import ROWS, VOCAB, read_csv, read_jsonl, write_csv
 
 
 @pytest.fixture

@@ -1,18 +1,13 @@
 """merge.py: the merged model is what was trained, whatever the storage; wrong inputs are refused and left alone."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.loading import (
-    build_model,
     checkpoint_tensors,
     load_adapter,
     load_model,
@@ -23,36 +18,10 @@ from rwkv_rlhf.checkpoints.loading import (
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar
-from rwkv_rlhf.commands import merge
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
-from tests.conftest import any_initial_tensors
-
-VOCABULARY, WIDTH, HEAD = 300, 128, 64
-TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
-
-GREEDY = """
-import json, sys
-from rwkv.model import RWKV
-answers = []
-for path in sys.argv[2:]:
-    model, answer = RWKV(model=path, strategy='cpu fp32'), []
-    logits, state = model.forward(json.loads(sys.argv[1]), None)
-    for _ in range(12):
-        answer.append(int(logits.argmax()))
-        logits, state = model.forward([answer[-1]], state)
-    answers.append(answer)
-print(json.dumps(answers))
-"""
-
-
-def base_tensors(dtype: torch.dtype, version: str = "x070") -> dict[str, torch.Tensor]:
-    tensors = any_initial_tensors(version, 2, WIDTH, VOCABULARY, HEAD, 0)
-    generator = torch.Generator().manual_seed(1)
-    for name, value in tensors.items():
-        scale = 1.0 if name == "emb.weight" else 0.5 / WIDTH**0.5 if value.dim() == 2 else 0.05
-        tensors[name] = (value + scale * torch.randn(value.shape, generator=generator)).to(dtype)
-    return tensors
+from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.processes import rwkv_package
 
 
 def mixed_plan():
@@ -84,25 +53,6 @@ def train(
     if sidecar:
         write_sidecar(sidecar_of(version, report.layout, plan, base), checkpoint)
     return base, checkpoint
-
-
-def run_merge(base: Path, checkpoint: Path, output: Path, *words: str) -> dict[str, torch.Tensor]:
-    arguments = ["--base_model", base, "--lora_checkpoint", checkpoint, "--output", output, "--device", "cpu", *words]
-    assert merge.main([str(word) for word in arguments]) == 0
-    return read_tensors(output)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(torch.tensor([TOKENS]))[0])[0].float()
-
-
-def spread(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).abs().max() / (one.max() - one.min()))
-
-
-def plain_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits(build_model(tensors, compute_dtype=torch.float32)[0])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -269,16 +219,6 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert before == (base.read_bytes(), checkpoint.read_bytes())
 
 
-def greedy(base: Path, checkpoint: Path) -> list[int]:
-    """12 tokens after TOKENS of base and adapter together, all read again for each."""
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
-    text = list(TOKENS)
-    with torch.no_grad():
-        for _ in range(12):
-            text.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
-    return text[len(TOKENS) :]
-
-
 @pytest.mark.parametrize("v7", [False, True])
 def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, v7):
     """The whole point of merging: every other RWKV program answers as the trained model does."""
@@ -291,11 +231,7 @@ def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_pa
             run_merge(base, checkpoint, folder / "merged.pth")
             ours.append(greedy(base, checkpoint))
             paths.append(str(folder / "merged"))
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

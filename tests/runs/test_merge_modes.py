@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,8 +15,9 @@ from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.settings.tables import ADAPTERS
-from tests.runs.test_merge import GREEDY, TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from rwkv_rlhf.settings.config import ADAPTERS
+from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.processes import rwkv_package
 
 RATES = {"lr_init": 1e-4, "lr_final": 1e-5}
 
@@ -210,11 +208,7 @@ def test_other_programs_answer_as_the_adapter_did(tmp_path, v7):
         run_merge(base, checkpoint, folder / "merged.pth")
         ours.append(greedy(base, checkpoint))
         paths.append(str(folder / "merged"))
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
 
 
 def formula(mode, r, out, inner):

@@ -11,7 +11,7 @@ import torch
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
 
 
 class Cut(Exception):

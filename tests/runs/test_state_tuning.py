@@ -1,10 +1,6 @@
 """State tuning: the learnt initial state is the state that every sequence begins from, in training and afterwards."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,8 +15,9 @@ from rwkv_rlhf.model.sizes import STATES
 from rwkv_rlhf.model.state import LayerState, State
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
-from tests.conftest import random_tensors
-from tests.runs.test_merge import base_tensors
+from tests.support.merging import base_tensors
+from tests.support.models import random_tensors
+from tests.support.processes import rwkv_package
 
 TOKENS = torch.tensor([[5, 0, 17, 299, 3, 3, 42]])
 PLAN = make_plan("state", 2, lr_init=1.0, lr_final=0.01)
@@ -103,14 +100,6 @@ def test_a_learnt_state_is_merged_into_the_model(tmp_path, version):
     assert torch.allclose(again(TOKENS)[0], model(TOKENS)[0], atol=1e-6) and not trainable(again)
 
 
-LOGITS = """
-import json, sys
-from rwkv.model import RWKV
-found = [RWKV(model=path, strategy='cpu fp32').forward(json.loads(sys.argv[1]), None)[0] for path in sys.argv[2:]]
-print(json.dumps([logits.tolist() for logits in found]))
-"""
-
-
 def test_a_merged_state_is_that_of_the_rwkv_package(tmp_path):
     """The package begins from the states of RWKV-5.2 and 6 files: key and value interchanged would be another state."""
     ours, paths = [], []
@@ -129,11 +118,7 @@ def test_a_merged_state_is_that_of_the_rwkv_package(tmp_path):
         write_sidecar(sidecar_of(version, report.layout, PLAN, base), checkpoint)
         write_atomic(dict(Merged(read_tensors(base), open_adapter(checkpoint))), folder / "merged.pth")
         paths += [str(folder / "merged"), str(folder / "base")]
-    environment = {**os.environ, "RWKV_V7_ON": "0", "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", LOGITS, json.dumps(TOKENS[0, :4].tolist()), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    theirs = torch.tensor(json.loads(done.stdout.strip().splitlines()[-1]))
+    theirs = torch.tensor(rwkv_package("last", TOKENS[0, :4].tolist(), paths, v7=False))
     scale = theirs.abs().max()
     for mine, merged, base in zip(ours, theirs[0::2], theirs[1::2]):
         assert (mine - merged).abs().max() < 1e-4 * scale

@@ -16,8 +16,7 @@ from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.forward import batch_loss, pair_hidden, text_hidden
 from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
 from rwkv_rlhf.settings.config import Config
-from tests.conftest import random_tensors
-from tests.model.test_model import build
+from tests.support.models import build, random_tensors
 
 
 def texts(*lengths):

@@ -1,7 +1,6 @@
 """Whole runs of train.py on a two-layer model: what a user types, and what is on disk afterwards."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import torch
 
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training.schedule import Schedule
-from tests.conftest import VOCAB, read_jsonl
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.support.files import VOCAB, read_jsonl
+from tests.support.source_files import ROOT
 
 
 @pytest.fixture
@@ -135,7 +133,7 @@ def test_reference_is_cached_by_what_it_depends_on(script, typed, pairs_csv, tmp
 
 def test_evaluation_is_the_plain_likelihood(script, typed, text_jsonl, base_model, tmp_path):
     """If this breaks, --eval_only counts other tokens than it says (document by document, end token included)."""
-    from tests.model.test_model import build
+    from tests.support.models import build
 
     status, out, err = script(train.main, *typed, "--eval_only", 1, "--val_file", text_jsonl, "--ctx_len", 8)
     assert status == 0, err

@@ -15,7 +15,8 @@ from typing import Any
 from rwkv_rlhf.checkpoints.adapter_files import hinting
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import read_jsonl
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, Form, Turn, forms_of, normalise
+from rwkv_rlhf.data.templates.builtin import TEMPLATES, Form, Turn, normalise
+from rwkv_rlhf.data.templates.named import forms_of
 from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.sampling import Generated, generate

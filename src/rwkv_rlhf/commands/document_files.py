@@ -10,7 +10,8 @@ from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.grouping import NOTHING_TRAINED
 from rwkv_rlhf.data.pairs.pairs import MIXED_SEED
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.templates.builtin import TEMPLATES
+from rwkv_rlhf.data.templates.named import check_template
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file

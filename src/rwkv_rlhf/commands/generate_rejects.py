@@ -15,7 +15,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.templates.builtin import TEMPLATES
+from rwkv_rlhf.data.templates.named import check_template
 from rwkv_rlhf.files import file_hash, refuse_same_file
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.rejects import RejectFile, Settings, fill, read_tasks

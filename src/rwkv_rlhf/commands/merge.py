@@ -151,6 +151,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def main(words: Sequence[str]) -> int:
+    """Merges a checkpoint, or carries one to PEFT's layout or back. Raises ValueError."""
     args = parse(words)
     if args.to_peft:
         folder = Path(args.to_peft)

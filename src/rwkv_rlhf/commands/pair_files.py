@@ -10,7 +10,8 @@ from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, pair_records, split_records
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.templates.builtin import TEMPLATES
+from rwkv_rlhf.data.templates.named import check_template
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
 from rwkv_rlhf.model.sizes import sizes_of

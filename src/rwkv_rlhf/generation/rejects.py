@@ -15,7 +15,8 @@ from typing import Any
 from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, RawPair, to_pair
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_csv
-from rwkv_rlhf.data.templates.builtin import Form, draw_form, normalise
+from rwkv_rlhf.data.templates.builtin import Form, normalise
+from rwkv_rlhf.data.templates.named import draw_form
 from rwkv_rlhf.generation.reject_file import REJECT, RejectFile
 from rwkv_rlhf.generation.sampling import generate, sequence_seed
 

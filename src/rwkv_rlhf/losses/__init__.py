@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rwkv_rlhf.losses.kinds import Loss
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import Implementations, LossFacts, load
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import LossFacts
 
 
 def _loss(facts: LossFacts) -> Loss:

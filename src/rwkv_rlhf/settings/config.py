@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import LossFacts, with_fact
+from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
 PROGRAM_VERSION = __version__

@@ -11,7 +11,8 @@ from rwkv_rlhf.data.pairs.h5 import read_pair_h5
 from rwkv_rlhf.data.pairs.rows import RawPair, read_pairs
 from rwkv_rlhf.data.pairs.save import read_save, read_sidecar
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.templates.builtin import Form, Turn, check_template, draw_form
+from rwkv_rlhf.data.templates.builtin import Form, Turn
+from rwkv_rlhf.data.templates.named import check_template, draw_form
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_readable
 

@@ -14,7 +14,7 @@ from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, Pairs, cut_prompt
 from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, answer_of, check_text, prompt_of, with_system
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import Row, read_csv
-from rwkv_rlhf.data.templates.builtin import check_template, draw_form
+from rwkv_rlhf.data.templates.named import check_template, draw_form
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}

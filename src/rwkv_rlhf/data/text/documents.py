@@ -18,7 +18,8 @@ from rwkv_rlhf.data.grouping import NOTHING_TRAINED, pieces
 from rwkv_rlhf.data.pairs.rows import messages_to_turns
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_jsonl
-from rwkv_rlhf.data.templates.builtin import Form, Turn, check_template, draw_form, normalise
+from rwkv_rlhf.data.templates.builtin import Form, Turn, normalise
+from rwkv_rlhf.data.templates.named import check_template, draw_form
 from rwkv_rlhf.data.text.binidx import Corpus, Slices, is_corpus
 from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
 from rwkv_rlhf.data.tokenizer import Tokenizer

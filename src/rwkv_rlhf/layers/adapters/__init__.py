@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import AdapterFacts, Implementations, load
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import AdapterFacts
 
 
 class AdapterClasses(NamedTuple):

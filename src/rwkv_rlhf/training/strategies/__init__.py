@@ -17,12 +17,13 @@ from torch.distributed.tensor import DTensor
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.training.strategies.deepspeed import Zero
 
 
 def make_strategy(config: Config, model: RWKV) -> Strategy | str:
     """What --strategy names (`tables.STRATEGIES`), for Lightning's trainer."""
-    strategy: Strategy | str = tables.load(tables.STRATEGIES[config.strategy].implementation)(config, model)
+    strategy: Strategy | str = load(tables.STRATEGIES[config.strategy].implementation)(config, model)
     return strategy
 
 
