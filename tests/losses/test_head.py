@@ -243,7 +243,7 @@ def test_heads_of_the_model(store, adapter):
         pytest.importorskip("bitsandbytes")
     head = Linear(C, V, device="meta")
     head = LoRA.wrap(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
-    head.take(torch.randn(V, C), StorageSpec(torch.float32, store=store))
+    head.load_weight(torch.randn(V, C), StorageSpec(torch.float32, store=store))
     if adapter:
         nn.init.normal_(head.lora_B)
     hidden = hidden_states(torch.float32)

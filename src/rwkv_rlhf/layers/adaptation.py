@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +17,7 @@ UNDROPPED_MODES = ("pissa", "bone")  # as their authors define them
 
 
 class RankError(ValueError):
-    """A rank that the matrix of a layer cannot have; who knows the layer's name adds it."""
+    """A rank that the matrix of a layer cannot have. Whoever knows the name of the layer adds it."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,6 @@ class Adaptation:
         """From what a profile row says; modes without a scale or dropout ignore it. `rslora`: arXiv 2312.03732."""
         scaling = alpha / (math.sqrt(rank) if rslora else rank) if mode in SCALED_MODES else 1.0
         return cls(mode, rank, alpha, scaling, 0.0 if mode in UNDROPPED_MODES else dropout)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
