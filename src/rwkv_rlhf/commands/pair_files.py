@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, pair_records, split_records
 from rwkv_rlhf.data.pairs.save import write_save

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.model.state import State
+
 END_OF_DOCUMENT = 0  # the World vocabulary's id 0; other vocabularies pass their own `stop_ids`
 FIRST_CANDIDATES = 128  # how many likely tokens nucleus sampling sorts before it tries more
 MASK_63 = (1 << 63) - 1
@@ -30,7 +32,7 @@ class Generated:
     logprobs: list[float]
     finished: bool
     text: str = ""
-    state: list | None = None
+    state: State | None = None
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class Stops:
 
 
 def start(
-    model: nn.Module, prompts: Sequence[Sequence[int]], state: list | None, device: torch.device
-) -> tuple[Tensor, list]:
+    model: nn.Module, prompts: Sequence[Sequence[int]], state: State | None, device: torch.device
+) -> tuple[Tensor, State]:
     """Runs all prompts packed in one row -> (last hidden (S, C), state of S rows)."""
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -192,7 +194,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     samples: int = 1,
     tokenizer=None,
-    state: list | None = None,
+    state: State | None = None,
     keep_state: bool = False,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generated]:
@@ -225,7 +227,7 @@ def generate(
         hidden, state = start(model, prompts, state, device)
         if samples > 1:
             rows = torch.arange(len(prompts), device=device).repeat_interleave(samples)
-            hidden, state = hidden.index_select(0, rows), state.index(rows)
+            hidden, state = hidden.index_select(0, rows), state.select(rows)
         run = Run(model, stops, choice, results, draws, keep_state, on_token)
         run.finish(hidden, state, max_tokens)
     finally:
@@ -247,7 +249,7 @@ class Run:
     keep_state: bool
     on_token: Callable[[int, int], None] | None
 
-    def finish(self, hidden: Tensor, state: list, max_tokens: int) -> None:
+    def finish(self, hidden: Tensor, state: State, max_tokens: int) -> None:
         """hidden (B, C) after the prompts and their state -> fills `results`."""
         alive = list(range(len(self.results)))
         tails = [b""] * len(self.results)
@@ -264,7 +266,7 @@ class Run:
                 if self.on_token is not None:
                     self.on_token(sequence, token)
                 if self.keep_state and (done or step == max_tokens - 1):
-                    self.results[sequence].state = state.index(torch.tensor([row], device=hidden.device))
+                    self.results[sequence].state = state.select(torch.tensor([row], device=hidden.device))
                 if not done:
                     going.append(row)
             if not going or step == max_tokens - 1:
@@ -272,7 +274,7 @@ class Run:
             if len(going) < len(alive):
                 rows = torch.tensor(going, device=hidden.device)
                 alive = [alive[row] for row in going]
-                state, tokens = state.index(rows), tokens.index_select(0, rows)
+                state, tokens = state.select(rows), tokens.index_select(0, rows)
                 history, first = history.index_select(0, rows), first.index_select(0, rows)
             out, state = self.model(tokens[:, None], state=state)
             hidden = out[:, -1]

@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     source: dict[str, str] = {}
     field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
-        name = field_of[flag] if flag in field_of else flag
+        name = str(field_of.get(flag, flag))
         value = convert(flag, text, kinds()[name])
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
