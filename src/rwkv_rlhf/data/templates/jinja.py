@@ -55,7 +55,7 @@ def _start() -> "subprocess.Popen[bytes]":
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    program = Path(__file__).with_name("template_process.py")
+    program = Path(__file__).with_name("jinja_process.py")
     return subprocess.Popen([sys.executable, "-P", str(program)], start_new_session=True, **pipes)
 
 
