@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
+from rwkv_rlhf.commands.flag_groups import add_model_flags
 from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
 from rwkv_rlhf.data.grouping import grouped
 from rwkv_rlhf.data.progress import counted
@@ -25,7 +26,7 @@ from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.precision import NAMES, STRATEGY_HELP
+from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.teacher import top_logits
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -37,10 +38,8 @@ HEAD_CHUNK = 1024
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Write a teacher's largest logits for each token of a set of documents.")
-    flags.add_argument("--load_model", required=True, help="the teacher: a checkpoint (.pth or .safetensors)")
-    flags.add_argument("--load_adapter", default="", help="adapter laid over the teacher")
+    add_model_flags(flags, "the teacher: a checkpoint (.pth or .safetensors)")
     flags.add_argument("--load_initial_state", default="", help="not built yet; the older script ignored it")
-    flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
     flags.add_argument("--top_k", type=int, default=100, help="logits kept per token [100]")
     flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens that run together [4096]")
     add_document_flags(flags, "distillation.h5")
