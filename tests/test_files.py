@@ -3,8 +3,10 @@
 import errno
 import hashlib
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -165,17 +167,8 @@ def test_a_full_disk_ends_a_log_in_one_sentence(tmp_path):
 
 def test_a_killed_process_leaves_whole_records(tmp_path):
     """What `append` returned from is on the disk, whatever comes next."""
-    program = """
-import os, signal, sys
-from pathlib import Path
-from rwkv_rlhf.files import AppendLog, Sized
-log = AppendLog(sys.argv[1], Sized(b"TEST"), b"key\\n")
-log.begin()
-for number in range(3):
-    log.append(str(number).encode())
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "log")], env=environment, check=False, timeout=60)
+    program = Path(__file__).parent / "support" / "killed_log.py"
+    done = subprocess.run([sys.executable, program, tmp_path / "log"], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
     log = AppendLog(tmp_path / "log", Sized(b"TEST"), b"key\n")
     assert log.resume() and list(log.records()) == [b"0", b"1", b"2"]
