@@ -131,7 +131,7 @@ def bytes_per_parameter(width: int) -> dict[str, float]:
     from rwkv_rlhf.layers.stores import STORES
 
     weight = torch.randn(width, width, dtype=torch.bfloat16)
-    packed = {mode: store.pack(weight).bytes() / weight.numel() for mode, store in STORES.items() if store is not None}
+    packed = {mode: store.pack(weight).bytes() / weight.numel() for mode, store in STORES.items()}
     return {"none (bf16)": 2.0} | packed
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import kinds, parse, train_parser
 from rwkv_rlhf.settings.config import settings
-from rwkv_rlhf.settings.constraints import SETTINGS_OF
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,8 +198,8 @@ def test_every_setting_is_read():
     }  # names in tables, for getattr
     config = tree_of(ROOT / "src" / "config.py")
     derived = {node.attr for node in ast.walk(config) if isinstance(node, ast.Attribute)}
-    refused = {name for part in NOT_BUILT for name in part.wanted.__code__.co_names}
-    missing = {name for loss, names in SETTINGS_OF.items() if loss not in LOSSES for name in names}
+    refused = {part.setting for part in NOT_BUILT}
+    missing = {name for facts in tables.LOSSES.values() if not facts.implementation for name in facts.settings}
     companions = {"ds_bucket_mb", "svd_niter", "state_output_mode", "ctx_warmup_steps", "reward_model"}
     unread = set(settings()) - read - derived - refused - missing - companions - {"debug"}
     assert not unread

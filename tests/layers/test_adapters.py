@@ -22,7 +22,7 @@ from rwkv_rlhf.plan import make_plan
 IN, OUT, RANK = 96, 64, 8
 
 adapters = pytest.mark.parametrize("mode", ADAPTERS)
-stores = pytest.mark.parametrize("store", STORES)
+stores = pytest.mark.parametrize("store", ["none", *STORES])
 tables = pytest.mark.parametrize("mode", [mode for mode, kinds in ADAPTERS.items() if kinds.embedding])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-6}  # merged matrices are float32

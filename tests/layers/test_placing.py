@@ -14,7 +14,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import make_plan
 from tests.conftest import any_initial_tensors
 
-stores = pytest.mark.parametrize("store", STORES)
+stores = pytest.mark.parametrize("store", ["none", *STORES])
 
 
 def tiny(version: str = "x070") -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from rwkv_rlhf.layers.stores import STORES, fp8, nf4, store_class
 
 IN, OUT = 96, 64  # rows of 96 do not end where the blocks of 64 do
 
-PACKING = [name for name in STORES if name != "none"]
+PACKING = list(STORES)
 packing = pytest.mark.parametrize("store", PACKING)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 

@@ -12,7 +12,7 @@ from rwkv_rlhf.layers.placing import plan_layout
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
-from rwkv_rlhf.plan import COLUMNS, MODES, Plan, make_plan, parse_layers, plan_for, read_profile
+from rwkv_rlhf.plan import COLUMNS, Plan, make_plan, parse_layers, plan_for, read_profile, row_modes
 from rwkv_rlhf.settings.config import Config
 from tests.conftest import random_tensors
 
@@ -109,7 +109,7 @@ def test_wrong_numbers_of_rows(profile):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     {
-        "0,loar,16,32,0,1,1,0,0,0,": f"column Mode: 'loar', must be one of {', '.join(MODES)}",
+        "0,loar,16,32,0,1,1,0,0,0,": f"column Mode: 'loar', must be one of {', '.join(row_modes())}",
         "0,,16,32,0,1,1,0,0,0,": "column Mode: ''",
         "x,lora,16,32,0,1,1,0,0,0,": "column Layer: 'x', must be emb, head or a block from 0 to 1",
         "-1,lora,16,32,0,1,1,0,0,0,": "column Layer: '-1'",

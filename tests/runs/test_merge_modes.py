@@ -18,7 +18,7 @@ from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.settings.tables import ADAPTERS
 from tests.runs.test_merge import GREEDY, TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
 
 RATES = {"lr_init": 1e-4, "lr_final": 1e-5}
@@ -48,7 +48,7 @@ def trained(folder, mode, *, version="x070", dtype=torch.float32, quant="none", 
 
 
 @pytest.mark.parametrize("mode", [*ADAPTERS, "state"])
-@pytest.mark.parametrize("quant", list(STORES))
+@pytest.mark.parametrize("quant", ["none", *STORES])
 def test_every_adapter_over_every_storage_is_merged_as_it_ran(tmp_path, mode, quant):
     """Two rounded models that differ would be two models; PiSSA's residual is what is packed, not the matrix."""
     if quant in ("nf4", "fp4", "int8"):

@@ -21,7 +21,7 @@ from rwkv_rlhf.plan import COLUMNS
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
-from rwkv_rlhf.training.optimizers import OPTIMIZERS
+from rwkv_rlhf.training.optimizers import adamw
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
 from tests.conftest import VOCAB, read_jsonl
@@ -50,7 +50,7 @@ def seen(monkeypatch):
     norms: of the gradient that the step used. passes: of one block, recomputation included.
     """
     found = SimpleNamespace(fed=[], updates=[], norms=[], passes=0, names={})
-    training_step, adamw = TrainingModule.training_step, OPTIMIZERS["adamw"]
+    training_step = TrainingModule.training_step
 
     def count(*_):
         found.passes += 1
@@ -83,7 +83,7 @@ def seen(monkeypatch):
 
     found.forget = forget  # gives what was seen of one run, and begins anew
     monkeypatch.setattr(TrainingModule, "training_step", watched_step)
-    monkeypatch.setitem(OPTIMIZERS, "adamw", watched_adamw)
+    monkeypatch.setattr("rwkv_rlhf.training.optimizers.adamw", watched_adamw)
     return found
 
 

@@ -125,7 +125,7 @@ from rwkv_rlhf.plan import plan_for
 from rwkv_rlhf.host_memory import keep_pages, return_pages
 from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.training.memory import memory_by_part
-from rwkv_rlhf.training.optimizers import OPTIMIZERS, parameter_groups
+from rwkv_rlhf.training.optimizers import adamw, parameter_groups
 from rwkv_rlhf.precision import DTYPES
 
 def field(name):
@@ -143,7 +143,7 @@ def run(words, layers, width, vocabulary, tokens):
     keep_pages()
     model.train()
     groups = parameter_groups(model, plan, config.version, True)
-    optimizer = OPTIMIZERS["adamw"](groups, (0.9, 0.99), 1e-8)
+    optimizer = adamw(groups, (0.9, 0.99), 1e-8)
     for step in range(2):
         batch = pack_texts([TextExample(torch.randint(1, vocabulary, (tokens + 1,)).numpy())])
         value, _ = batch_loss(model, batch, LOSSES["sft"], config)

@@ -20,12 +20,12 @@ from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.layers.stores import store_class
-from rwkv_rlhf.plan import SCALED_MODES
+from rwkv_rlhf.plan import is_scaled
+from rwkv_rlhf.settings import tables
 
 log = logging.getLogger(__name__)
 
 OLD_FACTORS = "init_pissa.pth"  # as older programs call the file of initial factors; their names: init_lora_A
-SIGNS = {"bone": "bone", "miss": "miss", "lora_M": "dora", "lora_A": "lora"}  # tensor -> mode, the first that is there
 WITHOUT_ADAPTER = ("state", "full")
 
 
@@ -191,7 +191,7 @@ def parts_of(mode: str) -> tuple[str, ...]:
 def _contradictions(sidecar: Sidecar, mode: str | None, scaling: float | None, alpha: float | None) -> None:
     said: dict[str, str | float | None] = {"mode": mode, "scaling": scaling, "alpha": alpha}
     for name, typed in said.items():
-        scaled = (how for how in sidecar.adapted.values() if name == "mode" or how.mode in SCALED_MODES)
+        scaled = (how for how in sidecar.adapted.values() if name == "mode" or is_scaled(how.mode))
         known = sorted({getattr(how, name) for how in scaled})
         if typed is not None and known and not all(_same(typed, value) for value in known):
             found = ", ".join(map(str, known))
@@ -208,16 +208,19 @@ def _guessed(
     if mode is not None and mode not in WITHOUT_ADAPTER:
         parts_of(mode)
     found: dict[str, str] = {}
-    for part, kind in SIGNS.items():
+    signs = {facts.sign: kind for kind, facts in tables.ADAPTERS.items() if facts.sign}
+    for part in sorted(
+        signs, key=lambda sign: -len(tables.ADAPTERS[signs[sign]].tensors)
+    ):  # DoRA's tensors before LoRA's
         for name in adapter:
             layer, _, last = name.rpartition(".")
             if last == part:
-                found.setdefault(layer, "pissa" if (kind, mode) == ("lora", "pissa") else kind)
+                found.setdefault(layer, _unsigned(mode, signs[part]) or signs[part])
     kinds = sorted(set(found.values()))
     fits = mode in (None, "lora", *kinds) or (mode in WITHOUT_ADAPTER and not kinds)
     if not fits:
         raise Mismatch("mode", f"mode {mode}, but the tensors are those of {', '.join(kinds) or 'no adapter'}")
-    if set(kinds) & set(SCALED_MODES) and scaling is None and alpha is None:
+    if any(map(is_scaled, kinds)) and scaling is None and alpha is None:
         raise Mismatch("no scaling", "the adapter has no sidecar (.json beside it), so its scaling must be given")
     if scaling is not None and alpha is not None:
         raise ValueError(f"scaling {scaling} and alpha {alpha} say the same thing: give one of them")
@@ -225,9 +228,16 @@ def _guessed(
     for layer, kind in found.items():
         rank = ADAPTERS[kind].linear.rank_of(adapter[f"{layer}.{parts_of(kind)[0]}"])
         adapted[layer] = Adaptation.make(kind, rank, alpha or 0.0)
-        if kind in SCALED_MODES and scaling is not None:
+        if is_scaled(kind) and scaling is not None:
             adapted[layer] = Adaptation(kind, rank, scaling * rank, scaling)
     return adapted
+
+
+def _unsigned(mode: str | None, found: str) -> str | None:
+    """`mode` where it has no sign of its own and the tensors of `found` (PiSSA has LoRA's)."""
+    facts = tables.ADAPTERS.get(mode or "")
+    same = facts is not None and not facts.sign and facts.tensors == tables.ADAPTERS[found].tensors
+    return mode if same else None
 
 
 def begins_from_matrix(modes: set[str] | frozenset[str]) -> bool:

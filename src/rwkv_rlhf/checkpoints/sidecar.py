@@ -20,6 +20,7 @@ from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
 
 STATE_LAYOUT = "value x key"  # of every (H, N, N) state that this program writes
@@ -130,8 +131,8 @@ def _sidecar(content: dict[str, Any]) -> Sidecar:
     known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
     if not all(isinstance(name, str) for name in known["packed"]):
         raise TypeError("packed holds other things than names")
-    if known.get("quant_mode", "none") not in STORES:
-        raise ValueError(f"quant_mode {known['quant_mode']!r} is not one of {', '.join(STORES)}")
+    if known.get("quant_mode", "none") not in (tables.DENSE, *STORES):
+        raise ValueError(f"quant_mode {known['quant_mode']!r} is not one of {', '.join((tables.DENSE, *STORES))}")
     return Sidecar(**known)
 
 

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_rlhf.files import atomic_write
-from rwkv_rlhf.plan.writing import KINDS, profile_text
+from rwkv_rlhf.plan.writing import profile_text
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.config import peft_modes
 
 
 def parser() -> Parser:
     """The flags of this command."""
     flags = Parser("Write a layer profile to start from.", prog="make_profile.py")
-    flags.add_argument("--make", required=True, choices=KINDS, help="what every block learns")
+    flags.add_argument("--make", required=True, choices=peft_modes(), help="what every block learns")
     flags.add_argument("--layers", required=True, type=int, help="blocks of the model")
     flags.add_argument("--rank", type=int, default=0, help="rank of the adapters [16; Bone and MiSS 64]")
     flags.add_argument("--top_rank", type=int, default=0, help="rank of the last blocks, reached by doubling [rank]")
@@ -21,8 +23,9 @@ def parser() -> Parser:
     flags.add_argument("--lr_init", type=float, help="first learning rate [2e-4 to 12 blocks, 2e-5 to 32, else 1e-5]")
     flags.add_argument("--lr_final", type=float, help="last learning rate [a tenth of the first]")
     flags.add_argument("--weight_decay", type=float, default=0.0, help="decay of matrices and adapters [0]")
-    flags.add_argument("--emb", default="freeze", choices=("freeze", "full", "lora", "pissa"), help="row emb [freeze]")
-    flags.add_argument("--head", default="freeze", choices=("freeze", *KINDS), help="row head [freeze]")
+    of_tables = tables.with_fact(tables.ADAPTERS, lambda facts: facts.embedding)
+    flags.add_argument("--emb", default="freeze", choices=("freeze", "full", *of_tables), help="row emb [freeze]")
+    flags.add_argument("--head", default="freeze", choices=("freeze", *peft_modes()), help="row head [freeze]")
     flags.add_argument("--reject", default="", help='RejectParts of every row that learns, e.g. "att.receptance,ln"')
     flags.add_argument("--output", default="", help="file to write; empty = stdout")
     return flags

@@ -20,14 +20,13 @@ from rwkv_rlhf.checkpoints.loading import file_sizes, write_atomic
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
-from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import is_state
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".safetensors")
-WITH_STATE = ("x052", "x060")  # versions whose time_state the rwkv package reads from the model file
 # what to do about a mismatch of base, checkpoint and flags
 HINTS = {
     "base": "give the right --base_model, or --force 1 to go on",
@@ -69,8 +68,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     for name, needed in wanted.items():
         if needed and not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help")
-    if args.quant is not None and args.quant not in STORES:
-        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(STORES)}")
+    storages = (tables.DENSE, *tables.STORAGES)
+    if args.quant is not None and args.quant not in storages:
+        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(storages)}")
     if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
         raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
     return args
@@ -146,7 +146,7 @@ def merge(args: argparse.Namespace) -> None:
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
     print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
-    if states and (sizes.version not in WITH_STATE or states != {"time_state"}):
+    if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
         print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")
 
 

@@ -15,10 +15,10 @@ from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, toke
 from rwkv_rlhf.data.progress import counted
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
-from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.kept_scores import KeptScores
 from rwkv_rlhf.scoring.reference import reference_key
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("prepare")
@@ -29,7 +29,7 @@ def parser() -> Parser:
     flags = Parser("Tokenise preference pairs and score them with the reference model.")
     add_model_flags(flags, "the reference: the model that training starts from", adapter=False)
     packed = "storage of the matrices; train.py uses the scores only with the same --quant_mode [none]"
-    flags.add_argument("--quant_mode", default="none", choices=("none", *STORES), help=packed)
+    flags.add_argument("--quant_mode", default="none", choices=(tables.DENSE, *tables.STORAGES), help=packed)
     add_pair_flags(flags, "trainset.save")
     return flags
 

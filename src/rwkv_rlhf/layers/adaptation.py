@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 
-from rwkv_rlhf.plan import SCALED_MODES
-
-UNDROPPED_MODES = ("pissa", "bone")  # as their authors define them
+from rwkv_rlhf.settings import tables
 
 
 class RankError(ValueError):
@@ -34,8 +32,9 @@ class Adaptation:
     @classmethod
     def make(cls, mode: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> Adaptation:
         """From what a profile row says; modes without a scale or dropout ignore it. `rslora`: arXiv 2312.03732."""
-        scaling = alpha / (math.sqrt(rank) if rslora else rank) if mode in SCALED_MODES else 1.0
-        return cls(mode, rank, alpha, scaling, 0.0 if mode in UNDROPPED_MODES else dropout)
+        facts = tables.ADAPTERS[mode]
+        scaling = alpha / (math.sqrt(rank) if rslora else rank) if facts.scaled else 1.0
+        return cls(mode, rank, alpha, scaling, dropout if facts.dropout else 0.0)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,34 +1,25 @@
 """Losses: per-token scores from the chunked head, then one small pure function each.
 
-To add a loss: one file with a subclass of `TextLoss` or `PairLoss`, and one line in `LOSSES`.
+To add a loss: one file with a subclass of `TextLoss` or `PairLoss`, and an entry in `tables.LOSSES`.
 """
+
+from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
 
-from rwkv_rlhf.losses.cpo import CPO
-from rwkv_rlhf.losses.distill import Distillation
-from rwkv_rlhf.losses.dpo import DPO
 from rwkv_rlhf.losses.kinds import Loss
-from rwkv_rlhf.losses.kto import KTO
-from rwkv_rlhf.losses.orpo import ORPO
-from rwkv_rlhf.losses.sft import SFT
-from rwkv_rlhf.losses.simpo import SimPO
-from rwkv_rlhf.losses.wpo import WPO
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.tables import Implementations, LossFacts, load
 
-# By the name of the setting `loss`; "" is next-token training on plain text.
-LOSSES: dict[str, Loss] = {
-    "": SFT(),
-    "sft": SFT(),
-    "distillation": Distillation(),
-    "dpo": DPO(),
-    "orpo": ORPO(),
-    "simpo": SimPO(),
-    "cpo": CPO(),
-    "kto": KTO(),
-    "wpo": WPO(),
-}
+
+def _loss(facts: LossFacts) -> Loss:
+    return load(facts.implementation)()
+
+
+# By the names of the setting `loss`; those that are not built yet are left out.
+LOSSES: Implementations[LossFacts, Loss] = Implementations(tables.LOSSES, _loss, lambda facts: facts.implementation)
 
 
 def step_loss(loss: Loss, head: nn.Module, hidden: Tensor, batch: Any, config: Any) -> tuple[Tensor, dict[str, Tensor]]:

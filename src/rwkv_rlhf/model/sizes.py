@@ -10,33 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rwkv_rlhf.settings import tables
+
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
-
-# The spellings of --my_testing that name each version.
-ALIASES = {
-    "x040": "x040",
-    "r3r4": "x052",
-    "x052": "x052",
-    "x060": "x060",
-    "x070": "x070",
-}
-
-# By what a version is known: tensors that blocks.0.att has, those that it has not, and whether time_decay has a number
-# for each channel of each head (None: not asked).
-SIGNS: dict[str, tuple[set[str], set[str], bool | None]] = {
-    "x040": ({"time_first", "time_mix_k"}, {"ln_x.weight"}, None),
-    "x050": ({"ln_x.weight", "time_mix_k"}, {"gate.weight"}, False),
-    "x051": ({"ln_x.weight", "time_mix_k", "gate.weight"}, set(), False),
-    "x052": ({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}, set(), True),
-    "x060": ({"time_maa_w1"}, set(), None),
-    "x070": ({"r_k", "x_r"}, set(), None),
-}
 
 # Learnt initial states: that of the recurrence, and what the two token shifts see before the first token.
 STATES = ("att.time_state", "att.shift_state", "ffn.shift_state")
-
-# The tensor of blocks.0.att that tells the heads: time_decay is (H,), the others are (H, N). x040 has no heads.
-PER_HEAD = {"x050": "time_decay", "x051": "time_decay", "x052": "time_faaaa", "x060": "time_faaaa", "x070": "r_k"}
 
 # The flag by which the user states each size.
 _FLAGS = {
@@ -88,11 +67,11 @@ def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
     by_channel = "time_decay" in att and max(att["time_decay"][1:], default=1) > 1
     found = [
         version
-        for version, (wanted, unwanted, per_channel) in SIGNS.items()
-        if wanted <= att.keys() and not unwanted & att.keys() and per_channel in (None, by_channel)
+        for version, facts in tables.VERSIONS.items()
+        if facts.has <= att.keys() and not facts.lacks & att.keys() and facts.per_channel in (None, by_channel)
     ]
     if len(found) != 1:
-        known = ", ".join(SIGNS)
+        known = ", ".join(tables.VERSIONS)
         raise ValueError(f"not a known RWKV version ({known}): blocks.0.att does not look like any of them")
     return found[0]
 
@@ -132,9 +111,9 @@ def _low_rank(tensors: Mapping[str, torch.Tensor], version: str, n_layer: int) -
 
 
 def _head_size(tensors: Mapping[str, torch.Tensor], version: str, dim_att: int) -> int:
-    if version not in PER_HEAD:
+    if not tables.VERSIONS[version].heads:
         return 1
-    name = f"blocks.0.att.{PER_HEAD[version]}"
+    name = f"blocks.0.att.{tables.VERSIONS[version].heads}"
     if name.endswith("time_decay"):
         heads = tensors[name].numel()
         size = dim_att // max(1, heads)
@@ -185,9 +164,10 @@ def check_flags(sizes: Sizes, **typed: int | str | None) -> None:
             continue
         found = getattr(sizes, name)
         if name == "version":
-            wanted = ALIASES.get(str(value).lower())
+            known = {word: v for v, facts in tables.VERSIONS.items() if facts.new for word in (*facts.spellings, v)}
+            wanted = known.get(str(value).lower())
             if wanted is None:
-                raise ValueError(f"--my_testing {value}: the known versions are {', '.join(ALIASES)}")
+                raise ValueError(f"--my_testing {value}: the known versions are {', '.join(known)}")
         else:
             wanted = value
         if wanted != found:

@@ -8,7 +8,7 @@ import re
 
 from rwkv_rlhf.plan.profile import read_profile
 from rwkv_rlhf.plan.rows import PARTS, Plan, Row, layer_names
-from rwkv_rlhf.settings.config import ADAPTERS, Config
+from rwkv_rlhf.settings.config import Config, peft_modes
 
 
 def plan_for(config: Config, n_layer: int) -> Plan:
@@ -47,8 +47,8 @@ def make_plan(
     and head frozen. parts: comma list out of att, ffn, ln, time; layers: blocks that learn, such as "0-3 25-31", the
     others are frozen. Raises ValueError for unknown words and for block numbers that the model does not have.
     """
-    if peft not in ("full", "state", *ADAPTERS):
-        raise ValueError(f"{{peft}} {peft}: must be one of full, state, {', '.join(ADAPTERS)}")
+    if peft not in peft_modes():
+        raise ValueError(f"{{peft}} {peft}: must be one of {', '.join(map(str, peft_modes()))}")
     chosen = parse_layers(layers, n_layer)
     touched = frozenset(word.strip() for word in parts.split(",") if word.strip())
     if not touched <= set(PARTS):

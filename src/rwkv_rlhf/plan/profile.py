@@ -5,8 +5,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from rwkv_rlhf.plan.rows import MODES, SCALED_MODES, Plan, Row, layer_names
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.plan.rows import Plan, Row, is_scaled, layer_names, row_modes
+from rwkv_rlhf.settings import tables
 
 COMMON_COLUMNS = ("Layer", "Mode", "Rank", "Alpha", "Dropout")
 COLUMNS = (
@@ -120,14 +120,14 @@ def check_layers(path: str, lines: list[Line], n_layer: int) -> dict[str, Line]:
 def read_row(line: Line, rates: tuple[float, float, float], own_rates: bool) -> Row:
     """One line as a Row; rates: lr_init, lr_final, weight_decay of the command line. Raises ValueError."""
     mode = line.cells["Mode"].lower()
-    if mode not in MODES:
-        raise line.wrong("Mode", f"one of {', '.join(MODES)}")
-    adapter = mode in ADAPTERS
+    if mode not in row_modes():
+        raise line.wrong("Mode", f"one of {', '.join(row_modes())}")
+    adapter = mode in tables.ADAPTERS
     rank = line.real("Rank", None if adapter else 0.0, 1.0 if adapter else 0.0, "a whole number >= 1")
     if rank != int(rank):
         raise line.wrong("Rank", "a whole number >= 1")
-    alpha = line.real("Alpha", None if mode in SCALED_MODES else 0.0, legal="a number > 0")
-    if alpha == 0 and mode in SCALED_MODES:
+    alpha = line.real("Alpha", None if is_scaled(mode) else 0.0, legal="a number > 0")
+    if alpha == 0 and is_scaled(mode):
         raise line.wrong("Alpha", "a number > 0")
     dropout = line.real("Dropout", 0.0, legal="a number from 0 to below 1")
     if dropout >= 1 and adapter:

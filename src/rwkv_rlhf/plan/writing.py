@@ -7,12 +7,14 @@ import io
 import math
 
 from rwkv_rlhf.plan.profile import COLUMNS
-from rwkv_rlhf.plan.rows import SCALED_MODES, layer_names
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.plan.rows import is_scaled, layer_names
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import peft_modes
 
-KINDS = ("full", "state", *ADAPTERS)
-# Bone and MiSS have one number for each input or output where the others have r of them: the same count at 4 x the rank
-RANKS = {"bone": 64, "miss": 64}
+
+def rank_for(kind: str) -> int:
+    """Rank to start from. Bone and MiSS have one number for each input or output where the others have r of them."""
+    return tables.ADAPTERS[kind].profile_rank if kind in tables.ADAPTERS else 16
 
 
 def rates_for(kind: str, layers: int) -> tuple[float, float]:
@@ -41,15 +43,15 @@ def profile_text(
     the same. alpha: 0 = 2 rank. rates: None = by depth. ends: kinds of the rows emb and head. Raises ValueError.
     """
     for word in (kind, *ends):
-        if word not in (*KINDS, "freeze"):
-            raise ValueError(f"{word}: must be one of {', '.join(KINDS)}")
+        if word not in (*peft_modes(), "freeze"):
+            raise ValueError(f"{word}: must be one of {', '.join(map(str, peft_modes()))}")
     if layers < 1 or min(rank, top_rank, alpha) < 0:
         raise ValueError("layers must be at least 1; rank, top_rank and alpha cannot be negative")
     numbers = {"lr_init": (rates or (0, 0))[0], "lr_final": (rates or (0, 0))[1], "weight_decay": weight_decay}
     for name, value in (numbers | {"alpha": alpha, "dropout": dropout}).items():
         if not 0 <= value < (1 if name == "dropout" else math.inf):  # what read_profile would refuse
             raise ValueError(f"{name} {value}: must be a number from 0{' to below 1' * (name == 'dropout')}")
-    least = rank or RANKS.get(kind, 16)
+    least = rank or rank_for(kind)
     doublings = math.log2(top_rank / least) if top_rank else 0.0
     if doublings < 0 or doublings != int(doublings):
         raise ValueError(f"top_rank {top_rank} must be rank {least} times 1, 2, 4, 8, ...")
@@ -60,13 +62,13 @@ def profile_text(
     writer.writerow(COLUMNS)
     for layer in layer_names(layers):
         mode = dict(zip(("emb", "head"), ends)).get(layer, kind)
-        adapter = mode in ADAPTERS
-        here = least * 2 ** (int(layer) * steps // layers) if layer.isdigit() else rank or RANKS.get(mode, 16)
+        adapter = mode in tables.ADAPTERS
+        here = least * 2 ** (int(layer) * steps // layers) if layer.isdigit() else rank or rank_for(mode)
         first, last = rates or rates_for(mode, layers)
         frozen = mode in ("freeze", "state")
         row = ["freeze" if frozen else mode, here if adapter else 0]
-        row += [_number(scale * here if mode in SCALED_MODES else 0)]
-        row += [_number(dropout if adapter and mode not in ("pissa", "bone") else 0)]
+        row += [_number(scale * here if is_scaled(mode) else 0)]
+        row += [_number(dropout if adapter and tables.ADAPTERS[mode].dropout else 0)]
         row += ["0", "0", "0"] if frozen else [_number(first), _number(last), _number(weight_decay)]
         row += ["0.1" if kind == "state" else "0.01", "0.001"] if layer.isdigit() else ["0", "0"]
         writer.writerow([layer, *row, "" if frozen else reject])

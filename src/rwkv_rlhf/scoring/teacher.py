@@ -93,7 +93,7 @@ def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
     Raises ValueError for a file that is no model, another vocabulary than the student's, or more logits than it has.
     """
     path = config.teacher_model
-    if config.loss != "distillation" or not path:
+    if not config.loss_facts.teacher or not path:
         return None
     model, _ = load_model(
         path,

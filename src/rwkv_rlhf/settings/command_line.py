@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from rwkv_rlhf.settings import config as record
-from rwkv_rlhf.settings.config import PROGRAM, Config
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
 from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
-from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, LOSS_FLAGS, WORDS
+from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
+from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,16 @@ class Parser(argparse.ArgumentParser):
     printing the usage; 0/1 flags may be given bare; `--debug` and `--version` exist in every script.
     """
 
-    def __init__(self, description: str, prog: str | None = None) -> None:
+    def __init__(self, description: str, prog: str | None = None, help: type[argparse.Action] | str = "help") -> None:
         usage = "%(prog)s --flag value ..."
-        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False)
+        if help == "help":
+            self.add_argument("-h", "--help", action="help", help="list every flag and stop")
+        else:
+            text = "list every flag, or explain a group or a flag, and stop"
+            self.add_argument(
+                "-h", "--help", action=help, nargs="?", metavar="GROUP|FLAG", default=argparse.SUPPRESS, help=text
+            )
         version = f"{PROGRAM} {record.PROGRAM_VERSION}"
         self.add_argument("--version", action="version", version=version, help="print the version and stop")
         self.add_switch("--debug", help="show the traceback of an error")
@@ -80,43 +89,45 @@ def truth(text: str) -> bool:
     return TRUTH[text.lower()]
 
 
-def flag_of(name: str) -> str:
-    """The flag, with dashes, that sets the field `name` of Config."""
-    return "--" + FLAG_OF.get(name, name)
-
-
 def spelled(text: str) -> str:
     """`text` with every `{name}` of a setting or a loss replaced by its flag; other braces stay."""
-    known = {*record.settings(), *LOSS_FLAGS, "lora"}
+    known = {*record.settings(), *tables.LOSSES, "lora"}
     return re.sub(r"\{(\w+)\}", lambda m: flag_of(m[1]) if m[1] in known else m[0], text)
 
 
+class TrainHelp(argparse.Action):
+    """`--help` lists every flag in groups; `--help GROUP` and `--help FLAG` explain one of them. Then the run ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values is None:
+            parser.print_help()
+        else:
+            sys.stdout.write(spelled(explain(values, kinds())) + "\n")
+        parser.exit()
+
+
 def train_parser() -> Parser:
-    """The parser of train.py: one flag per setting, then the old spellings, then the flags without a meaning."""
-    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py")
-    switches = {name for name, kind in kinds().items() if kind is bool}
-    for name, field in record.settings().items():
-        if name == "debug":
-            continue  # every parser has it
-        if name == "loss":
-            for loss in LOSS_FLAGS:
-                add_raw(parser, loss, bare=True, help=f"train with the loss {loss}")
-            continue
-        default = (
-            "" if field.default in (None, "") else f" [{int(field.default) if name in switches else field.default}]"
-        )
-        choices = ", ".join(str(c) for c in field.metadata["choices"] if c != "")
-        text = field.metadata["help"] + (f" ({choices})" if choices else "") + default
-        add_raw(parser, flag_of(name)[2:], bare=name in switches, help=spelled(text).replace("%", "%%"))
-    add_raw(parser, "lora", bare=True, help="the same as --peft lora")
+    """The parser of train.py: one flag per setting, in groups, the old spellings, and the flags without a meaning."""
+    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py", help=TrainHelp)
+    for group, names in record.grouped_settings().items():
+        section = parser.add_argument_group(group, f"{GROUPS[group].help} (--help {group})")
+        for name in names:
+            if name == "loss":
+                for loss in tables.LOSSES:
+                    add_raw(section, loss, bare=True, help=loss_help(loss))
+            elif name != "debug":  # every parser has it
+                text = spelled(short_help(name)).replace("%", "%%")
+                add_raw(section, flag_of(name)[2:], bare=kinds()[name] is bool, help=text)
+    other = parser.add_argument_group("other spellings")
+    add_raw(other, "lora", bare=True, help="the same as --peft lora")
     for alias, name in ALIASES.items():
-        add_raw(parser, alias, bare=False, help=f"the same as {flag_of(name)}")
+        add_raw(other, alias, bare=False, help=f"the same as {flag_of(name)}")
     for old in LEGACY:
-        add_raw(parser, old, bare=True, help=argparse.SUPPRESS)
+        add_raw(other, old, bare=True, help=argparse.SUPPRESS)
     return parser
 
 
-def add_raw(parser: Parser, flag: str, bare: bool, help: str) -> None:
+def add_raw(parser: argparse._ActionsContainer, flag: str, bare: bool, help: str) -> None:
     """Adds a flag whose text is converted later; it is absent from the result unless it was typed."""
     form = {"nargs": "?", "const": "1"} if bare else {}
     parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1" if bare else "X", help=help, **form)
@@ -133,9 +144,18 @@ def first_type(hint: Any) -> type:
     return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
+def words_of(flag: str) -> dict[str, Any]:
+    """Words of the command line that stand for another value behind `--flag`."""
+    spellings = {
+        "my_testing": {word: name for name, facts in tables.VERSIONS.items() for word in facts.spellings},
+        "optim": {word: name for name, facts in tables.OPTIMIZERS.items() for word in facts.spellings},
+    }
+    return {**WORDS.get(flag, {}), **spellings.get(flag, {})}
+
+
 def convert(flag: str, text: str, kind: type) -> Any:
     """The value that `text` stands for behind `--flag`; raises UsageError."""
-    words = WORDS.get(flag, {})
+    words = words_of(flag)
     if text in words:
         return words[text]
     try:
@@ -172,7 +192,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
         values["loss"] = loss
         given.add("loss")
     elif values.get("data_file") and not values.get("pair_file"):
-        values["loss"] = "sft"
+        values["loss"] = tables.PRETRAINING
     choose_plan(values, given, lora)
     config = Config(**values, given=frozenset(given))
     try:
@@ -202,7 +222,7 @@ def legacy_words(typed: dict[str, str]) -> list[str]:
 
 def chosen_loss(typed: dict[str, str]) -> str:
     """Takes the loss flags out of `typed`; the one that is on, or ''."""
-    on = [flag for flag in LOSS_FLAGS if convert(flag, typed.pop(flag, "0"), bool)]
+    on = [flag for flag in tables.LOSSES if convert(flag, typed.pop(flag, "0"), bool)]
     if len(on) > 1:
         raise UsageError(f"{' and '.join(f'--{flag} 1' for flag in on)}: choose one loss")
     return on[0] if on else ""

@@ -8,9 +8,6 @@ from typing import NamedTuple
 # field of Config -> its flag, where the two differ
 FLAG_OF = {"version": "my_testing", "pair_file": "rlhf_train_file"}
 
-# 0/1 flags that together make the field `loss`
-LOSS_FLAGS = ("sft", "dpo", "orpo", "simpo", "cpo", "kto", "wpo", "distillation", "rm", "ppo", "grpo")
-
 # further spellings of a field
 ALIASES = {
     "dpo_train_file": "pair_file",
@@ -23,15 +20,15 @@ ALIASES = {
     "log_every_n_steps": "log_every",
 }
 
-# flag -> words of the command line that stand for another value of the field
+# flag -> words of the command line that stand for another value of the field; versions and optimizers have theirs in
+# `tables.py`
 WORDS = {
     "load_model": {"0": ""},
-    "my_testing": {"": None, "r3r4": "x052"},
+    "my_testing": {"": None},
     "infctx_truncated_bptt": {"0": "exact", "1": "truncated"},
     "orpo_mode": {"0": "mean", "1": "sum"},
     "precision": {"16": "fp16", "32": "fp32", "64": "fp64", "bf16-true": "bf16", "bf16-mixed": "bf16"},
     "accelerator": {"cuda": "gpu"},
-    "optim": {"": "adamw", "Adam8bit": "adam8bit", "AdamW8bit": "adamw8bit", "AdamW": "adamw", "Lion": "lion"},
 }
 
 

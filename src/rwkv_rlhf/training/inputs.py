@@ -36,13 +36,13 @@ from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.layers.placing import Layout, matrices
-from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.scoring.divergence import Divergence
 from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import trains_on_text
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Inputs:
     def _training_pairs(self, score: bool) -> Pairs:
         """--rlhf_train_file as the loss wants it, with reference scores if it needs them and `score`."""
         c = self.config
-        pairs, kind = self._pairs(c.pair_file, cap=True), LOSSES[c.loss].kind
+        pairs, kind = self._pairs(c.pair_file, cap=True), c.loss_facts.data
         rated = isinstance(pairs[0], RatedExample)
         if kind == "pairs" and rated:
             raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
@@ -103,7 +103,7 @@ class Inputs:
             pairs = pairs if rated else taken_apart(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
-        if score and LOSSES[c.loss].needs_reference:
+        if score and c.loss_facts.reference:
             return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
         return pairs
 
@@ -124,7 +124,7 @@ class Inputs:
         """The training examples as optimizer steps; pairs with their reference scores if `score`."""
         c = self.config
         examples: Any
-        if LOSSES[c.loss].kind != "text":
+        if c.loss_facts.data != "text":
             examples = self._training_pairs(score)
             order = self._shuffled(len(examples))
         else:
@@ -137,10 +137,10 @@ class Inputs:
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
         size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
-        if LOSSES[c.loss].kind == "text":
+        if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
-        if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
+        if not trains_on_text(c):
             return steps
         text = self._training_text()
         self._say_report()
@@ -151,7 +151,7 @@ class Inputs:
         c = self.config
         if text_type(c.data_file, c.data_type) == "binidx":
             return self._corpus()
-        from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
+        from_file = c.loss_facts.teacher and not c.teacher_model
         texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
         return texts, self._shuffled(len(texts))
 
@@ -278,7 +278,7 @@ class Inputs:
                 return self._held_out_texts(self.split_off)
             examples = [self.split_off[index] for index in range(len(self.split_off))]
             known = [pair.reference for pair in examples]
-            if LOSSES[c.loss].needs_reference and None not in known:  # then they were looked at, or computed
+            if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
                 return self._held_out_pairs(examples, torch.tensor(known))
             return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
         if not c.val_file:

@@ -28,8 +28,9 @@ from rwkv_rlhf.scoring.divergence import mismatch_ratio
 from rwkv_rlhf.scoring.evaluation import evaluating
 from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.scoring.teacher import Teacher
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.optimizers import OPTIMIZERS, parameter_groups
+from rwkv_rlhf.training.optimizers import parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
 
@@ -135,7 +136,7 @@ class TrainingModule(pl.LightningModule):
         general = batch.general if isinstance(batch, PairBatch) else None
         if general is None:
             return value, metrics
-        more, parts = self._per_total(LOSSES["sft"], general)
+        more, parts = self._per_total(LOSSES[tables.PRETRAINING], general)
         rho = self.config.dpo_general_corpus_ratio
         metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
         if "l2wrap" in parts:
@@ -170,7 +171,7 @@ class TrainingModule(pl.LightningModule):
         """The optimizer that --optim names, over the profile's groups."""
         c = self.config
         groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
-        return OPTIMIZERS[c.optim](groups, (c.beta1, c.beta2), c.adam_eps)
+        return tables.load(tables.OPTIMIZERS[c.optim].implementation)(groups, (c.beta1, c.beta2), c.adam_eps)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""

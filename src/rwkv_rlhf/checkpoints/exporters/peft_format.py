@@ -22,18 +22,11 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.layers.adaptation import Adaptation
+from rwkv_rlhf.settings import tables
 
 PREFIX = "base_model.model."
 LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_M": "lora_magnitude_vector", "miss": "miss_block"}
 EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-# mode -> (its kind there, names of its tensors); pissa becomes a LoRA of the difference
-KINDS = {
-    "lora": ("LORA", ("lora_A", "lora_B")),
-    "pissa": ("LORA", ("lora_A", "lora_B")),
-    "dora": ("LORA, use_dora", ("lora_A", "lora_B", "lora_M")),
-    "miss": ("MISS", ("miss",)),
-}
-
 
 MOST = 1e30  # of any number in a configuration
 # layers in a pattern: names, also with `.*` in them; expressions that could take for ever are none
@@ -54,23 +47,23 @@ def to_peft(
     """
     if not adapted:
         raise ValueError("there is no adapter to convert")
-    kinds = {how.mode: KINDS.get(how.mode, ("", ()))[0] for how in adapted.values()}
-    if "" in kinds.values():
+    kinds = {how.mode: tables.ADAPTERS[how.mode].peft for how in adapted.values()}
+    if None in kinds.values():
         raise ValueError(f"mode {', '.join(m for m in kinds if not kinds[m])} has no form in the PEFT library")
-    if len(set(kinds.values())) > 1:
+    if len({(peft.kind, peft.use_dora) for peft in kinds.values() if peft}) > 1:
         raise ValueError(f"one PEFT adapter cannot hold modes {', '.join(kinds)} together")
     found: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer, how in adapted.items():
-        parts = {part: tensors[f"{layer}.{part}"].detach() for part in KINDS[how.mode][1]}
-        if how.mode == "pissa":
+        parts = {part: tensors[f"{layer}.{part}"].detach() for part in tables.ADAPTERS[how.mode].tensors}
+        if kinds[how.mode].difference:
             parts = _difference(layer, parts, initial or {})
         if parts.get("lora_M", torch.empty(0)).dim() > 1:
             raise ValueError(f"{layer}.lora_M has one length a column, PEFT's DoRA has one a row")
         ranks[layer] = next(iter(parts.values())).shape[0]
         names = EMBEDDING if layer in embeddings else LINEAR
         found |= {f"{PREFIX}{layer}.{names[part]}": tensor.contiguous() for part, tensor in parts.items()}
-    own = {f"{layer}.{part}" for layer, how in adapted.items() for part in KINDS[how.mode][1]}
+    own = {f"{layer}.{part}" for layer, how in adapted.items() for part in tables.ADAPTERS[how.mode].tensors}
     return found, _config(adapted, ranks), [name for name in tensors if name not in own]
 
 
@@ -88,7 +81,9 @@ def _config(adapted: Mapping[str, Adaptation], ranks: Mapping[str, int]) -> dict
     common = Counter(ranks.values()).most_common(1)[0][0]
     dropout = Counter(how.dropout for how in adapted.values()).most_common(1)[0][0]
     config = {"target_modules": sorted(adapted), "bias": "none", "inference_mode": True, "task_type": None, "r": common}
-    if first.mode == "miss":
+    peft = tables.ADAPTERS[first.mode].peft
+    assert peft is not None, first.mode
+    if peft.kind == "MISS":
         if len(set(ranks.values())) > 1:
             raise ValueError("a MiSS adapter of PEFT has one rank for all layers")
         return config | {"peft_type": "MISS", "miss_dropout": dropout, "init_weights": True}
@@ -100,7 +95,7 @@ def _config(adapted: Mapping[str, Adaptation], ranks: Mapping[str, int]) -> dict
         "lora_alpha": usual,
         "lora_dropout": dropout,
         "use_rslora": root,
-        "use_dora": first.mode == "dora",
+        "use_dora": peft.use_dora,
         "rank_pattern": {layer: rank for layer, rank in ranks.items() if rank != common},
         "alpha_pattern": {layer: alpha for layer, alpha in alphas.items() if alpha != usual},
         "fan_in_fan_out": False,
@@ -110,7 +105,7 @@ def _config(adapted: Mapping[str, Adaptation], ranks: Mapping[str, int]) -> dict
 
 def _is_rslora(how: Adaptation) -> bool:
     plain, root = how.alpha / how.rank, how.alpha / math.sqrt(how.rank)
-    return how.mode != "pissa" and math.isclose(how.scaling, root) and not math.isclose(how.scaling, plain)
+    return tables.ADAPTERS[how.mode].scaled and math.isclose(how.scaling, root) and not math.isclose(how.scaling, plain)
 
 
 def from_peft(

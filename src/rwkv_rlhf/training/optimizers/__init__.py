@@ -47,6 +47,3 @@ def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool
 def adamw(groups: Iterable[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     """AdamW with decoupled decay and float32 moments, in one fused pass over memory where torch has it."""
     return torch.optim.AdamW(list(groups), betas=betas, eps=eps, fused=True)
-
-
-OPTIMIZERS = {"adamw": adamw}

@@ -6,43 +6,20 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import timedelta
-
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
-from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.settings.config import DEEPSPEED, Config
-from rwkv_rlhf.training.strategies.deepspeed import Zero, zero
-from rwkv_rlhf.training.strategies.fsdp import fsdp
-
-Maker = Callable[[Config, nn.Module], Strategy | str]
-
-
-def ddp(config: Config, model: nn.Module) -> Strategy | str:
-    """The whole model on each rank. One process needs no strategy."""
-    if not ranks.several():
-        return "auto"
-    ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
-    return DDPStrategy(
-        timeout=timedelta(minutes=config.timeout),
-        init_sync=False,  # all ranks read the same file; what trains was sent above
-        broadcast_buffers=False,  # packed matrices never change
-        gradient_as_bucket_view=True,
-    )
-
-
-STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, "fsdp": fsdp, **dict.fromkeys(DEEPSPEED, zero)}
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.strategies.deepspeed import Zero
 
 
 def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
-    """What --strategy names, for Lightning's trainer."""
-    return STRATEGIES[config.strategy](config, model)
+    """What --strategy names (`tables.STRATEGIES`), for Lightning's trainer."""
+    return tables.load(tables.STRATEGIES[config.strategy].implementation)(config, model)
 
 
 def clips_itself(trainer: pl.Trainer) -> bool:

@@ -18,6 +18,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor, distributed, nn
 
 from rwkv_rlhf.model.sizes import STATES
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 
 
@@ -125,10 +126,10 @@ def zero(config: Config, model: nn.Module) -> Zero:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--strategy {config.strategy} needs the package deepspeed: pip install deepspeed") from error
-    stage = int(config.strategy.split("_")[2])
+    facts = tables.STRATEGIES[config.strategy]
     elements = config.ds_bucket_mb * 1_000_000
     settings: dict[str, Any] = {
-        "stage": stage,
+        "stage": facts.stage,
         "memory_efficient_linear": False,  # it would replace torch's own for the whole process
         "stage3_param_persistence_threshold": 2 * model.sizes.n_embd,  # vectors are not worth a message
         "contiguous_gradients": True,
@@ -136,9 +137,9 @@ def zero(config: Config, model: nn.Module) -> Zero:
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
     }
-    if config.strategy.endswith("_offload"):
+    if facts.offload:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if stage == 3:
+        if facts.stage == 3:
             settings["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return Zero(
         config={
