@@ -19,9 +19,9 @@ from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
 from rwkv_rlhf.data.batch import pack, pack_rated
-from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import read_tasks
@@ -145,7 +145,7 @@ def read_template(path: Path, rng: Random) -> Any:
 
 
 def read_journal(path: Path, rng: Random) -> Any:
-    return [pack(batch) for batch in islice(Journal(path, {"teacher": "x"}, 2), 4)]
+    return [pack(batch) for batch in islice(TeacherLog(path, {"teacher": "x"}, 2), 4)]
 
 
 def read_rejects(path: Path, rng: Random) -> Any:

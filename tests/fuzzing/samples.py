@@ -17,10 +17,10 @@ from rwkv_rlhf.checkpoints.resume_points import ResumePoints
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import PairExample, TextExample, TopK
-from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.text.binidx import write_corpus
 from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
@@ -215,7 +215,7 @@ def write_template(folder: Path, config: bool) -> Path:
 
 
 def write_journal(folder: Path) -> Path:
-    journal = Journal(folder / "work.part", {"teacher": "x"}, 2)
+    journal = TeacherLog(folder / "work.part", {"teacher": "x"}, 2)
     for batch in (documents(2)[:2], documents(2)[2:]):
         journal.append(batch)
     return folder / "work.part"

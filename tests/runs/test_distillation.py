@@ -14,8 +14,8 @@ from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.commands import distillation_h5 as generate
 from rwkv_rlhf.commands import sft_h5, train
 from rwkv_rlhf.data.batch import TextBatch, TextExample, pack_texts
-from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.text.h5 import open_h5, writing
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.scoring.teacher import Teacher, top_logits
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.old_h5 import old_file
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(script, words, tmp_path, monkey
     assert script(generate.main, *words)[0] == 0
     whole = contents(tmp_path / "F.h5")
     (tmp_path / "F.h5").unlink()
-    real, seen = Journal.append, []
+    real, seen = TeacherLog.append, []
 
     def killed(self, batch):
         if len(seen) == 2:
@@ -135,7 +135,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(script, words, tmp_path, monkey
     if cut == "before the end":
         monkeypatch.setattr(generate, "writing", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     else:
-        monkeypatch.setattr(Journal, "append", killed)
+        monkeypatch.setattr(TeacherLog, "append", killed)
     assert script(generate.main, *words)[0] == 130
     monkeypatch.undo()
     assert part.exists() and not (tmp_path / "F.h5").exists()

@@ -98,9 +98,7 @@ class Distillation(TextLoss):
         if not bool(trained.all()):
             picked, values = picked[trained], values[trained]
             lse = None if lse is None else lse[trained]
-        kd = distillation(
-            picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail
-        ).sum()
+        kd = distillation(picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail).sum()
         ce = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
         value = config.alpha * ce + (1 - config.alpha) * kd
         metrics = {"loss": value, "ce": ce, "kd": kd, "nll": -scores.logp.sum()}
