@@ -299,7 +299,7 @@ def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_squares(head: nn.Module, hidden: Tensor, head_chunk: int) -> Tensor:
-    """log sum_v p(v)^2 under softmax(head(hidden)), hidden (M,C) -> (M,), in chunks of one more product with the head."""
+    """log sum_v p(v)^2 under softmax(head(hidden)), hidden (M,C) -> (M,): one more product with the head, in chunks."""
     found = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     run = open_head(head, hidden.detach(), head_chunk)
     for chunk in run.chunks:
