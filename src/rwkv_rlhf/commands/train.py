@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.settings.command_line import INTERRUPTED, parse
+from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.exit_status import INTERRUPTED
 
 SELF = str(Path(__file__).resolve().parents[1] / "__main__.py")  # what the other processes of a run are started with
 

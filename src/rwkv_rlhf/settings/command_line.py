@@ -20,19 +20,17 @@ from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 
 log = logging.getLogger(__name__)
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
 LONGEST = 1000  # characters of a sentence on stderr
-# what an open() or a mkdir() says of a path that the user gave
-PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class UsageError(ValueError):
@@ -188,7 +186,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     source: dict[str, str] = {}
     field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
-        name = field_of[flag] if flag in field_of else flag
+        name = str(field_of.get(flag, flag))
         value = convert(flag, text, kinds()[name])
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
@@ -252,32 +250,19 @@ def choose_plan(values: dict[str, Any], given: set[str], lora: bool) -> None:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a script and leaves with its exit status.
 
-    main: takes the words behind the script's name, returns an exit status or None for 0. The user's mistakes
-    (ValueError, and paths that cannot be opened) give 2 and one sentence on stderr, Ctrl+C gives 130, anything else 1.
-    Under --debug 1 the traceback comes first.
+    main: takes the words behind the script's name, returns an exit status or None for 0. An exception becomes one
+    sentence on stderr and the status that `exit_status` gives; under --debug 1 the traceback comes first.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         status = main(words) or OK
-    except KeyboardInterrupt:
-        status = report_error("stopped by Ctrl+C", words, INTERRUPTED)
-    except PATH_ERRORS as mistake:
-        text = f"{mistake.filename}: {mistake.strerror}" if mistake.filename else str(mistake)
-        status = report_error(text, words, MISTAKE)
-    except ValueError as mistake:
-        status = report_error(str(mistake), words, MISTAKE)
-    except Exception as failure:  # the last resort: a message and a status instead of a traceback
-        status = report_error(f"{type(failure).__name__}: {failure}", words, FAILED)
+    except (Exception, KeyboardInterrupt) as error:  # the last resort: a message and a status instead of a traceback
+        if wants_debug(words):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {one_line(spelled(sentence_of(error)))}\n")
+        status = exit_status(error)
     sys.exit(status)
-
-
-def report_error(text: str, words: Sequence[str], status: int) -> int:
-    """Writes one line to stderr, after the traceback of the current exception if `words` ask for it."""
-    if wants_debug(words):
-        traceback.print_exc()
-    sys.stderr.write(f"error: {one_line(spelled(text))}\n")
-    return status
 
 
 def one_line(text: str) -> str:

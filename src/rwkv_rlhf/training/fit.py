@@ -20,7 +20,7 @@ from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.data.batch import PairBatch, TextBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.distributed.launch import here
+from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
@@ -140,7 +140,7 @@ def fit(
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=make_strategy(config, module.model),
-        plugins=here(),
+        plugins=launch_environment(),
         max_epochs=config.epoch_count,
         max_steps=optimizer_steps(config, steps),
         accumulate_grad_batches=config.accumulate_grad_batches,

@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import write_atomic
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
@@ -158,7 +158,7 @@ class TrainingModule(pl.LightningModule):
         if batch is not None:
             whose = f"-rank-{ranks.rank()}" if self.together else ""
             path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
-            write_atomic(tensors_of(batch), path)
+            write_tensors(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:

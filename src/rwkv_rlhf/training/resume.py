@@ -7,7 +7,6 @@ optimizer's update, and signals wait for the end of that.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import signal
@@ -23,9 +22,10 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into, write_atomic
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints, explicit_point, last_point, points_in
 from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.metrics import append_json, drop_after
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
@@ -109,7 +109,7 @@ def take_weights(model: torch.nn.Module, point: ResumePoint, model_hash: str) ->
         raise ValueError(
             f"{point.path} belongs to a run from another base model ({point.about['base']}): {{load_model}}"
         )
-    copy_into(model, point.read(0)["weights"], checkpoint_tensors(model), point.path)
+    copy_into(checkpoint_tensors(model), point.read(0)["weights"], point.path)
 
 
 class HostCopy:
@@ -184,8 +184,8 @@ class WriteResumePoints(pl.Callback):
         """Note where the logs of this run begin."""
         begun = self.points.folder / BEGUN
         if self.again and begun.exists():
-            self._drop_lines(json.loads(begun.read_text()))
-        write_atomic(json.dumps(self._log_sizes()), begun)
+            self._drop_lines(read_json_object(begun))
+        write_json(begun, self._log_sizes())
 
     def _drop_lines(self, sizes: dict[str, int]) -> None:
         drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
