@@ -8,10 +8,14 @@ Legend: C width, A attention width, H heads, N head size, V vocabulary, L layers
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.implementations import load, with_fact
 
 
 def low_rank_sizes(width: int) -> dict[str, int]:
@@ -32,7 +36,7 @@ def _small_orthogonal(rows: int, columns: int, generator: torch.Generator) -> Te
     return _orthogonal((rows, columns), 0.1 * gain, generator)
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where in the model a block is, and what its sizes are (A = C: the tradition has no other)."""
 
     layer: int
@@ -73,18 +77,18 @@ class _Place(NamedTuple):
         return _orthogonal((rows, columns), gain, self.generator) if gain else torch.zeros(rows, columns)
 
 
-def _zigzag(place: _Place) -> Tensor:
+def _zigzag(place: Place) -> Tensor:
     """0, 1, -1, 0, 1, -1, ...: neighbours differ (C,)."""
     return (place.channels() + 1) % 3 - 1
 
 
-def _kept_shares(place: _Place) -> dict[str, Tensor]:
+def _kept_shares(place: Place) -> dict[str, Tensor]:
     """How much of each token's own input k, v, r and g see at first (x040 to x060)."""
     key, gate = place.power(place.height), place.power(0.5 * place.height)
     return {"k": key, "v": key + 0.3 * place.depth, "r": gate, "g": gate.clone()}
 
 
-def _gated_ffn(place: _Place, key_gain: float) -> dict[str, Tensor]:
+def _gated_ffn(place: Place, key_gain: float) -> dict[str, Tensor]:
     C, ffn = place.C, place.ffn
     return {
         "key.weight": place.orthogonal(ffn, C, key_gain),
@@ -93,7 +97,7 @@ def _gated_ffn(place: _Place, key_gain: float) -> dict[str, Tensor]:
     }
 
 
-def _time_mix_x040(place: _Place) -> dict[str, Tensor]:
+def _time_mix_x040(place: Place) -> dict[str, Tensor]:
     C, shares = place.C, _kept_shares(place)
     t = {
         "time_decay": -5 + 8 * place.slope() ** (0.7 + 1.3 * place.depth),
@@ -107,12 +111,12 @@ def _time_mix_x040(place: _Place) -> dict[str, Tensor]:
     return t
 
 
-def _channel_mix_x040(place: _Place) -> dict[str, Tensor]:
+def _channel_mix_x040(place: Place) -> dict[str, Tensor]:
     shares = {f"time_mix_{name}": place.power(place.height) for name in "kr"}
     return shares | _gated_ffn(place, math.sqrt(max(1.0, place.ffn / place.C)))
 
 
-def _attention_of_heads(place: _Place) -> dict[str, Tensor]:
+def _attention_of_heads(place: Place) -> dict[str, Tensor]:
     """What x052 and x060 have in common."""
     C, N = place.C, place.N
     gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "output": 0.0, "gate": 0.1}
@@ -123,21 +127,21 @@ def _attention_of_heads(place: _Place) -> dict[str, Tensor]:
     return t
 
 
-def _slow_decay(place: _Place) -> Tensor:
+def _slow_decay(place: Place) -> Tensor:
     return -6 + 5 * place.slope() ** (0.7 + 1.3 * place.depth)
 
 
-def _time_mix_x052(place: _Place) -> dict[str, Tensor]:
+def _time_mix_x052(place: Place) -> dict[str, Tensor]:
     t = {f"time_mix_{name}": share for name, share in _kept_shares(place).items()}
     t["time_decay"] = _slow_decay(place).view(place.C // place.N, place.N)
     return t | _attention_of_heads(place)
 
 
-def _channel_mix_x052(place: _Place) -> dict[str, Tensor]:
+def _channel_mix_x052(place: Place) -> dict[str, Tensor]:
     return {f"time_mix_{name}": place.power(place.height) for name in "kr"} | _gated_ffn(place, 1.0)
 
 
-def _time_mix_x060(place: _Place) -> dict[str, Tensor]:
+def _time_mix_x060(place: Place) -> dict[str, Tensor]:
     C, mix, decay = place.C, 32, 64
     shares = {"x": place.power(place.height), "w": place.power(place.height), **_kept_shares(place)}
     t = {f"time_maa_{name}": 1.0 - share for name, share in shares.items()}
@@ -147,11 +151,11 @@ def _time_mix_x060(place: _Place) -> dict[str, Tensor]:
     return t | _attention_of_heads(place)
 
 
-def _channel_mix_x060(place: _Place) -> dict[str, Tensor]:
+def _channel_mix_x060(place: Place) -> dict[str, Tensor]:
     return {f"time_maa_{name}": 1.0 - place.power(place.height**3) for name in "kr"} | _gated_ffn(place, 1.0)
 
 
-def _time_mix_x070(place: _Place) -> dict[str, Tensor]:
+def _time_mix_x070(place: Place) -> dict[str, Tensor]:
     layer, n_layer, C, N, generator = place.layer, place.n_layer, place.C, place.N, place.generator
     channel, depth, height = place.channels(), place.depth, place.height
     linear = channel / max(1, C - 1) - 0.5
@@ -184,7 +188,7 @@ def _time_mix_x070(place: _Place) -> dict[str, Tensor]:
     return t
 
 
-def _channel_mix_x070(place: _Place) -> dict[str, Tensor]:
+def _channel_mix_x070(place: Place) -> dict[str, Tensor]:
     return {
         "x_k": 1.0 - place.power(place.height**4),
         "key.weight": place.orthogonal(place.ffn, place.C, 1.0),
@@ -192,13 +196,19 @@ def _channel_mix_x070(place: _Place) -> dict[str, Tensor]:
     }
 
 
-# version -> (attention, feed-forward, width of the feed-forward part as a multiple of C, before rounding to 32)
-TABLES = {
-    "x040": (_time_mix_x040, _channel_mix_x040, 4.0),
-    "x052": (_time_mix_x052, _channel_mix_x052, 3.5),
-    "x060": (_time_mix_x060, _channel_mix_x060, 3.5),
-    "x070": (_time_mix_x070, _channel_mix_x070, 4.0),
-}
+class InitialValues(NamedTuple):
+    """Initial values of a version's blocks: tensors of both halves by name, and the width of the feed-forward part as a
+    multiple of C, before it is rounded down to a multiple of 32."""
+
+    time_mix: Callable[[Place], dict[str, Tensor]]
+    channel_mix: Callable[[Place], dict[str, Tensor]]
+    ffn_factor: float
+
+
+X040 = InitialValues(_time_mix_x040, _channel_mix_x040, 4.0)
+X052 = InitialValues(_time_mix_x052, _channel_mix_x052, 3.5)
+X060 = InitialValues(_time_mix_x060, _channel_mix_x060, 3.5)
+X070 = InitialValues(_time_mix_x070, _channel_mix_x070, 4.0)
 
 
 def initial_tensors(
@@ -214,24 +224,25 @@ def initial_tensors(
 
     Raises ValueError for a version without a table of initial values and for sizes that do not fit together.
     """
-    if version not in TABLES:
-        raise ValueError(f"--my_testing {version}: new models are made as {', '.join(TABLES)}")
-    if version == "x040":
-        head_size = 1
+    facts = tables.VERSIONS.get(version)
+    if facts is None or not facts.initial:
+        made = with_fact(tables.VERSIONS, lambda facts: facts.initial)
+        raise ValueError(f"--my_testing {version}: new models are made as {', '.join(made)}")
+    head_size = head_size if facts.heads else 1
     if n_embd % head_size or n_embd % 32:
         raise ValueError(f"--n_embd {n_embd} must be a multiple of the head size {head_size} and of 32")
-    time_mix, channel_mix, factor = TABLES[version]
+    values: InitialValues = load(facts.initial)
     generator = torch.Generator().manual_seed(max(seed, 0))
-    C, ffn = n_embd, dim_ffn or int(n_embd * factor) // 32 * 32
+    C, ffn = n_embd, dim_ffn or int(n_embd * values.ffn_factor) // 32 * 32
     tensors = {"emb.weight": torch.empty(vocab_size, C).uniform_(-1e-4, 1e-4, generator=generator)}
     for layer in range(n_layer):
         prefix = f"blocks.{layer}."
         for norm in ("ln0", "ln1", "ln2") if layer == 0 else ("ln1", "ln2"):
             tensors[f"{prefix}{norm}.weight"] = torch.ones(C)
             tensors[f"{prefix}{norm}.bias"] = torch.zeros(C)
-        place = _Place(layer, n_layer, C, head_size, ffn, generator)
-        tensors.update({f"{prefix}att.{name}": value for name, value in time_mix(place).items()})
-        tensors.update({f"{prefix}ffn.{name}": value for name, value in channel_mix(place).items()})
+        place = Place(layer, n_layer, C, head_size, ffn, generator)
+        tensors.update({f"{prefix}att.{name}": value for name, value in values.time_mix(place).items()})
+        tensors.update({f"{prefix}ffn.{name}": value for name, value in values.channel_mix(place).items()})
     tensors["ln_out.weight"], tensors["ln_out.bias"] = torch.ones(C), torch.zeros(C)
     gain = 0.5 * math.sqrt(vocab_size / C) if vocab_size > C else 0.5
     tensors["head.weight"] = _orthogonal((vocab_size, C), gain, generator)

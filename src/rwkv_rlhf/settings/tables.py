@@ -261,13 +261,14 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. new: models of it can be made from zero. spellings: further words of --my_testing.
-    has, lacks: tensors of blocks.0.att that a file of it has and has not; per_channel: whether time_decay has a number
-    for each channel of each head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none.
-    small: a pattern for the last
-    word of its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of
-    width C that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that
-    the recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
+    block: its block class. initial: the initial values of a new model, "" = none can be made. spellings: further
+    words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
+    that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
+    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
+    att whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
+    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
+    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
+    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
     begins from a learnt time_state in the model's file.
     """
 
@@ -277,8 +278,9 @@ class VersionFacts:
     lacks: frozenset[str] = frozenset()
     per_channel: bool | None = None
     spellings: tuple[str, ...] = ()
-    new: bool = True
+    initial: str = ""
     heads: str = ""
+    low_rank: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     small: str = ".*time.*"
     rates: Mapping[str, float] = field(default_factory=dict)
     activations: float = 0.0
@@ -290,6 +292,7 @@ VERSIONS: dict[str, VersionFacts] = {
     "x040": VersionFacts(
         "RWKV-4",
         "rwkv_rlhf.model.rwkv4:Block",
+        initial="rwkv_rlhf.model.initial:X040",
         has=frozenset({"time_first", "time_mix_k"}),
         lacks=frozenset({"ln_x.weight"}),
         rates={"time_decay": 2.0, "time_first": 3.0},
@@ -301,7 +304,6 @@ VERSIONS: dict[str, VersionFacts] = {
         has=frozenset({"ln_x.weight", "time_mix_k"}),
         lacks=frozenset({"gate.weight"}),
         per_channel=False,
-        new=False,
         heads="time_decay",
         rates={"time_decay": 2.0, "time_first": 3.0},
         activations=24.6,
@@ -312,7 +314,6 @@ VERSIONS: dict[str, VersionFacts] = {
         "rwkv_rlhf.model.rwkv5:Block51",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight"}),
         per_channel=False,
-        new=False,
         heads="time_decay",
         rates={"time_decay": 2.0, "time_first": 3.0},
         activations=24.6,
@@ -321,6 +322,7 @@ VERSIONS: dict[str, VersionFacts] = {
     "x052": VersionFacts(
         "RWKV-5.2",
         "rwkv_rlhf.model.rwkv5:Block52",
+        initial="rwkv_rlhf.model.initial:X052",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}),
         per_channel=True,
         spellings=("r3r4",),
@@ -333,8 +335,10 @@ VERSIONS: dict[str, VersionFacts] = {
     "x060": VersionFacts(
         "RWKV-6",
         "rwkv_rlhf.model.rwkv6:Block",
+        initial="rwkv_rlhf.model.initial:X060",
         has=frozenset({"time_maa_w1"}),
         heads="time_faaaa",
+        low_rank={"mix": ("time_maa_w2",), "decay": ("time_decay_w1",)},
         rates={"time_decay": 2.0},
         activations=34.4,
         recurrence_bytes=4,
@@ -343,8 +347,10 @@ VERSIONS: dict[str, VersionFacts] = {
     "x070": VersionFacts(
         "RWKV-7",
         "rwkv_rlhf.model.rwkv7:Block",
+        initial="rwkv_rlhf.model.initial:X070",
         has=frozenset({"r_k", "x_r"}),
         heads="r_k",
+        low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",)},  # one block alone has no v1
         small=r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k",
         rates={"w0": 2.0},
         activations=28.6,
