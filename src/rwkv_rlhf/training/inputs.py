@@ -56,7 +56,7 @@ def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[s
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
         yield (
-            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"the good answers together weigh {ratio:.2g} times as much as the bad ones; 1 to 1.33 is advised: set "
             f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
             f"{desirable * good / bad:.3g}"
         )
@@ -175,7 +175,7 @@ class Inputs:
             )
         seed = c.seed if c.random_mode else None
         joined = JoinedDocuments(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
-        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        log.info("%d documents joined into %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 
     def _growing(self) -> Growing | None:
@@ -184,7 +184,7 @@ class Inputs:
         if not c.initial_ctx_len:
             return None
         log.info(
-            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            "samples grow from %d to %d tokens in %d steps; longer ones are cut until then",
             *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
         )
         return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
@@ -216,7 +216,9 @@ class Inputs:
             log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
         if known:
-            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+            log.info(
+                "reference scores in %s belong to another model or setting: computing them again", pairs.report.source
+            )
         return self._computed_reference(pairs)
 
     def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:

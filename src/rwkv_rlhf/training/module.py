@@ -166,7 +166,7 @@ class TrainingModule(pl.LightningModule):
                 f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
                 "--precision fp32. The checkpoints written so far are intact"
             )
-        log.warning("%s: the step is left out", sentence)
+        log.warning("%s: the step is skipped", sentence)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""
