@@ -1,7 +1,6 @@
 """rlhf_generate_reject_csv.py and chat.py: what they write, keep, repair and refuse."""
 
 import csv
-import importlib
 import io
 import json
 
@@ -291,11 +290,6 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     assert [fresh for _, fresh, _ in asked] == [True, False, True] and asked[0][0] == asked[2][0]
     assert len(asked[1][0]) > len("User: again\n\nAssistant:") and asked[0][2] == 0
     assert "/reset" in out
-
-
-def test_both_script_names_are_one_program():
-    """The old name is an alias."""
-    assert importlib.import_module("rlhf_generate_reject").main is rejects.main
 
 
 def test_json_lines_are_utf8(script, base_model, vocab_file, tmp_path):
