@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rwkv_rlhf.checkpoints.exporters.peft_format import from_peft, to_peft
+from rwkv_rlhf.checkpoints.exporters.peft import from_peft, to_peft
 from rwkv_rlhf.layers.adaptation import Adaptation, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec

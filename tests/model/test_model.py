@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.rwkv import RWKV
@@ -37,7 +37,7 @@ def test_a_packed_pass_never_waits_for_the_device(tensors):
     _, state = model(tokens, None, starts)
     hidden, _ = model(tokens, state, starts)
     hidden.sum().backward()
-    assert all(part.device.type == "meta" for layer in model.initial(2) for part in layer)
+    assert all(part.device.type == "meta" for part in model.initial_state(2).tensors())
 
 
 def bonus_as_logarithm(tensors):
@@ -142,7 +142,7 @@ def test_forked_state_carries_both_gradients_back(tensors):
     _, state = model(torch.tensor([prompt]))
     answers = torch.tensor([chosen + reject])
     starts = torch.tensor([0, len(chosen), len(chosen) + len(reject)])
-    hidden, _ = model(answers, state.index(torch.tensor([0, 0])), starts)
+    hidden, _ = model(answers, state.select(torch.tensor([0, 0])), starts)
     (loss(hidden[:, : len(chosen)]) + 2 * loss(hidden[:, len(chosen) :])).backward()
     forked = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -227,7 +227,7 @@ def test_initial_values_are_the_traditions(version):
         assert torch.allclose(tensors["blocks.0.att.ln_x.weight"], torch.full((64,), 0.5**0.7))
     if version != "x070":
         assert not tensors["blocks.1.ffn.receptance.weight"].any()
-    build_model(tensors, compute_dtype=torch.float32)  # names and shapes are exactly those of the version
+    build_model(tensors, BuildOptions(torch.float32))  # names and shapes are exactly those of the version
 
 
 def test_initial_values_of_x070():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands.make_profile import main as write_profile
-from rwkv_rlhf.layers.placing import plan_layout
 from rwkv_rlhf.model import VERSIONS
+from rwkv_rlhf.model.layout import plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import COLUMNS, Plan, make_plan, parse_layers, plan_for, read_profile, row_modes

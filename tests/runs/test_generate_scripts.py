@@ -7,12 +7,15 @@ import json
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import load_model, trainable, write_atomic
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model, trainable
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.commands import chat, generate_rejects
 from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation import rejects as room
+from rwkv_rlhf.generation.sampler import Completion, Sampler
+from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.precision import parse_strategy
 from tests.support.files import ROWS, VOCAB, read_csv, read_jsonl, write_csv
@@ -41,7 +44,7 @@ def test_empty_rejects_are_filled_and_others_stay(script, words, tmp_path, caplo
 
 def test_what_is_written_can_be_read(script, words, vocab_file, tmp_path, monkeypatch):
     """A model that is not trained yet says NUL bytes, over which every reader stops."""
-    sample = room.generate
+    sample = Sampler.generate
 
     def nul(*args, **settings):
         done = sample(*args, **settings)
@@ -49,7 +52,7 @@ def test_what_is_written_can_be_read(script, words, vocab_file, tmp_path, monkey
             one.text = "a\0b" + one.text
         return done
 
-    monkeypatch.setattr(room, "generate", nul)
+    monkeypatch.setattr(Sampler, "generate", nul)
     assert script(rejects.main, "--input_csv", write_csv(tmp_path / "in.csv", ROWS), *words)[0] == 0
     pairs = open_pairs(tmp_path / "out.csv", load_tokenizer(VOCAB, vocab_file))
     assert len(pairs) == 5 and read_csv(tmp_path / "out.csv")[1][2].startswith("ab")
@@ -137,24 +140,22 @@ def test_the_output_of_another_file_is_not_touched(script, words, tmp_path):
     assert status == 2 and "row 1" in err and out.read_bytes() == before
 
 
-def test_an_answer_equal_to_chosen_is_sampled_again_then_left_empty(words, tmp_path, monkeypatch):
+def test_an_answer_equal_to_chosen_is_sampled_again_then_left_empty(words, tmp_path):
     """A pair of equal answers teaches nothing: other tries, then an empty cell that is counted and named."""
-    from rwkv_rlhf.generation.sampling import Generated
+    seen = []
 
-    seeds = []
+    class Parrot(Sampler):
+        def generate(self, prompts, params, *, seeds):
+            seen.append((tuple(seeds), round(params.top_p, 2)))
+            return [Completion([1], [0.0], True, " gladly: one\n" if row else " ") for row in range(len(prompts))]
 
-    def parrot(model, prompts, *, seed, top_p, **settings):
-        seeds.append((tuple(seed), round(top_p, 2)))
-        return [Generated([1], [0.0], True, " gladly: one\n" if row else " ") for row in range(len(prompts))]
-
-    monkeypatch.setattr(room, "generate", parrot)
     columns, tasks = room.read_tasks(write_csv(tmp_path / "in.csv", [["p", "x", ""], ROWS[0]]), "world")
-    letters = load_tokenizer(VOCAB, words[3])
+    parrot = Parrot(None, load_tokenizer(VOCAB, words[3]))
     output = room.RejectFile(tmp_path / "out.csv", columns)
-    tally = room.fill(None, letters, tasks, output, room.Settings(tries=3))
+    tally = room.fill(parrot, tasks, output, SamplingParams(top_p=0.3), tries=3)
     assert [row[2] for row in read_csv(tmp_path / "out.csv")[1:]] == ["", ""]
     assert tally.empty == [1, 2] and tally.sampled == 0 and "left empty" in " ".join(tally.lines())
-    assert len(set(seeds)) == 3 and [top_p for _, top_p in seeds] == [0.3, 0.5, 0.7]
+    assert len(set(seen)) == 3 and [top_p for _, top_p in seen] == [0.3, 0.5, 0.7]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_chat_answers_a_file_with_tokens_and_their_probabilities(script, base_mo
     assert status == 0, err
     lines = read_jsonl(tmp_path / "out.jsonl")
     assert [line["prompt"] for line in lines] == ["say one", "say: two"]
-    letters, model = load_tokenizer(VOCAB, str(vocab_file)), load_model(base_model, compute_dtype=torch.float32)[0]
+    letters, model = load_tokenizer(VOCAB, str(vocab_file)), load_model(base_model, BuildOptions(torch.float32))[0]
     for line in lines:
         assert set(line) == {"prompt", "answer", "tokens", "logprobs"}
         prompt = letters.encode(f"User: {line['prompt']}\n\nAssistant:")
@@ -253,12 +254,12 @@ def test_chat_needs_both_files(script, base_model):
 def test_chat_takes_the_scaling_of_an_adapter_without_a_sidecar(script, base_model, vocab_file, tmp_path):
     """Adapters of older programs have none: without the flags they could not be tried at all."""
     plan = make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5)
-    model, _ = load_model(base_model, compute_dtype=torch.float32, plan=plan)
+    model, _ = load_model(base_model, BuildOptions(torch.float32, plan=plan))
     with torch.no_grad():
         for name, parameter in trainable(model).items():
             parameter.add_(0.1 if "lora_" in name else 0.0)
     adapter = tmp_path / "old.pth"
-    write_atomic({name: parameter.detach() for name, parameter in trainable(model).items()}, adapter)
+    write_tensors({name: parameter.detach() for name, parameter in trainable(model).items()}, adapter)
     found = {}
     for words in (("--lora_scaling", 2), ("--lora_alpha", 8), ("--lora_scaling", 0)):
         more = ["--load_adapter", adapter, *words, "--temperature", 0, "--strategy", "cpu fp32"]
@@ -278,13 +279,13 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     lines = iter(["/temp 0", "/max 4", "hello", "again", "/reset", "hello", "/max x", "/what", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     asked = []
-    generate = chat.generate
+    generate = Sampler.generate
 
-    def spy(model, prompts, **settings):
-        asked.append((prompts[0], settings["state"] is None, settings["temperature"]))
-        return generate(model, prompts, **settings)
+    def spy(sampler, prompts, params, **more):
+        asked.append((prompts[0], more["state"] is None, params.temperature))
+        return generate(sampler, prompts, params, **more)
 
-    monkeypatch.setattr(chat, "generate", spy)
+    monkeypatch.setattr(Sampler, "generate", spy)
     status, out, err = script(chat.main, "--load_model", base_model, "--vocab_file", vocab_file)
     assert status == 0, err
     assert [fresh for _, fresh, _ in asked] == [True, False, True] and asked[0][0] == asked[2][0]

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
 from rwkv_rlhf.checkpoints.loading import (
+    BuildOptions,
     checkpoint_tensors,
     load_adapter,
     load_model,
-    read_tensors,
     trainable,
-    write_atomic,
 )
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
 from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
@@ -42,14 +43,14 @@ def train(
 ) -> tuple[Path, Path]:
     """A base file and a checkpoint "trained" on it by adding noise to all that trains."""
     base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
-    write_atomic(base_tensors(dtype, version), base)
+    write_tensors(base_tensors(dtype, version), base)
     plan = plan or mixed_plan()
-    model, report = load_model(base, compute_dtype=torch.float32, plan=plan, quant=quant)
+    model, report = load_model(base, BuildOptions(torch.float32, plan=plan, quant=quant))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in trainable(model).items():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.02 if "lora" in name else 0.01))
-    write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
     if sidecar:
         write_sidecar(sidecar_of(version, report.layout, plan, base), checkpoint)
     return base, checkpoint
@@ -87,11 +88,11 @@ def test_merged_answers_as_what_was_trained(tmp_path, capsys, quant, dtype, allo
         pytest.importorskip("bitsandbytes")
     base, checkpoint = train(tmp_path, dtype=dtype, quant=quant)
     merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
-    model, _ = load_model(base, compute_dtype=torch.float32, plan=mixed_plan(), quant=quant)
+    model, _ = load_model(base, BuildOptions(torch.float32, plan=mixed_plan(), quant=quant))
     load_adapter(model, checkpoint)
     assert spread(logits(model), plain_logits(merged)) <= allowed
     assert spread(logits(model), plain_logits(read_tensors(base))) > 2 * allowed
-    together, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    together, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), logits(together)) < 1e-6
     assert "differ by at most" in capsys.readouterr().out
 
@@ -144,7 +145,7 @@ def test_another_base_is_refused_unless_forced(tmp_path):
     """The right shapes on the wrong model give plausible nonsense."""
     base, checkpoint = train(tmp_path)
     other = tmp_path / "other.pth"
-    write_atomic({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
+    write_tensors({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
     with pytest.raises(
         ValueError, match=r"trained on base.pth \(sha256 \w+\), .*other.pth is another file .*--force 1"
     ):
@@ -156,7 +157,7 @@ def test_programs_without_the_flags_of_merge_do_not_hear_of_them(tmp_path):
     """train.py has no --force, no --type and no --base_model: its users would look for them in vain."""
     base, checkpoint = train(tmp_path, plan=make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5))
     other = tmp_path / "other.pth"
-    write_atomic({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
+    write_tensors({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
     sentences = []
     for model, words in (
         (other, {}),
@@ -169,7 +170,7 @@ def test_programs_without_the_flags_of_merge_do_not_hear_of_them(tmp_path):
         if len(sentences) == 4:
             (tmp_path / "rwkv-0.json").unlink()
         with pytest.raises(ValueError) as caught:
-            load_combined(model, checkpoint, compute_dtype=torch.float32, **words)
+            load_combined(model, checkpoint, BuildOptions(torch.float32), AdapterFlags(**words))
         sentences.append(str(caught.value))
     assert not [sentence for sentence in sentences if "--" in sentence]
     assert "no sidecar" in sentences[-1] and "trained on base.pth" in sentences[0]
@@ -180,15 +181,15 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
     plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
     plan.rows["1"] = dataclasses.replace(plan.rows["1"], reject=("lora_A",))
     base, checkpoint = train(tmp_path, plan=plan)
-    model, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=5)
+    model, _ = load_model(base, BuildOptions(torch.float32, plan=plan, seed=5))
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(0.01)
-    write_atomic({name: parameter.detach() for name, parameter in checkpoint_tensors(model).items()}, checkpoint)
+    write_tensors({name: parameter.detach() for name, parameter in checkpoint_tensors(model).items()}, checkpoint)
     write_sidecar(read_sidecar(checkpoint), checkpoint)
     merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
     assert spread(logits(model), plain_logits(merged)) <= 1e-5
-    again, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=6)
+    again, _ = load_model(base, BuildOptions(torch.float32, plan=plan, seed=6))
     load_adapter(again, checkpoint)
     assert torch.equal(logits(model), logits(again))
 
@@ -196,7 +197,7 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
 def test_an_adapter_of_other_layers_is_refused_by_name(tmp_path):
     base, checkpoint = train(tmp_path, sidecar=False)
     short = {name: tensor for name, tensor in read_tensors(base).items() if not name.startswith("blocks.1.")}
-    write_atomic(short, tmp_path / "short.pth")
+    write_tensors(short, tmp_path / "short.pth")
     with pytest.raises(ValueError, match=r"rwkv-0.pth was not trained on this base model: .*unexpected: blocks\.1\."):
         run_merge(tmp_path / "short.pth", checkpoint, tmp_path / "merged.pth", "--lora_scaling", "1")
 
@@ -249,5 +250,5 @@ def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, ve
             assert torch.equal(tensor, own[name].bfloat16().reshape(tensor.shape)), name
         else:
             assert torch.equal(tensor, before[name]) == bool(kept.fullmatch(name)), name
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    model, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), plain_logits(merged)) <= 2e-2

@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import load_adapter, load_model, read_tensors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_adapter, load_model
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.data.pairs.save import read_save
 from rwkv_rlhf.data.report import DataReport
@@ -109,7 +110,7 @@ def test_the_logged_rate_is_the_one_used(go, text_jsonl, monkeypatch):
 def test_a_state_means_the_same_to_every_backend(base_of, version):
     """A state that one backend left is taken up by another; a transposed one would show in the next token."""
     tokens = torch.tensor([[5, 9, 2, 7]])
-    models = [load_model(base_of(version), compute_dtype=torch.float32, wkv_backend=b)[0] for b in ("naive", "cpu")]
+    models = [load_model(base_of(version), BuildOptions(torch.float32, wkv_backend=b))[0] for b in ("naive", "cpu")]
     with torch.no_grad():
         states = [model(tokens)[1] for model in models]
         found = [model(tokens, state)[0] for model in models for state in states]
@@ -159,7 +160,7 @@ def test_an_embedding_that_trained_is_loaded(go, base_model, tmp_path, text_json
     begun = go("out", *words, "--epoch_steps", 3, "--epoch_count", 1)
     trained = read_tensors(tmp_path / "out" / "rwkv-0.pth")
     plan = read_profile(str(tmp_path / "profile.csv"), 2, lr_init=0.0, lr_final=0.0, weight_decay=0.0)
-    model, _ = load_model(base_model, compute_dtype=torch.float32, plan=plan)
+    model, _ = load_model(base_model, BuildOptions(torch.float32, plan=plan))
     load_adapter(model, tmp_path / "out" / "rwkv-0.pth")
     held = dict(model.named_parameters())
     names = [name for name in trained if name.startswith("emb.")]

@@ -16,6 +16,7 @@ from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data.pairs.pairs import split_records
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.generation.sampler import Completion, Sampler
 from rwkv_rlhf.scoring import kept_scores
 from tests.support.files import JINJA, ROWS, read_csv, write_csv
 from tests.support.source_files import ROOT
@@ -272,15 +273,15 @@ def test_talking_with_a_chat_template(script, base_model, vocab_file, tmp_path, 
     (tmp_path / "chat.jinja").write_text(JINJA)
     lines, asked = iter(["hello", "again", "/quit"]), []
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    generate = chat.generate
+    generate = Sampler.generate
 
-    def spy(model, prompts, *, tokenizer, state, **settings):
-        asked.append((tokenizer.decode(prompts[0]), state))
-        found = generate(model, prompts, tokenizer=tokenizer, state=state, **settings)
+    def spy(sampler, prompts, params, *, state, **more):
+        asked.append((sampler.tokenizer.decode(prompts[0]), state))
+        found = generate(sampler, prompts, params, state=state, **more)
         found[0].text = "yes"
         return found
 
-    monkeypatch.setattr(chat, "generate", spy)
+    monkeypatch.setattr(Sampler, "generate", spy)
     words = ["--load_model", base_model, "--vocab_file", vocab_file, "--template", tmp_path / "chat.jinja"]
     status, _, err = script(chat.main, *words, "--max_tokens", 3)
     assert status == 0, err
@@ -290,21 +291,18 @@ def test_talking_with_a_chat_template(script, base_model, vocab_file, tmp_path, 
 
 def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):
     """The model is asked in the template's words and stops at its closing mark, not at a blank line."""
-    from rwkv_rlhf.generation import rejects as room
-    from rwkv_rlhf.generation.sampling import Generated
-
     asked = []
 
-    def answer(model, prompts, *, tokenizer, stop_texts, **settings):
-        asked.append(([tokenizer.decode(prompt) for prompt in prompts], stop_texts))
-        return [Generated([1], [0.0], True, "so be it") for _ in prompts]
+    def answer(sampler, prompts, params, **more):
+        asked.append(([sampler.tokenizer.decode(prompt) for prompt in prompts], params.stop_texts))
+        return [Completion([1], [0.0], True, "so be it") for _ in prompts]
 
-    monkeypatch.setattr(room, "generate", answer)
+    monkeypatch.setattr(Sampler, "generate", answer)
     (tmp_path / "chat.jinja").write_text(JINJA)
     source = write_csv(tmp_path / "in.csv", ROWS[:1])
     run = ["--input_csv", source, "--output_csv", tmp_path / "out.csv", *words, "--template", tmp_path / "chat.jinja"]
     assert script(rejects.main, *run)[0] == 0
-    assert asked == [(["<|user|>say one<|end|>\n<|assistant|>"], ["<|end|>"])]
+    assert asked == [(["<|user|>say one<|end|>\n<|assistant|>"], ("<|end|>",))]
     assert read_csv(tmp_path / "out.csv")[1][2] == "so be it"
     write_csv(source, ROWS[:2])
     (tmp_path / "chat.jinja").write_text(JINJA.replace("<|end|>", "<|stop|>"))  # the same name, another template

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.commands import make_binidx, train
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.model.initial import TABLES, initial_tensors
@@ -108,8 +108,10 @@ def test_a_shape_weighs_what_the_model_of_that_shape_does(mode, quant):
     tensors = initial_tensors("x070", 2, 96, 50, 32, 1)
     plan = make_plan(mode, 2, rank=3 if mode != "bone" else 32, lr_init=1.0, lr_final=1.0, layers="1")
     form = {"plan": plan, "quant": quant, "compute_dtype": torch.bfloat16}
-    model, report = build_model(tensors, **form)
-    shape, planned = build_model({name: tensor.to("meta") for name, tensor in tensors.items()}, device="meta", **form)
+    model, report = build_model(tensors, BuildOptions(**form))
+    shape, planned = build_model(
+        {name: tensor.to("meta") for name, tensor in tensors.items()}, BuildOptions(device="meta", **form)
+    )
     assert weights_by_storage(shape) == weights_by_storage(model)
     assert (planned.trained, planned.frozen, planned.packed) == (report.trained, report.frozen, report.packed)
     assert state_bytes(shape) == state_bytes(model)
@@ -123,7 +125,7 @@ def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, 
         monkeypatch.setattr(elementwise, "_runs_on_host", lambda *_: False)
     mode = "lora" if dropout or twins else "full"  # the casts of masters are counted apart
     plan = make_plan(mode, 2, rank=4, dropout=dropout, lr_init=1.0, lr_final=1.0)
-    model, _ = build_model(initial_tensors(version, 2, 256, 64, 64, 1), plan=plan, compute_dtype=NUMBERS[width])
+    model, _ = build_model(initial_tensors(version, 2, 256, 64, 64, 1), BuildOptions(NUMBERS[width], plan=plan))
     model.train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

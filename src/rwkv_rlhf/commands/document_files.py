@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_text_flags
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.grouping import NOTHING_TRAINED
 from rwkv_rlhf.data.pairs.pairs import MIXED_SEED
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES
 from rwkv_rlhf.data.templates.named import check_template
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
@@ -22,11 +22,10 @@ def add_document_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns documents into an .h5, by default `output`."""
     flags.add_argument("--input_folder", "--input", required=True, help="a folder of *.jsonl, or one file of text")
     flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
-    flags.add_argument("--template", default="world", help=f"of chats: one of {', '.join(TEMPLATES)} [world]")
+    add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
     flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"of the template mixed [{MIXED_SEED}]")
-    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+    add_skip_flag(flags)
 
 
 def input_files(flags: Namespace) -> list[Path]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_jsonl
 from rwkv_rlhf.data.sampler import magic_prime
@@ -30,10 +31,10 @@ def parser() -> Parser:
     flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
     flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
     flags.add_argument("--vocab_size", type=int, default=WORLD_SIZE, help=f"vocabulary size [{WORLD_SIZE}]")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    add_vocabulary_flag(flags)
     flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")
     flags.add_switch("--shuffle", default=True, help="shuffle each time; 0 keeps the file's order [1]")
-    flags.add_switch("--skip_bad", help="count and skip bad lines instead of stopping")
+    add_skip_flag(flags)
     return flags
 
 

@@ -5,16 +5,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_text_flags
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, pair_records, split_records
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES
 from rwkv_rlhf.data.templates.named import check_template
-from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer
+from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
-from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("prepare")
@@ -27,13 +25,12 @@ def add_pair_flags(flags: Parser, output: str) -> None:
     flags.add_argument("--input_csv", required=True, help="pairs: .csv, .jsonl or .parquet")
     flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
-    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
+    add_text_flags(flags)
     flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
     flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"templates and shuffle [{MIXED_SEED}]")
     flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
     flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
-    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+    add_skip_flag(flags)
 
 
 def check_pair_flags(flags: Namespace) -> None:
@@ -103,13 +100,3 @@ def write_pairs(
     for path, pairs in zip(outputs(flags), parts, strict=True):
         write_save(path, pairs, about)
         log.info("wrote %d pairs to %s", len(pairs), path)
-
-
-def vocabulary_size(model: str, given: int) -> int:
-    """The checkpoint's vocabulary size, or the flag's, or World's; ValueError when checkpoint and flag disagree."""
-    if model in ("", "0"):
-        return given or WORLD_SIZE
-    found = sizes_of(read_tensors(model)).vocab_size
-    if given and given != found:
-        raise ValueError(f"--vocab_size {given}, but {model} has a vocabulary of {found}")
-    return found

@@ -17,6 +17,7 @@ from typing import Protocol
 from rwkv_rlhf.files import file_hash, read_bytes
 
 WORLD_SIZE = 65536
+END_OF_DOCUMENT = 0  # in every vocabulary; trained like any token
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 
 

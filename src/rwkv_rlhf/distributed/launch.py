@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -209,12 +210,13 @@ def takes_several(config: Config) -> bool:
     return trains(config) and not config.dry_run
 
 
-_here = [RankInfo(0, 1, 0, 1)]  # of this process
+ALONE = RankInfo(0, 1, 0, 1)
+_current: ContextVar[RankInfo] = ContextVar("the rank of this process", default=ALONE)
 
 
-def here() -> LaunchEnvironment:
+def launch_environment() -> LaunchEnvironment:
     """The rank of this process, as Lightning asks for it."""
-    return LaunchEnvironment(_here[-1])
+    return LaunchEnvironment(_current.get())
 
 
 @contextmanager
@@ -225,13 +227,14 @@ def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     nothing to do, because the command is not a training run. A rank that fails in the block ends all others, with one
     sentence. Raises ValueError where flags, launcher and machine do not fit together.
     """
-    before = dict(os.environ)
+    before, alone = dict(os.environ), _current.set(_current.get())
     try:
         with _met_here(config, words) as met:
             yield met
     finally:  # DeepSpeed and Lightning leave their variables behind, which processes started later would believe
         os.environ.clear()
         os.environ.update(before)
+        _current.reset(alone)
 
 
 @contextmanager
@@ -256,7 +259,7 @@ def _met_here(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
         logging.getLogger().setLevel(logging.WARNING)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"rank {info.rank}: %(message)s"))
-    _here.append(info)
+    _current.set(info)
     others = {} if info.launcher else start_others(info, words)
     parent = info.node * info.local_world if info.local_rank else None
     with Watchdog(info.rank, info.world, others, config.timeout, parent=parent) as watch:

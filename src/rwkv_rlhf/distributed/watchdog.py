@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Collection
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from types import TracebackType
 
@@ -25,6 +26,8 @@ from torch import distributed
 from torch.distributed import TCPStore
 
 from rwkv_rlhf.distributed.ranks import barrier
+from rwkv_rlhf.settings.command_line import one_line, spelled, wants_debug
+from rwkv_rlhf.settings.exit_status import exit_status, sentence_of
 
 GRACE = 3.0  # seconds in which a rank may still fail by itself, with a better sentence, after another has
 LOST = 20.0  # seconds without a sign of life after which a rank is suspected, once something has gone wrong
@@ -32,24 +35,16 @@ FAILED = "failed"  # the key under which the first failure is announced
 # words in what the libraries raise when a rank at the other end of a connection is gone
 BROKEN = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket", "timed out", "store")
 
-_watchdogs: list[Watchdog] = []  # of this process
+_current: ContextVar[Watchdog | None] = ContextVar("the watchdog of this process", default=None)
 
 
 def heartbeat(what: str) -> None:
     """Says that this rank is about to do `what`: a sign that it does not hang. Before the first one nothing counts as
-    hanging, as nobody knows how long a model takes to load."""
-    for watchdog in _watchdogs:
+    hanging, as nobody knows how long a model takes to load. To be called on the main thread."""
+    watchdog = _current.get()
+    if watchdog is not None:
         watchdog.ticks += 1
         watchdog.what = what
-
-
-def exit_status(error: BaseException) -> int:
-    """The exit status of a program that ends with `error`: 2 for the user's mistakes, 130 for Ctrl+C, else 1."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else 1
 
 
 class Watchdog:
@@ -73,7 +68,7 @@ class Watchdog:
         self.lock = threading.Lock()  # a store is no place for two threads
 
     def __enter__(self) -> Watchdog:
-        _watchdogs.append(self)
+        self._before = _current.set(self)
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
         return self
 
@@ -84,6 +79,7 @@ class Watchdog:
             self._say()
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _current.reset(self._before)
         if error is None:
             self._part()
         else:
@@ -93,7 +89,6 @@ class Watchdog:
         """A good end: the first rank, which holds the store, stays until the others need it no more."""
         barrier()
         self.over.set()
-        _watchdogs.clear()
         with self.lock:
             self.store = None
         barrier()
@@ -106,9 +101,9 @@ class Watchdog:
         status = exit_status(error)
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN):
             self._wait_for_name()  # somebody else's failure, seen from here
-        self._announce(status, f"rank {self.rank}: {error or type(error).__name__}")
+        self._announce(status, f"rank {self.rank}: {sentence_of(error)}")
         if self.rank:  # the first rank speaks for all
-            if "--debug" in sys.argv:
+            if wants_debug(sys.argv[1:]):
                 traceback.print_exception(error)
             self._let_speak()
             self._leave(status)
@@ -194,7 +189,8 @@ class Watchdog:
     def _announce(self, status: int, sentence: str) -> None:
         with suppress(RuntimeError), self.lock:  # nobody may be left to hear it
             if self.store is not None and not self.store.check([FAILED]):
-                self.store.set(FAILED, json.dumps({"status": status, "sentence": sentence}))
+                found = {"status": status, "sentence": one_line(spelled(sentence))}
+                self.store.set(FAILED, json.dumps(found))
 
     def _end(self, sentence: str, status: int, lost: Collection[int] = ()) -> None:
         """End this process, whatever its main thread waits for. The first rank that is not `lost` says why."""

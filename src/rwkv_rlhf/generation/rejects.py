@@ -3,6 +3,7 @@
 The output grows in input order, each batch flushed to the disk, so a run that was stopped goes on where it ended.
 """
 
+import dataclasses
 import logging
 import os
 import random
@@ -18,7 +19,9 @@ from rwkv_rlhf.data.rows import read_csv
 from rwkv_rlhf.data.templates.builtin import Form, normalise
 from rwkv_rlhf.data.templates.named import draw_form
 from rwkv_rlhf.generation.reject_file import REJECT, RejectFile
-from rwkv_rlhf.generation.sampling import generate, sequence_seed
+from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampling import sequence_seed
+from rwkv_rlhf.generation.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -29,28 +32,13 @@ WIDEN = 0.2  # each further try of a row may pick from this much more of the dis
 
 @dataclass
 class Task:
-    """One row of the input: its cells by column, the checked pair, and the form in which the model is asked."""
+    """One row of the input: its cells by column, the checked pair, and how the model is asked."""
 
     cells: dict[str, Any]
     pair: RawPair
-    form: Form
     reject: Any  # as it stands in the input; pair.reject is its text
-
-
-@dataclass
-class Settings:
-    """How answers are sampled; see `generate`. `tries` counts the first one."""
-
-    temperature: float = 1.0
-    top_p: float = 0.3
-    top_k: int = 0
-    presence: float = 0.0
-    frequency: float = 1.0
-    decay: float = 0.996
-    max_tokens: int = 1000
-    seed: int = 0
-    batch_size: int = 8
-    tries: int = 4
+    form: Form
+    cue: str  # the conversation and the cue for an answer, as training writes them
 
 
 @dataclass
@@ -106,12 +94,12 @@ def read_tasks(
         try:
             pair = to_pair({**cells, "reject": reject}, where, need_reject=False)
             form = draw_form(template, forms)
-            form.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
+            cue = form.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
         except RowError as error:
             report.bad(where, error)
             continue
         columns |= dict.fromkeys(cells)
-        tasks.append(Task(cells, pair, form, reject))
+        tasks.append(Task(cells, pair, reject, form, cue))
     if not tasks:
         raise ValueError(f"{path} has no row that could be used" if report.rows else f"{path} has no row")
     if not set(REJECT) & set(columns):
@@ -130,79 +118,76 @@ def batches(tasks: list[Task], begin: int, size: int, overwrite: bool) -> Iterat
             first, wanted = row + 1, []
 
 
-def prompt_ids(tokenizer, task: Task) -> list[int]:
-    """The conversation and the cue for an answer, as training writes them."""
-    return tokenizer.encode(task.form.prompt(task.pair.turns, [task.pair.chosen]))
-
-
 def answer_of(task: Task, text: str) -> str:
     """Sampled text as the text of an answer: without what the cue of the g1 template left open, and without NUL bytes.
 
     The readers take those for a sign of another encoding, and would refuse the file that this goes into.
     """
-    cue = task.form.prompt(task.pair.turns, [task.pair.chosen])
-    if cue.endswith("</think"):
+    if task.cue.endswith("</think"):
         text = text.removeprefix(">")
-    elif cue.endswith("<think"):
+    elif task.cue.endswith("<think"):
         text = "<think" + text
     return normalise(text.replace("\0", ""))
 
 
-def sample_rows(model, tokenizer, tasks: list[Task], rows: list[int], settings: Settings, tally: Tally) -> list[str]:
+def sample_rows(
+    sampler: Sampler, tasks: list[Task], rows: list[int], params: SamplingParams, tries: int, tally: Tally
+) -> list[str]:
     """A reject for each of `rows`, "" where every try was empty or equal to chosen. Seeds depend on the row only."""
+    assert sampler.tokenizer is not None
     answers = dict.fromkeys(rows, "")
-    for attempt in range(settings.tries):
+    for attempt in range(tries):
         left = [row for row in rows if not answers[row]]
         if not left:
             break
+        stops = sorted({tasks[row].form.end or "\n\n" for row in left})
+        wider = min(1.0, params.top_p + WIDEN * attempt)
         begun = time.perf_counter()
-        done = generate(
-            model,
-            [prompt_ids(tokenizer, tasks[row]) for row in left],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=min(1.0, settings.top_p + WIDEN * attempt),
-            top_k=settings.top_k,
-            presence=settings.presence,
-            frequency=settings.frequency,
-            decay=settings.decay,
-            stop_texts=sorted({tasks[row].form.end or "\n\n" for row in left}),
-            seed=[sequence_seed(sequence_seed(settings.seed, row), attempt) for row in left],
-            tokenizer=tokenizer,
+        done = sampler.generate(
+            [sampler.tokenizer.encode(tasks[row].cue) for row in left],
+            dataclasses.replace(params, top_p=wider, stop_texts=tuple(stops)),
+            seeds=[sequence_seed(sequence_seed(params.seed, row), attempt) for row in left],
         )
         tally.seconds += time.perf_counter() - begun
         tally.tokens += sum(len(one.tokens) for one in done)
         tally.together = max(tally.together, len(left))
         for row, one in zip(left, done, strict=True):
             text = answer_of(tasks[row], one.text)
-            if text != tasks[row].pair.chosen:
-                answers[row] = text
-            if answers[row]:
-                tally.again += attempt > 0
-                tally.unfinished += not one.finished
+            if not text or text == tasks[row].pair.chosen:
+                continue
+            answers[row] = text
+            if attempt:
+                tally.again += 1
+            if not one.finished:
+                tally.unfinished += 1
     tally.empty += [row + 1 for row in rows if not answers[row]]
-    tally.sampled += sum(bool(answers[row]) for row in rows)
-    return [answers[row] for row in rows]
+    tally.sampled += sum(1 for text in answers.values() if text)
+    return list(answers.values())
 
 
 def fill(
-    model,
-    tokenizer,
+    sampler: Sampler,
     tasks: list[Task],
     output: RejectFile,
-    settings: Settings,
+    params: SamplingParams,
     *,
+    batch_size: int = 8,
+    tries: int = 4,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Tally:
     """Writes every row of `tasks` to `output`, sampling the rejects that are missing (all of them with overwrite).
 
     Goes on behind the rows that `output` already has; progress(rows done so far) is called as rows are written.
+
+    Args:
+        batch_size: rows sampled together. tries: for an answer that is empty or equal to chosen; each further one
+            may pick from more of the distribution.
     """
     tally = Tally(resumed=output.resume([task.cells for task in tasks], overwrite))
     progress(tally.resumed)
-    for rows, wanted in batches(tasks, tally.resumed, settings.batch_size, overwrite):
-        new = dict(zip(wanted, sample_rows(model, tokenizer, tasks, wanted, settings, tally) if wanted else []))
+    for rows, wanted in batches(tasks, tally.resumed, batch_size, overwrite):
+        new = dict(zip(wanted, sample_rows(sampler, tasks, wanted, params, tries, tally) if wanted else []))
         output.append([output.row(tasks[row].cells, new.get(row, tasks[row].reject)) for row in rows])
         tally.kept += len(rows) - len(wanted)
         progress(rows.stop)

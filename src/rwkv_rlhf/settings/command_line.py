@@ -20,19 +20,17 @@ from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 
 log = logging.getLogger(__name__)
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
 LONGEST = 1000  # characters of a sentence on stderr
-# what an open() or a mkdir() says of a path that the user gave
-PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class UsageError(ValueError):
@@ -131,8 +129,10 @@ def train_parser() -> Parser:
 
 def add_raw(parser: argparse._ActionsContainer, flag: str, bare: bool, help: str) -> None:
     """Adds a flag whose text is converted later; it is absent from the result unless it was typed."""
-    form = {"nargs": "?", "const": "1"} if bare else {}
-    parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1" if bare else "X", help=help, **form)
+    if bare:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1", nargs="?", const="1", help=help)
+    else:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="X", help=help)
 
 
 def kinds() -> dict[str, type]:
@@ -143,16 +143,18 @@ def kinds() -> dict[str, type]:
 
 def first_type(hint: Any) -> type:
     """`int | None` -> int."""
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    found: type = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return found
 
 
 def words_of(flag: str) -> dict[str, Any]:
     """Words of the command line that stand for another value behind `--flag`."""
-    spellings = {
+    spellings: dict[str, dict[str, str]] = {
         "my_testing": {word: name for name, facts in tables.VERSIONS.items() for word in facts.spellings},
         "optim": {word: name for name, facts in tables.OPTIMIZERS.items() for word in facts.spellings},
     }
-    return {**WORDS.get(flag, {}), **spellings.get(flag, {})}
+    words: dict[str, Any] = dict(WORDS.get(flag, {}))
+    return words | spellings.get(flag, {})
 
 
 def convert(flag: str, text: str, kind: type) -> Any:
@@ -182,9 +184,9 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     loss = chosen_loss(typed)
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
-    field_of = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
+    field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
-        name = field_of.get(flag, flag)
+        name = str(field_of.get(flag, flag))
         value = convert(flag, text, kinds()[name])
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
@@ -248,32 +250,19 @@ def choose_plan(values: dict[str, Any], given: set[str], lora: bool) -> None:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a script and leaves with its exit status.
 
-    main: takes the words behind the script's name, returns an exit status or None for 0. The user's mistakes
-    (ValueError, and paths that cannot be opened) give 2 and one sentence on stderr, Ctrl+C gives 130, anything else 1.
-    Under --debug 1 the traceback comes first.
+    main: takes the words behind the script's name, returns an exit status or None for 0. An exception becomes one
+    sentence on stderr and the status that `exit_status` gives; under --debug 1 the traceback comes first.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         status = main(words) or OK
-    except KeyboardInterrupt:
-        status = report_error("stopped by Ctrl+C", words, INTERRUPTED)
-    except PATH_ERRORS as mistake:
-        text = f"{mistake.filename}: {mistake.strerror}" if mistake.filename else str(mistake)
-        status = report_error(text, words, MISTAKE)
-    except ValueError as mistake:
-        status = report_error(str(mistake), words, MISTAKE)
-    except Exception as failure:  # the last resort: a message and a status instead of a traceback
-        status = report_error(f"{type(failure).__name__}: {failure}", words, FAILED)
+    except (Exception, KeyboardInterrupt) as error:  # the last resort: a message and a status instead of a traceback
+        if wants_debug(words):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {one_line(spelled(sentence_of(error)))}\n")
+        status = exit_status(error)
     sys.exit(status)
-
-
-def report_error(text: str, words: Sequence[str], status: int) -> int:
-    """Writes one line to stderr, after the traceback of the current exception if `words` ask for it."""
-    if wants_debug(words):
-        traceback.print_exc()
-    sys.stderr.write(f"error: {one_line(spelled(text))}\n")
-    return status
 
 
 def one_line(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config, choices_of, settings
+from rwkv_rlhf.settings.implementations import with_fact
 
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
 ADAPTER_SWITCHES = ("limited_lora", "rslora", "lora_plus")
@@ -283,7 +284,7 @@ def say(sentence: str, config: Config) -> str:
         return text if sign == "!" else f"{{{name}}} {text}"
 
     def adapters(match: re.Match[str]) -> str:
-        return " and ".join(tables.with_fact(tables.ADAPTERS, lambda facts: bool(getattr(facts, match[1]))))
+        return " and ".join(with_fact(tables.ADAPTERS, lambda facts: bool(getattr(facts, match[1]))))
 
     return re.sub(r"\{(\w+)([=!])\}", filled, re.sub(r"\[(\w+)\]", adapters, sentence))
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors, tensors_hash
-from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
+from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments
@@ -251,13 +252,13 @@ class Inputs:
             and about.get("precision") == self.config.precision
             and about.get("storage", "none") == storage
             and whole  # a file has all matrices in one storage
-            and not begins_from_matrix({how.mode for how in layout.adapted.values()})
+            and not begins_from_matrix(layout.modes)
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
         """--reference_model, for as long as it is needed."""
         model, report = load_model(
-            path, compute_dtype=self.start.model.compute_dtype, device=device_for(self.config.accelerator)
+            path, BuildOptions(self.start.model.compute_dtype, device=device_for(self.config.accelerator))
         )
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(
