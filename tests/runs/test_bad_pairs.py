@@ -8,7 +8,7 @@ import torch
 
 from rwkv_rlhf.commands import score_pairs, train
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import open_pairs
+from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.save import read_save, write_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.documents import open_text

@@ -18,8 +18,8 @@ import torch
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
 from rwkv_rlhf.commands.flag_groups import add_model_flags
 from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
-from rwkv_rlhf.data.grouping import grouped
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.grouping import group_by_tokens
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.text.teacher_log import TeacherLog
@@ -48,7 +48,7 @@ def parser() -> Parser:
 
 def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:
     """Neighbouring documents together up to `most` tokens; a longer document alone."""
-    return grouped(examples, lambda example: len(example.tokens), most)
+    return group_by_tokens(examples, lambda example: len(example.tokens), most)
 
 
 def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     if kept.batches:
         log.info("%d documents were there, going on", kept.documents)
     report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
-    with counted(count_lines(files), "documents", True) as done:
+    with progress_bar(count_lines(files), "documents", True) as done:
         rows = batches(examples_of(files, flags, tokenizer, report), flags.batch_tokens)
         for number, row in enumerate(rows):
             if number >= kept.batches:

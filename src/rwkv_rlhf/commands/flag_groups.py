@@ -1,7 +1,7 @@
 """Flags that several commands have, each group declared once."""
 
 from rwkv_rlhf.checkpoints.loading import read_tensors
-from rwkv_rlhf.data.templates.builtin import TEMPLATES
+from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.precision import STRATEGY_HELP

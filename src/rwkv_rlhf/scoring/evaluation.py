@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
-from rwkv_rlhf.data.grouping import grouped
+from rwkv_rlhf.data.grouping import group_by_tokens
 from rwkv_rlhf.distributed.ranks import split_over_ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses.orpo import log_odds
@@ -54,7 +54,7 @@ def _long_document(model: RWKV, example: TextExample, chunk: int) -> tuple[float
 def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> dict[str, Any]:
     """Token-weighted plain negative log-likelihood: no smoothing, no L2Wrap. Keys loss, perplexity, tokens."""
     device = next(model.parameters()).device
-    rows = list(grouped(examples, lambda example: len(example.tokens), ROW))
+    rows = list(group_by_tokens(examples, lambda example: len(example.tokens), ROW))
 
     def scored_row(number: int) -> tuple[float, int]:
         row = rows[number]
@@ -75,7 +75,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], chunk: int) -> d
 
 def pair_rows(pairs: Iterable[PairExample]) -> Iterator[list[PairExample]]:
     """Neighbouring pairs that are scored together, up to ROW tokens: always the same ones for the same pairs."""
-    return grouped(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
+    return group_by_tokens(pairs, lambda pair: len(pair.prompt) + len(pair.chosen) + len(pair.reject), ROW)
 
 
 @torch.no_grad()

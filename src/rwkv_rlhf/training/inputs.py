@@ -14,11 +14,11 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
+from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
-from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments
-from rwkv_rlhf.data.pairs.pairs import Pairs
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
+from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sampler import (
     MagicPrime,
@@ -101,7 +101,7 @@ class Inputs:
         if kind == "pairs" and rated:
             raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
         if kind == "rated":
-            pairs = pairs if rated else taken_apart(pairs)
+            pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
         if score and c.loss_facts.reference:
@@ -178,7 +178,7 @@ class Inputs:
         log.info("%d documents joined into %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 
-    def _growing(self) -> Growing | None:
+    def _growing(self) -> ContextWarmup | None:
         """--initial_ctx_len: how long samples are at each step."""
         c = self.config
         if not c.initial_ctx_len:
@@ -187,7 +187,7 @@ class Inputs:
             "samples grow from %d to %d tokens in %d steps; longer ones are cut until then",
             *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
         )
-        return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
+        return ContextWarmup(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
 
     def _corpus(self) -> tuple[Any, Order]:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
@@ -231,7 +231,7 @@ class Inputs:
         held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
         if initial := initial_factors(model):  # PiSSA's start model is the packed residual and these
             held.append(tensors_hash(initial))
-        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+        with progress_bar(len(pairs), "reference", c.enable_progress_bar) as done:
             return reference_scores(
                 model,
                 pairs,
