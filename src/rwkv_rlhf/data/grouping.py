@@ -1,7 +1,7 @@
-"""How documents become examples, cut into pieces that overlap by one token, and how examples run grouped."""
+"""How long documents become segments that overlap by one token, and how examples run together."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -9,17 +9,26 @@ Item = TypeVar("Item")
 NOTHING_TRAINED = "no trained token (a single token, or no assistant turn)"
 
 
-def pieces(begin: int, end: int, ctx_len: int, before: np.ndarray | None) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, trained targets) of each piece of the document at begin..end-1 that trains anything.
+class Segment(NamedTuple):
+    """Tokens begin..end-1, of which `trained` are trained as targets."""
 
-    ctx_len: most inputs of a piece, 0 = never cut. before: trained tokens before each position, so that a piece is
-    counted without looking at its tokens; None = all are trained.
+    begin: int
+    end: int
+    trained: int
+
+
+def segments(begin: int, end: int, ctx_len: int, before: np.ndarray | None) -> Iterator[Segment]:
+    """The document at begin..end-1 in segments of at most `ctx_len` inputs (0 = whole); those that train nothing are
+    left out.
+
+    before: trained tokens before each position, so that a segment is counted without looking at its tokens; None = all
+    are trained.
     """
     for at in range(begin, end - 1, ctx_len or max(1, end - begin)):
         stop = min(end, at + ctx_len + 1) if ctx_len else end
         trained = stop - at - 1 if before is None else int(before[stop] - before[at + 1])
         if trained:
-            yield at, stop, trained
+            yield Segment(at, stop, trained)
 
 
 def grouped(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:

@@ -88,9 +88,6 @@ class Distillation(TextLoss):
     Metrics: loss and its parts `ce` (smoothed) and `kd` (tau^2 included), and `nll`.
     """
 
-    needs_teacher = True
-    settings = ("smoothing", "temperature", "alpha", "kd", "kd_tail")
-
     def __call__(self, scores: TokenScores, batch: TextBatch, config: Config) -> LossValue:
         picked, values, lse = scores.gathered, batch.top_values, batch.top_lse
         assert picked is not None and values is not None, "distillation without a teacher"
@@ -98,9 +95,7 @@ class Distillation(TextLoss):
         if not bool(trained.all()):
             picked, values = picked[trained], values[trained]
             lse = None if lse is None else lse[trained]
-        kd = distillation(
-            picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail
-        ).sum()
+        kd = distillation(picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail).sum()
         ce = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
         value = config.alpha * ce + (1 - config.alpha) * kd
         metrics = {"loss": value, "ce": ce, "kd": kd, "nll": -scores.logp.sum()}

@@ -6,15 +6,15 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.files import atomic_write
+from rwkv_rlhf.losses.tokens import HEAD_CHUNK
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.evaluation import pair_rows, score_pairs
 
@@ -54,7 +54,13 @@ class KeptScores:
             os.truncate(self.path, end)
         return rows
 
-    def score(self, model: RWKV, pairs: Sequence[PairExample], chunk: int = 1024, progress: Any = None) -> Tensor:
+    def score(
+        self,
+        model: RWKV,
+        pairs: Sequence[PairExample],
+        head_chunk: int = HEAD_CHUNK,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
         """(n, 2) float32 summed log-probabilities of (chosen, reject), those on disk as they are."""
         wanted = list(pair_rows(pairs))
         found = self.finished([len(row) for row in wanted])
@@ -62,8 +68,7 @@ class KeptScores:
             log.info("%s: %d of %d pairs were scored by an earlier run", self.path, sum(map(len, found)), len(pairs))
         for number, row in enumerate(wanted):
             if number >= len(found):
-                sums, _ = score_pairs(model, row, chunk)
-                found.append(sums.tolist())
+                found.append(score_pairs(model, row, head_chunk=head_chunk).sums().tolist())
                 with open(self.path, "ab") as file:
                     file.write((json.dumps(found[-1]) + "\n").encode())
                     file.flush()

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings.config import Config
@@ -54,11 +54,10 @@ def coloured(tokens: list[int], trained: list[bool], decode, style: str = GOOD) 
     return text
 
 
-def pair_sample(batch: PairBatch, decode) -> Iterator[Text]:
+def pair_sample(batch: AnswerBatch, decode) -> Iterator[Text]:
     """The first prompt of a batch with each of its answers."""
     prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
-    rated = isinstance(batch, RatedBatch)
-    good = [bool(batch.good[0])] if rated else [True, False]
+    good = [bool(batch.good[0])] if isinstance(batch, RatedBatch) else [True, False]
     for answer, likes in enumerate(good):
         targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
         shown = prompt[-SHOWN // 2 :]
@@ -79,11 +78,11 @@ def samples(inputs: Inputs, steps) -> Iterator[Text]:
     decode = inputs.tokenizer.decode
     for k in range(SAMPLES):
         batch = steps.micro_batch(k)
-        if not isinstance(batch, PairBatch):
+        if isinstance(batch, TextBatch):
             yield text_sample(batch, decode)
             continue
         yield from pair_sample(batch, decode)
-        if batch.general is not None:
+        if isinstance(batch, PairBatch) and batch.general is not None:
             yield text_sample(batch.general, decode)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
-from rwkv_rlhf.data.batch import PairBatch, TextBatch
+from rwkv_rlhf.data.batch import Batch
 from rwkv_rlhf.data.sampler import Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import here
@@ -36,7 +36,7 @@ class MicroBatches(Dataset):
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
 
-    def __getitem__(self, k: int) -> TextBatch | PairBatch:
+    def __getitem__(self, k: int) -> Batch:
         return self.steps.micro_batch(k)
 
 

@@ -1,7 +1,7 @@
 """Text to learn from: plain documents, chats, prompt and completion; held as one flat array of token ids.
 
-L tokens of a document. A document longer than ctx_len is cut into pieces that overlap by one token, so that every token
-after the first is predicted exactly once.
+L tokens of a document. A document longer than ctx_len is cut into segments that overlap by one token, so that every
+token after the first is predicted exactly once.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_rlhf.data.batch import TextExample
-from rwkv_rlhf.data.grouping import NOTHING_TRAINED, pieces
+from rwkv_rlhf.data.grouping import NOTHING_TRAINED, segments
 from rwkv_rlhf.data.pairs.rows import messages_to_turns
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_jsonl
@@ -29,7 +29,7 @@ Document = tuple[list[int], list[bool] | None]  # ids and which are trained; Non
 
 
 class Texts:
-    """Documents (or their pieces) in file order.
+    """Documents (or their segments) in file order.
 
     Attributes:
         report: what was read and left out.
@@ -45,7 +45,7 @@ class Texts:
         for number, (begin, end) in enumerate(pairwise([0, *ends.tolist()])):
             report.lengths.append(end - begin)
             kept = len(bounds)
-            for at, stop, trained in pieces(begin, end, ctx_len, before):
+            for at, stop, trained in segments(begin, end, ctx_len, before):
                 bounds.append((at, stop))
                 documents.append(number)
                 counts.append(trained)
@@ -246,7 +246,7 @@ def open_text(
     train the assistant's turns only. An .h5 is read piece by piece during training, everything else at once.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into pieces. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
 
     Raises:
         ValueError: one sentence with file and line, or flag.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_rlhf.data.batch import TextExample, TopK
-from rwkv_rlhf.data.grouping import NOTHING_TRAINED, pieces
+from rwkv_rlhf.data.grouping import NOTHING_TRAINED, segments
 from rwkv_rlhf.data.progress import counted
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.text.h5_check import check_column
@@ -32,7 +32,7 @@ KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
 NUMBERS = ("vocab_size", "top_k")  # attributes that are read
-KEPT = 1 << 30  # bytes of documents that are kept for the next of their pieces
+KEPT = 1 << 30  # bytes of documents that are kept for the next of their segments
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
 
@@ -212,7 +212,7 @@ def _number(file: Any, key: str) -> Any:
 
 
 class H5Texts:
-    """Documents of an .h5 (or their pieces) in file order, each read when it is asked for.
+    """Documents of an .h5 (or their segments) in file order, each read when it is asked for.
 
     Attributes:
         report: what was read and left out. k: the teacher's logits per token that examples carry, 0 = none.
@@ -240,7 +240,7 @@ class H5Texts:
                 report.lengths.append(len(tokens))
                 kept = len(bounds)
                 before = None if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-                for at, stop, trained in pieces(0, len(tokens), ctx_len, before):
+                for at, stop, trained in segments(0, len(tokens), ctx_len, before):
                     bounds.append((number, at, stop))
                     counts.append(trained)
                 if len(bounds) == kept:
@@ -279,7 +279,7 @@ class H5Texts:
         return TextExample(tokens, mask, top)
 
     def _keep(self, number: int, whole: TextExample) -> None:
-        """For the next of its pieces, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
+        """For its next segments, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
         if number not in self._kept:
             self._kept[number] = whole
             self._room -= whole.nbytes
@@ -314,7 +314,7 @@ def open_h5(
     """Documents of an .h5. The file is read through once, so that what is wrong with it is known before training.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into pieces. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
         teacher: examples carry the teacher's logits; top_k: how many of them, 0 = as many as the file has.
         train_on_prompt: ignore the file's masks. shown: show a progress bar.
 
