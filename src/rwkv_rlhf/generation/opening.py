@@ -38,8 +38,16 @@ def open_model(
         log.info("%s", choice.notice)
     return_pages()
     if adapter:
-        said = {"scaling": scaling, "alpha": alpha, "initial_file": initial_file, "cold": cold}
-        model = load_combined(path, adapter, compute_dtype=choice.dtype, device=choice.device, **said)[0]
+        model = load_combined(
+            path,
+            adapter,
+            compute_dtype=choice.dtype,
+            device=choice.device,
+            scaling=scaling,
+            alpha=alpha,
+            initial_file=initial_file,
+            cold=cold,
+        )[0]
     else:
         model = load_model(path, compute_dtype=choice.dtype, device=choice.device, layout=as_trained(path, quant))[0]
     model.requires_grad_(False).eval()
