@@ -34,7 +34,7 @@ def model_of(version: str):
     """A model in training, float32 masters, nothing frozen."""
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.host_memory import keep_pages
     from rwkv_rlhf.model.initial import initial_tensors
     from rwkv_rlhf.plan import make_plan
@@ -42,7 +42,7 @@ def model_of(version: str):
     keep_pages()
     tensors = initial_tensors(version, LAYERS, WIDTH, VOCAB, HEAD, seed=1)
     plan = make_plan("full", LAYERS, lr_init=1e-5, lr_final=1e-5)
-    model, _ = build_model(tensors, compute_dtype=torch.float32, plan=plan)
+    model, _ = build_model(tensors, BuildOptions(torch.float32, plan=plan))
     return model.train()
 
 

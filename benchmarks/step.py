@@ -54,7 +54,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.host_memory import keep_pages
     from rwkv_rlhf.model.initial import initial_tensors
     from rwkv_rlhf.plan import make_plan
@@ -71,7 +71,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
         tensors[name] = tensors[name].to(dtype) if value.dim() == 2 else tensors[name]
     plan = make_plan(mode, LAYERS, rank=16, alpha=32.0, dropout=0.0, lr_init=1e-5, lr_final=1e-5, weight_decay=0.0)
     names = list(tensors)
-    model, _ = build_model(tensors, compute_dtype=dtype, plan=plan, grad_cp=grad_cp)
+    model, _ = build_model(tensors, BuildOptions(dtype, plan=plan, grad_cp=grad_cp))
     for name in names:
         del tensors[name]
     model.train()

@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -34,7 +34,7 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Gives a binary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
 
     The bytes go to a temporary file in the same folder (made if it does not exist), are flushed to disk, and renamed.
@@ -61,7 +61,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """As `atomic_write`, for libraries that open a file by its name: gives the temporary name to write to.
 
     Raises ValueError as `atomic_write`; HDF5 tells of a full disk in words only, and those count too.
@@ -97,14 +97,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError at once when `path` could not be written later, so that no long work is lost at its end."""
     temporary, file = _create(Path(path))
     file.close()
     temporary.unlink()
 
 
-def refuse_same_file(source: str | os.PathLike, target: str | os.PathLike, flag: str) -> None:
+def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: str) -> None:
     """Raises ValueError, naming `flag`, when `target` is the input file `source`."""
     same = os.path.realpath(source) == os.path.realpath(target)
     if not same and os.path.exists(source) and os.path.exists(target):
@@ -113,7 +113,7 @@ def refuse_same_file(source: str | os.PathLike, target: str | os.PathLike, flag:
         raise ValueError(f"{flag} {target} is the input file itself; give another name")
 
 
-def check_readable(path: str | os.PathLike) -> None:
+def check_readable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError with one sentence when a file is missing, a folder, or not readable."""
     try:
         with open(path, "rb"):
@@ -122,7 +122,7 @@ def check_readable(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The whole file; ValueError with one sentence when it is missing, a folder, or not readable."""
     try:
         return Path(path).read_bytes()
@@ -154,7 +154,7 @@ def fingerprint(path: str | os.PathLike) -> str:
     return "; ".join(found) or name
 
 
-def file_hash(path: str | os.PathLike) -> str:
+def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hex."""
     try:
         with open(path, "rb") as file:
@@ -300,7 +300,28 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def check_archive(path: str | os.PathLike) -> bool:
+def read_json_object(path: str | os.PathLike[str], what: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, "F is not `what` (why)", for anything else."""
+    data = read_bytes(path)
+    try:
+        value = parse_json(data.decode())
+    except ValueError as mistake:
+        raise ValueError(f"{path} is not {what} ({mistake})") from mistake
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not {what} (it holds a {type(value).__name__})")
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, all or nothing. Raises ValueError when it cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_archive(path: str | os.PathLike[str]) -> bool:
     """Whether a file of torch.save is a zip archive. Raises ValueError for one that could unfold to more than it is.
 
     torch.save packs tensors and names uncompressed into a zip archive; a compressed record of a few bytes could become

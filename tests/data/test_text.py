@@ -1,7 +1,5 @@
 """Text documents and chats: which tokens are there, which are trained, and how long documents are cut."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -10,25 +8,12 @@ from rwkv_rlhf.data.batch import IGNORE, pack_texts
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hi\n\nthere"},
-    {"role": "assistant", "content": "Hello"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "Good\r\nnight"},
-    {"role": "user", "content": "?"},
-]
+from tests.support.files import CHAT, jsonl
 
 
 @pytest.fixture(scope="module")
 def world():
     return load_tokenizer(65536)
-
-
-def jsonl(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def trained_text(example, world):

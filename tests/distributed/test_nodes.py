@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from rwkv_rlhf.commands import train
-from tests.conftest import read_jsonl
-from tests.distributed.test_ranks import case, shared_words, starter
+from tests.support.files import read_jsonl
+from tests.support.processes import started
+from tests.support.rank_cases import case, shared_words
 
 NAMES = [f"rwkv{os.getpid() % 10000}{side}" for side in "ab"]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
@@ -46,7 +47,7 @@ def test_two_machines_train_as_one(machines, base_model, vocab_file, text_jsonl,
     words = [*shared_words(base_model, vocab_file), "--proj_dir", tmp_path / "two", "--num_nodes", 2]
     words += case(text_jsonl, pairs_csv, "sft")(2)
     processes = [
-        starter(
+        started(
             *("netns", "exec", name, sys.executable, "train.py", *words),
             program=("ip",),
             NODE_RANK=node,

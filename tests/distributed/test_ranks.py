@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,52 +12,9 @@ import torch
 from rwkv_rlhf.commands import merge, train
 from rwkv_rlhf.distributed.launch import launched, rank_info_of
 from rwkv_rlhf.settings.command_line import parse
-from tests.conftest import read_jsonl
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STEPS = 3
-
-
-def starter(*words, program=(sys.executable, "train.py"), **variables):
-    """A process of several, on one core each."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-    command, quiet = [*map(str, (*program, *words))], subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=quiet, stderr=quiet, text=True)
-
-
-def shared_words(base, vocab_file):
-    return [
-        *("--load_model", base, "--vocab_file", vocab_file, "--accelerator", "cpu", "--precision", "fp32"),
-        *("--quant", 0, "--ctx_len", 128, "--epoch_save", 1, "--random_seed", 3, "--epoch_count", 1),
-        *("--lr_init", "1e-3", "--lr_final", "1e-3"),
-    ]
-
-
-def case(text, pairs, name):
-    """The words of a case and, for one process and for two, those that make the same steps of it."""
-    sft, dpo = ("--sft", 1, "--data_file", text), ("--dpo", 1, "--dpo_beta", 0.1, "--rlhf_train_file", pairs)
-    lora = ("--peft", "lora", "--quant", 1, "--quant_mode", "nf4", "--lora_r", 4, "--lora_dropout", 0)
-    words = {
-        "sft": (*sft, "--val_file", text),
-        "dpo": (*dpo, "--val_file", pairs),
-        "kto": ("--kto", 1, "--rlhf_train_file", pairs, "--kto_beta", 0.1),
-        "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
-        "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
-        "forgetful": (*sft, "--val_file", text),
-        "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
-        "blown": (*sft, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", 0, "--max_bad_steps", 1),
-        "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
-        "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
-    }[name]
-    size, parts = (1, 2) if name == "infctx" else (4, 1) if name == "kto" else (2, 2)
-    shape = ("--micro_bsz", size)
-
-    def of(processes):
-        pieces = 2 * parts // processes
-        return [*words, *shape, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
-
-    return of
-
+from tests.support.files import read_jsonl
+from tests.support.processes import PROGRAMS, started
+from tests.support.rank_cases import case, shared_words
 
 CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
@@ -89,7 +45,7 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     ]
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
-    process = starter(path, "--devices", 2, program=(sys.executable, "tests/several_runs.py"))
+    process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
     for name in CASES:
         one = [*shared_words(base_model, vocab_file), *words[name](1), "--proj_dir", folder / "one" / name]
         train.main([str(word) for word in one])
@@ -185,7 +141,7 @@ def alive(number):
 def test_a_rank_that_dies_takes_the_others_along(long_run):
     """If this breaks, one killed process leaves the others waiting for it for ever, and nobody knows for which."""
     words, folder = long_run
-    process = starter(*words, "--devices", 2)
+    process = started("train.py", *words, "--devices", 2)
     begun(folder, process)
     (child,) = children(process)
     os.kill(child, signal.SIGKILL)
@@ -197,7 +153,7 @@ def test_a_rank_that_dies_takes_the_others_along(long_run):
 def test_a_rank_that_hangs_is_named(long_run):
     """If this breaks, a run in which one process stopped answering costs a night."""
     words, folder = long_run
-    process = starter(*words, "--timeout", 0.2, "--devices", 2)
+    process = started("train.py", *words, "--timeout", 0.2, "--devices", 2)
     begun(folder, process)
     time.sleep(2)  # in which it says what it does
     (stopped,) = children(process)
@@ -213,7 +169,7 @@ def test_ctrl_c_to_one_rank_stops_all_and_saves(long_run):
     srun."""
     words, folder = long_run
     job = {"SLURM_NTASKS": 2, "SLURM_NNODES": 1, "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": os.getpid()}
-    ranks = [starter(*words, SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
+    ranks = [started("train.py", *words, SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
     begun(folder, *ranks)
     ranks[1].send_signal(signal.SIGINT)
     errors = [process.communicate(timeout=60)[1] for process in ranks]
@@ -227,7 +183,7 @@ def test_a_mistake_is_said_once(long_run, tmp_path):
     (here torchrun, which has a status of its own) ends the rank that was about to say it."""
     words, _ = long_run
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "train.py")
-    process = starter(*words, "--data_file", tmp_path / "nothing.jsonl", program=launcher)
+    process = started(*words, "--data_file", tmp_path / "nothing.jsonl", program=launcher)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "exitcode  : 2" in err
     assert err.count("error: ") == 1 and err.count("nothing.jsonl") == 1, err

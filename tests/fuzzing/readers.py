@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rwkv_rlhf.checkpoints.exporters.peft import from_peft_folder
-from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
@@ -117,11 +117,11 @@ def read_plan(path: Path, rng: Random) -> Any:
 
 
 def read_checkpoint(path: Path, rng: Random) -> Any:
-    return load_model(path, compute_dtype=torch.float32)
+    return load_model(path, BuildOptions(torch.float32))
 
 
 def read_adapter(path: Path, rng: Random) -> Any:
-    return load_combined(path.parent / "base.pth", path, compute_dtype=torch.float32)
+    return load_combined(path.parent / "base.pth", path, BuildOptions(torch.float32))
 
 
 def read_peft(path: Path, rng: Random) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling import nucleus, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
@@ -41,7 +41,7 @@ class Chain(nn.Module):
         rows = tokens.shape[0] if starts is None else len(starts) - 1
         self.rows.append(rows)
         zero = torch.zeros(rows, 1)
-        return nn.functional.one_hot(tokens, len(self.table)).float(), State([LayerState(zero, zero, zero)])
+        return nn.functional.one_hot(tokens, len(self.table)).float(), State((LayerState(zero, zero, zero),))
 
     def head(self, hidden):
         return hidden @ self.table
@@ -62,7 +62,7 @@ def model(request):
     draw = torch.Generator().manual_seed(0)
     tensors = {name: t + 0.1 * torch.randn(t.shape, generator=draw) for name, t in tensors.items()}
     tensors["head.weight"] *= 4  # a decided opinion at every step
-    return build_model(tensors, compute_dtype=torch.float32)[0]
+    return build_model(tensors, BuildOptions(torch.float32))[0]
 
 
 def one_pass(model, prompt, tokens):

@@ -13,7 +13,7 @@ from torch import nn
 from rwkv_rlhf.losses import LOSSES, step_loss
 from rwkv_rlhf.losses.distill import distillation, divergence, softened
 from rwkv_rlhf.losses.tokens import IGNORE, gathered_scores, token_scores
-from tests.losses.test_head import CHUNKS, HEADS, TARGETS, C, V, gradients, hidden_states
+from tests.support.heads import CHUNKS, HEADS, TARGETS, C, V, gradients, hidden_states
 
 K = 4
 

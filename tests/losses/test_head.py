@@ -11,49 +11,7 @@ from torch.nn import functional as F
 from rwkv_rlhf.losses.head import is_product
 from rwkv_rlhf.losses.tokens import IGNORE, token_scores, weighted_nll
 from rwkv_rlhf.ops import logprob
-
-C, V = 6, 13
-TARGETS = torch.tensor([0, 3, IGNORE, 12, 2, IGNORE, 5, 0, 7])
-CHUNKS = (1, 3, 1000)
-
-
-class LowRankHead(nn.Module):
-    """A frozen matrix, two trained factors and dropout: what an adapter looks like from outside."""
-
-    def __init__(self, dtype=torch.float64, dropout=0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(V, C, dtype=dtype), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.randn(2, C, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.randn(V, 2, dtype=dtype))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        weight = self.weight.to(x.dtype), self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return x @ weight[0].T + 2.0 * (self.dropout(x) @ weight[1].T) @ weight[2].T
-
-
-class SavedOutput(nn.Linear):
-    """A head whose backward pass needs its own output: a soft cap on the logits."""
-
-    def forward(self, x):
-        return torch.tanh(super().forward(x))
-
-
-def plain(dtype=torch.float64):
-    return nn.Linear(C, V, bias=False, dtype=dtype)
-
-
-HEADS = {
-    "plain": plain,
-    "frozen": lambda: plain().requires_grad_(False),
-    "lora": LowRankHead,
-    "bias": lambda: nn.Linear(C, V, dtype=torch.float64),
-    "softcap": lambda: SavedOutput(C, V, bias=False, dtype=torch.float64),
-}
-
-
-def hidden_states(dtype=torch.float64):
-    return torch.randn(len(TARGETS), C, dtype=dtype, requires_grad=True)
+from tests.support.heads import CHUNKS, HEADS, TARGETS, C, LowRankHead, V, gradients, hidden_states, plain
 
 
 def full_scores(head, hidden, targets):
@@ -63,11 +21,6 @@ def full_scores(head, hidden, targets):
     trained = (targets != IGNORE).to(logits.dtype)
     picked = p[torch.arange(len(targets)), targets.clamp_min(0)]
     return picked.log() * trained, p.log().mean(1) * trained, logits.amax(1) * trained
-
-
-def gradients(value, head, hidden):
-    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    return torch.autograd.grad(value, inputs, allow_unused=True)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -243,7 +196,7 @@ def test_heads_of_the_model(store, adapter):
         pytest.importorskip("bitsandbytes")
     head = Linear(C, V, device="meta")
     head = LoRA.wrap(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
-    head.take(torch.randn(V, C), StorageSpec(torch.float32, store=store))
+    head.load_weight(torch.randn(V, C), StorageSpec(torch.float32, store=store))
     if adapter:
         nn.init.normal_(head.lora_B)
     hidden = hidden_states(torch.float32)

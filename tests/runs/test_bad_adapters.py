@@ -7,7 +7,6 @@ import torch
 
 from rwkv_rlhf.commands import chat, merge, train
 from rwkv_rlhf.plan import COLUMNS
-from tests.runs.test_bad_input import refused, typed  # noqa: F401
 
 HEAD = ",".join(COLUMNS)
 
@@ -25,7 +24,7 @@ def profile(tmp_path):
 
 
 @pytest.fixture
-def adapter(script, typed, text_jsonl, tmp_path):  # noqa: F811
+def adapter(script, typed, text_jsonl, tmp_path):
     """A LoRA checkpoint of the base model, trained for one step."""
     words = [*typed, "--proj_dir", tmp_path / "trained", "--data_file", text_jsonl, "--peft", "lora", "--lora_r", 4]
     status, _, err = script(train.main, *words)
@@ -36,7 +35,7 @@ def adapter(script, typed, text_jsonl, tmp_path):  # noqa: F811
 LORA = ["0,lora,4,32,0,1e-4,1e-5,0,0,0,", "1,lora,4,32,0,1e-4,1e-5,0,0,0,"]
 
 
-def test_a_rank_that_does_not_divide(refused, typed, text_jsonl, profile):  # noqa: F811
+def test_a_rank_that_does_not_divide(refused, typed, text_jsonl, profile):
     path = profile(LORA[0], "1,bone,24,0,0,1e-4,1e-5,0,0,0,")
     data = [*typed, "--data_file", text_jsonl]
     said = (f"{path}:4: column Rank: '24'", "blocks.1.att.", "must divide both sides", "it must divide 64")
@@ -47,12 +46,12 @@ def test_a_rank_that_does_not_divide(refused, typed, text_jsonl, profile):  # no
     refused([*data, "--layer_profile", path], f"{path}:2: column Mode:", "bone has no form for an embedding")
 
 
-def test_a_profile_that_trains_nothing(refused, typed, text_jsonl, profile):  # noqa: F811
+def test_a_profile_that_trains_nothing(refused, typed, text_jsonl, profile):
     path = profile("0,freeze,0,0,0,0,0,0,0,0,", "1,freeze,0,0,0,0,0,0,0,0,")
     refused([*typed, "--data_file", text_jsonl, "--layer_profile", path], "trains nothing", "other than freeze")
 
 
-def test_an_adapter_of_another_base(refused, script, typed, adapter, base_model, text_jsonl, tmp_path):  # noqa: F811
+def test_an_adapter_of_another_base(refused, script, typed, adapter, base_model, text_jsonl, tmp_path):
     tensors = {name: tensor + 0.001 for name, tensor in torch.load(base_model, weights_only=True).items()}
     other = tmp_path / "other.pth"
     torch.save(tensors, other)
@@ -69,16 +68,16 @@ def test_an_adapter_of_another_base(refused, script, typed, adapter, base_model,
     refused([*words, "--force", 1], "--force 1 needs --load_adapter")
 
 
-def test_another_base_is_refused_before_the_references(refused, typed, adapter, base_model, pairs_csv, tmp_path):  # noqa: F811
+def test_another_base_is_refused_before_the_references(refused, typed, adapter, base_model, pairs_csv, tmp_path):
     """Reference scores of a large file take hours: a wrong file must be known before them."""
     other = tmp_path / "other.pth"
     torch.save({name: tensor * 1.01 for name, tensor in torch.load(base_model, weights_only=True).items()}, other)
     words = [*typed, "--load_model", other, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--peft", "lora", "--lora_r", 4]
-    refused([*words, "--load_adapter", adapter], "other.pth is another file", "--load_model, or --force 1 to go on")
+    refused([*words, "--load_adapter", adapter], "other.pth is another file", "--load_model, or --force 1 to continue")
     assert not (tmp_path / "out" / "cache").exists()
 
 
-def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, text_jsonl, profile):  # noqa: F811
+def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, text_jsonl, profile):
     data = [*typed, "--data_file", text_jsonl, "--load_adapter", adapter]
     path = profile(LORA[0], "1,freeze,0,0,0,0,0,0,0,0,")
     refused([*data, "--layer_profile", path], "is not an adapter of this model and plan", "unexpected: blocks.1.")
@@ -91,13 +90,13 @@ def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, tex
     refused([*data, *words], "on none matrices", "as int8")
 
 
-def test_a_merge_over_its_own_input(refused, adapter, base_model):  # noqa: F811
+def test_a_merge_over_its_own_input(refused, adapter, base_model):
     words = ["--base_model", base_model, "--lora_checkpoint", adapter]
     for output in (adapter, adapter.with_suffix(".json"), base_model):
         refused([*words, "--output", output], "--output", main=merge.main)
 
 
-def test_what_an_adapter_needs_is_not_overwritten_either(refused, script, typed, text_jsonl, base_model, tmp_path):  # noqa: F811
+def test_what_an_adapter_needs_is_not_overwritten_either(refused, script, typed, text_jsonl, base_model, tmp_path):
     """PiSSA's initial factors, a cold adapter, a PEFT folder: the merge reads them, though nobody named them."""
     cold, folder = tmp_path / "cold", tmp_path / "pissa"
     words = [*typed, "--data_file", text_jsonl, "--peft", "pissa", "--lora_r", 4, "--limited_lora", 1]
@@ -119,14 +118,14 @@ def test_what_an_adapter_needs_is_not_overwritten_either(refused, script, typed,
     refused(["--lora_checkpoint", theirs, "--to_peft", peft], "is an input of this merge", main=merge.main)
 
 
-def test_an_unknown_storage(refused, typed, adapter, base_model, text_jsonl, tmp_path):  # noqa: F811
+def test_an_unknown_storage(refused, typed, adapter, base_model, text_jsonl, tmp_path):
     words = [*typed, "--data_file", text_jsonl, "--peft", "lora", "--quant", 1, "--quant_mode", "int3"]
     refused(words, "--quant_mode int3: must be one of nf4, fp4, int8, fp8, none")
     merging = ["--base_model", base_model, "--lora_checkpoint", adapter, "--output", tmp_path / "m.pth"]
     refused([*merging, "--quant", "int3"], "int3", "nf4, fp4, int8, fp8", main=merge.main)
 
 
-def test_fp8_without_its_hardware_is_one_sentence(script, typed, text_jsonl, tmp_path, caplog):  # noqa: F811
+def test_fp8_without_its_hardware_is_one_sentence(script, typed, text_jsonl, tmp_path, caplog):
     """It falls back to a dense product: slower, the same model, and said once."""
     if torch.cuda.is_available():
         pytest.skip("a GPU may have it")
@@ -151,11 +150,11 @@ def test_fp8_without_its_hardware_is_one_sentence(script, typed, text_jsonl, tmp
         (["--peft", "lora", "--load_cold_adapter", "nowhere.pth"], "cold adapter: nowhere.pth does not exist"),
     ],
 )
-def test_settings_without_an_effect(refused, typed, text_jsonl, words, said):  # noqa: F811
+def test_settings_without_an_effect(refused, typed, text_jsonl, words, said):
     refused([*typed, "--data_file", text_jsonl, *words], said)
 
 
-def test_a_checkpoint_that_lost_its_sidecar(refused, typed, adapter, base_model, text_jsonl, tmp_path):  # noqa: F811
+def test_a_checkpoint_that_lost_its_sidecar(refused, typed, adapter, base_model, text_jsonl, tmp_path):
     """Scale and kind cannot be guessed: each program names its own flags for them."""
     adapter.with_suffix(".json").unlink()
     merging = ["--base_model", base_model, "--lora_checkpoint", adapter, "--output", tmp_path / "m.pth"]
@@ -175,7 +174,7 @@ def prompts(folder):
     return path
 
 
-def test_a_sidecar_of_a_later_program_is_refused(refused, adapter, base_model, tmp_path):  # noqa: F811
+def test_a_sidecar_of_a_later_program_is_refused(refused, adapter, base_model, tmp_path):
     """What it says may mean something that this program does not know."""
     side = adapter.with_suffix(".json")
     side.write_text(json.dumps(json.loads(side.read_text()) | {"format": 99}))

@@ -1,6 +1,5 @@
 """The mistakes that people make: each gives one sentence with file, line or flag, exit status 2, and no damage."""
 
-import csv
 import os
 import zipfile
 
@@ -8,49 +7,17 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import merge, train
-
-
-@pytest.fixture
-def typed(base_model, vocab_file, tmp_path):
-    return [
-        *("--load_model", base_model, "--vocab_file", vocab_file, "--proj_dir", tmp_path / "out"),
-        *("--precision", "fp32", "--quant", 0, "--epoch_steps", 1, "--epoch_count", 1),
-    ]
-
-
-@pytest.fixture
-def refused(script, tmp_path):
-    """refused(words, *said): status 2, one sentence on stderr that holds all of `said`, inputs untouched."""
-
-    def check(words, *said, main=train.main):
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        status, _, err = script(main, *words)
-        assert status == 2, err
-        sentence = err.strip().splitlines()[-1]
-        assert sentence.startswith("error: ") and "Traceback" not in err
-        for part in said:
-            assert str(part) in sentence, sentence
-        for path, content in before.items():
-            assert path.read_bytes() == content, path
-        assert not [path for path in tmp_path.rglob("rwkv-*") if path not in before]
-
-    return check
-
-
-def write_csv(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
+from tests.support.files import write_csv
 
 
 def test_a_csv_without_chosen(refused, typed, tmp_path):
-    file = write_csv(tmp_path / "pairs.csv", ["prompt", "reject"], [["a", "b"]])
+    file = write_csv(tmp_path / "pairs.csv", [["a", "b"]], ["prompt", "reject"])
     refused([*typed, "--dpo", 1, "--rlhf_train_file", file], file, "chosen")
 
 
 def test_an_empty_answer_in_row_7(refused, typed, tmp_path):
     rows = [[f"q{n}", "yes" if n != 7 else "", "no"] for n in range(1, 10)]
-    file = write_csv(tmp_path / "pairs.csv", ["prompt", "chosen", "reject"], rows)
+    file = write_csv(tmp_path / "pairs.csv", rows)
     refused([*typed, "--orpo", 1, "--rlhf_train_file", file], f"{file}:8", "chosen", "empty")
 
 

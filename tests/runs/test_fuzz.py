@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.exporters.peft_format import from_peft
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.checkpoints.exporters.peft import from_peft
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.data import open_text
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5

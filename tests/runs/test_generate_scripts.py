@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import load_model, trainable, write_atomic
-from rwkv_rlhf.commands import NAMED, chat, generate_rejects
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model, trainable
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
+from rwkv_rlhf.commands import chat, generate_rejects
 from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
@@ -17,26 +18,7 @@ from rwkv_rlhf.generation.sampler import Completion, Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.precision import parse_strategy
-from tests.conftest import VOCAB, read_jsonl
-
-ROWS = [
-    ["say one", "gladly: one", ""],
-    ["say two", "gladly: two", "no, two"],
-    ['a "quoted", word', "gladly:\nline", ""],
-    ["say four", "gladly: four", ""],
-    ["say five", "gladly: five", ""],
-]
-
-
-def write_csv(path, rows, header=("prompt", "chosen", "reject")):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
-def read_csv(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
+from tests.support.files import ROWS, VOCAB, read_csv, read_jsonl, write_csv
 
 
 @pytest.fixture
@@ -235,7 +217,7 @@ def test_chat_answers_a_file_with_tokens_and_their_probabilities(script, base_mo
     assert status == 0, err
     lines = read_jsonl(tmp_path / "out.jsonl")
     assert [line["prompt"] for line in lines] == ["say one", "say: two"]
-    letters, model = load_tokenizer(VOCAB, str(vocab_file)), load_model(base_model, compute_dtype=torch.float32)[0]
+    letters, model = load_tokenizer(VOCAB, str(vocab_file)), load_model(base_model, BuildOptions(torch.float32))[0]
     for line in lines:
         assert set(line) == {"prompt", "answer", "tokens", "logprobs"}
         prompt = letters.encode(f"User: {line['prompt']}\n\nAssistant:")
@@ -272,12 +254,12 @@ def test_chat_needs_both_files(script, base_model):
 def test_chat_takes_the_scaling_of_an_adapter_without_a_sidecar(script, base_model, vocab_file, tmp_path):
     """Adapters of older programs have none: without the flags they could not be tried at all."""
     plan = make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5)
-    model, _ = load_model(base_model, compute_dtype=torch.float32, plan=plan)
+    model, _ = load_model(base_model, BuildOptions(torch.float32, plan=plan))
     with torch.no_grad():
         for name, parameter in trainable(model).items():
             parameter.add_(0.1 if "lora_" in name else 0.0)
     adapter = tmp_path / "old.pth"
-    write_atomic({name: parameter.detach() for name, parameter in trainable(model).items()}, adapter)
+    write_tensors({name: parameter.detach() for name, parameter in trainable(model).items()}, adapter)
     found = {}
     for words in (("--lora_scaling", 2), ("--lora_alpha", 8), ("--lora_scaling", 0)):
         more = ["--load_adapter", adapter, *words, "--temperature", 0, "--strategy", "cpu fp32"]
@@ -309,11 +291,6 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     assert [fresh for _, fresh, _ in asked] == [True, False, True] and asked[0][0] == asked[2][0]
     assert len(asked[1][0]) > len("User: again\n\nAssistant:") and asked[0][2] == 0
     assert "/reset" in out
-
-
-def test_both_script_names_are_one_program():
-    """The old name is an alias."""
-    assert NAMED["rlhf_generate_reject"] == NAMED["rlhf_generate_reject_csv"] == "generate_rejects"
 
 
 def test_json_lines_are_utf8(script, base_model, vocab_file, tmp_path):

@@ -1,58 +1,28 @@
 """merge.py: the merged model is what was trained, whatever the storage; wrong inputs are refused and left alone."""
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
 from rwkv_rlhf.checkpoints.loading import (
-    build_model,
+    BuildOptions,
     checkpoint_tensors,
     load_adapter,
     load_model,
-    read_tensors,
     trainable,
-    write_atomic,
 )
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar
-from rwkv_rlhf.commands import merge
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
-from tests.conftest import any_initial_tensors
-
-VOCABULARY, WIDTH, HEAD = 300, 128, 64
-TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
-
-GREEDY = """
-import json, sys
-from rwkv.model import RWKV
-answers = []
-for path in sys.argv[2:]:
-    model, answer = RWKV(model=path, strategy='cpu fp32'), []
-    logits, state = model.forward(json.loads(sys.argv[1]), None)
-    for _ in range(12):
-        answer.append(int(logits.argmax()))
-        logits, state = model.forward([answer[-1]], state)
-    answers.append(answer)
-print(json.dumps(answers))
-"""
-
-
-def base_tensors(dtype: torch.dtype, version: str = "x070") -> dict[str, torch.Tensor]:
-    tensors = any_initial_tensors(version, 2, WIDTH, VOCABULARY, HEAD, 0)
-    generator = torch.Generator().manual_seed(1)
-    for name, value in tensors.items():
-        scale = 1.0 if name == "emb.weight" else 0.5 / WIDTH**0.5 if value.dim() == 2 else 0.05
-        tensors[name] = (value + scale * torch.randn(value.shape, generator=generator)).to(dtype)
-    return tensors
+from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.processes import rwkv_package
 
 
 def mixed_plan():
@@ -73,36 +43,17 @@ def train(
 ) -> tuple[Path, Path]:
     """A base file and a checkpoint "trained" on it by adding noise to all that trains."""
     base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
-    write_atomic(base_tensors(dtype, version), base)
+    write_tensors(base_tensors(dtype, version), base)
     plan = plan or mixed_plan()
-    model, report = load_model(base, compute_dtype=torch.float32, plan=plan, quant=quant)
+    model, report = load_model(base, BuildOptions(torch.float32, plan=plan, quant=quant))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in trainable(model).items():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * (0.02 if "lora" in name else 0.01))
-    write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
     if sidecar:
         write_sidecar(sidecar_of(version, report.layout, plan, base), checkpoint)
     return base, checkpoint
-
-
-def run_merge(base: Path, checkpoint: Path, output: Path, *words: str) -> dict[str, torch.Tensor]:
-    arguments = ["--base_model", base, "--lora_checkpoint", checkpoint, "--output", output, "--device", "cpu", *words]
-    assert merge.main([str(word) for word in arguments]) == 0
-    return read_tensors(output)
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.head(model(torch.tensor([TOKENS]))[0])[0].float()
-
-
-def spread(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).abs().max() / (one.max() - one.min()))
-
-
-def plain_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits(build_model(tensors, compute_dtype=torch.float32)[0])
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -137,11 +88,11 @@ def test_merged_answers_as_what_was_trained(tmp_path, capsys, quant, dtype, allo
         pytest.importorskip("bitsandbytes")
     base, checkpoint = train(tmp_path, dtype=dtype, quant=quant)
     merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
-    model, _ = load_model(base, compute_dtype=torch.float32, plan=mixed_plan(), quant=quant)
+    model, _ = load_model(base, BuildOptions(torch.float32, plan=mixed_plan(), quant=quant))
     load_adapter(model, checkpoint)
     assert spread(logits(model), plain_logits(merged)) <= allowed
     assert spread(logits(model), plain_logits(read_tensors(base))) > 2 * allowed
-    together, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    together, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), logits(together)) < 1e-6
     assert "differ by at most" in capsys.readouterr().out
 
@@ -194,7 +145,7 @@ def test_another_base_is_refused_unless_forced(tmp_path):
     """The right shapes on the wrong model give plausible nonsense."""
     base, checkpoint = train(tmp_path)
     other = tmp_path / "other.pth"
-    write_atomic({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
+    write_tensors({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
     with pytest.raises(
         ValueError, match=r"trained on base.pth \(sha256 \w+\), .*other.pth is another file .*--force 1"
     ):
@@ -206,7 +157,7 @@ def test_programs_without_the_flags_of_merge_do_not_hear_of_them(tmp_path):
     """train.py has no --force, no --type and no --base_model: its users would look for them in vain."""
     base, checkpoint = train(tmp_path, plan=make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5))
     other = tmp_path / "other.pth"
-    write_atomic({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
+    write_tensors({name: tensor + 0.001 for name, tensor in read_tensors(base).items()}, other)
     sentences = []
     for model, words in (
         (other, {}),
@@ -219,7 +170,7 @@ def test_programs_without_the_flags_of_merge_do_not_hear_of_them(tmp_path):
         if len(sentences) == 4:
             (tmp_path / "rwkv-0.json").unlink()
         with pytest.raises(ValueError) as caught:
-            load_combined(model, checkpoint, compute_dtype=torch.float32, **words)
+            load_combined(model, checkpoint, BuildOptions(torch.float32), AdapterFlags(**words))
         sentences.append(str(caught.value))
     assert not [sentence for sentence in sentences if "--" in sentence]
     assert "no sidecar" in sentences[-1] and "trained on base.pth" in sentences[0]
@@ -230,15 +181,15 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
     plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1e-4, lr_final=1e-5)
     plan.rows["1"] = dataclasses.replace(plan.rows["1"], reject=("lora_A",))
     base, checkpoint = train(tmp_path, plan=plan)
-    model, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=5)
+    model, _ = load_model(base, BuildOptions(torch.float32, plan=plan, seed=5))
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(0.01)
-    write_atomic({name: parameter.detach() for name, parameter in checkpoint_tensors(model).items()}, checkpoint)
+    write_tensors({name: parameter.detach() for name, parameter in checkpoint_tensors(model).items()}, checkpoint)
     write_sidecar(read_sidecar(checkpoint), checkpoint)
     merged = run_merge(base, checkpoint, tmp_path / "merged.pth")
     assert spread(logits(model), plain_logits(merged)) <= 1e-5
-    again, _ = load_model(base, compute_dtype=torch.float32, plan=plan, seed=6)
+    again, _ = load_model(base, BuildOptions(torch.float32, plan=plan, seed=6))
     load_adapter(again, checkpoint)
     assert torch.equal(logits(model), logits(again))
 
@@ -246,7 +197,7 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
 def test_an_adapter_of_other_layers_is_refused_by_name(tmp_path):
     base, checkpoint = train(tmp_path, sidecar=False)
     short = {name: tensor for name, tensor in read_tensors(base).items() if not name.startswith("blocks.1.")}
-    write_atomic(short, tmp_path / "short.pth")
+    write_tensors(short, tmp_path / "short.pth")
     with pytest.raises(ValueError, match=r"rwkv-0.pth was not trained on this base model: .*unexpected: blocks\.1\."):
         run_merge(tmp_path / "short.pth", checkpoint, tmp_path / "merged.pth", "--lora_scaling", "1")
 
@@ -269,16 +220,6 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert before == (base.read_bytes(), checkpoint.read_bytes())
 
 
-def greedy(base: Path, checkpoint: Path) -> list[int]:
-    """12 tokens after TOKENS of base and adapter together, all read again for each."""
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
-    text = list(TOKENS)
-    with torch.no_grad():
-        for _ in range(12):
-            text.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
-    return text[len(TOKENS) :]
-
-
 @pytest.mark.parametrize("v7", [False, True])
 def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, v7):
     """The whole point of merging: every other RWKV program answers as the trained model does."""
@@ -291,11 +232,7 @@ def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_pa
             run_merge(base, checkpoint, folder / "merged.pth")
             ours.append(greedy(base, checkpoint))
             paths.append(str(folder / "merged"))
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -313,5 +250,5 @@ def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, ve
             assert torch.equal(tensor, own[name].bfloat16().reshape(tensor.shape)), name
         else:
             assert torch.equal(tensor, before[name]) == bool(kept.fullmatch(name)), name
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    model, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), plain_logits(merged)) <= 2e-2

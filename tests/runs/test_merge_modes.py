@@ -2,24 +2,23 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, write_factors
-from rwkv_rlhf.checkpoints.loading import build_model, load_adapter, load_model, read_tensors, trainable, write_atomic
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, load_adapter, load_model, trainable
 from rwkv_rlhf.checkpoints.merge_shares import parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.settings.tables import ADAPTERS
-from tests.runs.test_merge import GREEDY, TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.processes import rwkv_package
 
 RATES = {"lr_init": 1e-4, "lr_final": 1e-5}
 
@@ -33,14 +32,14 @@ def trained(folder, mode, *, version="x070", dtype=torch.float32, quant="none", 
     """(base file, checkpoint, the model) "trained" by adding noise to all that trains."""
     base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
     if not base.exists():
-        write_atomic(base_tensors(dtype, version), base)
+        write_tensors(base_tensors(dtype, version), base)
     plan = plan or plan_of(mode)
-    model, report = load_model(base, compute_dtype=torch.float32, plan=plan, quant=quant, limited=limited)
+    model, report = load_model(base, BuildOptions(torch.float32, plan=plan, quant=quant, limited=limited))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
     sidecar = sidecar_of(version, report.layout, plan, base)
     name, sha256 = write_factors(model, folder, ".pth")
     write_sidecar(dataclasses.replace(sidecar, initial_file=name, initial_sha256=sha256), checkpoint)
@@ -99,22 +98,22 @@ def test_the_modes_of_old_checkpoints_are_told_by_their_tensors(tmp_path):
 def test_an_old_dora_adapter_has_a_length_a_column(tmp_path):
     """lora_M (1, in) has as many numbers as (out,) of a square matrix: read as that it is another model, in silence."""
     base, checkpoint, _ = trained(tmp_path, "dora")
-    model, report = load_model(base, compute_dtype=torch.float32, plan=plan_of("dora"))
+    model, report = load_model(base, BuildOptions(torch.float32, plan=plan_of("dora")))
     for name in report.layout.adapted:
         model.get_submodule(name).per_column()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    write_atomic(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
     sidecar = checkpoint.with_suffix(".json")
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"sha256": ""}))  # that of the file before
-    again, _ = load_model(base, compute_dtype=torch.float32, plan=plan_of("dora"))
+    again, _ = load_model(base, BuildOptions(torch.float32, plan=plan_of("dora")))
     load_adapter(again, checkpoint)
     assert torch.equal(logits(again), logits(model))
     assert all(parameter.requires_grad for name, parameter in again.named_parameters() if "lora_M" in name)
     assert spread(logits(model), plain_logits(run_merge(base, checkpoint, tmp_path / "m.pth"))) <= 1e-5
-    together, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    together, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), logits(together)) <= 1e-6
 
 
@@ -210,11 +209,7 @@ def test_other_programs_answer_as_the_adapter_did(tmp_path, v7):
         run_merge(base, checkpoint, folder / "merged.pth")
         ours.append(greedy(base, checkpoint))
         paths.append(str(folder / "merged"))
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    arguments = [sys.executable, "-c", GREEDY, json.dumps(TOKENS), *paths]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert ours == json.loads(done.stdout.strip().splitlines()[-1])
+    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
 
 
 def formula(mode, r, out, inner):
@@ -234,7 +229,7 @@ def test_what_trains_is_as_much_as_the_papers_say(mode):
     """A factor of the wrong shape trains, and merges, and is another method: count it for RWKV-7's matrices."""
     width, r, layers = 128, 8, 2
     tensors = base_tensors(torch.float32)
-    model, report = build_model(tensors, compute_dtype=torch.float32, plan=plan_of(mode), limited=True)
+    model, report = build_model(tensors, BuildOptions(torch.float32, plan=plan_of(mode), limited=True))
     square, up, down = (formula(mode, r, *shape) for shape in ((width, width), (4 * width, width), (width, 4 * width)))
     assert report.trained == layers * (4 * square + up + down)
     assert len(initial_factors(model)) == (2 * 6 * layers if mode == "pissa" else 0)

@@ -13,7 +13,7 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.dry_run import BAD, GOOD, pair_sample
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.start import start
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
 
 
 @pytest.fixture

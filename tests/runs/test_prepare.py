@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from rwkv_rlhf.data.sampler import magic_prime
 from rwkv_rlhf.data.text.binidx import Corpus
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.model.initial import initial_tensors
+from tests.support.source_files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CSV = "prompt,chosen,reject\nHi,Hello.,Go away.\nTwo?,2,Three\n"
 
 

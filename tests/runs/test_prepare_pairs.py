@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +19,8 @@ from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.sampler import Completion, Sampler
 from rwkv_rlhf.scoring import kept_scores
-from tests.runs.test_generate_scripts import ROWS, read_csv, write_csv
-
-ROOT = Path(__file__).resolve().parents[2]
-JINJA = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] | trim }}<|end|>{% endgeneration %}{% else %}{{ m['content'] }}<|end|>{% endif %}"
-    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from tests.support.files import JINJA, ROWS, read_csv, write_csv
+from tests.support.source_files import ROOT
 
 
 @pytest.fixture

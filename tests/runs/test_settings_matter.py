@@ -1,7 +1,6 @@
 """Settings reach what they are about: what the optimizer was given and the model was fed, not what a log says."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -24,9 +23,9 @@ from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import adamw
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
-from tests.conftest import VOCAB, read_jsonl
+from tests.support.files import VOCAB, read_jsonl
+from tests.support.source_files import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROFILE = f"""{",".join(COLUMNS)}
 emb,freeze,0,0,0,0,0,0,0,0,
 0,lora,4,8,0,0.001,0.0001,0.3,0,0,

@@ -8,16 +8,15 @@ import torch
 
 from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.placing import apply_plan
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import IGNORE, token_scores
 from rwkv_rlhf.model import VERSIONS
+from rwkv_rlhf.model.layout import apply_plan
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.forward import batch_loss, pair_hidden, text_hidden
 from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
 from rwkv_rlhf.settings.config import Config
-from tests.conftest import random_tensors
-from tests.model.test_model import build
+from tests.support.models import build, random_tensors
 
 
 def texts(*lengths):

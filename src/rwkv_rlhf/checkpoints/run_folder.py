@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, write_atomic
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, write_checkpoint
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.plan import is_state
@@ -119,7 +120,7 @@ class RunFolder:
             return path
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
-            write_atomic(learnt, self._state_path(path))
+            write_tensors(learnt, self._state_path(path))
         write_checkpoint(tensors, self.sidecar, path)
         log.info("saved %s", path)
         return path

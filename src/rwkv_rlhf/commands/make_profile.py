@@ -9,6 +9,7 @@ from rwkv_rlhf.plan.writing import profile_text
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.config import peft_modes
+from rwkv_rlhf.settings.implementations import with_fact
 
 
 def parser() -> Parser:
@@ -23,7 +24,7 @@ def parser() -> Parser:
     flags.add_argument("--lr_init", type=float, help="first learning rate [2e-4 to 12 blocks, 2e-5 to 32, else 1e-5]")
     flags.add_argument("--lr_final", type=float, help="last learning rate [a tenth of the first]")
     flags.add_argument("--weight_decay", type=float, default=0.0, help="decay of matrices and adapters [0]")
-    of_tables = tables.with_fact(tables.ADAPTERS, lambda facts: facts.embedding)
+    of_tables = with_fact(tables.ADAPTERS, lambda facts: facts.embedding)
     flags.add_argument("--emb", default="freeze", choices=("freeze", "full", *of_tables), help="row emb [freeze]")
     flags.add_argument("--head", default="freeze", choices=("freeze", *peft_modes()), help="row head [freeze]")
     flags.add_argument("--reject", default="", help='RejectParts of every row that learns, e.g. "att.receptance,ln"')

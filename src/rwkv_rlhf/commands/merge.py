@@ -14,12 +14,21 @@ from pathlib import Path
 
 import torch
 
-from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
+from rwkv_rlhf.checkpoints.adapter_files import (
+    AdapterFile,
+    AdapterFlags,
+    check_base,
+    cold_of,
+    factors_path,
+    hinting,
+    open_adapter,
+)
 from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder, to_peft_folder
-from rwkv_rlhf.checkpoints.loading import file_sizes, write_atomic
+from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
@@ -108,9 +117,9 @@ def chosen_device(name: str) -> str:
 
 def opened(args: argparse.Namespace) -> AdapterFile:
     """--lora_checkpoint with what the flags say of it, checked against --base_model. Raises ValueError."""
-    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha, "quant": args.quant}
+    flags = AdapterFlags(args.type, args.lora_scaling, args.lora_alpha, args.quant)
     with hinting(HINTS):
-        file = open_adapter(args.lora_checkpoint, initial_file=args.lora_init, force=args.force, **said)
+        file = open_adapter(args.lora_checkpoint, flags, initial_file=args.lora_init, force=args.force)
         if args.base_model:
             check_base(file.sidecar, args.base_model, force=args.force)
     return file
@@ -141,7 +150,7 @@ def merge(args: argparse.Namespace) -> None:
         raise RuntimeError(
             f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written"
         )
-    write_atomic(merged, output)
+    write_tensors(merged, output)
     layout = shares.of_layout(file.layout)
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
     print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
@@ -151,6 +160,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def main(words: Sequence[str]) -> int:
+    """Merges a checkpoint, or carries one to PEFT's layout or back. Raises ValueError."""
     args = parse(words)
     if args.to_peft:
         folder = Path(args.to_peft)

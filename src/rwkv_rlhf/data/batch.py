@@ -118,24 +118,23 @@ class TextBatch(_Movable):
     top_indices: torch.Tensor | None = None
     top_lse: torch.Tensor | None = None
 
-    def part(self, here: slice) -> Self:
-        """The tokens `here` with their targets; `starts` stay those of the whole."""
+    def chunk(self, span: slice) -> Self:
+        """The tokens `span` with their targets; `starts` stay those of the whole."""
         named = ("tokens", "targets", "top_values", "top_indices", "top_lse")
         found = {name: getattr(self, name) for name in named}
-        return replace(self, **{name: x[here] for name, x in found.items() if x is not None})
+        return replace(self, **{name: x[span] for name, x in found.items() if x is not None})
 
 
 @dataclass(frozen=True)
-class PairBatch(_Movable):
-    """Packed preference pairs: each prompt runs once, its final state is forked to both answers.
+class AnswerBatch(_Movable):
+    """Packed answers: each prompt runs once, its final state is forked to its answers, equally many for each prompt.
 
     Attributes:
         prompts: (P,) every prompt without its last token. prompt_starts: (n+1,); a segment may be empty.
-        answers: (A,) inputs, segments chosen_0, reject_0, chosen_1, ...: the prompt's last token, then the answer
-            without its own last. targets: (A,) the answers. starts: (2n+1,).
-        reference: (n, 2) float32 summed log-probabilities (chosen, reject), or None when any pair lacks them.
-        total: pairs of the whole optimizer step, over micro-batches and ranks.
-        general: general text that the same step learns, or None.
+        answers: (A,) inputs, prompt by prompt: the prompt's last token, then the answer without its own last.
+        targets: (A,) the answers. starts: (S+1,) of S answers.
+        reference: float32 summed log-probabilities of the answers, or None when any is not known.
+        total: prompts of the whole optimizer step, over micro-batches and ranks.
     """
 
     prompts: torch.Tensor
@@ -145,24 +144,41 @@ class PairBatch(_Movable):
     starts: torch.Tensor
     reference: torch.Tensor | None
     total: float
-    general: TextBatch | None = None
+
+    def answers_per_prompt(self) -> int:
+        """How many answers each prompt has."""
+        return (self.starts.numel() - 1) // (self.prompt_starts.numel() - 1)
 
 
 @dataclass(frozen=True)
-class RatedBatch(PairBatch):
-    """As PairBatch, with one answer to each prompt: starts (n+1,), reference (n,).
+class PairBatch(AnswerBatch):
+    """Preference pairs: answers chosen_0, reject_0, chosen_1, ..., starts (2n+1,), reference (n, 2).
+
+    Attributes:
+        general: general text that the same step learns, or None.
+    """
+
+    general: TextBatch | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedBatch(AnswerBatch):
+    """Single answers that are good or bad: starts (n+1,), reference (n,).
 
     Attributes:
         good: (n,) bool, the label of each answer.
         good_total: good answers of the whole optimizer step (`total`: all of them).
         others: in the first micro-batch of a step, answers to other prompts, for all of this rank's micro-batches.
-        kl: () the divergence estimated from them, once it is known.
+        kl: () KTO's divergence, estimated from them, once it is known.
     """
 
-    good: torch.Tensor | None = None
-    good_total: float = 0.0
-    others: tuple[PairBatch, ...] = ()
+    good: torch.Tensor
+    good_total: float
+    others: tuple[AnswerBatch, ...] = ()
     kl: torch.Tensor | None = None
+
+
+Batch = TextBatch | AnswerBatch
 
 
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
@@ -278,7 +294,7 @@ def pack_rated(
     """
     good = [e.good for e in examples]
     rest = (
-        PairBatch(
+        AnswerBatch(
             **_forked([e.prompt for e in some], [(e.reject,) for e in some]),
             reference=_rated_column(some, 1),
             total=float(len(some)),
@@ -295,7 +311,7 @@ def pack_rated(
     )
 
 
-def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> TextBatch | PairBatch:
+def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> Batch:
     """Packs examples of any kind (one kind at a time)."""
     if isinstance(examples[0], RatedExample):
         return pack_rated(examples, total)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from rwkv_rlhf.checkpoints.loading import as_trained, load_model
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
+from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.host_memory import keep_pages, return_pages
@@ -38,18 +39,11 @@ def open_model(
         log.info("%s", choice.notice)
     return_pages()
     if adapter:
-        model = load_combined(
-            path,
-            adapter,
-            compute_dtype=choice.dtype,
-            device=choice.device,
-            scaling=scaling,
-            alpha=alpha,
-            initial_file=initial_file,
-            cold=cold,
-        )[0]
+        options, flags = BuildOptions(choice.dtype, device=choice.device), AdapterFlags(scaling=scaling, alpha=alpha)
+        model, _ = load_combined(path, adapter, options, flags, initial_file=initial_file, cold=cold)
     else:
-        model = load_model(path, compute_dtype=choice.dtype, device=choice.device, layout=as_trained(path, quant))[0]
+        layout = as_trained(path, quant)
+        model, _ = load_model(path, BuildOptions(choice.dtype, device=choice.device, layout=layout))
     model.requires_grad_(False).eval()
     if choice.device == "cpu":
         keep_pages()

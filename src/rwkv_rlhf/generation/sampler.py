@@ -93,7 +93,7 @@ class Batch:
         index = torch.tensor(rows, device=self.hidden.device)
         tensors = (part.index_select(0, index) for part in (self.draws, self.history, self.first))
         sequences = [self.sequences[row] for row in rows]
-        return Batch(sequences, self.hidden.index_select(0, index), self.state.index(index), *tensors)
+        return Batch(sequences, self.hidden.index_select(0, index), self.state.select(index), *tensors)
 
 
 class Sampler:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +15,7 @@ from rwkv_rlhf.settings import tables
 
 
 class RankError(ValueError):
-    """A rank that the matrix of a layer cannot have; who knows the layer's name adds it."""
+    """A rank that the matrix of a layer cannot have. Whoever knows the name of the layer adds it."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,6 @@ class Adaptation:
         facts = tables.ADAPTERS[mode]
         scaling = alpha / (math.sqrt(rank) if rslora else rank) if facts.scaled else 1.0
         return cls(mode, rank, alpha, scaling, dropout if facts.dropout else 0.0)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

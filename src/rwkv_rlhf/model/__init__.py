@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import Implementations, VersionFacts, load
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import VersionFacts
 
 if TYPE_CHECKING:
     from rwkv_rlhf.model.blocks import Block

@@ -37,7 +37,7 @@ def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
     _, state = model(batch.prompts[None], None, batch.prompt_starts)
     if state is not None:
         prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
-        state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
+        state = state.select(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
     hidden, _ = model(batch.answers[None], state, batch.starts)
     if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
         return hidden[0] + model(batch.prompts.new_zeros(1, 1))[0][0][:0].sum()

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_rlhf.host_memory import own_pages
 from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.model.state import LayerState, State
+from rwkv_rlhf.model.state import State
 
 NEW = -1  # in place of a slot: a segment that begins from the initial state
 
@@ -144,7 +144,7 @@ class _Run:
                 done = here.stop
             for row, slot in enumerate(piece.after):
                 if slot != NEW:
-                    self._keep(slot, _row(states, row))
+                    self._keep(slot, states.row(row))
         assert done == self.rows, (done, self.rows)
         return joined
 
@@ -173,23 +173,24 @@ class _Run:
         leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
         with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
             scores, states = self._run(piece, leaves)
-            ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
+            ends = [states.row(row).tensors() for row in range(len(piece.after))]
         begin = end if scores is None else end - len(scores[0])
         reached = []  # (output, its gradient)
         if scores is not None:
             reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
         for row, slot in enumerate(piece.after):
             if slot in slopes:
-                reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
-        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
+                reached += zip(ends[row], slopes.pop(slot).tensors(), strict=True)
+        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in leaf.tensors())])
         for i, p in enumerate(self.params):
             if (grad := next(found)) is not None:
                 totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
                 totals[i] += grad
         for slot, leaf in leaves.items():
-            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
-            if any(x.requires_grad for x in _tensors(leaf)):
-                slopes[slot] = _sum(slopes.get(slot), _state(grads))
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaf.tensors(), found)]
+            if any(x.requires_grad for x in leaf.tensors()):
+                slope = State.from_tensors(grads)
+                slopes[slot] = slopes[slot] + slope if slot in slopes else slope
         return begin
 
     def _run(self, piece: Piece, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
@@ -202,23 +203,23 @@ class _Run:
         """One row for each segment: the initial state, or the one in its slot."""
         if not given:
             return None
-        rows, place = None, {}
+        states = list(given.values())
+        place = {slot: row for row, slot in enumerate(given)}
         if NEW in piece.before:
-            rows, place[NEW] = self.model.initial(1), 0
-        for slot, state in given.items():
-            place[slot] = 0 if rows is None else rows.rows
-            rows = state if rows is None else rows.joined(state)
-        return rows.index(torch.tensor([place[slot] for slot in piece.before], device=self.device))
+            place[NEW] = len(states)
+            states.append(self.model.initial_state(1))
+        rows = torch.tensor([place[slot] for slot in piece.before], device=self.device)
+        return State.concatenated(states).select(rows)
 
     def _leaf(self, piece: Piece, slot: int) -> State:
         """The state in a slot, asking for its gradient unless the cut is one that no gradient crosses."""
         cut = self.truncated and piece.carries[piece.before.index(slot)]
-        return _state([x.detach().requires_grad_(not cut) for x in _tensors(self._kept(slot))])
+        return self._kept(slot).map(lambda x: x.detach().requires_grad_(not cut))
 
     def _keep(self, slot: int, state: State) -> None:
         if self.kept is None:
-            self.kept = _state([self._room(x) for x in _tensors(state)])
-        for place, x in zip(_tensors(self.kept), _tensors(state), strict=True):
+            self.kept = state.map(self._room)
+        for place, x in zip(self.kept.tensors(), state.tensors(), strict=True):
             place[slot] = x[0]
 
     def _room(self, x: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ class _Run:
 
     def _kept(self, slot: int) -> State:
         assert self.kept is not None
-        return _state([x[slot : slot + 1].to(self.device) for x in _tensors(self.kept)])
+        return self.kept.row(slot).map(lambda x: x.to(self.device))
 
 
 class _Piecewise(torch.autograd.Function):
@@ -252,22 +253,6 @@ class _Piecewise(torch.autograd.Function):
         run, ctx.run = ctx.run, None
         assert run is not None, "the backward pass of a piecewise run can run only once"
         return (None, *run.backward(upstream))
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [part for layer in state for part in layer]
-
-
-def _state(tensors: Sequence[Tensor]) -> State:
-    return State(LayerState(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))
-
-
-def _row(states: State, row: int) -> State:
-    return _state([x[row : row + 1] for x in _tensors(states)])
-
-
-def _sum(one: State | None, two: State) -> State:
-    return two if one is None else _state([a + b for a, b in zip(_tensors(one), _tensors(two), strict=True)])
 
 
 def _gradients(reached: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Iterator[Tensor | None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import read_tensors, write_atomic
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.model.rwkv import RWKV
@@ -77,5 +77,5 @@ def reference_scores(
         sums, _ = score_pairs(model, pairs, chunk, progress, length)
     if ranks.is_rank_zero():
         path.parent.mkdir(exist_ok=True)
-        write_atomic({"sums": sums}, path)
+        write_tensors({"sums": sums}, path)
     return sums

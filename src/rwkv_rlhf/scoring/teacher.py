@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import as_trained, load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
 from rwkv_rlhf.data.batch import IGNORE, TextBatch
 from rwkv_rlhf.losses.head import open_head
 from rwkv_rlhf.model.rwkv import RWKV
@@ -97,9 +97,7 @@ def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
         return None
     model, _ = load_model(
         path,
-        compute_dtype=DTYPES[config.precision],
-        device=device_for(config.accelerator),
-        layout=as_trained(path, "none"),
+        BuildOptions(DTYPES[config.precision], device=device_for(config.accelerator), layout=as_trained(path, "none")),
     )
     found = model.sizes.vocab_size
     if found != vocab_size:

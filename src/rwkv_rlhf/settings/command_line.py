@@ -129,8 +129,10 @@ def train_parser() -> Parser:
 
 def add_raw(parser: argparse._ActionsContainer, flag: str, bare: bool, help: str) -> None:
     """Adds a flag whose text is converted later; it is absent from the result unless it was typed."""
-    form = {"nargs": "?", "const": "1"} if bare else {}
-    parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1" if bare else "X", help=help, **form)
+    if bare:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1", nargs="?", const="1", help=help)
+    else:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="X", help=help)
 
 
 def kinds() -> dict[str, type]:
@@ -141,16 +143,18 @@ def kinds() -> dict[str, type]:
 
 def first_type(hint: Any) -> type:
     """`int | None` -> int."""
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    found: type = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return found
 
 
 def words_of(flag: str) -> dict[str, Any]:
     """Words of the command line that stand for another value behind `--flag`."""
-    spellings = {
+    spellings: dict[str, dict[str, str]] = {
         "my_testing": {word: name for name, facts in tables.VERSIONS.items() for word in facts.spellings},
         "optim": {word: name for name, facts in tables.OPTIMIZERS.items() for word in facts.spellings},
     }
-    return {**WORDS.get(flag, {}), **spellings.get(flag, {})}
+    words: dict[str, Any] = dict(WORDS.get(flag, {}))
+    return words | spellings.get(flag, {})
 
 
 def convert(flag: str, text: str, kind: type) -> Any:
@@ -180,9 +184,9 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     loss = chosen_loss(typed)
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
-    field_of = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
+    field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
-        name = field_of.get(flag, flag)
+        name = str(field_of.get(flag, flag))
         value = convert(flag, text, kinds()[name])
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import LossFacts, with_fact
+from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
 PROGRAM_VERSION = __version__
@@ -311,7 +312,7 @@ def settings() -> dict[str, dataclasses.Field[Any]]:
 
 def choices_of(field: dataclasses.Field[Any]) -> Choices:
     """The values that a setting may take, () = any."""
-    choices = field.metadata["choices"]
+    choices: Choices | Callable[[], Choices] = field.metadata["choices"]
     return choices() if callable(choices) else choices
 
 

@@ -6,10 +6,10 @@ Literal tables only; `settings/command_line.py` reads them. All flag names are w
 from typing import NamedTuple
 
 # field of Config -> its flag, where the two differ
-FLAG_OF = {"version": "my_testing", "pair_file": "rlhf_train_file"}
+FLAG_OF: dict[str, str] = {"version": "my_testing", "pair_file": "rlhf_train_file"}
 
 # further spellings of a field
-ALIASES = {
+ALIASES: dict[str, str] = {
     "dpo_train_file": "pair_file",
     "train_data_file": "data_file",
     "head_size_a": "head_size",
@@ -22,7 +22,7 @@ ALIASES = {
 
 # flag -> words of the command line that stand for another value of the field; versions and optimizers have theirs in
 # `tables.py`
-WORDS = {
+WORDS: dict[str, dict[str, str | None]] = {
     "load_model": {"0": ""},
     "my_testing": {"": None},
     "infctx_truncated_bptt": {"0": "exact", "1": "truncated"},
@@ -40,7 +40,7 @@ class Old(NamedTuple):
 
 
 GONE = "that experiment is not part of this program"
-LEGACY = {
+LEGACY: dict[str, Old] = {
     "pre_ffn": Old(("0",), GONE),
     "head_qk": Old(("0",), GONE),
     "my_pos_emb": Old(("0",), GONE),

@@ -96,7 +96,7 @@ def short_help(name: str) -> str:
     field = settings()[name]
     missing = values_not_built(name, choices_of(field) or [True])
     choices = [f"{choice}{MISSING if choice in missing else ''}" for choice in choices_of(field) if choice != ""]
-    text = field.metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    text = str(field.metadata["help"]) + (f" ({', '.join(choices)})" if choices else "")
     if not choices and missing:
         text += MISSING
     return text + (f" [{default_of(field)}]" if default_of(field) else "")

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors, tensors_hash
-from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
+from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
@@ -55,7 +56,7 @@ def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[s
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
         yield (
-            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"the good answers together weigh {ratio:.2g} times as much as the bad ones; 1 to 1.33 is advised: set "
             f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
             f"{desirable * good / bad:.3g}"
         )
@@ -174,7 +175,7 @@ class Inputs:
             )
         seed = c.seed if c.random_mode else None
         joined = JoinedDocuments(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
-        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        log.info("%d documents joined into %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 
     def _growing(self) -> ContextWarmup | None:
@@ -183,7 +184,7 @@ class Inputs:
         if not c.initial_ctx_len:
             return None
         log.info(
-            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            "samples grow from %d to %d tokens in %d steps; longer ones are cut until then",
             *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
         )
         return ContextWarmup(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
@@ -215,7 +216,9 @@ class Inputs:
             log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
         if known:
-            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+            log.info(
+                "reference scores in %s belong to another model or setting: computing them again", pairs.report.source
+            )
         return self._computed_reference(pairs)
 
     def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
@@ -251,13 +254,13 @@ class Inputs:
             and about.get("precision") == self.config.precision
             and about.get("storage", "none") == storage
             and whole  # a file has all matrices in one storage
-            and not begins_from_matrix({how.mode for how in layout.adapted.values()})
+            and not begins_from_matrix(layout.modes)
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
         """--reference_model, for as long as it is needed."""
         model, report = load_model(
-            path, compute_dtype=self.start.model.compute_dtype, device=device_for(self.config.accelerator)
+            path, BuildOptions(self.start.model.compute_dtype, device=device_for(self.config.accelerator))
         )
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(

@@ -38,7 +38,7 @@ def weights_by_storage(model: nn.Module) -> dict[str, int]:
         if layer.adaptation is not None:
             own = [getattr(layer, part) for part in (*layer.tensors, *layer.initial)]
             found["adapters"] += sum(map(_bytes, own))
-        if getattr(layer, "store", None) is not None:
+        if layer.store is not None:
             found[f"weights {layer.store.mode}"] += layer.store.bytes()
     adapters = {id(getattr(layer, part)) for _, layer in matrices(model) for part in layer.tensors}
     for parameter in model.parameters():
@@ -77,7 +77,8 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
     boundary = state * count
     rows = config.micro_bsz * (3 if config.loss_facts.data == "pairs" else 1)
     parts = weights_by_storage(model) | {
-        "matrix being unpacked": width * max([0, *(_numel(layer) for _, layer in matrices(model) if _packed(layer))]),
+        "matrix being unpacked": width
+        * max([0, *(layer.shape.numel() for _, layer in matrices(model) if layer.store is not None)]),
         "gradients": gradients,
         "optimizer": 8 * trained,
         "activations": activation_bytes(config, model, here, gpu),
@@ -114,7 +115,7 @@ def slots(config: Config, tokens: int) -> int:
 
 def state_bytes(model: RWKV) -> int:
     """Bytes of the state of one sequence."""
-    return sum(part[0].numel() * part.element_size() for layer in model.initial(1) for part in layer)
+    return sum(map(_bytes, model.initial_state(1).tensors()))
 
 
 def block_bytes(model: RWKV, width: int, layer: int) -> int:
@@ -162,15 +163,7 @@ def head_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
     logits = min(tokens, config.head_chunk) * head.out_features
     cast = head.weight is not None and head.weight.element_size() != width
     wide = 2 * 4 * min(logits, BLOCK_ON_GPU) if gpu else 0
-    return logits * width + wide + 2 * tokens * head.in_features * width + (_numel(head) * width if cast else 0)
-
-
-def _packed(layer: nn.Module) -> bool:
-    return getattr(layer, "store", None) is not None
-
-
-def _numel(layer: nn.Module) -> int:
-    return layer.store.shape.numel() if _packed(layer) else layer.weight.numel()
+    return logits * width + wide + 2 * tokens * head.in_features * width + (head.shape.numel() * width if cast else 0)
 
 
 def loading_peak(start: Start) -> int:

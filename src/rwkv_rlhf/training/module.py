@@ -16,7 +16,7 @@ import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import write_atomic
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
@@ -30,6 +30,7 @@ from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.scoring.teacher import Teacher
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.training.optimizers import parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
@@ -157,7 +158,7 @@ class TrainingModule(pl.LightningModule):
         if batch is not None:
             whose = f"-rank-{ranks.rank()}" if self.together else ""
             path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
-            write_atomic(tensors_of(batch), path)
+            write_tensors(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
@@ -165,13 +166,13 @@ class TrainingModule(pl.LightningModule):
                 f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
                 "--precision fp32. The checkpoints written so far are intact"
             )
-        log.warning("%s: the step is left out", sentence)
+        log.warning("%s: the step is skipped", sentence)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""
         c = self.config
         groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
-        return tables.load(tables.OPTIMIZERS[c.optim].implementation)(groups, (c.beta1, c.beta2), c.adam_eps)
+        return load(tables.OPTIMIZERS[c.optim].implementation)(groups, (c.beta1, c.beta2), c.adam_eps)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""

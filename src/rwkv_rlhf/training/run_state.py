@@ -14,7 +14,7 @@ from rwkv_rlhf.training.module import TrainingModule
 
 def random_state() -> dict[str, Any]:
     """The state of every generator that training draws from: Python, numpy, torch, and the GPU in use."""
-    kind, keys, at, gauss, cached = np.random.get_state()
+    kind, keys, at, gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), at, gauss, cached),
@@ -35,12 +35,17 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of a trainer, in the order in which they are called."""
+    return list(getattr(trainer, "callbacks"))  # noqa: B009  # set by Lightning's connector, unknown to its types
+
+
 def run_state(trainer: pl.Trainer, module: TrainingModule, *, ended: bool) -> dict[str, Any]:
     """Position, counters and random numbers after an optimizer step; cheap enough to take after each.
 
     `ended` = the mini-epoch's end has been dealt with, so the next one comes.
     """
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     done = 0 if ended else loop.epoch_loop.batch_progress.current.ready
     over = done >= trainer.num_training_batches or (not ended and trainer.global_step >= trainer.max_steps)
     return {
@@ -51,7 +56,7 @@ def run_state(trainer: pl.Trainer, module: TrainingModule, *, ended: bool) -> di
         "stopped": trainer.should_stop,
         "random": random_state(),
         "counters": module.counters(),
-        "callbacks": {type(callback).__name__: callback.state_dict() for callback in trainer.callbacks},
+        "callbacks": {type(callback).__name__: callback.state_dict() for callback in callbacks_of(trainer)},
     }
 
 
@@ -62,24 +67,24 @@ def take_run_state(trainer: pl.Trainer, module: TrainingModule, state: dict[str,
     dealt with any more is dealt with now.
     """
     module.take_counters(state["counters"])
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         callback.load_state_dict(state["callbacks"].get(type(callback).__name__, {}))
     trainer.should_stop = state["stopped"]
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop  # its counters are no public part of Lightning
     loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = state["step"]
     epochs = loop.epoch_progress.current
     epochs.ready = epochs.started = epochs.processed = epochs.completed = state["epoch"]
     set_random_state(state["random"])
     if state["over"]:
         epochs.ready = epochs.started = epochs.processed = state["epoch"] + 1
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             callback.on_train_epoch_end(trainer, module)
         epochs.completed = state["epoch"] + 1
 
 
 def skip_batches(trainer: pl.Trainer, done: int) -> None:
     """Tell Lightning, at the first batch of a mini-epoch that is resumed, that `done` came before it."""
-    loop = trainer.fit_loop
+    loop: Any = trainer.fit_loop
     batches = loop.epoch_loop.batch_progress.current
     batches.ready += done
     batches.started += done

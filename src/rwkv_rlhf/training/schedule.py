@@ -33,4 +33,4 @@ class Schedule:
             return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if self.kind == "linear" or initial <= 0 or final <= 0:
             return initial + (final - initial) * progress
-        return initial * (final / initial) ** progress
+        return initial * math.pow(final / initial, progress)

@@ -16,7 +16,7 @@ import torch
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.files import atomic_write, check_archive, check_readable, file_hash, parse_json
+from rwkv_rlhf.files import atomic_write, check_archive, check_readable, file_hash, read_json_object
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
 
 NO_REFERENCE = (0.5, 0.5)
@@ -137,10 +137,7 @@ def write_save(path: str | os.PathLike, pairs: Sequence[PairExample], about: dic
 def read_sidecar(path: str | os.PathLike) -> dict | None:
     """What F.save.json says, or None when it is absent, unreadable, or not of this very F.save (its hash differs)."""
     try:
-        with open(sidecar_path(path), encoding="utf-8") as file:
-            about = parse_json(file.read())
-    except (OSError, ValueError):
+        about = read_json_object(sidecar_path(path))
+    except ValueError:
         return None
-    if not isinstance(about, dict) or about.get("sha256") != file_hash(path):
-        return None
-    return about
+    return about if about.get("sha256") == file_hash(path) else None

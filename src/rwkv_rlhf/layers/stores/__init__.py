@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rwkv_rlhf.layers.stores.store import Store
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.tables import Implementations, StorageFacts, load
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import StorageFacts
 
 
 def _store(facts: StorageFacts) -> type[Store]:

@@ -100,27 +100,26 @@ def unpack_4bit(packed: Tensor, absmax: Tensor, shape: torch.Size, mode: str, dt
     # One block a row: its CPU kernel restarts the blocks at each row and is wrong for rows that are not whole blocks.
     rows = torch.Size((absmax.numel(), BLOCK))
     state = functional.QuantState(absmax=absmax, shape=rows, blocksize=BLOCK, quant_type=mode, dtype=direct)
-    dense = functional.dequantize_4bit(packed, state)
+    dense: Tensor = functional.dequantize_4bit(packed, state)
     return dense.view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
 class FourBit(Store):
     """Blocks of 64 values with one float32 scale each, in the 16 levels that `mode` names (arXiv 2305.14314)."""
 
-    def __init__(self, shape: torch.Size, packed: Tensor, absmax: Tensor) -> None:
-        super().__init__(shape)
-        self.register_buffer("packed", packed, persistent=False)  # (32 blocks, 1) uint8
-        self.register_buffer("absmax", absmax, persistent=False)  # (blocks,) float32
+    packed: Tensor  # (32 blocks, 1) uint8
+    absmax: Tensor  # (blocks,) float32
 
     @classmethod
     def pack(cls, weight: Tensor) -> FourBit:
-        return cls(weight.shape, *pack_4bit(weight, cls.mode))
+        packed, absmax = pack_4bit(weight, cls.mode)
+        return cls(weight.shape, packed=packed, absmax=absmax)
 
     @classmethod
     def on_meta(cls, shape: torch.Size) -> FourBit:
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device="meta")
-        return cls(shape, packed, torch.empty(blocks, dtype=torch.float32, device="meta"))
+        return cls(shape, packed=packed, absmax=torch.empty(blocks, dtype=torch.float32, device="meta"))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return unpack_4bit(self.packed, self.absmax, self.shape, self.mode, dtype)

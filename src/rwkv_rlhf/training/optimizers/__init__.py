@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ NOTHING = "the layer profile trains nothing: give at least one row a mode other 
 Key = tuple[float, float, float]
 
 
-def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool) -> list[dict]:
+def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool) -> list[dict[str, Any]]:
     """Trainable parameters of `model`, grouped by the rates of their profile rows.
 
     Each group carries `lr_init`, `lr_final`, `weight_decay` and the parameters' names. The rates of the tensors that an
@@ -44,6 +45,6 @@ def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool
     ]
 
 
-def adamw(groups: Iterable[dict], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+def adamw(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     """AdamW with decoupled decay and float32 moments, in one fused pass over memory where torch has it."""
     return torch.optim.AdamW(list(groups), betas=betas, eps=eps, fused=True)

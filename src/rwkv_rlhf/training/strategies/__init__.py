@@ -6,20 +6,25 @@ files.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import Strategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.training.strategies.deepspeed import Zero
 
 
-def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
+def make_strategy(config: Config, model: RWKV) -> Strategy | str:
     """What --strategy names (`tables.STRATEGIES`), for Lightning's trainer."""
-    return tables.load(tables.STRATEGIES[config.strategy].implementation)(config, model)
+    strategy: Strategy | str = load(tables.STRATEGIES[config.strategy].implementation)(config, model)
+    return strategy
 
 
 def clips_itself(trainer: pl.Trainer) -> bool:
@@ -29,6 +34,7 @@ def clips_itself(trainer: pl.Trainer) -> bool:
 
 def norm_of_last_step(trainer: pl.Trainer) -> float:
     """With a strategy that clips itself: the norm before clipping, nan when the step was left out."""
+    assert isinstance(trainer.strategy, Zero)
     return trainer.strategy.gradient_norm
 
 
@@ -42,7 +48,7 @@ def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tens
 def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """(what the optimizer updates on this rank, its state of it), always in the same order: the parameters, or
     DeepSpeed's float32 shares of them. A state is empty before the first step."""
-    optimizer = trainer.optimizers[0]
+    optimizer: Any = trainer.optimizers[0]
     if isinstance(trainer.strategy, Zero):
         shares = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
         return [(share, optimizer.optimizer.state[share]) for share in shares]

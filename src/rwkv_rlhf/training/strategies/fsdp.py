@@ -26,6 +26,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Split the model, then make the optimizer over the parts. Lightning's own wants the module to split itself."""
+        assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
         shard(self.lightning_module.model, self.device_mesh["data_parallel"])

@@ -5,15 +5,11 @@ is written to `error-<rank>.txt` in its folder. In a folder called `forgetful` t
 two micro-batches, and takes up what `rank_state` kept of it.
 """
 
+import dataclasses
 import json
+import logging
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-
-import dataclasses
-import logging
 
 from rwkv_rlhf.commands.train import ranked
 from rwkv_rlhf.distributed import ranks
