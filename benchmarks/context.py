@@ -156,7 +156,7 @@ def measure_packing(version: str, path: str, repeats: int) -> None:
     import torch
 
     from rwkv_rlhf.data.batch import TextBatch, pack_pairs
-    from rwkv_rlhf.data.pairs.pairs import open_pairs
+    from rwkv_rlhf.data.pairs.dataset import open_pairs
     from rwkv_rlhf.data.tokenizer import load_tokenizer
     from rwkv_rlhf.losses import LOSSES, step_loss
     from rwkv_rlhf.losses.tokens import IGNORE

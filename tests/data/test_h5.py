@@ -13,7 +13,7 @@ import torch
 from rwkv_rlhf.commands import sft_h5
 from rwkv_rlhf.data import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.batch import TextExample, TopK, pack_texts
-from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments, shortened
+from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments, shorten
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.h5 import open_h5, writing
@@ -283,19 +283,19 @@ def test_joined_documents_fill_a_sample_and_none_is_lost(reset_state, seed):
 
 def test_samples_grow_with_the_step_and_the_total_follows():
     """A straight line by the step's number: a run that goes on from a save has the lengths of one that did not stop."""
-    growing = Growing(2, 12, 5)
-    assert [growing(step) for step in range(8)] == [2, 4, 6, 8, 10, 12, 12, 12]
+    warmup = ContextWarmup(2, 12, 5)
+    assert [warmup(step) for step in range(8)] == [2, 4, 6, 8, 10, 12, 12, 12]
     sized = Sized(40, masked=True)
     joined = JoinedDocuments(sized, 4, 12)
-    steps = Steps(joined, Sequential(len(joined)), 1, 2, growing=growing)
+    steps = Steps(joined, Sequential(len(joined)), 1, 2, warmup=warmup)
     for step in range(7):
         parts = [steps.micro_batch(2 * step + a) for a in (0, 1)]
         full = [len(pack_texts(joined[(2 * step + a) % len(joined)]).tokens) for a in (0, 1)]
-        assert [len(part.tokens) for part in parts] == [min(size, growing(step)) for size in full]
+        assert [len(part.tokens) for part in parts] == [min(size, warmup(step)) for size in full]
         assert parts[0].total == parts[1].total == sum(int((part.targets >= 0).sum()) for part in parts)
-    fresh = Steps(joined, Sequential(len(joined)), 1, 2, growing=growing)
+    fresh = Steps(joined, Sequential(len(joined)), 1, 2, warmup=warmup)
     assert fresh.micro_batch(9).tokens.tolist() == steps.micro_batch(9).tokens.tolist()
-    assert [len(e.tokens) for e in shortened(joined[0], 4)] == [2, 3, 2]
+    assert [len(e.tokens) for e in shorten(joined[0], 4)] == [2, 3, 2]
 
 
 def test_a_step_without_a_trained_token_counts_as_one():

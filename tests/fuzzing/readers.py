@@ -19,6 +19,7 @@ from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
 from rwkv_rlhf.data.batch import pack, pack_rated
+from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.text.teacher_log import TeacherLog
@@ -137,9 +138,9 @@ def read_vocabulary(path: Path, rng: Random) -> Any:
 
 def read_template(path: Path, rng: Random) -> Any:
     form = load_chat_template.__wrapped__(str(path))
-    said = [("user", "one"), ("assistant", "first"), ("user", "two")]
+    said = [Turn("user", "one"), Turn("assistant", "first"), Turn("user", "two")]
     try:
-        return form.written(said, ["yes", "no"]), list(form.pieces([*said, ("assistant", "yes")]))
+        return form.render(said, ["yes", "no"]), list(form.segments([*said, Turn("assistant", "yes")]))
     except ValueError as error:  # the caller adds the place of the row
         raise ValueError(f"{path}:1: {error}") from error
 

@@ -22,6 +22,7 @@ from tests.support.source_files import (
     SRC,
     TESTS,
     name_of,
+    nodes_of,
     room_of,
     tree_of,
 )
@@ -38,7 +39,8 @@ ORDER = (
     ("layers",),
     ("model",),
     ("checkpoints",),
-    ("losses", "data"),
+    ("data",),
+    ("losses",),
     ("scoring",),
     ("generation",),
     ("rl",),
@@ -61,7 +63,7 @@ def walk(*groups: list[Path]) -> Iterator[tuple[Path, ast.AST]]:
     """Every node of every file."""
     for group in groups:
         for path in group:
-            yield from ((path, node) for node in ast.walk(tree_of(path)))
+            yield from ((path, node) for node in nodes_of(path))
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -122,7 +124,7 @@ def edges() -> dict[str, set[str]]:
     modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     found: dict[str, set[str]] = {module: set() for module in modules}
     for module, path in modules.items():
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom):
                 inside = [f"{node.module}.{alias.name}" for alias in node.names]
                 found[module].update(name if name in modules else str(node.module) for name in inside)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rwkv_rlhf.commands import COMMANDS, NAMED
 from rwkv_rlhf.settings.command_line import parse, train_parser
-from tests.support.source_files import PAGES, ROOT, SCRIPTS, SHELL, name_of
+from tests.support.source_files import PAGES, ROOT, SHELL, name_of
 
 OUTPUT_FLAGS = ("--output", "--output_csv", "--output_save", "--proj_dir")
 PYTHON = r"\s*(?:[A-Z_]+=\S+ )*[\"']?(?:\S*python3?|\$\{?\w+\}?)[\"']? "
@@ -127,8 +127,3 @@ def test_every_command_is_shown_somewhere():
     """A command that no page and no example shows is one that nobody finds, and that nothing here parses."""
     shown = {NAMED[command.name] for commands in WRITTEN_IN.values() for command in commands if command.name in NAMED}
     assert shown == COMMANDS.keys()
-
-
-def test_every_script_runs_a_command():
-    """If this breaks, a script of the tradition is gone, or there is one that does nothing."""
-    assert {path.stem for path in SCRIPTS} == {script for command in COMMANDS.values() for script in command.scripts}

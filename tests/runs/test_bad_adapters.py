@@ -73,7 +73,7 @@ def test_another_base_is_refused_before_the_references(refused, typed, adapter, 
     other = tmp_path / "other.pth"
     torch.save({name: tensor * 1.01 for name, tensor in torch.load(base_model, weights_only=True).items()}, other)
     words = [*typed, "--load_model", other, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--peft", "lora", "--lora_r", 4]
-    refused([*words, "--load_adapter", adapter], "other.pth is another file", "--load_model, or --force 1 to go on")
+    refused([*words, "--load_adapter", adapter], "other.pth is another file", "--load_model, or --force 1 to continue")
     assert not (tmp_path / "out" / "cache").exists()
 
 

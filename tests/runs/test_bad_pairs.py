@@ -8,7 +8,7 @@ import torch
 
 from rwkv_rlhf.commands import score_pairs, train
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import open_pairs
+from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.save import read_save, write_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.documents import open_text
@@ -145,7 +145,7 @@ def test_scores_of_a_packed_reference_are_used(script, trained, base_model, voca
     steps, said = trained(saved, "--precision", "bf16", "--quant", 1, "--peft", "lora", "--lora_r", 4)
     assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["margin"]) < 0.02
     _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4)
-    assert said.count("computed anew") == 1  # --quant 0
+    assert said.count("computing them again") == 1  # --quant 0
 
 
 def test_references_of_another_model_are_computed_anew(trained, typed, base_model, tmp_path):
@@ -165,7 +165,7 @@ def test_references_of_another_model_are_computed_anew(trained, typed, base_mode
     write_save(saved, [PairExample([9, 8], [7, 6], [5], (-1.0, -2.0))], {"model": "0" * 64, "reference": "sum"})
     assert read_save(saved, DataReport(str(saved)))[0].reference == (-1.0, -2.0)
     steps, said = trained(saved)
-    assert said.count("computed anew") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("computing them again") == 1 and abs(steps[-1]["margin"]) < 1e-6
 
 
 def conversation(answer):

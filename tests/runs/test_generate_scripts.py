@@ -9,7 +9,7 @@ import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model, trainable
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
-from rwkv_rlhf.commands import NAMED, chat, generate_rejects
+from rwkv_rlhf.commands import chat, generate_rejects
 from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
@@ -291,11 +291,6 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     assert [fresh for _, fresh, _ in asked] == [True, False, True] and asked[0][0] == asked[2][0]
     assert len(asked[1][0]) > len("User: again\n\nAssistant:") and asked[0][2] == 0
     assert "/reset" in out
-
-
-def test_both_script_names_are_one_program():
-    """The old name is an alias."""
-    assert NAMED["rlhf_generate_reject"] == NAMED["rlhf_generate_reject_csv"] == "generate_rejects"
 
 
 def test_json_lines_are_utf8(script, base_model, vocab_file, tmp_path):

@@ -16,7 +16,7 @@ from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.settings.tables import ADAPTERS
 from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
 from tests.support.processes import rwkv_package
 

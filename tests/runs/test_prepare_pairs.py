@@ -13,7 +13,8 @@ import torch
 
 from rwkv_rlhf.commands import chat, prepare_pairs, score_pairs
 from rwkv_rlhf.commands import generate_rejects as rejects
-from rwkv_rlhf.data.pairs.pairs import split_records
+from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.sampler import Completion, Sampler
@@ -80,13 +81,14 @@ def test_a_split_keeps_a_prompt_together_and_says_when_it_cannot(tmp_path):
     """Rows of one prompt go to one side; too few prompts for the parts is one sentence."""
     path = write_csv(tmp_path / "in.csv", [[f"p{n // 3}", f"yes {n}", f"no {n}"] for n in range(30)])
     world = load_tokenizer(65536)
-    parts, report = split_records(path, world, (0.5, 0.5))
+    tokeniser = PairTokeniser(path, world, PairOptions())
+    parts, report = tokeniser.parts((0.5, 0.5)), tokeniser.report
     sides = [{tuple(pair.prompt) for pair in part} for part in parts]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10 and report.examples == 30
     assert [len(part) for part in parts] == [15, 15]
     one = write_csv(tmp_path / "one.csv", [["p", "x", "y"]])
     with pytest.raises(ValueError, match=r"--split: .*one\.csv has 1 usable prompts"):
-        split_records(one, world, (0.8, 0.1, 0.1))
+        PairTokeniser(one, world, PairOptions()).parts((0.8, 0.1, 0.1))
     for wrong in ("0.8", "0.5,0.6", "a,b", "1,0", "0.4,0.2,0.2,0.2"):
         with pytest.raises(ValueError, match="--split"):
             prepare_pairs.main(["--input_csv", str(one), "--split", wrong, "--output_save", str(tmp_path / "o.save")])
@@ -256,14 +258,15 @@ def test_transformers_writes_the_same(tmp_path):
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"chat_template": HARD, "bos_token": "<s>", "eos_token": {"content": "</s>"}}))
     form = load_chat_template(str(path))
-    turns = [("system", "be <kind>"), ("user", "\u732b 'a' \"b\""), ("assistant", " first "), ("user", "two")]
+    said = [("system", "be <kind>"), ("user", "\u732b 'a' \"b\""), ("assistant", " first "), ("user", "two")]
+    turns = [Turn(*one) for one in said]
     messages = [{"role": role, "content": text} for role, text in turns]
 
     def written(messages, cue):
         return judge.apply_chat_template(messages, chat_template=HARD, tokenize=False, add_generation_prompt=cue)
 
     assert form.prompt(turns) == written(messages, True)
-    prompt, (answer,) = form.written(turns, ["gladly"])
+    prompt, (answer,) = form.render(turns, ["gladly"])
     assert prompt + answer == written([*messages, {"role": "assistant", "content": "gladly"}], False)
     assert answer.startswith("gladly</s>") and form.end == "</s>"
 

@@ -257,7 +257,7 @@ def test_flipped_bytes_of_a_point(stopped_run, run, name, caplog):
     words = [*words, "--epoch_count", 1, "--resume", "auto"]
     flip(folder / "resume" / "step-4" / name)
     run(*words)
-    assert caplog.text.count("damaged") == 1 and "going on from" in caplog.text
+    assert caplog.text.count("damaged") == 1 and "resuming from" in caplog.text
     assert same(want, tensors(folder)) and points(folder) == [3, 4]
     for step in (3, 4):
         flip(folder / "resume" / f"step-{step}" / name)
@@ -316,4 +316,4 @@ def test_a_path_and_a_fresh_folder(stopped_run, run, tmp_path, caplog):
     assert "there is no resume point" in run(*words, "--resume", tmp_path / "nothing", status=2)
     caplog.set_level("INFO")
     run(*words, "--resume", "auto", "--proj_dir", tmp_path / "fresher")
-    assert "starts anew" in caplog.text and same(want, tensors(tmp_path / "fresher"))
+    assert "starts from the beginning" in caplog.text and same(want, tensors(tmp_path / "fresher"))

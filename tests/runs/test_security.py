@@ -18,7 +18,7 @@ from rwkv_rlhf.data.templates.jinja import load_chat_template
 from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
 from tests.support.files import VOCAB
 from tests.support.processes import PROGRAMS, environment
-from tests.support.source_files import OTHERS, PACKAGE, ROOT, SCRIPTS, SRC, TESTS, name_of, tree_of
+from tests.support.source_files import OTHERS, PACKAGE, ROOT, SCRIPTS, SRC, TESTS, name_of, nodes_of
 
 # calls that build objects from bytes by running what the bytes say; by the whole name or its last part
 FORBIDDEN = {
@@ -32,7 +32,7 @@ FORBIDDEN = {
 def calls(*groups):
     """(place, name, keywords) of every call in the files."""
     for path in itertools.chain(*groups):
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.Call):
                 said = {word.arg: word.value for word in node.keywords}
                 yield f"{name_of(path)}:{node.lineno}", ast.unparse(node.func), said

@@ -196,7 +196,7 @@ MISTAKES = {
     BASE
     + "--dpo --rlhf_train_file F --infctx_dataset_multiplier 2": "--infctx_dataset_multiplier 2 joins documents of",
     BASE
-    + "--dpo --rlhf_train_file F --reset_state 0": "--reset_state 0 glues documents of text; --dpo 1 trains on pairs",
+    + "--dpo --rlhf_train_file F --reset_state 0": "--reset_state 0 joins documents of text without a reset; --dpo 1",
     TEXT + "--ctx_warmup_steps 10": "--ctx_warmup_steps 10 needs --initial_ctx_len",
     TEXT + "--state_shift": "--state_shift 1 needs --state 1",
     TEXT + "--infctx --state_cp --ctx_parts 2": "--infctx 1 with --chunk_ctx and --state_cp 1 with --ctx_parts",

@@ -30,3 +30,9 @@ def room_of(path: Path) -> str:
 def tree_of(path: Path) -> ast.Module:
     """The parsed file; nobody changes it."""
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Everything in `tree_of(path)`."""
+    return tuple(ast.walk(tree_of(path)))

@@ -116,10 +116,10 @@ def last_point(folder: Path) -> ResumePoint | None:
             wrong.append(str(damage))
             continue
         for sentence in wrong:
-            log.warning("%s: going on from %s instead", sentence, point.path)
+            log.warning("%s: resuming from %s instead", sentence, point.path)
         return point
     if wrong:
-        raise ValueError(f"no resume point in {folder} is whole ({'; '.join(wrong)}): start anew without {{resume}}")
+        raise ValueError(f"no resume point in {folder} is whole ({'; '.join(wrong)}): start again without {{resume}}")
     return None
 
 

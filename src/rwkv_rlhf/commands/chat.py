@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags
+from rwkv_rlhf.data.conversation import Turn, normalise, with_system
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import read_jsonl
-from rwkv_rlhf.data.templates.builtin import Form, Turn, normalise
-from rwkv_rlhf.data.templates.named import forms_of
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file
 from rwkv_rlhf.generation.opening import open_model
@@ -65,25 +66,23 @@ def parser() -> Parser:
     return flags
 
 
-def cue(record: dict, form: Form, where: str) -> str:
+def cue(record: dict, template: Template, where: str) -> str:
     """The text that an answer to this record follows. Raises ValueError, with file and line, without a prompt."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{where}: an object with a text under prompt is needed")
-    if not form.assistant:
+    if not template.assistant:
         return prompt  # plain text is continued byte for byte
-    system = record.get("system")
-    turns = [("system", normalise(system))] if isinstance(system, str) and system.strip() else []
-    return form.prompt([*turns, ("user", normalise(prompt))])
+    return template.prompt(with_system([Turn("user", normalise(prompt))], record.get("system")))
 
 
 def answer_file(
-    flags: Namespace, form: Form, params: SamplingParams, load: Callable[[], tuple[RWKV, Tokenizer]]
+    flags: Namespace, template: Template, params: SamplingParams, load: Callable[[], tuple[RWKV, Tokenizer]]
 ) -> None:
     """Answers every prompt of --prompt_file; the output appears when all are answered."""
     refuse_same_file(flags.prompt_file, flags.output, "--output")
     records = list(read_jsonl(flags.prompt_file, DataReport(flags.prompt_file)))
-    cues = [cue(record, form, where) for where, record in records]
+    cues = [cue(record, template, where) for where, record in records]
     if not cues:
         raise ValueError(f"{flags.prompt_file} has no prompt")
     check_writable(flags.output)
@@ -95,10 +94,10 @@ def answer_file(
         answers += sampler.generate(some, params, seeds=seeds)
     with atomic_write(flags.output) as file:
         for (_, record), one in zip(records, answers, strict=True):
-            answer = one.text.strip() if form.assistant else one.text
+            answer = one.text.strip() if template.assistant else one.text
             line = {"prompt": record["prompt"], "answer": answer, "tokens": one.tokens, "logprobs": one.logprobs}
             file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
-    cut = sum(not one.finished for one in answers)
+    cut = sum(1 for one in answers if not one.finished)
     log.info("%d answers written to %s%s", len(answers), flags.output, f", {cut} cut at --max_tokens" if cut else "")
 
 
@@ -126,8 +125,8 @@ class Stream:
 class Talk:
     """A conversation: the state after what was said, and the tokens that the model has not seen yet."""
 
-    def __init__(self, form: Form, params: SamplingParams, model: RWKV, tokenizer: Tokenizer) -> None:
-        self.form, self.params = form, params
+    def __init__(self, template: Template, params: SamplingParams, model: RWKV, tokenizer: Tokenizer) -> None:
+        self.template, self.params = template, params
         self.sampler, self.tokenizer = Sampler(model, tokenizer), tokenizer
         self.turns = 0
         self.reset()
@@ -141,22 +140,22 @@ class Talk:
     def say(self, text: str) -> None:
         """One turn of the user, and the answer on stdout."""
         self.turns += 1
-        turns = [("user", text)]
-        if self.form.whole:  # such a template writes a conversation, not a turn of it: the model reads it again
+        turns = [Turn("user", text)]
+        if self.template.whole_conversation:  # it cannot write one turn alone, so the model reads all of them again
             turns = [*self.said, *turns]
             self.state, self.pending = None, []
-        prompt = self.pending + self.tokenizer.encode(self.form.prompt(turns))
+        prompt = self.pending + self.tokenizer.encode(self.template.prompt(turns))
         one = self.sampler.generate(
             [prompt],
             self.params,
             seeds=[self.params.seed + self.turns],
             state=self.state,
             keep_state=True,
-            on_token=Stream(self.tokenizer, self.form.end),
+            on_token=Stream(self.tokenizer, self.template.end),
         )[0]
         self.state = one.state
-        self.said = [*turns, ("assistant", one.text.strip())]
-        self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.form.end))
+        self.said = [*turns, Turn("assistant", one.text.strip())]
+        self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.template.end))
         sys.stdout.write("\n\n")
 
     def command(self, line: str) -> bool:
@@ -182,9 +181,9 @@ def help_text() -> str:
     return "".join(f"{word:18}{text}\n" for word, text in lines.items())
 
 
-def talk(form: Form, params: SamplingParams, load: Callable[[], tuple[RWKV, Tokenizer]]) -> None:
+def talk(template: Template, params: SamplingParams, load: Callable[[], tuple[RWKV, Tokenizer]]) -> None:
     """Reads lines and answers them until /quit or the end of the input."""
-    conversation = Talk(form, params, *load())
+    conversation = Talk(template, params, *load())
     sys.stdout.write("/help lists the commands, Ctrl+D leaves.\n\n")
     while True:
         try:
@@ -211,8 +210,8 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--prompt_file and --output go together")
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
-    form = forms_of(flags.template)[0][1]
-    params = sampling_params(flags, stop_texts=(form.end,) if form.end else ())
+    template = find_templates(flags.template)[0].template
+    params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
 
     said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
     if not flags.load_adapter and any(value is not None for value in said.values()):
@@ -224,6 +223,6 @@ def main(argv: Sequence[str]) -> None:
             return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file, **said)
 
     if flags.prompt_file:
-        answer_file(flags, form, params, load)
+        answer_file(flags, template, params, load)
     else:
-        talk(form, params, load)
+        talk(template, params, load)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import TextExample
-from rwkv_rlhf.data.grouping import NOTHING_TRAINED
-from rwkv_rlhf.data.pairs.pairs import MIXED_SEED
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.named import check_template
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
@@ -24,8 +23,7 @@ def add_document_flags(flags: Parser, output: str) -> None:
     flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
     add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
-    flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"of the template mixed [{MIXED_SEED}]")
-    add_skip_flag(flags)
+    add_seed_and_skip_flags(flags, "seed of the template mixed")
 
 
 def input_files(flags: Namespace) -> list[Path]:
@@ -44,7 +42,7 @@ def input_files(flags: Namespace) -> list[Path]:
 
 def check_document_flags(flags: Namespace) -> list[Path]:
     """The files to read. Refuses, before anything slow, what could not be read or written."""
-    check_template(flags.template)
+    find_templates(flags.template)
     files = input_files(flags)
     for path in files:
         refuse_same_file(path, flags.output_parquet, "--output_parquet")
@@ -65,9 +63,9 @@ def examples_of(
             train_on_prompt=flags.train_on_prompt,
             seed=flags.random_seed,
         )
-        for ids, mask in read:
-            kind = np.int32  # half the memory of what is written
-            example = TextExample(np.asarray(ids, dtype=kind), None if mask is None else np.asarray(mask, dtype=bool))
+        for document in read:
+            tokens = np.asarray(document.tokens, dtype=np.int32)  # half the memory of what is written
+            example = TextExample(tokens, document.mask)
             if not example.trained():
                 report.skip(NOTHING_TRAINED)
                 continue

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES
-from rwkv_rlhf.data.templates.named import check_template
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.files import file_hash, refuse_same_file
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.reject_file import RejectFile
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     params = sampling_params(flags)
     if min(flags.batch_size, flags.tries) < 1:
         raise ValueError("--batch_size and --tries must be at least 1")
-    check_template(flags.template)
+    find_templates(flags.template)
     refuse_same_file(flags.input_csv, flags.output_csv, "--output_csv")
     report = DataReport(flags.input_csv, skip_bad=flags.skip_bad)
     columns, tasks = read_tasks(flags.input_csv, flags.template, report)

@@ -15,8 +15,7 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_jsonl
 from rwkv_rlhf.data.sampler import magic_prime
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
-from rwkv_rlhf.data.text.documents import END
-from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer, load_tokenizer
+from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, WORLD_SIZE, Tokenizer, load_tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -44,11 +43,11 @@ def _encode(text: object, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     if tokenizer.decode_bytes(ids) != text.encode("utf-8", errors="surrogatepass"):
         raise RowError("the vocabulary does not give this text back", "not reversible")
-    return [*ids, END]
+    return [*ids, END_OF_DOCUMENT]
 
 
 def read_documents(path: str, tokenizer: Tokenizer, report: DataReport) -> list[np.ndarray]:
-    """Token ids of each line's text, END included; raises ValueError with file and line."""
+    """Token ids of each line's text, the end of document included; raises ValueError with file and line."""
     documents = []
     for where, record in read_jsonl(path, report):
         try:

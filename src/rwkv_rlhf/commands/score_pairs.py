@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from rwkv_rlhf.commands.flag_groups import add_model_flags
 from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.precision import NAMES
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {flags.quant_mode}"
     key = reference_key(model_hash, list(distinct.values()), arithmetic)
     kept = KeptScores(f"{flags.output_save}.part", key)
-    with counted(len(distinct), "reference", shown=True) as done:
+    with progress_bar(len(distinct), "reference", shown=True) as done:
         sums = kept.score(model, list(distinct.values()), progress=done)
     scores = dict(zip(distinct, sums.tolist()))
     scored = [[dataclasses.replace(pair, reference=tuple(scores[id(pair)])) for pair in pairs] for pairs in parts]

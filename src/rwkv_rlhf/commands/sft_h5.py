@@ -11,7 +11,7 @@ from itertools import islice
 
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
 from rwkv_rlhf.commands.flag_groups import add_vocabulary_size_flags, vocabulary_size
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         "template": flags.template,
         "train_on_prompt": int(flags.train_on_prompt),
     }
-    with writing(flags.output_parquet, about) as out, counted(count_lines(files), "documents", True) as done:
+    with writing(flags.output_parquet, about) as out, progress_bar(count_lines(files), "documents", True) as done:
         examples = examples_of(files, flags, tokenizer, report)
         while batch := list(islice(examples, BATCH)):
             out.add(batch)

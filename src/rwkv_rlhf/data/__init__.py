@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from rwkv_rlhf.data.pairs.pairs import PAIR_FORMATS, open_pairs, pair_type
-from rwkv_rlhf.data.pairs.rated import is_rated, is_rated_record, open_rated, taken_apart
-from rwkv_rlhf.data.pairs.rows import is_pair_record
+from rwkv_rlhf.data.pairs.dataset import PAIR_FORMATS, open_pairs, pair_type
+from rwkv_rlhf.data.pairs.rated import is_rated, is_rated_record, open_rated, unpair
+from rwkv_rlhf.data.pairs.text_pairs import is_pair_record
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import read_jsonl
 from rwkv_rlhf.data.text.documents import TEXT_FORMATS, open_slices, open_text, text_type
@@ -26,7 +26,7 @@ __all__ = [
     "open_rated",
     "open_slices",
     "open_text",
-    "taken_apart",
+    "unpair",
 ]
 
 

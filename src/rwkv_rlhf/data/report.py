@@ -58,6 +58,16 @@ class DataReport:
         """Counts a row that is left out for a harmless reason."""
         self.skipped[reason] += 1
 
+    def remark(self, what: str, applies: bool = True) -> None:
+        """Counts a row that is kept although it is odd, if the remark applies."""
+        if applies:
+            self.remarked[what] += 1
+
+    def cut(self, part: str, applies: bool = True) -> None:
+        """Counts a row of which `part` was cut to the cap, if it was."""
+        if applies:
+            self.truncated[part] += 1
+
     def notice(self, sentence: str) -> None:
         """Keeps and logs a sentence, once."""
         if sentence not in self.notices:

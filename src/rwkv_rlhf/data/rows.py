@@ -3,14 +3,23 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import check_readable, parse_json, read_bytes
 
-Row = tuple[str, dict]  # where it stands (file:line), and column -> value
+Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
 _BOM = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """Where a row stands (file:line), and its values by column."""
+
+    where: str
+    record: dict[str, Any]
 
 
 def _not_utf8(text: str) -> RowError | None:
@@ -50,11 +59,11 @@ def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
     return names
 
 
-def read_csv(path: str | os.PathLike, report: DataReport, columns: tuple[tuple[str, ...], ...]) -> Iterator[Row]:
+def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a CSV file in UTF-8 (a BOM is fine); quoted cells may hold line breaks.
 
     Args:
-        columns: what must be there; each a tuple of names that mean the same.
+        columns: what must be there.
 
     Raises:
         ValueError: a missing column, or (unless the report skips) a row that cannot be read, with file and line.
@@ -80,11 +89,11 @@ def read_csv(path: str | os.PathLike, report: DataReport, columns: tuple[tuple[s
         if problem:
             report.bad(where, problem)
         else:
-            yield where, dict(zip(names, cells + [""] * (len(names) - len(cells))))
+            yield Row(where, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
 
 
-def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
-    """Objects of a JSONL file, one a line, blank lines left out; keys in lower case.
+def read_jsonl(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """Objects of a JSONL file, one a line, blank lines left out; keys in lower case. Each has `columns` of its own.
 
     Raises:
         ValueError: a missing file, or (unless the report skips) a line that is no JSON object, with file and line.
@@ -97,7 +106,7 @@ def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
                 continue
             report.rows += 1
             try:
-                yield f"{path}:{line}", _json_object(raw)
+                yield Row(f"{path}:{line}", _json_object(raw))
             except RowError as error:
                 report.bad(f"{path}:{line}", error)
 
@@ -114,8 +123,8 @@ def _json_object(raw: bytes) -> dict:
     return {key.strip().lower(): item for key, item in value.items()}
 
 
-def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
-    """Rows of a parquet file; needs pyarrow."""
+def read_parquet(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """Rows of a parquet file, of which any column may have gaps; needs pyarrow."""
     check_readable(path)
     try:
         import pyarrow
@@ -127,6 +136,18 @@ def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
         for batch in table.iter_batches():
             for record in batch.to_pylist():
                 report.rows += 1
-                yield f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()}
+                yield Row(f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()})
     except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+ROW_READERS: dict[str, Callable[[str | os.PathLike, DataReport, Columns], Iterator[Row]]] = {
+    ".csv": read_csv,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def read_rows(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """The rows of a file by its suffix, as CSV if that is none of ROW_READERS; `columns` are those a CSV must have."""
+    return ROW_READERS.get(Path(path).suffix.lower(), read_csv)(path, report, columns)

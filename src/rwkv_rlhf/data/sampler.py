@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rwkv_rlhf.data.batch import (
+    Batch,
     PairBatch,
     PairExample,
     RatedBatch,
@@ -22,7 +23,7 @@ from rwkv_rlhf.data.batch import (
     pack,
     pack_rated,
 )
-from rwkv_rlhf.data.joined_documents import Growing, shortened
+from rwkv_rlhf.data.joined_documents import ContextWarmup, shorten
 
 
 class Examples(Protocol):
@@ -164,7 +165,7 @@ class Steps:
         examples: what to draw from. order: position -> index.
         micro_bsz, accumulate: samples per micro-batch and micro-batches per step and rank.
         rank, world: this process, of how many.
-        growing: most inputs of a sample at each step (text only); None = samples are never shortened.
+        warmup: most inputs of a sample at each step (text only); None = samples are never shortened.
     """
 
     def __init__(
@@ -175,14 +176,14 @@ class Steps:
         accumulate: int,
         rank: int = 0,
         world: int = 1,
-        growing: Growing | None = None,
+        warmup: ContextWarmup | None = None,
     ):
         for flag, value in (("micro_bsz", micro_bsz), ("accumulate_grad_batches", accumulate)):
             if value < 1:
                 raise ValueError(f"--{flag} {value}: must be at least 1")
         assert 0 <= rank < world
         _at_least_one(len(examples))
-        self.examples, self.order, self.growing = examples, order, growing
+        self.examples, self.order, self.warmup = examples, order, warmup
         self.micro_bsz, self.accumulate, self.rank, self.world = micro_bsz, accumulate, rank, world
         self._total = (-1, 0.0)
 
@@ -204,9 +205,9 @@ class Steps:
         """The examples of one sample, as long as this step has them."""
         sample = self.examples[index]
         parts = sample if isinstance(sample, list) else [sample]
-        if self.growing is None or self.growing.whole(step):
+        if self.warmup is None or self.warmup.done(step):
             return parts
-        return shortened(parts, self.growing(step))
+        return shorten(parts, self.warmup(step))
 
     def step_total(self, step: int) -> float:
         """Trained tokens (or pairs) of optimizer step `step`, over micro-batches and ranks; at least 1.
@@ -218,14 +219,14 @@ class Steps:
                 self.order(position)
                 for position in range(step * self.samples_per_step, (step + 1) * self.samples_per_step)
             ]
-            if self.growing is None or self.growing.whole(step):
+            if self.warmup is None or self.warmup.done(step):
                 count = sum(self.examples.trained(index) for index in indices)
             else:
                 count = sum(part.trained() for index in indices for part in self._sample(index, step))
             self._total = (step, float(max(1, count)))
         return self._total[1]
 
-    def micro_batch(self, k: int) -> TextBatch | PairBatch:
+    def micro_batch(self, k: int) -> Batch:
         """The k-th micro-batch of this rank, counted from the very start of training."""
         step = k // self.accumulate
         examples = [part for index in self.indices(k) for part in self._sample(index, step)]
@@ -260,4 +261,6 @@ class MixedSteps:
 
     def micro_batch(self, k: int) -> PairBatch:
         """The k-th micro-batch: pairs, with text under `general`."""
-        return replace(self.pairs.micro_batch(k), general=self.general.micro_batch(k))
+        pairs, general = self.pairs.micro_batch(k), self.general.micro_batch(k)
+        assert isinstance(pairs, PairBatch) and isinstance(general, TextBatch)
+        return replace(pairs, general=general)

@@ -1,4 +1,4 @@
-"""Held-out examples: a seeded split that keeps pieces of one document and pairs of one prompt on the same side."""
+"""Held-out examples: a seeded split that keeps parts of one document and pairs of one prompt on the same side."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.data.pairs.text_pairs import REJECT
 from rwkv_rlhf.files import AppendLog, Lines, atomic_write, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
-REJECT = ("reject", "rejected")
 Row = dict[str, Any]  # column -> value, as it stands in the file
 
 

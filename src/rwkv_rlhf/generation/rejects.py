@@ -10,23 +10,21 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, RawPair, to_pair
+from rwkv_rlhf.data.conversation import normalise
+from rwkv_rlhf.data.pairs.text_pairs import CHOSEN, PROMPT, REJECT, TextPair, parse_pair
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_csv
-from rwkv_rlhf.data.templates.builtin import Form, normalise
-from rwkv_rlhf.data.templates.named import draw_form
-from rwkv_rlhf.generation.reject_file import REJECT, RejectFile
+from rwkv_rlhf.data.rows import read_rows
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template
+from rwkv_rlhf.data.templates.template import Template
+from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-COLUMNS = (("prompt", "question"), ("chosen",))
-TEMPLATE_SEED = 100  # the tradition's, for `mixed`
 WIDEN = 0.2  # each further try of a row may pick from this much more of the distribution
 
 
@@ -35,9 +33,9 @@ class Task:
     """One row of the input: its cells by column, the checked pair, and how the model is asked."""
 
     cells: dict[str, Any]
-    pair: RawPair
+    pair: TextPair
     reject: Any  # as it stands in the input; pair.reject is its text
-    form: Form
+    template: Template
     cue: str  # the conversation and the cue for an answer, as training writes them
 
 
@@ -83,23 +81,20 @@ def read_tasks(
     missing column, an empty prompt or chosen, bytes that are not UTF-8.
     """
     report = report or DataReport(str(path))
-    forms = random.Random(TEMPLATE_SEED)
-    suffix = Path(path).suffix.lower()
-    reader = PAIR_ROWS.get(suffix)
-    rows = reader(path, report, False) if reader and suffix != ".csv" else read_csv(path, report, COLUMNS)
+    rng = random.Random(TEMPLATE_SEED)
     tasks: list[Task] = []
     columns: dict[str, None] = {}  # a set that keeps its order
-    for where, cells in rows:
+    for where, cells in read_rows(path, report, (PROMPT, CHOSEN)):
         reject = next((cells[name] for name in REJECT if cells.get(name) is not None), "")
         try:
-            pair = to_pair({**cells, "reject": reject}, where, need_reject=False)
-            form = draw_form(template, forms)
-            cue = form.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
+            pair = parse_pair({**cells, "reject": reject}, where, need_reject=False)
+            drawn = draw_template(template, rng)
+            cue = drawn.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
         except RowError as error:
             report.bad(where, error)
             continue
         columns |= dict.fromkeys(cells)
-        tasks.append(Task(cells, pair, reject, form, cue))
+        tasks.append(Task(cells, pair, reject, drawn, cue))
     if not tasks:
         raise ValueError(f"{path} has no row that could be used" if report.rows else f"{path} has no row")
     if not set(REJECT) & set(columns):
@@ -140,7 +135,7 @@ def sample_rows(
         left = [row for row in rows if not answers[row]]
         if not left:
             break
-        stops = sorted({tasks[row].form.end or "\n\n" for row in left})
+        stops = sorted({tasks[row].template.end or "\n\n" for row in left})
         wider = min(1.0, params.top_p + WIDEN * attempt)
         begun = time.perf_counter()
         done = sampler.generate(

@@ -132,7 +132,7 @@ CONSTRAINTS = (
     Constraint(
         "gluing_needs_text",
         lambda c: trains(c) and bool(c.loss) and not trains_on_text(c) and not c.reset_state,
-        "{reset_state} 0 glues documents of text; {loss=} trains on pairs",
+        "{reset_state} 0 joins documents of text without a reset; {loss=} trains on pairs",
     ),
     Constraint(
         "growing_needs_text",
@@ -187,7 +187,7 @@ CONSTRAINTS = (
     Constraint(
         "magic_prime_needs_corpus",
         lambda c: trains(c) and c.magic_prime > 0 and not (trains_on_text(c) and text_format(c) == "binidx"),
-        "{magic_prime=} needs a binidx corpus as {data_file}; no other data comes in that order",
+        "{magic_prime=} needs a binidx corpus as {data_file}; no other data is read in that order",
     ),
     Constraint(
         "exit_tokens_need_text",
@@ -197,7 +197,7 @@ CONSTRAINTS = (
     Constraint(
         "one_infinite_context",
         lambda c: c.infctx and c.state_cp,
-        "{infctx} 1 with {chunk_ctx} and {state_cp} 1 with {ctx_parts} say the same twice; give one of the two",
+        "{infctx} 1 with {chunk_ctx} and {state_cp} 1 with {ctx_parts} are two ways to say the same; give one of them",
     ),
     Constraint(
         "more_parts_than_tokens",
@@ -252,13 +252,13 @@ STRATEGY_CONSTRAINTS = (
     Constraint(
         "whole_blocks_and_chunks",
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].whole_blocks and c.chunk > 0,
-        "{strategy=} puts a block together when its backward pass begins, and infinite context has one backward pass "
-        "for all pieces and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
+        "{strategy=} gathers the weights of one block at a time, and infinite context has one backward pass for all "
+        "chunks and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
     ),
     Constraint(
         "states_and_recomputed_blocks",
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage == 3 and c.state and c.grad_cp,
-        "{strategy=} lets the learnt states go before a block that is recomputed reads them; use {grad_cp} 0, or "
+        "{strategy=} releases the learnt states before a recomputed block reads them; use {grad_cp} 0, or "
         "{strategy} deepspeed_stage_2, which needs no more memory for them",
     ),
     Constraint(

@@ -14,11 +14,11 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
+from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
-from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments
-from rwkv_rlhf.data.pairs.pairs import Pairs
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
+from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sampler import (
     MagicPrime,
@@ -37,11 +37,13 @@ from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.layers.placing import Layout, matrices
+from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.scoring.divergence import Divergence
-from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
+from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
 from rwkv_rlhf.training.start import Start
@@ -56,7 +58,7 @@ def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[s
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
         yield (
-            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"the good answers together weigh {ratio:.2g} times as much as the bad ones; 1 to 1.33 is advised: set "
             f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
             f"{desirable * good / bad:.3g}"
         )
@@ -101,7 +103,7 @@ class Inputs:
         if kind == "pairs" and rated:
             raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
         if kind == "rated":
-            pairs = pairs if rated else taken_apart(pairs)
+            pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
         if score and c.loss_facts.reference:
@@ -175,19 +177,19 @@ class Inputs:
             )
         seed = c.seed if c.random_mode else None
         joined = JoinedDocuments(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
-        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        log.info("%d documents joined into %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 
-    def _growing(self) -> Growing | None:
+    def _growing(self) -> ContextWarmup | None:
         """--initial_ctx_len: how long samples are at each step."""
         c = self.config
         if not c.initial_ctx_len:
             return None
         log.info(
-            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            "samples grow from %d to %d tokens in %d steps; longer ones are cut until then",
             *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
         )
-        return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
+        return ContextWarmup(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
 
     def _corpus(self) -> tuple[Any, Order]:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
@@ -216,7 +218,9 @@ class Inputs:
             log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
         if known:
-            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+            log.info(
+                "reference scores in %s belong to another model or setting: computing them again", pairs.report.source
+            )
         return self._computed_reference(pairs)
 
     def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
@@ -229,16 +233,16 @@ class Inputs:
         held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
         if initial := initial_factors(model):  # PiSSA's start model is the packed residual and these
             held.append(tensors_hash(initial))
-        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+        with progress_bar(len(pairs), "reference", c.enable_progress_bar) as done:
             return reference_scores(
                 model,
                 pairs,
                 model_hash=model_hash,
                 arithmetic=" ".join(held),
                 folder=self.folder,
-                chunk=c.head_chunk,
+                head_chunk=c.head_chunk,
+                chunk=c.chunk,
                 progress=done,
-                length=c.chunk,
             )
 
     def _same_reference(self, about: dict) -> bool:
@@ -299,9 +303,8 @@ class Inputs:
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
         """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
         c, model = self.config, self.start.model
-        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
-        rated = isinstance(pairs[0], RatedExample)
-        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        loss = LOSSES[c.loss or tables.PRETRAINING]
+        good = torch.tensor([pair.good for pair in pairs if isinstance(pair, RatedExample)])
         distance: Divergence | None = None
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
@@ -315,10 +318,10 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(model):
-                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                scores = score_pairs(model, pairs, head_chunk=c.head_chunk, chunk=c.chunk)
                 near = {} if distance is None else {"kl": distance.of(model)}
-            if rated:
-                return rated_metrics(sums, counts, good, base, beta) | near
-            return pair_metrics(sums, counts, base, beta) | near
+            if len(good):
+                return rated_figures(scores, good, base, c) | near
+            return pair_figures(scores, base, loss, c) | near
 
         return score

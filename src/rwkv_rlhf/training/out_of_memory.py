@@ -50,7 +50,7 @@ def advice(config: Config) -> list[str]:
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Inside, running out of memory becomes one OutOfMemory with the three flags that help this run most."""
+    """Inside, running out of memory becomes one OutOfMemory with the three flags that save this run most."""
     try:
         yield
     except Exception as error:
@@ -58,6 +58,6 @@ def explained(config: Config) -> Iterator[None]:
             raise
         flags = ", ".join(advice(config))
         raise OutOfMemory(
-            f"memory is full; what helps this run most: {flags}. The checkpoints and resume points written so far are "
+            f"out of memory. Try, most effective first: {flags}. The checkpoints and resume points written so far are "
             "intact"
         ) from error

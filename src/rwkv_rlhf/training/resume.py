@@ -67,14 +67,14 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
     if not config.resume:
         if points_in(folder / FOLDER) and config.resume_every != NEVER:
             log.warning(
-                "%s holds a resume point of an earlier run, which --resume auto would go on from: this run starts anew "
-                "and replaces it with its own first one",
+                "%s holds a resume point of an earlier run. This run starts from the beginning and will replace it; to "
+                "continue the earlier run instead, add --resume auto",
                 folder / FOLDER,
             )
         return None
     point = last_point(folder / FOLDER) if config.resume == "auto" else explicit_point(Path(config.resume))
     if point is None:
-        log.info("--resume auto: %s holds no resume point, so the run starts anew", folder)
+        log.info("--resume auto: %s holds no resume point, so the run starts from the beginning", folder)
         return None
     if point.about["world"] != ranks.world():
         raise ValueError(
@@ -83,7 +83,9 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
-        log.warning("%s changed since %s: the rest is not the same bit for bit", ", ".join(rounds), point.path)
+        log.warning(
+            "%s changed since %s: the rest of the run will not be the same bit for bit", ", ".join(rounds), point.path
+        )
     if point.about["epoch_count"] != config.epoch_count and config.lr_schedule != "constant":
         log.warning(
             "--epoch_count was %d, is %d: the learning rates of the rest are those of the new length",
@@ -199,7 +201,7 @@ class WriteResumePoints(pl.Callback):
             if point.project.resolve() == self.folder.resolve():
                 self._drop_lines(state["logs"])
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
-            log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
+            log.info("resuming from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]
         take_run_state(self.trainer, self.module, state)
         if not state["over"]:  # else its end was dealt with just now
@@ -208,7 +210,7 @@ class WriteResumePoints(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The first batch of all stands in the middle of a mini-epoch when the point did."""
+        """A point in the middle of a mini-epoch: tell Lightning, at the first batch, what came before it."""
         if self._skip:
             skip_batches(trainer, self._skip)
             self._skip = 0
@@ -254,7 +256,7 @@ class WriteResumePoints(pl.Callback):
             if stopped and together and self.state and not self._guards and self.every != NEVER:
                 self.background.wait()
                 self.points.write(self._place(), self._tree())
-                log.info("--resume auto goes on after step %d", self.state["step"])
+                log.info("--resume auto will continue after step %d", self.state["step"])
             else:
                 self.background.wait()
         except (ValueError, RuntimeError, MemoryError) as error:

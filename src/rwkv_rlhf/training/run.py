@@ -94,7 +94,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
         written = flag == "--load_model" or not found[1].isdigit() or begin <= int(found[1]) < end
         if written:
             raise ValueError(
-                f"{flag} {path} lies in --proj_dir {folder}, and this run would write over it: give another folder, or "
+                f"{flag} {path} is in --proj_dir {folder}, and this run would overwrite it: give another folder, or "
                 "move the file"
             )
 

@@ -27,7 +27,7 @@ FILES = {
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """All that decides how the run goes on, as JSON can hold it; files by their content, so that they may move."""
+    """Everything that decides how the run continues, as JSON values; files by their content, so that they may move."""
     found = {}
     for name in settings():
         value = getattr(config, name)

@@ -45,9 +45,9 @@ from rwkv_rlhf.training.optimizers import NOTHING
 log = logging.getLogger(__name__)
 
 HINTS = {
-    "base": "give the right {load_model}, or {force} 1 to go on",
+    "base": "give the right {load_model}, or {force} 1 to continue all the same",
     "factors": "give them with {load_adapter_pissa_init}",
-    "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
+    "cold": "{load_cold_adapter} must name the adapter that was merged into its base, or be left out",
 }
 SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
@@ -115,7 +115,7 @@ def numbered_from(config: Config, path: Path) -> Config:
     begin = int(found[1]) + 1 if found else 0
     if not (continues(config) and found) or config.epoch_begin >= begin:
         return config
-    log.info("going on from %s: --epoch_begin %d", path, begin)
+    log.info("continuing from %s: --epoch_begin %d", path, begin)
     return dataclasses.replace(config, epoch_begin=begin)
 
 
@@ -141,7 +141,7 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     plan = plan_for(config, sizes.n_layer)
     if continues(config) and plan.modes != {"full"}:
         raise ValueError(
-            "--load_model 0 goes on from whole models of the project folder, and this plan saves parts of one: "
+            "--load_model 0 continues from whole models in the project folder, but this plan saves only parts of one: "
             "give the model with --load_model"
         )
     with hinting(HINTS):
