@@ -364,27 +364,61 @@ VERSIONS: dict[str, VersionFacts] = {
 
 @dataclass(frozen=True)
 class FormatFacts:
-    """A format of data by the suffixes of its files: what one file of it can hold, and who reads it.
+    """A format of data by the suffixes of its files, and who reads what such a file can hold.
 
-    holds: some of "text", "pairs", "rated". tokenised: it holds token ids, so template and tokenizer do not matter.
+    text: documents, read(path, tokenizer, report, draw, train_on_prompt) -> examples. rows: records by column, pairs or
+    rated answers, read(path, report, columns) -> rows. pairs: pairs that are no rows, open(path, tokenizer, options,
+    ctx_len) -> Pairs. tells: of a file that can hold text or pairs but no rows, whether it holds pairs.
+    tokenised: it holds token ids, so template and tokenizer do not matter. words: of --data_type, beside its name.
     """
 
     help: str
     suffixes: tuple[str, ...]
-    holds: tuple[str, ...]
+    text: str = ""
+    rows: str = ""
+    pairs: str = ""
+    tells: str = ""
     tokenised: bool = False
-    words: tuple[str, ...] = ()  # of --data_type, beside the format's own name
+    words: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What one file can hold: some of "text", "pairs", "rated"."""
+        found = {"text": self.text, "pairs": self.rows or self.pairs, "rated": self.rows}
+        return tuple(kind for kind, reader in found.items() if reader)
 
 
 FORMATS: dict[str, FormatFacts] = {
-    "binidx": FormatFacts("Megatron's pair of .bin and .idx, named without suffix", (), ("text",), tokenised=True),
-    "jsonl": FormatFacts("one JSON object a line", (".jsonl",), ("text", "pairs", "rated")),
-    "txt": FormatFacts("one document", (".txt",), ("text",), words=("utf-8",)),
-    "csv": FormatFacts("a table with a header", (".csv",), ("pairs", "rated")),
-    "parquet": FormatFacts("a table in columns", (".parquet",), ("pairs", "rated")),
-    "save": FormatFacts("tokenised pairs of the preparation scripts", (".save",), ("pairs",), tokenised=True),
+    "csv": FormatFacts("a table with a header", (".csv",), rows="rwkv_rlhf.data.rows:read_csv"),
+    "jsonl": FormatFacts(
+        "one JSON object a line",
+        (".jsonl",),
+        text="rwkv_rlhf.data.text.documents:jsonl_documents",
+        rows="rwkv_rlhf.data.rows:read_jsonl",
+    ),
+    "txt": FormatFacts(
+        "one document", (".txt",), text="rwkv_rlhf.data.text.documents:txt_documents", words=("utf-8",)
+    ),  # utf-8 is RWKV-LM's name for a text file
+    "binidx": FormatFacts(
+        "Megatron's pair of .bin and .idx, named with or without suffix",
+        (".bin", ".idx"),
+        text="rwkv_rlhf.data.text.documents:binidx_documents",
+        tokenised=True,
+    ),
+    "parquet": FormatFacts("a table in columns", (".parquet",), rows="rwkv_rlhf.data.rows:read_parquet"),
+    "save": FormatFacts(
+        "tokenised pairs of the preparation scripts",
+        (".save",),
+        pairs="rwkv_rlhf.data.pairs.dataset:open_save",
+        tokenised=True,
+    ),
     "h5": FormatFacts(
-        "tokenised documents, or pairs of older programs", (".h5", ".hdf5"), ("text", "pairs"), tokenised=True
+        "tokenised documents, or pairs of older programs",
+        (".h5", ".hdf5"),
+        text="rwkv_rlhf.data.text.documents:h5_documents",
+        pairs="rwkv_rlhf.data.pairs.dataset:open_pair_h5",
+        tells="rwkv_rlhf.data.text.h5:holds_pairs",
+        tokenised=True,
     ),
 }
 
