@@ -50,7 +50,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
             yield line, cells
 
 
-def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
+def csv_columns(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
     """Lower-case column names of a header; ValueError when one stands twice."""
     names = [cell.strip().lower() for cell in cells]
     for name in names:
@@ -59,7 +59,7 @@ def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
     return names
 
 
-def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_csv(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a CSV file in UTF-8 (a BOM is fine); quoted cells may hold line breaks.
 
     Args:
@@ -92,7 +92,7 @@ def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ())
             yield Row(where, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
 
 
-def read_jsonl(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_jsonl(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Objects of a JSONL file, one a line, blank lines left out; keys in lower case. Each has `columns` of its own.
 
     Raises:
@@ -123,7 +123,7 @@ def _json_object(raw: bytes) -> dict:
     return {key.strip().lower(): item for key, item in value.items()}
 
 
-def read_parquet(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a parquet file, of which any column may have gaps; needs pyarrow."""
     check_readable(path)
     try:
@@ -141,13 +141,13 @@ def read_parquet(path: str | os.PathLike, report: DataReport, columns: Columns =
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 
-ROW_READERS: dict[str, Callable[[str | os.PathLike, DataReport, Columns], Iterator[Row]]] = {
+ROW_READERS: dict[str, Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]]] = {
     ".csv": read_csv,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
 
 
-def read_rows(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """The rows of a file by its suffix, as CSV if that is none of ROW_READERS; `columns` are those a CSV must have."""
     return ROW_READERS.get(Path(path).suffix.lower(), read_csv)(path, report, columns)

@@ -73,7 +73,7 @@ class Tally:
 
 
 def read_tasks(
-    path: str | os.PathLike, template: str, report: DataReport | None = None
+    path: str | os.PathLike[str], template: str, report: DataReport | None = None
 ) -> tuple[list[str], list[Task]]:
     """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
 

@@ -165,7 +165,7 @@ def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...
 
 
 @functools.lru_cache(maxsize=4)
-def load_chat_template(path: str | os.PathLike) -> JinjaTemplate:
+def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
     """The template that a .jinja file or a tokenizer_config.json describes.
 
     Raises ValueError, naming --template and the file, for a missing or malformed file and for a template that cannot

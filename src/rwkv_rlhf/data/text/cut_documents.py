@@ -27,7 +27,7 @@ class CutDocuments:
         before: trained tokens before each position, so that a part is counted without looking at its tokens; None =
         all are trained.
         """
-        self.report.lengths.append(end - begin)
+        self.report.add_length(end - begin)
         known, size = len(self._found), self._ctx_len
         for at in range(begin, end - 1, size or max(1, end - begin)):
             stop = min(end, at + size + 1) if size else end

@@ -66,7 +66,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def readable_file(path: str | os.PathLike) -> Iterator[Any]:
+def readable_file(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The opened file. Raises ValueError, one sentence, for one that is missing, foreign, truncated or damaged."""
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
@@ -79,7 +79,7 @@ def vlen_kind(dtype: np.dtype) -> np.dtype | None:
     return kind
 
 
-def holds_pairs(path: str | os.PathLike) -> bool:
+def holds_pairs(path: str | os.PathLike[str]) -> bool:
     """Whether an .h5 holds preference pairs instead of documents. Raises ValueError as `readable_file`."""
     with readable_file(path) as file:
         return PAIRS in file
@@ -96,7 +96,7 @@ class H5File:
         ValueError: a missing, foreign, truncated or damaged file; a dataset that is missing or of the wrong kind.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
         self._file: Any = None
         self._sets: dict[str, Any] = {}  # asking a file for a dataset by name costs more than reading an entry
@@ -275,7 +275,7 @@ class H5Texts(CutDocuments):
 
 
 def open_h5(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     vocab_size: int,
     *,
     ctx_len: int = 0,
@@ -360,7 +360,7 @@ class H5Writer:
 
 
 @contextmanager
-def writing(path: str | os.PathLike, about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
+def writing(path: str | os.PathLike[str], about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
     """Gives a writer whose file becomes `path` when the block ends well; otherwise `path` stays as it was.
 
     Args:
