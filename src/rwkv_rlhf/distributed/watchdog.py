@@ -223,10 +223,10 @@ class Watchdog:
         os._exit(status)
 
     def _end_children(self) -> None:
-        for act in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + GRACE
             for child in self.children.values():
                 if child.poll() is None:
-                    act(child)
+                    child.send_signal(number)
             while any(child.poll() is None for child in self.children.values()) and time.monotonic() < end:
                 time.sleep(0.05)

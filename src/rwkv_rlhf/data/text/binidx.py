@@ -69,8 +69,8 @@ class Corpus:
     @cached_property
     def offsets(self) -> np.ndarray:
         """(n,) int64, where each document begins, in tokens."""
-        ends: np.ndarray = np.cumsum(self.sizes, dtype=np.int64)
-        return ends - self.sizes
+        starts: np.ndarray = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        return starts
 
     def _check(self, kind: np.dtype, pointers: np.ndarray) -> None:
         ends = np.cumsum(self.sizes, dtype=np.int64)

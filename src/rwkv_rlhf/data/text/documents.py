@@ -25,7 +25,7 @@ Draw = Callable[[], Template]  # the template of the next row
 
 
 class Texts(CutDocuments):
-    """Documents (or their parts), held in memory.
+    """Documents (or segments of them), held in memory.
 
     Attributes:
         tokens: (N,) all ids end to end. mask: (N,) which are trained as targets, or None = all.
@@ -48,7 +48,7 @@ class Texts(CutDocuments):
         self._close()
 
     def __getitem__(self, index: int) -> TextExample:
-        _, begin, end, _ = self.parts[index]
+        _, begin, end, _ = self.segments[index]
         return TextExample(self.tokens[begin:end], None if self.mask is None else self.mask[begin:end])
 
 
@@ -66,10 +66,10 @@ def tokenise_chat(
     """
     ids: list[int] = []
     mask: list[bool] = []
-    segments = list(template.segments(turns))
-    if segments and not segments[-1].answer and not train_on_prompt:
-        segments.pop()  # turns that nobody answered teach nothing
-    for text, answer in segments:
+    spans = list(template.spans(turns))
+    if spans and not spans[-1].answer and not train_on_prompt:
+        spans.pop()  # turns that nobody answered teach nothing
+    for text, answer in spans:
         new = [*tokenizer.encode(text), *(template.end_ids if answer else ())]
         ids.extend(new)
         mask.extend([answer] * len(new))
@@ -216,7 +216,7 @@ def open_text(
     train the assistant's turns only. An .h5 is read document by document during training, everything else at once.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into parts. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
 
     Raises:
         ValueError: one sentence with file and line, or flag.

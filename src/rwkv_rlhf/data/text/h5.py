@@ -32,7 +32,7 @@ KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
 NUMBERS = ("vocab_size", "top_k")  # attributes that are read
-KEPT = 1 << 30  # bytes of documents that are kept for the next of their parts
+KEPT = 1 << 30  # bytes of documents that are kept for the next of their segments
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
 
@@ -213,7 +213,7 @@ def _number(file: Any, key: str) -> Any:
 
 
 class H5Texts(CutDocuments):
-    """Documents of an .h5 (or their parts), each read when it is asked for.
+    """Documents of an .h5 (or segments of them), each read when it is asked for.
 
     Attributes:
         k: the teacher's logits per token that examples carry, 0 = none.
@@ -245,7 +245,7 @@ class H5Texts(CutDocuments):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> TextExample:
-        number, begin, end, _ = self.parts[index].tolist()
+        number, begin, end, _ = self.segments[index].tolist()
         whole = self._kept.get(number) or self._read(number)
         if end - begin < len(whole.tokens):
             self._keep(number, whole)
@@ -265,7 +265,7 @@ class H5Texts(CutDocuments):
         return TextExample(tokens, mask, top)
 
     def _keep(self, number: int, whole: TextExample) -> None:
-        """For the next of its parts, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
+        """For its next segment, as HDF5 reads an entry whole each time; the last asked for, at most KEPT bytes."""
         if number not in self._kept:
             self._kept[number] = whole
             self._room -= whole.nbytes
@@ -288,7 +288,7 @@ def open_h5(
     """Documents of an .h5. The file is read through once, so that what is wrong with it is known before training.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into parts. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
         teacher: examples carry the teacher's logits; top_k: how many of them, 0 = as many as the file has.
         train_on_prompt: ignore the file's masks. shown: show a progress bar.
 
