@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
@@ -25,7 +25,9 @@ class Pairs(Sequence[PairExample]):
         sidecar: what F.save.json says of this F.save, or None.
     """
 
-    def __init__(self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict | None = None):
+    def __init__(
+        self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict[str, Any] | None = None
+    ):
         self._pairs, self.report, self.sidecar = pairs, report, sidecar
         count_pairs(pairs, report)
         longest = max(report.lengths)
@@ -64,18 +66,18 @@ class Pairs(Sequence[PairExample]):
         return new
 
 
-def _from_rows(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def _from_rows(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     tokeniser = PairTokeniser(path, tokenizer, options)
     return Pairs(tokeniser.pairs(), tokeniser.report, ctx_len)
 
 
-def _from_save(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def _from_save(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     report = DataReport(str(path), skip_bad=options.skip_bad)
     pairs = _capped(read_save(path, report, tokenizer.vocab_size), options.max_len, report)
     return Pairs(pairs, report, ctx_len, read_sidecar(path))
 
 
-def _from_h5(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def _from_h5(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     report = DataReport(str(path), skip_bad=options.skip_bad)
     return Pairs(_capped(read_pair_h5(path, report, tokenizer.vocab_size), options.max_len, report), report, ctx_len)
 
@@ -91,7 +93,7 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
 
 
 # data type (and suffix) -> opener
-PAIR_FORMATS: dict[str, Callable[[str | os.PathLike, Tokenizer, PairOptions, int], Pairs]] = {
+PAIR_FORMATS: dict[str, Callable[[str | os.PathLike[str], Tokenizer, PairOptions, int], Pairs]] = {
     "csv": _from_rows,
     "jsonl": _from_rows,
     "parquet": _from_rows,
@@ -100,7 +102,7 @@ PAIR_FORMATS: dict[str, Callable[[str | os.PathLike, Tokenizer, PairOptions, int
 }
 
 
-def pair_type(path: str | os.PathLike) -> str:
+def pair_type(path: str | os.PathLike[str]) -> str:
     """The data type of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
     kind = Path(path).suffix.lower().lstrip(".")
     kind = "h5" if kind == "hdf5" else kind
@@ -112,7 +114,7 @@ def pair_type(path: str | os.PathLike) -> str:
 
 
 def open_pairs(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",
