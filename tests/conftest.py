@@ -17,6 +17,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_curves(request, monkeypatch):
+    """Drawing takes longer than these runs to train: only tests that are marked `curves` draw."""
+    if request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr("rwkv_rlhf.reports.page.draw_curves", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def vocab_file(tmp_path_factory):
     """A trie vocabulary of the 256 single bytes."""

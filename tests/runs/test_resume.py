@@ -65,12 +65,6 @@ def untimed(record):
     return {name: value for name, value in record.items() if name != "tokens_per_s"}
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """They take longer to draw than these runs to train."""
-    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
-
-
 @pytest.fixture
 def run(script):
     def go(*words, status=0):
