@@ -141,9 +141,7 @@ class Talk:
         """One turn of the user, and the answer on stdout."""
         self.turns += 1
         turns = [Turn("user", text)]
-        if (
-            self.template.whole_conversation
-        ):  # such a template writes a conversation, not a turn of it: the model reads it again
+        if self.template.whole_conversation:  # it cannot write one turn alone, so the model reads all of them again
             turns = [*self.said, *turns]
             self.state, self.pending = None, []
         prompt = self.pending + self.tokenizer.encode(self.template.prompt(turns))

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rwkv_rlhf.data.batch import (
+    Batch,
     PairBatch,
     PairExample,
     RatedBatch,
@@ -225,7 +226,7 @@ class Steps:
             self._total = (step, float(max(1, count)))
         return self._total[1]
 
-    def micro_batch(self, k: int) -> TextBatch | PairBatch:
+    def micro_batch(self, k: int) -> Batch:
         """The k-th micro-batch of this rank, counted from the very start of training."""
         step = k // self.accumulate
         examples = [part for index in self.indices(k) for part in self._sample(index, step)]
@@ -260,4 +261,6 @@ class MixedSteps:
 
     def micro_batch(self, k: int) -> PairBatch:
         """The k-th micro-batch: pairs, with text under `general`."""
-        return replace(self.pairs.micro_batch(k), general=self.general.micro_batch(k))
+        pairs, general = self.pairs.micro_batch(k), self.general.micro_batch(k)
+        assert isinstance(pairs, PairBatch) and isinstance(general, TextBatch)
+        return replace(pairs, general=general)

@@ -61,8 +61,9 @@ def by_torchrun(variables: Variables) -> RankInfo | None:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in variables for name in needed):
         return None
-    *numbers, address, port = (variables[name] for name in needed)
-    return RankInfo(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
+    rank, world, local, local_world = (_number(name, variables[name]) for name in needed[:4])
+    port = _number("MASTER_PORT", variables["MASTER_PORT"])
+    return RankInfo(rank, world, local, local_world, variables["MASTER_ADDR"], port, "torchrun")
 
 
 def by_slurm(variables: Variables) -> RankInfo | None:
@@ -131,7 +132,7 @@ def _number(name: str, text: str) -> int:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 class LaunchEnvironment(ClusterEnvironment):

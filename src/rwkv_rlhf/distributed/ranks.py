@@ -99,7 +99,8 @@ def full_tensor(parameter: Tensor) -> Iterator[Tensor]:
         with GatheredParameters([parameter]):
             yield parameter.detach()
     elif hasattr(parameter, "full_tensor"):
-        yield parameter.detach().full_tensor()
+        sharded: Any = parameter.detach()
+        yield sharded.full_tensor()
     else:
         yield parameter.detach()
 

@@ -29,7 +29,6 @@ class SimPO(PairLoss):
     Rewards: beta * mean log-probability, so that `reward_margin` is what gamma asks for.
     """
 
-    settings = ("simpo_alpha", "simpo_beta", "simpo_gamma")
     term = "simpo"
 
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:

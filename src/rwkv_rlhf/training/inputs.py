@@ -37,11 +37,13 @@ from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.layers.placing import Layout, matrices
+from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.scoring.divergence import Divergence
-from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
+from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
 from rwkv_rlhf.training.start import Start
@@ -238,9 +240,9 @@ class Inputs:
                 model_hash=model_hash,
                 arithmetic=" ".join(held),
                 folder=self.folder,
-                chunk=c.head_chunk,
+                head_chunk=c.head_chunk,
+                chunk=c.chunk,
                 progress=done,
-                length=c.chunk,
             )
 
     def _same_reference(self, about: dict) -> bool:
@@ -301,9 +303,8 @@ class Inputs:
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
         """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
         c, model = self.config, self.start.model
-        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
-        rated = isinstance(pairs[0], RatedExample)
-        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        loss = LOSSES[c.loss or tables.PRETRAINING]
+        good = torch.tensor([pair.good for pair in pairs if isinstance(pair, RatedExample)])
         distance: Divergence | None = None
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
@@ -317,10 +318,10 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(model):
-                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                scores = score_pairs(model, pairs, head_chunk=c.head_chunk, chunk=c.chunk)
                 near = {} if distance is None else {"kl": distance.of(model)}
-            if rated:
-                return rated_metrics(sums, counts, good, base, beta) | near
-            return pair_metrics(sums, counts, base, beta) | near
+            if len(good):
+                return rated_figures(scores, good, base, c) | near
+            return pair_figures(scores, base, loss, c) | near
 
         return score

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
@@ -16,7 +17,7 @@ from rwkv_rlhf.files import check_readable
 
 
 class Pairs(Sequence[PairExample]):
-    """Pairs in file order.
+    """Pairs (or rated answers) in file order.
 
     Attributes:
         report: what was read, cut and left out.
@@ -24,7 +25,7 @@ class Pairs(Sequence[PairExample]):
         sidecar: what F.save.json says of this F.save, or None.
     """
 
-    def __init__(self, pairs: list[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict | None = None):
+    def __init__(self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict | None = None):
         self._pairs, self.report, self.sidecar = pairs, report, sidecar
         count_pairs(pairs, report)
         longest = max(report.lengths)
@@ -38,7 +39,11 @@ class Pairs(Sequence[PairExample]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> PairExample:
+    @overload
+    def __getitem__(self, index: int) -> PairExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PairExample]: ...
+    def __getitem__(self, index: int | slice) -> PairExample | Sequence[PairExample]:
         return self._pairs[index]
 
     def trained(self, index: int) -> int:

@@ -27,7 +27,7 @@ def _column(path: str | os.PathLike, file: Any, name: str) -> np.ndarray:
     if inner is None or np.dtype(inner).kind not in ("f" if name in MEANS else "iu"):
         what = "numbers" if name in MEANS else "variable-length arrays of token ids"
         raise ValueError(f"{path}: `{name}` is no list of {what}")
-    return file[name][:]
+    return np.asarray(file[name][:])
 
 
 def read_pair_h5(path: str | os.PathLike, report: DataReport, vocab_size: int | None = None) -> list[PairExample]:

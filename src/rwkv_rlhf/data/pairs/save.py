@@ -72,7 +72,7 @@ def pair_record(value: object, vocab_size: int | None) -> PairExample:
         raise RowError("its log-probabilities are not two finite numbers", "wrong structure")
     if chosen == reject:
         raise RowError("chosen and reject are identical", "identical answers")
-    known = tuple(float(number) for number in reference)
+    known = (float(reference[0]), float(reference[1]))
     return PairExample(prompt, chosen, reject, None if known == NO_REFERENCE else known)
 
 

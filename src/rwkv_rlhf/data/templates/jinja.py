@@ -128,7 +128,7 @@ class JinjaTemplate(Template):
         return Rendered(prompt, [text[len(prompt) :] for text in whole])
 
     def segments(self, turns: Sequence[Turn]) -> Iterator[Segment]:
-        """As `Template.segments`; RowError for a template that writes an earlier turn otherwise once more turns follow."""
+        """As `Template.segments`; RowError for a template that rewrites earlier turns once more turns follow."""
         said = ""
         for at, turn in enumerate(turns):
             if turn.role != "assistant":

@@ -1,7 +1,7 @@
 """How a conversation becomes text: the names of the speakers, the cue that an answer follows, the mark that ends it.
 
-The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`: prompt and answer are tokenised apart, so training
-sees the very tokens that sampling continues from.
+The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`. Prompt and answer are tokenised apart, so
+training sees the very tokens that sampling continues from.
 """
 
 from collections.abc import Iterator, Sequence

@@ -69,7 +69,7 @@ class Corpus:
     @cached_property
     def offsets(self) -> np.ndarray:
         """(n,) int64, where each document begins, in tokens."""
-        return np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        return np.subtract(np.cumsum(self.sizes, dtype=np.int64), self.sizes)
 
     def _check(self, kind: np.dtype, pointers: np.ndarray) -> None:
         ends = np.cumsum(self.sizes, dtype=np.int64)

@@ -20,6 +20,8 @@ from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from rwkv_rlhf.files import read_bytes
 
+Draw = Callable[[], Template]  # the template of the next row
+
 
 class Texts(CutDocuments):
     """Documents (or their parts), held in memory.
@@ -100,7 +102,7 @@ def _document(record: dict, template: Template, tokenizer: Tokenizer, train_on_p
 
 
 def _jsonl(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Callable[[], Template], train_on_prompt: bool
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
     for where, record in read_jsonl(path, report):
         try:
@@ -112,7 +114,7 @@ def _jsonl(
 
 
 def _txt(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
     data = read_bytes(path)
     try:
@@ -127,7 +129,7 @@ def _txt(
 
 
 def _binidx(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
     corpus = Corpus(path, tokenizer.vocab_size)
     for number in range(len(corpus)):
@@ -136,7 +138,7 @@ def _binidx(
 
 
 def _h5(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
     file = H5File(path)
     for number in range(len(file)):

@@ -75,7 +75,8 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
 
 def vlen_kind(dtype: np.dtype) -> np.dtype | None:
     """What variable-length entries consist of, None for entries of another kind."""
-    return _library().check_vlen_dtype(dtype)
+    kind: np.dtype | None = _library().check_vlen_dtype(dtype)
+    return kind
 
 
 def holds_pairs(path: str | os.PathLike) -> bool:
@@ -332,11 +333,13 @@ class H5Writer:
             self.sets[MASK] = self._create(MASK)  # the entries before are empty: all trained
         entries: dict[str, list[np.ndarray]] = {TOKENS: [np.asarray(e.tokens) for e in examples]}
         if self.k:
+            entries |= {VALUES: [], INDICES: [], LSE: []}
             for e in examples:
-                assert e.teacher is not None and e.teacher.values.shape == (len(e.tokens), self.k)
-            entries[VALUES] = [e.teacher.values.reshape(-1) for e in examples]
-            entries[INDICES] = [e.teacher.indices.reshape(-1) for e in examples]
-            entries[LSE] = [e.teacher.lse for e in examples]
+                top = e.teacher
+                assert top is not None and top.lse is not None and top.values.shape == (len(e.tokens), self.k)
+                entries[VALUES].append(top.values.reshape(-1))
+                entries[INDICES].append(top.indices.reshape(-1))
+                entries[LSE].append(top.lse)
         if MASK in self.sets:
             entries[MASK] = [np.empty(0) if e.mask is None else np.asarray(e.mask) for e in examples]
         begin, self.documents = self.documents, self.documents + len(examples)
