@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from rwkv_rlhf.reports import page
 from rwkv_rlhf.settings.command_line import run as run_script
 from tests.support.files import VOCAB
 from tests.support.models import any_initial_tensors
@@ -17,11 +18,21 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(request, monkeypatch):
-    """Drawing takes longer than these runs to train: only tests that are marked `curves` draw."""
-    if request.node.get_closest_marker("curves") is None:
-        monkeypatch.setattr("rwkv_rlhf.reports.page.draw_curves", lambda folder: None)
+DRAW_CURVES = page.draw_curves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves():
+    """Drawing takes longer than these runs to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw_curves", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Where a test is about the curves, they are drawn."""
+    monkeypatch.setattr(page, "draw_curves", DRAW_CURVES)
 
 
 @pytest.fixture(scope="session")

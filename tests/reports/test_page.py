@@ -10,7 +10,7 @@ from tests.support.files import jsonl
 PNG = b"\x89PNG"
 
 
-@pytest.mark.curves
+@pytest.mark.usefixtures("curves")
 def test_a_picture_of_what_was_logged(tmp_path):
     """If this breaks, a run that logged something has no curves, or they fail over a metric that a step lacks."""
     assert draw_curves(tmp_path) is None  # nothing was logged
@@ -28,7 +28,7 @@ def test_a_picture_of_what_was_logged(tmp_path):
     assert draw_curves(tmp_path) == picture and picture.read_bytes() != before
 
 
-@pytest.mark.curves
+@pytest.mark.usefixtures("curves")
 def test_the_page_needs_no_network_and_quotes_what_it_shows(tmp_path):
     """If this breaks, a page is empty on a machine without network, or a file's name runs as HTML in it."""
     jsonl(tmp_path / "metrics.jsonl", {"event": "train", "step": 1, "loss": 2.0})

@@ -10,6 +10,8 @@ import pytest
 from tests import fuzz
 from tests.fuzzing import readers
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 EACH = 17  # inputs of a reader: 500 in all
 
 

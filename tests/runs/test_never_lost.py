@@ -23,6 +23,8 @@ from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, environment
 from tests.support.source_files import ROOT
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 
 @pytest.fixture
 def typed(base_model, vocab_file):

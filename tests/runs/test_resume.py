@@ -13,6 +13,8 @@ from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from tests.support.files import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 class Cut(Exception):
     """Stands for the end of the process: nothing after it may help the run."""

@@ -6,11 +6,14 @@ import shlex
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.support.files import JINJA, VOCAB
 from tests.support.processes import PROGRAMS, environment
 from tests.support.source_files import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(390)]
 
 
 def everything(folder, base, vocab, pairs, texts):
