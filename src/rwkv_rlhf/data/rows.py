@@ -4,11 +4,13 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import check_readable, parse_json, read_bytes
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import format_of_name
+from rwkv_rlhf.settings.implementations import load
 
 Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
@@ -147,13 +149,15 @@ def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Colu
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 
-ROW_READERS: dict[str, Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]]] = {
-    ".csv": read_csv,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-}
-
-
 def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
-    """The rows of a file by its suffix, as CSV if that is none of ROW_READERS; `columns` are those a CSV must have."""
-    return ROW_READERS.get(Path(path).suffix.lower(), read_csv)(path, report, columns)
+    """The rows of a file by its suffix, as CSV if that names no format with rows; `columns` are those it must have."""
+    read: Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]] = read_csv
+    if has_rows(path):
+        read = load(tables.FORMATS[format_of_name(path)].rows)
+    return read(path, report, columns)
+
+
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether the suffix of a path names a format that is read row by row."""
+    found = format_of_name(path)
+    return bool(found and tables.FORMATS[found].rows)

@@ -7,8 +7,6 @@ moved, and their reference scores are computed with its own.
 import os
 import random
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn, refuse_nul
@@ -16,7 +14,7 @@ from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import ROW_READERS, read_rows
+from rwkv_rlhf.data.rows import has_rows, read_rows
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -31,7 +29,7 @@ def is_rated_record(record: dict[str, Any]) -> bool:
 
 def is_rated(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
-    if Path(path).suffix.lower() not in ROW_READERS:
+    if not has_rows(path):
         return False
     first = next(read_rows(path, DataReport(str(path), skip_bad=True, quiet=True)), None)
     return first is not None and is_rated_record(first.record)

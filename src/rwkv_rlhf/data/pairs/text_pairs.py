@@ -4,12 +4,12 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.conversation import Turn, normalise, parse_messages, refuse_nul, with_system
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import ROW_READERS, read_rows
+from rwkv_rlhf.data.rows import has_rows, read_rows
+from rwkv_rlhf.settings.formats import names_of_formats
 
 PROMPT = ("prompt", "question")  # names of columns that mean the same
 CHOSEN = ("chosen",)
@@ -128,8 +128,9 @@ def read_pairs(
         ValueError: with file, line and what is wrong.
     """
     seen: set[int] = set()
-    if Path(path).suffix.lower() not in ROW_READERS:
-        raise ValueError(f"{path}: not a file of preference pairs; one of {', '.join(ROW_READERS)} (or .save)")
+    if not has_rows(path):
+        legal = ", ".join(names_of_formats("rated"))  # those with rows
+        raise ValueError(f"{path}: not a file of preference pairs; one of {legal} (or .save)")
     columns = (PROMPT, CHOSEN, REJECT) if need_reject else (PROMPT, CHOSEN)
     for where, record in read_rows(path, report, columns):
         try:
