@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def kind_of(path: str | os.PathLike, data_type: str = "") -> str:
+def kind_of(path: str | os.PathLike[str], data_type: str = "") -> str:
     """ "pairs" or "text": what the file at `path` holds, by its data type, its suffix, or its first row.
 
     Raises ValueError when neither fits or the file cannot be read.

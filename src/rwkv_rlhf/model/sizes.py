@@ -149,24 +149,23 @@ def states_in(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(state for state in STATES if state in found)
 
 
-def check_flags(sizes: Sizes, **typed: int | str | None) -> None:
-    """Refuse what the user typed where the checkpoint says otherwise.
+def check_flags(sizes: Sizes, **flags: int | str | None) -> None:
+    """Refuse sizes that the user gave where the checkpoint says otherwise.
 
-    `typed` holds fields of `Sizes` by name; None, 0 and "" mean "not given". Raises ValueError naming both values.
+    `flags` holds fields of `Sizes` by name; None, 0 and "" mean "not given". Raises ValueError naming both values.
     """
-    for name, value in typed.items():
+    for name, value in flags.items():
         assert name in _FLAGS, name
         if not value:
             continue
         if name == "head_size" and not tables.VERSIONS[sizes.version].heads:
             continue
         found = getattr(sizes, name)
+        given: int | str = value
         if name == "version":
-            known = {word: v for v, facts in tables.VERSIONS.items() if facts.initial for word in (*facts.spellings, v)}
-            wanted = known.get(str(value).lower())
-            if wanted is None:
+            known = {word: v for v, facts in tables.VERSIONS.items() if facts.new for word in (*facts.spellings, v)}
+            if str(value).lower() not in known:
                 raise ValueError(f"--my_testing {value}: the known versions are {', '.join(known)}")
-        else:
-            wanted = value
-        if wanted != found:
+            given = known[str(value).lower()]
+        if given != found:
             raise ValueError(f"{_FLAGS[name]} is {value} but the checkpoint has {name} {found}: leave the flag out")

@@ -45,7 +45,7 @@ GROUPS = {
 
 def new_versions() -> Choices:
     """Versions that --my_testing may name: those of which models can be made."""
-    return with_fact(tables.VERSIONS, lambda facts: facts.initial)
+    return with_fact(tables.VERSIONS, lambda facts: facts.new)
 
 
 def peft_modes() -> Choices:

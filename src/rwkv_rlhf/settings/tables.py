@@ -261,7 +261,7 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. initial: the initial values of a new model, "" = none can be made. spellings: further
+    block: its block class. new: models of it can be made from zero. spellings: further
     words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
     that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
     head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
@@ -278,7 +278,7 @@ class VersionFacts:
     lacks: frozenset[str] = frozenset()
     per_channel: bool | None = None
     spellings: tuple[str, ...] = ()
-    initial: str = ""
+    new: bool = True
     heads: str = ""
     low_rank: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     small: str = ".*time.*"
@@ -292,7 +292,6 @@ VERSIONS: dict[str, VersionFacts] = {
     "x040": VersionFacts(
         "RWKV-4",
         "rwkv_rlhf.model.rwkv4:Block",
-        initial="rwkv_rlhf.model.initial:X040",
         has=frozenset({"time_first", "time_mix_k"}),
         lacks=frozenset({"ln_x.weight"}),
         rates={"time_decay": 2.0, "time_first": 3.0},
@@ -304,6 +303,7 @@ VERSIONS: dict[str, VersionFacts] = {
         has=frozenset({"ln_x.weight", "time_mix_k"}),
         lacks=frozenset({"gate.weight"}),
         per_channel=False,
+        new=False,
         heads="time_decay",
         rates={"time_decay": 2.0, "time_first": 3.0},
         activations=24.6,
@@ -314,6 +314,7 @@ VERSIONS: dict[str, VersionFacts] = {
         "rwkv_rlhf.model.rwkv5:Block51",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight"}),
         per_channel=False,
+        new=False,
         heads="time_decay",
         rates={"time_decay": 2.0, "time_first": 3.0},
         activations=24.6,
@@ -322,7 +323,6 @@ VERSIONS: dict[str, VersionFacts] = {
     "x052": VersionFacts(
         "RWKV-5.2",
         "rwkv_rlhf.model.rwkv5:Block52",
-        initial="rwkv_rlhf.model.initial:X052",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}),
         per_channel=True,
         spellings=("r3r4",),
@@ -335,7 +335,6 @@ VERSIONS: dict[str, VersionFacts] = {
     "x060": VersionFacts(
         "RWKV-6",
         "rwkv_rlhf.model.rwkv6:Block",
-        initial="rwkv_rlhf.model.initial:X060",
         has=frozenset({"time_maa_w1"}),
         heads="time_faaaa",
         low_rank={"mix": ("time_maa_w2",), "decay": ("time_decay_w1",)},
@@ -347,7 +346,6 @@ VERSIONS: dict[str, VersionFacts] = {
     "x070": VersionFacts(
         "RWKV-7",
         "rwkv_rlhf.model.rwkv7:Block",
-        initial="rwkv_rlhf.model.initial:X070",
         has=frozenset({"r_k", "x_r"}),
         heads="r_k",
         low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",)},  # one block alone has no v1

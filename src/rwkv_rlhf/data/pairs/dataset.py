@@ -27,7 +27,9 @@ class Pairs(Sequence[PairExample]):
         sidecar: what F.save.json says of this F.save, or None.
     """
 
-    def __init__(self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict | None = None):
+    def __init__(
+        self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict[str, Any] | None = None
+    ):
         self._pairs, self.report, self.sidecar = pairs, report, sidecar
         count_pairs(pairs, report)
         longest = max(report.lengths)
@@ -66,20 +68,20 @@ class Pairs(Sequence[PairExample]):
         return new
 
 
-def open_rows(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_rows(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     """Pairs of a file that is read row by row."""
     tokeniser = PairTokeniser(path, tokenizer, options)
     return Pairs(tokeniser.pairs(), tokeniser.report, ctx_len)
 
 
-def open_save(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_save(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     """Pairs of a `.save`, with what its sidecar says."""
     report = DataReport(str(path), skip_bad=options.skip_bad)
     pairs = _capped(read_save(path, report, tokenizer.vocab_size), options.max_len, report)
     return Pairs(pairs, report, ctx_len, read_sidecar(path))
 
 
-def open_pair_h5(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_pair_h5(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     """Pairs of an .h5 of the older programs."""
     report = DataReport(str(path), skip_bad=options.skip_bad)
     return Pairs(_capped(read_pair_h5(path, report, tokenizer.vocab_size), options.max_len, report), report, ctx_len)
@@ -95,7 +97,7 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
     return kept
 
 
-def pair_type(path: str | os.PathLike) -> str:
+def pair_type(path: str | os.PathLike[str]) -> str:
     """The format of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
     found = format_of_name(path)
     if found and "pairs" in tables.FORMATS[found].holds:
@@ -106,7 +108,7 @@ def pair_type(path: str | os.PathLike) -> str:
 
 
 def open_pairs(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",

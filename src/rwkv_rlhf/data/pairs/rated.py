@@ -22,12 +22,12 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 _COLUMNS = (PROMPT, ("completion",), ("label",))
 
 
-def is_rated_record(record: dict) -> bool:
+def is_rated_record(record: dict[str, Any]) -> bool:
     """Whether a row (keys in lower case) is one rated answer."""
     return "completion" in record and "label" in record and "chosen" not in record
 
 
-def is_rated(path: str | os.PathLike) -> bool:
+def is_rated(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
     if not has_rows(path):
         return False
@@ -45,7 +45,7 @@ def _label(value: object) -> bool:
     return found
 
 
-def _tokenise(record: dict, name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
+def _tokenise(record: dict[str, Any], name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
     answer = parse_answer(record.get("completion"), "completion", True)
     turns = complete_prompt(parse_prompt(record) + answer.before, record)
     refuse_nul([*turns, Turn("assistant", answer.text)])
@@ -92,7 +92,7 @@ def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int
 
 
 def open_rated(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",

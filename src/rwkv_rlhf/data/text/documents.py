@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ Draw = Callable[[], Template]  # the template of the next row
 
 
 class Texts(CutDocuments):
-    """Documents (or their parts), held in memory.
+    """Documents (or segments of them), held in memory.
 
     Attributes:
         tokens: (N,) all ids end to end. mask: (N,) which are trained as targets, or None = all.
@@ -50,7 +51,7 @@ class Texts(CutDocuments):
         self._close()
 
     def __getitem__(self, index: int) -> TextExample:
-        _, begin, end, _ = self.parts[index]
+        _, begin, end, _ = self.segments[index]
         return TextExample(self.tokens[begin:end], None if self.mask is None else self.mask[begin:end])
 
 
@@ -68,17 +69,17 @@ def tokenise_chat(
     """
     ids: list[int] = []
     mask: list[bool] = []
-    segments = list(template.segments(turns))
-    if segments and not segments[-1].answer and not train_on_prompt:
-        segments.pop()  # turns that nobody answered teach nothing
-    for text, answer in segments:
+    spans = list(template.spans(turns))
+    if spans and not spans[-1].answer and not train_on_prompt:
+        spans.pop()  # turns that nobody answered teach nothing
+    for text, answer in spans:
         new = [*tokenizer.encode(text), *(template.end_ids if answer else ())]
         ids.extend(new)
         mask.extend([answer] * len(new))
     return TextExample(np.asarray(ids, dtype=np.int64), None if train_on_prompt else np.asarray(mask, dtype=bool))
 
 
-def _document(record: dict, template: Template, tokenizer: Tokenizer, train_on_prompt: bool) -> TextExample:
+def _document(record: dict[str, Any], template: Template, tokenizer: Tokenizer, train_on_prompt: bool) -> TextExample:
     """One JSONL object as a document; RowError when it is of no known form."""
     if "text" in record:
         if not isinstance(record["text"], str):
@@ -158,7 +159,7 @@ def h5_documents(
         yield TextExample(document.tokens) if train_on_prompt else document
 
 
-def text_type(path: str | os.PathLike, data_type: str = "") -> str:
+def text_type(path: str | os.PathLike[str], data_type: str = "") -> str:
     """The data type of a text file: as given, or by what the path names.
 
     Raises ValueError that lists the legal types.
@@ -175,7 +176,7 @@ def text_type(path: str | os.PathLike, data_type: str = "") -> str:
 
 
 def read_documents(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     report: DataReport,
     *,
@@ -199,7 +200,7 @@ def read_documents(
 
 
 def open_text(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     ctx_len: int = 0,
@@ -215,7 +216,7 @@ def open_text(
     train the assistant's turns only. An .h5 is read document by document during training, everything else at once.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into parts. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
 
     Raises:
         ValueError: one sentence with file and line, or flag.
@@ -236,7 +237,7 @@ def open_text(
     return Texts(documents, tokenizer.vocab_size, ctx_len, report)
 
 
-def open_slices(path: str | os.PathLike, vocab_size: int, ctx_len: int, stride: int) -> tuple[Slices, DataReport]:
+def open_slices(path: str | os.PathLike[str], vocab_size: int, ctx_len: int, stride: int) -> tuple[Slices, DataReport]:
     """A binidx corpus as slices of ctx_len + 1 tokens `stride` apart, and its counts; needs no tokenizer."""
     corpus = Corpus(path, vocab_size)
     slices = Slices(corpus, ctx_len, stride)
