@@ -79,8 +79,8 @@ def write_tree(tree: Any, path: Path) -> str:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for part in (len(head).to_bytes(8, "little") + head, *tensors.values()):
-            view = memoryview(part if isinstance(part, bytes) else _bytes(part))
+        views = (memoryview(_bytes(tensor)) for tensor in tensors.values())
+        for view in (memoryview(len(head).to_bytes(8, "little") + head), *views):
             for begin in range(0, len(view), PIECE):
                 piece = view[begin : begin + PIECE]
                 digest.update(piece)

@@ -70,7 +70,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    args = parser.parse_args(words)
+    args: argparse.Namespace = parser.parse_args(words)
     args.exports = [name for name in tables.EXPORTS if getattr(args, f"to_{name}")]
     wanted = {
         "base_model": not args.exports,

@@ -65,7 +65,7 @@ def profile_text(
     writer.writeheader()
     for layer in layer_names(layers):
         mode = {"emb": emb, "head": head}.get(layer, kind)
-        row: dict[str, object] = dict.fromkeys(COLUMNS, "0") | {"Layer": layer, "Mode": mode, "RejectParts": reject}
+        row: dict[str, object] = {**dict.fromkeys(COLUMNS, "0"), "Layer": layer, "Mode": mode, "RejectParts": reject}
         if mode in tables.ADAPTERS:
             here = least * 2 ** (int(layer) * steps // layers) if layer.isdigit() else rank or rank_for(mode)
             row["Rank"] = here
