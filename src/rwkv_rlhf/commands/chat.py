@@ -12,6 +12,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags
@@ -66,7 +67,7 @@ def parser() -> Parser:
     return flags
 
 
-def cue(record: dict, template: Template, where: str) -> str:
+def cue(record: dict[str, Any], template: Template, where: str) -> str:
     """The text that an answer to this record follows. Raises ValueError, with file and line, without a prompt."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():

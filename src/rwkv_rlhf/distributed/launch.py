@@ -23,7 +23,8 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
@@ -187,7 +188,7 @@ class LaunchEnvironment(ClusterEnvironment):
         return self.info.node
 
 
-def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen]:
+def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen[bytes]]:
     """The other processes of this machine, by rank: the same command, told their places in torchrun's variables."""
     started = {}
     for local in range(1, info.local_world):

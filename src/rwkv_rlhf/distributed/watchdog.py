@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import distributed
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_rlhf.distributed.ranks import barrier
 from rwkv_rlhf.settings.command_line import one_line, spelled, wants_debug
@@ -56,13 +56,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, world: int, children: dict[int, subprocess.Popen], timeout: float, *, parent: int | None
+        self, rank: int, world: int, children: dict[int, subprocess.Popen[bytes]], timeout: float, *, parent: int | None
     ) -> None:
         self.rank, self.world, self.children, self.limit = rank, world, children, 60 * timeout
         self.pause = max(0.5, world / 32)
         self.ticks, self.what = 0, "starting"
         self.parent, self.started_by = parent, os.getppid()
-        self.heard: dict[int, tuple[float, dict]] = {}  # rank -> when it last gave a sign of life, and what it said
+        self.heard: dict[
+            int, tuple[float, dict[str, Any]]
+        ] = {}  # rank -> when it last gave a sign of life, and what it said
         self.changed = time.monotonic()  # when the work of any rank last went on
         self.store: TCPStore | None = None
         self.over = threading.Event()
@@ -221,10 +223,10 @@ class Watchdog:
         os._exit(status)
 
     def _end_children(self) -> None:
-        for act in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + GRACE
             for child in self.children.values():
                 if child.poll() is None:
-                    act(child)
+                    child.send_signal(number)
             while any(child.poll() is None for child in self.children.values()) and time.monotonic() < end:
                 time.sleep(0.05)

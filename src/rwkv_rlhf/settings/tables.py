@@ -261,13 +261,14 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. new: models of it can be made from zero. spellings: further words of --my_testing.
-    has, lacks: tensors of blocks.0.att that a file of it has and has not; per_channel: whether time_decay has a number
-    for each channel of each head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none.
-    small: a pattern for the last
-    word of its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of
-    width C that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that
-    the recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
+    block: its block class. new: models of it can be made from zero. spellings: further
+    words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
+    that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
+    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
+    att whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
+    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
+    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
+    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
     begins from a learnt time_state in the model's file.
     """
 
@@ -279,6 +280,7 @@ class VersionFacts:
     spellings: tuple[str, ...] = ()
     new: bool = True
     heads: str = ""
+    low_rank: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     small: str = ".*time.*"
     rates: Mapping[str, float] = field(default_factory=dict)
     activations: float = 0.0
@@ -335,6 +337,7 @@ VERSIONS: dict[str, VersionFacts] = {
         "rwkv_rlhf.model.rwkv6:Block",
         has=frozenset({"time_maa_w1"}),
         heads="time_faaaa",
+        low_rank={"mix": ("time_maa_w2",), "decay": ("time_decay_w1",)},
         rates={"time_decay": 2.0},
         activations=34.4,
         recurrence_bytes=4,
@@ -345,6 +348,7 @@ VERSIONS: dict[str, VersionFacts] = {
         "rwkv_rlhf.model.rwkv7:Block",
         has=frozenset({"r_k", "x_r"}),
         heads="r_k",
+        low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",)},  # one block alone has no v1
         small=r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k",
         rates={"w0": 2.0},
         activations=28.6,
@@ -358,27 +362,61 @@ VERSIONS: dict[str, VersionFacts] = {
 
 @dataclass(frozen=True)
 class FormatFacts:
-    """A format of data by the suffixes of its files: what one file of it can hold, and who reads it.
+    """A format of data by the suffixes of its files, and who reads what such a file can hold.
 
-    holds: some of "text", "pairs", "rated". tokenised: it holds token ids, so template and tokenizer do not matter.
+    text: documents, read(path, tokenizer, report, draw, train_on_prompt) -> examples. rows: records by column, pairs or
+    rated answers, read(path, report, columns) -> rows. pairs: pairs that are no rows, open(path, tokenizer, options,
+    ctx_len) -> Pairs. tells: of a file that can hold text or pairs but no rows, whether it holds pairs.
+    tokenised: it holds token ids, so template and tokenizer do not matter. words: of --data_type, beside its name.
     """
 
     help: str
     suffixes: tuple[str, ...]
-    holds: tuple[str, ...]
+    text: str = ""
+    rows: str = ""
+    pairs: str = ""
+    tells: str = ""
     tokenised: bool = False
-    words: tuple[str, ...] = ()  # of --data_type, beside the format's own name
+    words: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What one file can hold: some of "text", "pairs", "rated"."""
+        found = {"text": self.text, "pairs": self.rows or self.pairs, "rated": self.rows}
+        return tuple(kind for kind, reader in found.items() if reader)
 
 
 FORMATS: dict[str, FormatFacts] = {
-    "binidx": FormatFacts("Megatron's pair of .bin and .idx, named without suffix", (), ("text",), tokenised=True),
-    "jsonl": FormatFacts("one JSON object a line", (".jsonl",), ("text", "pairs", "rated")),
-    "txt": FormatFacts("one document", (".txt",), ("text",), words=("utf-8",)),
-    "csv": FormatFacts("a table with a header", (".csv",), ("pairs", "rated")),
-    "parquet": FormatFacts("a table in columns", (".parquet",), ("pairs", "rated")),
-    "save": FormatFacts("tokenised pairs of the preparation scripts", (".save",), ("pairs",), tokenised=True),
+    "csv": FormatFacts("a table with a header", (".csv",), rows="rwkv_rlhf.data.rows:read_csv"),
+    "jsonl": FormatFacts(
+        "one JSON object a line",
+        (".jsonl",),
+        text="rwkv_rlhf.data.text.documents:jsonl_documents",
+        rows="rwkv_rlhf.data.rows:read_jsonl",
+    ),
+    "txt": FormatFacts(
+        "one document", (".txt",), text="rwkv_rlhf.data.text.documents:txt_documents", words=("utf-8",)
+    ),  # utf-8 is RWKV-LM's name for a text file
+    "binidx": FormatFacts(
+        "Megatron's pair of .bin and .idx, named with or without suffix",
+        (".bin", ".idx"),
+        text="rwkv_rlhf.data.text.documents:binidx_documents",
+        tokenised=True,
+    ),
+    "parquet": FormatFacts("a table in columns", (".parquet",), rows="rwkv_rlhf.data.rows:read_parquet"),
+    "save": FormatFacts(
+        "tokenised pairs of the preparation scripts",
+        (".save",),
+        pairs="rwkv_rlhf.data.pairs.dataset:open_save",
+        tokenised=True,
+    ),
     "h5": FormatFacts(
-        "tokenised documents, or pairs of older programs", (".h5", ".hdf5"), ("text", "pairs"), tokenised=True
+        "tokenised documents, or pairs of older programs",
+        (".h5", ".hdf5"),
+        text="rwkv_rlhf.data.text.documents:h5_documents",
+        pairs="rwkv_rlhf.data.pairs.dataset:open_pair_h5",
+        tells="rwkv_rlhf.data.text.h5:holds_pairs",
+        tokenised=True,
     ),
 }
 

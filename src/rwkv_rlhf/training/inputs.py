@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[str]:
     """A sentence when the weights of good and bad answers are far from what KTO's paper advises."""
-    good = sum(rated[index].good for index in range(len(rated)))
+    good = sum(isinstance(example, RatedExample) and example.good for example in rated)
     bad = len(rated) - good
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
@@ -82,7 +82,7 @@ class Inputs:
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
         """Preference pairs or rated answers, as the file has them."""
         c = self.config
-        options = {
+        options: dict[str, Any] = {
             "template": c.template,
             "max_len": c.rlhf_max_corpus_len if cap else 0,
             "ctx_len": c.ctx_len if cap else 0,
@@ -245,7 +245,7 @@ class Inputs:
                 progress=done,
             )
 
-    def _same_reference(self, about: dict) -> bool:
+    def _same_reference(self, about: dict[str, Any]) -> bool:
         """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
         model, layout = self.start.model, self.start.report.layout
         storage = layout.store if layout.packed else "none"
@@ -281,22 +281,24 @@ class Inputs:
         if self.split_off is not None:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
-            examples = [self.split_off[index] for index in range(len(self.split_off))]
-            known = [pair.reference for pair in examples]
+            pairs = [example for example in self.split_off if isinstance(example, PairExample)]
+            known = [pair.reference for pair in pairs]
             if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
-                return self._held_out_pairs(examples, torch.tensor(known))
-            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
+                return self._held_out_pairs(pairs, torch.tensor(known))
+            return self._held_out_pairs(pairs, self._computed_reference(pairs) if reference else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
-        pairs = self._pairs(c.val_file, cap=False)
-        return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
+        file = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(file, self.reference(file) if reference else None)
 
-    def _held_out_texts(self, texts: Iterable[TextExample]) -> Callable[[], dict[str, Any]]:
+    def _held_out_texts(self, texts: Subset | Texts | H5Texts) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
+            examples = (texts[index] for index in range(len(texts)))  # read anew each time, not kept
+            documents = (example for example in examples if isinstance(example, TextExample))
             with evaluating(self.start.model):
-                return evaluate_text(self.start.model, texts, self.config.head_chunk)
+                return evaluate_text(self.start.model, documents, self.config.head_chunk)
 
         return score
 
