@@ -13,8 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-# --- losses
-
 
 @dataclass(frozen=True)
 class LossFacts:
@@ -103,9 +101,6 @@ LOSSES: dict[str, LossFacts] = {
     ),
 }
 PRETRAINING = "sft"  # the loss of {data_file} alone, without a word about one (and then without smoothing)
-
-
-# --- adapters
 
 
 @dataclass(frozen=True)
@@ -206,9 +201,6 @@ ADAPTERS: dict[str, AdapterFacts] = {
 }
 
 
-# --- storages of frozen matrices
-
-
 @dataclass(frozen=True)
 class StorageFacts:
     """How a frozen matrix is kept. bytes_per_number and rms_error (of a normal matrix): approximate, for people.
@@ -242,9 +234,6 @@ STORAGES: dict[str, StorageFacts] = {
 DENSE = "none"  # not packed: a parameter in the compute dtype
 
 
-# --- RWKV versions
-
-
 @dataclass(frozen=True)
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
@@ -260,7 +249,7 @@ class VersionFacts:
     begins from a learnt time_state in the model's file.
     """
 
-    name: str
+    help: str
     block: str
     has: frozenset[str]
     lacks: frozenset[str] = frozenset()
@@ -345,9 +334,6 @@ VERSIONS: dict[str, VersionFacts] = {
 }
 
 
-# --- formats of files that training reads
-
-
 @dataclass(frozen=True)
 class FormatFacts:
     """A format of data by the suffixes of its files, and who reads what such a file can hold.
@@ -403,9 +389,6 @@ FORMATS: dict[str, FormatFacts] = {
 }
 
 
-# --- strategies
-
-
 @dataclass(frozen=True)
 class StrategyFacts:
     """How ranks share the work. implementation: (config, model) -> a Lightning strategy.
@@ -443,9 +426,6 @@ STRATEGIES: dict[str, StrategyFacts] = {
 }
 
 
-# --- exports
-
-
 @dataclass(frozen=True)
 class ExportFacts:
     """A form for another program. implementation: (adapter file, folder) -> a sentence."""
@@ -457,9 +437,6 @@ class ExportFacts:
 EXPORTS: dict[str, ExportFacts] = {
     "peft": ExportFacts("a folder of the PEFT library", ".checkpoints.exporters.peft:to_peft_folder"),
 }
-
-
-# --- optimizers
 
 
 @dataclass(frozen=True)
@@ -480,9 +457,6 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "adopt": OptimizerFacts("ADOPT (arXiv 2411.02853)"),
     "cpu_adam": OptimizerFacts("DeepSpeed's Adam on the host"),
 }
-
-
-# --- backends of the recurrences
 
 
 @dataclass(frozen=True)
