@@ -184,15 +184,12 @@ def _check_flags(sidecar: Sidecar, flags: AdapterFlags) -> None:
         given = getattr(flags, name)
         adapters = [how for how in sidecar.adapted.values() if name == "mode" or is_scaled(how.mode)]
         trained = sorted({getattr(how, name) for how in adapters})
-        if given is not None and trained and not all(_same(given, value) for value in trained):
+        if given is None:
+            continue
+        same = all(v == given if name == "mode" else math.isclose(v, given, rel_tol=1e-4) for v in trained)
+        if not same:
             found = ", ".join(map(str, trained))
             raise Mismatch(name, f"{name} {given} contradicts the sidecar, which has {name} {found}")
-
-
-def _same(given: str | float, trained: str | float) -> bool:
-    if isinstance(given, str) or isinstance(trained, str):
-        return given == trained
-    return math.isclose(given, trained, rel_tol=1e-4)
 
 
 def _guessed(adapter: Mapping[str, Tensor], flags: AdapterFlags) -> dict[str, Adaptation]:
@@ -202,9 +199,8 @@ def _guessed(adapter: Mapping[str, Tensor], flags: AdapterFlags) -> dict[str, Ad
         parts_of(mode)
     found: dict[str, str] = {}
     signs = {facts.sign: kind for kind, facts in tables.ADAPTERS.items() if facts.sign}
-    for part in sorted(
-        signs, key=lambda sign: -len(tables.ADAPTERS[signs[sign]].tensors)
-    ):  # DoRA's tensors before LoRA's
+    # DoRA's tensors before LoRA's, which it has too
+    for part in sorted(signs, key=lambda sign: -len(tables.ADAPTERS[signs[sign]].tensors)):
         for name in adapter:
             layer, _, last = name.rpartition(".")
             if last == part:
