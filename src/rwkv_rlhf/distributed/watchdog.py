@@ -181,11 +181,10 @@ class Watchdog:
         stopped = [rank for rank, (when, _) in self.heard.items() if now - when > self.limit / 2]
         named = stopped or behind
         if len(named) == self.world:
-            what = f"no rank has made progress for --timeout {self.limit / 60:g} minutes; rank {self.rank} is at: {self.what}"
+            who, doing = "no rank has made progress", f"rank {self.rank} is at: {self.what}"
         else:
-            doing = self.heard[named[0]][1]["what"]
-            what = f"{self._names(named)} has made no progress for --timeout {self.limit / 60:g} minutes; it is at: {doing}"
-        self._end(what, 1, stopped)
+            who, doing = f"{self._names(named)} has made no progress", f"it is at: {self.heard[named[0]][1]['what']}"
+        self._end(f"{who} for --timeout {self.limit / 60:g} minutes; {doing}", 1, stopped)
 
     def _names(self, numbers: list[int]) -> str:
         known = [(rank, self.heard[rank][1]) for rank in numbers[:8]]

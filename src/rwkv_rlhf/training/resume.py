@@ -78,8 +78,8 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
         return None
     if point.about["world"] != ranks.world_size():
         raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume with "
-            "as many"
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume "
+            "with as many"
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5

@@ -7,6 +7,7 @@ moved, and their reference scores are computed with its own.
 import os
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn, refuse_nul
