@@ -139,7 +139,7 @@ class Inputs:
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
         if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
