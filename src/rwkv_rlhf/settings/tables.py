@@ -1,4 +1,4 @@
-"""Facts of everything that there are several of: losses, adapters, storages, versions, formats, strategies, exports.
+"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, exports, optimizers.
 
 Each table is the only list of its kind. The command line, constraints, plan, memory estimate, sidecars, weight decay,
 exports, curves and the parametrised tests are derived from it, so a new thing is one file and one entry here. No torch:
@@ -335,61 +335,6 @@ VERSIONS: dict[str, VersionFacts] = {
 
 
 @dataclass(frozen=True)
-class FormatFacts:
-    """A format of data by the suffixes of its files, and who reads what such a file can hold.
-
-    text: documents, read(path, tokenizer, report, draw, train_on_prompt) -> examples. rows: records by column, pairs or
-    rated answers, read(path, report, columns) -> rows. pairs: pairs that are no rows, open(path, tokenizer, options,
-    ctx_len) -> Pairs. tells: of a file that can hold text or pairs but no rows, whether it holds pairs.
-    tokenised: it holds token ids, so template and tokenizer do not matter. words: of --data_type, beside its name.
-    """
-
-    help: str
-    suffixes: tuple[str, ...]
-    text: str = ""
-    rows: str = ""
-    pairs: str = ""
-    tells: str = ""
-    tokenised: bool = False
-    words: tuple[str, ...] = ()
-
-    @property
-    def holds(self) -> tuple[str, ...]:
-        """What one file can hold: some of "text", "pairs", "rated"."""
-        found = {"text": self.text, "pairs": self.rows or self.pairs, "rated": self.rows}
-        return tuple(kind for kind, reader in found.items() if reader)
-
-
-FORMATS: dict[str, FormatFacts] = {
-    "csv": FormatFacts("a table with a header", (".csv",), rows=".data.rows:read_csv"),
-    "jsonl": FormatFacts(
-        "one JSON object a line", (".jsonl",), text=".data.text.documents:jsonl_documents", rows=".data.rows:read_jsonl"
-    ),
-    "txt": FormatFacts(
-        "one document", (".txt",), text=".data.text.documents:txt_documents", words=("utf-8",)
-    ),  # utf-8 is RWKV-LM's name for a text file
-    "binidx": FormatFacts(
-        "Megatron's pair of .bin and .idx, named with or without suffix",
-        (".bin", ".idx"),
-        text=".data.text.documents:binidx_documents",
-        tokenised=True,
-    ),
-    "parquet": FormatFacts("a table in columns", (".parquet",), rows=".data.rows:read_parquet"),
-    "save": FormatFacts(
-        "tokenised pairs of the preparation scripts", (".save",), pairs=".data.pairs.dataset:open_save", tokenised=True
-    ),
-    "h5": FormatFacts(
-        "tokenised documents, or pairs of older programs",
-        (".h5", ".hdf5"),
-        text=".data.text.documents:h5_documents",
-        pairs=".data.pairs.dataset:open_pair_h5",
-        tells=".data.text.h5:holds_pairs",
-        tokenised=True,
-    ),
-}
-
-
-@dataclass(frozen=True)
 class StrategyFacts:
     """How ranks share the work. implementation: (config, model) -> a Lightning strategy.
 
@@ -428,24 +373,31 @@ STRATEGIES: dict[str, StrategyFacts] = {
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """A form for another program. implementation: (adapter file, folder) -> a sentence."""
+    """A form for another program. implementation: (adapter, folder, force) -> a sentence. files: what it writes."""
 
     help: str
     implementation: str
+    files: tuple[str, ...]
 
 
 EXPORTS: dict[str, ExportFacts] = {
-    "peft": ExportFacts("a folder of the PEFT library", ".checkpoints.exporters.peft:to_peft_folder"),
+    "peft": ExportFacts(
+        "as the PEFT library has it",
+        ".checkpoints.exporters.peft:to_peft_folder",
+        ("adapter_model.safetensors", "adapter_config.json"),
+    ),
 }
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """implementation: (groups, betas, eps) -> a torch optimizer; "" = parsed, but not built yet."""
+    """implementation: (groups, betas, eps) -> a torch optimizer; "" = parsed, but not built yet. state_bytes: what it
+    keeps of each trained number."""
 
     help: str
     implementation: str = ""
     spellings: tuple[str, ...] = ()
+    state_bytes: int = 8
 
 
 OPTIMIZERS: dict[str, OptimizerFacts] = {

@@ -81,7 +81,7 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
         "matrix being unpacked": width
         * max([0, *(layer.shape.numel() for _, layer in matrices(model) if layer.store is not None)]),
         "gradients": gradients,
-        "optimizer": 8 * trained,
+        "optimizer": tables.OPTIMIZERS[config.optim].state_bytes * trained,
         "activations": activation_bytes(config, model, here, gpu),
         "states": 4 * state * rows,
         "head": head_bytes(config, model, here, gpu),
