@@ -37,35 +37,35 @@ class FormatFacts:
 
 
 FORMATS: dict[str, FormatFacts] = {
-    "csv": FormatFacts("a table with a header", (".csv",), rows="rwkv_rlhf.data.rows:read_csv"),
+    "csv": FormatFacts("a table with a header", (".csv",), rows=".data.rows:read_csv"),
     "jsonl": FormatFacts(
         "one JSON object a line",
         (".jsonl",),
-        text="rwkv_rlhf.data.text.documents:jsonl_documents",
-        rows="rwkv_rlhf.data.rows:read_jsonl",
+        text=".data.text.documents:jsonl_documents",
+        rows=".data.rows:read_jsonl",
     ),
     "txt": FormatFacts(
-        "one document", (".txt",), text="rwkv_rlhf.data.text.documents:txt_documents", words=("utf-8",)
+        "one document", (".txt",), text=".data.text.documents:txt_documents", words=("utf-8",)
     ),  # utf-8 is RWKV-LM's name for a text file
     "binidx": FormatFacts(
         "Megatron's pair of .bin and .idx, named with or without suffix",
         (".bin", ".idx"),
-        text="rwkv_rlhf.data.text.documents:binidx_documents",
+        text=".data.text.documents:binidx_documents",
         tokenised=True,
     ),
-    "parquet": FormatFacts("a table in columns", (".parquet",), rows="rwkv_rlhf.data.rows:read_parquet"),
+    "parquet": FormatFacts("a table in columns", (".parquet",), rows=".data.rows:read_parquet"),
     "save": FormatFacts(
         "tokenised pairs of the preparation scripts",
         (".save",),
-        pairs="rwkv_rlhf.data.pairs.dataset:open_save",
+        pairs=".data.pairs.dataset:open_save",
         tokenised=True,
     ),
     "h5": FormatFacts(
         "tokenised documents, or pairs of older programs",
         (".h5", ".hdf5"),
-        text="rwkv_rlhf.data.text.documents:h5_documents",
-        pairs="rwkv_rlhf.data.pairs.dataset:open_pair_h5",
-        tells="rwkv_rlhf.data.text.h5:holds_pairs",
+        text=".data.text.documents:h5_documents",
+        pairs=".data.pairs.dataset:open_pair_h5",
+        tells=".data.text.h5:holds_pairs",
         tokenised=True,
     ),
 }

@@ -21,6 +21,7 @@ from rwkv_rlhf.settings.not_built import values_not_built
 
 # setting -> the table that explains its choices
 EXPLAINED: dict[str, Mapping[str, Any]] = {
+    "version": tables.VERSIONS,
     "strategy": tables.STRATEGIES,
     "quant_mode": tables.STORAGES,
     "peft": tables.ADAPTERS,

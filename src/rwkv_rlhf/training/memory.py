@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.checkpoints.loading import block_of
 from rwkv_rlhf.checkpoints.merging import shapes
 from rwkv_rlhf.layers.adapters.pissa import ROWS
 from rwkv_rlhf.layers.placing import Layout, matrices
@@ -174,7 +175,7 @@ def loading_peak(start: Start) -> int:
     file = shapes(start.read())
     blocks: Counter[str] = Counter()
     for name, tensor in file.items():
-        blocks[".".join(name.split(".")[:2])] += _bytes(tensor)
+        blocks[block_of(name)] += _bytes(tensor)
     on_host = start.model.emb.weight.device.type == "cpu"
     held = sum(weights_by_storage(start.model).values()) if on_host else 0
     return held + max(blocks.values()) + working(start.report.layout, file, cold=start.cold is not None)
