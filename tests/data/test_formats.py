@@ -12,7 +12,7 @@ from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.text.binidx import write_corpus
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.settings.tables import FORMATS
+from rwkv_rlhf.settings.formats import FORMATS
 
 PAIR = {"prompt": "Hi", "chosen": "Hello.", "reject": "Go away."}
 IDS = ("User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n")

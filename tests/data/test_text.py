@@ -8,7 +8,7 @@ from rwkv_rlhf.data.batch import IGNORE, pack_texts
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.settings.tables import FORMATS
+from rwkv_rlhf.settings.formats import FORMATS
 from tests.support.files import CHAT, jsonl
 
 

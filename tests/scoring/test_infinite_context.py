@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores
 from rwkv_rlhf.model import VERSIONS
-from rwkv_rlhf.model.layout import apply_plan
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.forward import answer_hidden, batch_loss, in_chunks, text_hidden
 from rwkv_rlhf.scoring.infinite_context import ChunkOptions, run_in_chunks
@@ -158,9 +158,9 @@ def test_memory_of_one_chunk_is_free_before_the_next(name):
 def test_adapters_packed_matrices_and_recomputed_blocks(mode, quant):
     """float32, with a dropout that must draw in the second run what it drew in the first."""
     torch.manual_seed(0)
-    model = build(random_tensors("x060", n_layer=2, n_embd=128, head_size=64), torch.float32, grad_cp=True)
+    tensors = random_tensors("x060", n_layer=2, n_embd=128, head_size=64)
     plan = make_plan(mode, 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1.0, lr_final=1.0)
-    apply_plan(model, plan, quant=quant, compute_dtype=torch.float32)
+    model, _ = build_model(tensors, BuildOptions(torch.float32, plan=plan, quant=quant, grad_cp=True))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -174,9 +174,8 @@ def test_adapters_packed_matrices_and_recomputed_blocks(mode, quant):
 
 def test_dropout_draws_the_same_in_both_runs():
     """If this breaks, the gradient belongs to another network than the loss."""
-    model = build(random_tensors("x070", n_layer=2), torch.float64)
     plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.5, lr_init=1.0, lr_final=1.0)
-    apply_plan(model, plan, compute_dtype=torch.float64)
+    model, _ = build_model(random_tensors("x070", n_layer=2), BuildOptions(torch.float64, plan=plan))
     model.train()
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("key.lora_B"))
     batch, step = texts(9, 14), 1e-6

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model, read_tensors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.checkpoints.merging import load_combined
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import merge
 from tests.support.models import any_initial_tensors
 
@@ -40,12 +41,12 @@ def spread(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def plain_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits(build_model(tensors, compute_dtype=torch.float32)[0])
+    return logits(build_model(tensors, BuildOptions(torch.float32))[0])
 
 
 def greedy(base: Path, checkpoint: Path) -> list[int]:
     """12 tokens after TOKENS of base and adapter together, all read again for each."""
-    model, _ = load_combined(base, checkpoint, compute_dtype=torch.float32)
+    model, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     text = list(TOKENS)
     with torch.no_grad():
         for _ in range(12):

@@ -62,7 +62,7 @@ def parser() -> Parser:
     flags.add_argument("--prompt_file", default="", help="JSONL of prompts; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)
-    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered together [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered in one batch [32]")
     add_text_flags(flags)
     return flags
 

@@ -34,7 +34,7 @@ def parser() -> Parser:
     flags.add_argument("--input_csv", required=True, help=".csv, .jsonl or .parquet with prompt and chosen")
     flags.add_argument("--output_csv", default="rlhfoutput.csv", help=".csv or .jsonl to write [rlhfoutput.csv]")
     flags.add_switch("--overwrite", help="replace rejects that are there")
-    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled together [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled in one batch [32]")
     add_sampling_flags(flags, top_p=0.3, frequency=1.0, max_tokens=1000)
     flags.add_argument("--tries", type=int, default=4, help="tries for an answer that is empty or equals chosen [4]")
     add_text_flags(flags)

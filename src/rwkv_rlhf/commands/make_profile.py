@@ -16,7 +16,7 @@ def parser() -> Parser:
     """The flags of this command."""
     flags = Parser("Write a layer profile to start from.", prog="make_profile.py")
     flags.add_argument("--make", required=True, choices=peft_modes(), help="what every block learns")
-    flags.add_argument("--layers", required=True, type=int, help="blocks of the model")
+    flags.add_argument("--layers", required=True, type=int, help="number of blocks of the model")
     flags.add_argument("--rank", type=int, default=0, help="rank of the adapters [16; Bone and MiSS 64]")
     flags.add_argument("--top_rank", type=int, default=0, help="rank of the last blocks, reached by doubling [rank]")
     flags.add_argument("--alpha", type=float, default=0.0, help="alpha at --rank; alpha / rank stays the same [2 rank]")

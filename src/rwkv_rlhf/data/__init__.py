@@ -1,4 +1,4 @@
-"""Files -> examples -> packed batches; `tables.FORMATS` says what can be read."""
+"""Files -> examples -> packed batches; `settings/formats.py` says what can be read."""
 
 import os
 from pathlib import Path
@@ -9,8 +9,7 @@ from rwkv_rlhf.data.pairs.text_pairs import is_pair_record
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.documents import open_slices, open_text, text_type
 from rwkv_rlhf.data.text.h5 import open_h5
-from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.formats import format_of_name, format_of_word
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import load
 
 __all__ = [
@@ -33,7 +32,7 @@ def kind_of(path: str | os.PathLike[str], data_type: str = "") -> str:
     name = format_of_word(data_type) if data_type else format_of_name(path)
     if not name and not data_type and Path(path).is_file():
         name = pair_type(path)
-    facts = tables.FORMATS.get(name)
+    facts = FORMATS.get(name)
     if facts is not None and not facts.text:
         return "pairs"
     if facts is not None and facts.tells:

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import check_readable, parse_json, read_bytes
-from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.formats import format_of_name
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name
 from rwkv_rlhf.settings.implementations import load
 
 Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
@@ -153,11 +152,11 @@ def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns
     """The rows of a file by its suffix, as CSV if that names no format with rows; `columns` are those it must have."""
     read: Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]] = read_csv
     if has_rows(path):
-        read = load(tables.FORMATS[format_of_name(path)].rows)
+        read = load(FORMATS[format_of_name(path)].rows)
     return read(path, report, columns)
 
 
 def has_rows(path: str | os.PathLike[str]) -> bool:
     """Whether the suffix of a path names a format that is read row by row."""
     found = format_of_name(path)
-    return bool(found and tables.FORMATS[found].rows)
+    return bool(found and FORMATS[found].rows)

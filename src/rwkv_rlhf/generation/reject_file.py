@@ -139,10 +139,10 @@ class RejectFile:
             found = self.rows.decode(b"".join(self.log.records()))
         except (ValueError, csv.Error) as error:
             raise ValueError(
-                f"{self.path} is not a file that goes on here ({error}): give another --output_csv, or remove it"
+                f"{self.path} cannot be continued ({error}): give another --output_csv, or remove it"
             ) from error
         if self.log.keep():
-            log.info("%s: its last row was cut off and is written again", self.path)
+            log.info("%s: its last row was cut off; sampling it again", self.path)
         return found
 
     def _sign(self) -> None:
@@ -156,7 +156,9 @@ class RejectFile:
         try:
             was = read_json_object(self.sidecar)
         except ValueError:  # there is none, or it is no such file
-            log.warning("%s: no %s says which model made it; going on with this one", self.path, self.sidecar.name)
+            log.warning(
+                "%s: no %s says which model made it; assuming that it was this one", self.path, self.sidecar.name
+            )
             self._sign()
             return
         mine = json.loads(json.dumps(self.about))
@@ -164,7 +166,7 @@ class RejectFile:
         if changed:
             some = ", ".join(f"{name} {was.get(name)!s:.16} (now {mine[name]!s:.16})" for name in changed[:3])
             raise ValueError(
-                f"{self.path} is half finished and was begun otherwise: {some}; go on with that, or {other}"
+                f"{self.path} is half finished and was sampled with other settings: {some}; give those, or {other}"
             )
 
     def append(self, rows: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Answers to turn down: for rows with a prompt and a chosen answer, sample what the model itself would have said.
+"""Rejected answers: for rows with a prompt and a chosen answer, sample what the model itself would have said.
 
 The output grows in input order, each batch flushed to the disk, so a run that was stopped goes on where it ended.
 """
@@ -61,7 +61,7 @@ class Tally:
             speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {rate:.0f} tokens/s"
             out.append(f"{speed}, up to {self.together} answers at once")
         if self.resumed:
-            out.append(f"{self.resumed} rows were there from an earlier run")
+            out.append(f"{self.resumed} rows were kept from an earlier run")
         if self.again:
             out.append(f"{self.again} needed another try (the answer was empty or equal to chosen)")
         if self.unfinished:

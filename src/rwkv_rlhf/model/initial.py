@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.model import VERSIONS
-from rwkv_rlhf.model.position import Position, orthogonal
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.implementations import with_fact
 
@@ -50,5 +50,5 @@ def initial_tensors(
         tensors |= {f"{prefix}ffn.{name}": value for name, value in block.channel_mix.initial_values(at).items()}
     tensors["ln_out.weight"], tensors["ln_out.bias"] = torch.ones(C), torch.zeros(C)
     gain = 0.5 * math.sqrt(vocab_size / C) if vocab_size > C else 0.5
-    tensors["head.weight"] = orthogonal(vocab_size, C, gain, generator)
+    tensors["head.weight"] = at.orthogonal(vocab_size, C, gain)
     return tensors

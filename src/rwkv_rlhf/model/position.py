@@ -69,10 +69,7 @@ class Position:
         return torch.empty(shape).uniform_(-0.01, 0.01, generator=self.generator)
 
     def orthogonal(self, rows: int, columns: int, gain: float) -> Tensor:
-        """Orthogonal rows or columns times `gain`; zeros for 0."""
-        return orthogonal(rows, columns, gain, self.generator) if gain else torch.zeros(rows, columns)
-
-
-def orthogonal(rows: int, columns: int, gain: float, generator: torch.Generator) -> Tensor:
-    """A (rows, columns) matrix whose rows or columns are orthogonal and `gain` long."""
-    return nn.init.orthogonal_(torch.empty(rows, columns), gain=gain, generator=generator)
+        """A (rows, columns) matrix whose rows or columns are orthogonal and `gain` long; zeros for 0."""
+        if gain == 0:
+            return torch.zeros(rows, columns)
+        return nn.init.orthogonal_(torch.empty(rows, columns), gain=gain, generator=self.generator)

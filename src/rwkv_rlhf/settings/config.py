@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.tables import LossFacts
 
@@ -55,7 +56,7 @@ def peft_modes() -> Choices:
 
 def data_types() -> Choices:
     """What --data_type may name: the formats that hold text; "" = by the suffix."""
-    found = ((name, facts) for name, facts in tables.FORMATS.items() if "text" in facts.holds)
+    found = ((name, facts) for name, facts in FORMATS.items() if "text" in facts.holds)
     return ("", *(word for name, facts in found for word in (name, *facts.words)))
 
 

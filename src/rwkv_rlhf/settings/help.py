@@ -16,15 +16,16 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, settings
 from rwkv_rlhf.settings.constraints import LIMITS
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
-from rwkv_rlhf.settings.formats import names_of_formats
+from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
 from rwkv_rlhf.settings.not_built import values_not_built
 
 # setting -> the table that explains its choices
 EXPLAINED: dict[str, Mapping[str, Any]] = {
+    "version": tables.VERSIONS,
     "strategy": tables.STRATEGIES,
     "quant_mode": tables.STORAGES,
     "peft": tables.ADAPTERS,
-    "data_type": tables.FORMATS,
+    "data_type": FORMATS,
     "optim": tables.OPTIMIZERS,
     "wkv_backend": tables.BACKENDS,
 }

@@ -13,8 +13,7 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_readable
-from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.formats import format_of_name, names_of_formats
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name, names_of_formats
 from rwkv_rlhf.settings.implementations import load
 
 
@@ -100,7 +99,7 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
 def pair_type(path: str | os.PathLike[str]) -> str:
     """The format of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
     found = format_of_name(path)
-    if found and "pairs" in tables.FORMATS[found].holds:
+    if found and "pairs" in FORMATS[found].holds:
         return found
     check_readable(path)
     with open(path, "rb") as file:
@@ -131,6 +130,6 @@ def open_pairs(
     if not kind:
         raise ValueError(f"{path}: not a file of preference pairs; one of {', '.join(names_of_formats('pairs'))}")
     options = PairOptions(template, max_len, seed, skip_bad, drop_ties)
-    facts = tables.FORMATS[kind]
+    facts = FORMATS[kind]
     opened: Pairs = (load(facts.pairs) if facts.pairs else open_rows)(path, tokenizer, options, ctx_len)
     return opened

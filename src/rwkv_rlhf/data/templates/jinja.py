@@ -129,7 +129,7 @@ class JinjaTemplate(Template):
         whole = [self.history([*turns, Turn("assistant", answer)]) for answer in answers]
         for text in whole:
             if not text.startswith(prompt):
-                sentence = "the chat template writes a conversation with its answer otherwise than the prompt of it"
+                sentence = "the chat template writes a prompt differently once an answer follows it"
                 raise RowError(sentence, "refused by the template")
         return Rendered(prompt, [text[len(prompt) :] for text in whole])
 

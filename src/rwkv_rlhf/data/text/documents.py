@@ -20,8 +20,7 @@ from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from rwkv_rlhf.files import read_bytes
-from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.formats import format_of_name, format_of_word
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import load, with_fact
 
 Draw = Callable[[], Template]  # the template of the next row
@@ -167,10 +166,10 @@ def text_type(path: str | os.PathLike[str], data_type: str = "") -> str:
     if not data_type and is_corpus(path):
         return "binidx"
     found = format_of_word(data_type) if data_type else format_of_name(path)
-    if not found or not tables.FORMATS[found].text:
+    if not found or not FORMATS[found].text:
         named = data_type or Path(path).suffix.lower().lstrip(".")
         named = f"--data_type {named}" if named else "a name without a suffix (and no .bin and .idx beside it)"
-        legal = ", ".join(with_fact(tables.FORMATS, lambda facts: facts.text))
+        legal = ", ".join(with_fact(FORMATS, lambda facts: facts.text))
         raise ValueError(f"{path}: {named} is no text that can be read; one of {legal}")
     return found
 
@@ -195,7 +194,7 @@ def read_documents(
     def draw() -> Template:
         return draw_template(template, rng)
 
-    read: Callable[..., Iterator[TextExample]] = load(tables.FORMATS[kind].text)
+    read: Callable[..., Iterator[TextExample]] = load(FORMATS[kind].text)
     return read(str(path), tokenizer, report, draw, train_on_prompt)
 
 
