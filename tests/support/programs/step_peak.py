@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.data.batch import TextExample, pack_texts
 from rwkv_rlhf.host_memory import keep_pages, return_pages
 from rwkv_rlhf.losses import LOSSES
@@ -26,9 +26,9 @@ def run(words, layers, width, vocabulary, tokens):
     config = parse(words)
     plan = plan_for(config, layers)
     made = initial_tensors(config.version, layers, width, vocabulary, 64)
-    form = {"compute_dtype": DTYPES[config.precision], "plan": plan, "quant": config.storage, "grad_cp": config.grad_cp}
+    options = BuildOptions(DTYPES[config.precision], plan=plan, quant=config.storage, grad_cp=config.grad_cp)
     return_pages()
-    model, _ = build_model(made, **form)
+    model, _ = build_model(made, options)
     del made
     keep_pages()
     model.train()
