@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
-from rwkv_rlhf.checkpoints.loading import (
-    BuildOptions,
-    checkpoint_tensors,
-    load_adapter,
-    load_model,
-    trainable,
-)
+from rwkv_rlhf.checkpoints.loading import BuildOptions, checkpoint_tensors, load_adapter, load_model, trainable
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar

@@ -310,7 +310,7 @@ def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):
     write_csv(source, ROWS[:2])
     (tmp_path / "chat.jinja").write_text(JINJA.replace("<|end|>", "<|stop|>"))  # the same name, another template
     status, _, err = script(rejects.main, *run)
-    assert status == 2 and "begun otherwise: template" in err
+    assert status == 2 and "other settings: template" in err
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_heartbeat_reaches_the_watchdog_that_watches():
     watchdog = Watchdog(1, 2, {}, 1.0, parent=None)
     heartbeat("nothing yet")
     watchdog.over.set()  # its thread looks once and ends
-    watchdog._part = lambda: None
+    watchdog._finish = lambda: None
     with watchdog:
         heartbeat("forward pass")
     heartbeat("nothing more")

@@ -10,7 +10,7 @@ from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model import VERSIONS
-from rwkv_rlhf.model.layout import apply_plan, plan_layout
+from rwkv_rlhf.model.layout import plan_layout
 from rwkv_rlhf.plan import make_plan
 from tests.support.models import any_initial_tensors
 
@@ -121,15 +121,3 @@ def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gra
         torch.testing.assert_close(model.head(hidden), plain.head(plain(tokens)[0]))
     model.head(hidden).logsumexp(-1).sum().backward()
     assert [name for name, p in trainable(model).items() if p.grad is None] == []
-
-
-def test_a_model_that_is_already_there_is_adapted_the_same_way():
-    """`apply_plan` on a finished model and `build_model` from a file are two doors to one room."""
-    tensors = tiny()
-    model, _ = build_model(tensors, BuildOptions(torch.float32))
-    apply_plan(model, lora_plan(), compute_dtype=torch.float32, seed=7)
-    other, _ = build_model(tensors, BuildOptions(torch.float32, plan=lora_plan(), seed=7))
-    mine, theirs = dict(model.named_parameters()), dict(other.named_parameters())
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert torch.equal(mine[name], theirs[name]) and mine[name].requires_grad == theirs[name].requires_grad, name

@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(script, words, tmp_path, monkey
     status, _, err = script(generate.main, *words)
     assert status == 0, err
     assert contents(tmp_path / "F.h5") == whole and not part.exists()
-    assert ("were there, going on" in caplog.text) == (cut in ("between batches", "in a batch", "before the end"))
+    assert ("kept from an earlier run" in caplog.text) == (cut in ("between batches", "in a batch", "before the end"))
 
 
 def test_unfinished_work_of_other_settings_is_not_mixed_in(script, words, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from rwkv_rlhf.commands import merge
 from tests.support.models import any_initial_tensors
 
 VOCABULARY, WIDTH, HEAD = 300, 128, 64
-FLOAT32 = BuildOptions(torch.float32)
+
+
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
 
 
@@ -40,12 +41,12 @@ def spread(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def plain_logits(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return logits(build_model(tensors, FLOAT32)[0])
+    return logits(build_model(tensors, BuildOptions(torch.float32))[0])
 
 
 def greedy(base: Path, checkpoint: Path) -> list[int]:
     """12 tokens after TOKENS of base and adapter together, all read again for each."""
-    model, _ = load_combined(base, checkpoint, FLOAT32)
+    model, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     text = list(TOKENS)
     with torch.no_grad():
         for _ in range(12):

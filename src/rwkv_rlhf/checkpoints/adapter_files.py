@@ -1,4 +1,4 @@
-"""A checkpoint of training as files: its tensors, its sidecar, PiSSA's initial factors, and what they say together."""
+"""The files of a checkpoint of training: tensors, sidecar and PiSSA's initial factors, and what follows from them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Mismatch(ValueError):
 
 @contextmanager
 def hinting(hints: Mapping[str, str]) -> Iterator[None]:
-    """Inside, a Mismatch about one of the keys of `hints` becomes a ValueError that ends with its hint."""
+    """Turns a Mismatch inside the block into a ValueError that ends with the hint of what it is about."""
     try:
         yield
     except Mismatch as mistake:
@@ -91,7 +91,7 @@ def open_adapter(
     except Mismatch as mistake:
         raise Mismatch(mistake.about, f"{path}: {mistake}") from mistake
     initial = {}
-    if begins_from_matrix(layout.modes):
+    if needs_initial_factors(layout.modes):
         initial = factors_of(path, sidecar, initial_file, force=force)
     elif initial_file:
         raise ValueError(f"{path} holds no PiSSA adapter: nothing in it began from {initial_file}")
@@ -120,8 +120,8 @@ def check_base(sidecar: Sidecar | None, base: str | Path, *, force: bool = False
 def cold_of(checkpoint: str | Path, sidecar: Sidecar | None, given: str = "", *, force: bool = False) -> Path | None:
     """The adapter that lay merged below `checkpoint` in training, None if there was none.
 
-    It is the file `given` by the user, or stands where the sidecar says or beside the checkpoint. Raises ValueError
-    when it is not found or is another file (unless `force`).
+    It is the file `given` by the user, or else the one at the sidecar's path or beside the checkpoint. Raises
+    ValueError when it is not found or is another file (unless `force`).
     """
     if sidecar is None or not sidecar.cold_sha256:
         if given and sidecar is not None and not force:
@@ -164,14 +164,14 @@ def layout_of(adapter: Mapping[str, Tensor], sidecar: Sidecar | None, flags: Ada
     if sidecar is not None:
         _check_flags(sidecar, flags)
     adapted = sidecar.adapted if sidecar is not None else _guessed(adapter, flags)
-    own = {f"{name}.{part}" for name, how in adapted.items() for part in parts_of(how.mode)}
+    own = {f"{name}.{part}" for name, how in adapted.items() for part in adapter_tensor_names(how.mode)}
     packed: frozenset[str] = frozenset()
     if flags.quant not in (None, "none"):
         packed = frozenset(sidecar.packed if sidecar is not None else ()) or frozenset(adapted.keys() - {"emb"})
     return Layout(adapted, packed, frozenset(adapter.keys() - own), flags.quant or "none")
 
 
-def parts_of(mode: str) -> tuple[str, ...]:
+def adapter_tensor_names(mode: str) -> tuple[str, ...]:
     """Names of an adapter's tensors. Raises ValueError for a mode that there is not."""
     if mode not in ADAPTERS:
         raise ValueError(f"mode {mode}: the adapters of this program are {', '.join(ADAPTERS)}")
@@ -184,27 +184,23 @@ def _check_flags(sidecar: Sidecar, flags: AdapterFlags) -> None:
         given = getattr(flags, name)
         adapters = [how for how in sidecar.adapted.values() if name == "mode" or is_scaled(how.mode)]
         trained = sorted({getattr(how, name) for how in adapters})
-        if given is not None and trained and not all(_same(given, value) for value in trained):
+        if given is None:
+            continue
+        same = all(v == given if name == "mode" else math.isclose(v, given, rel_tol=1e-4) for v in trained)
+        if not same:
             found = ", ".join(map(str, trained))
             raise Mismatch(name, f"{name} {given} contradicts the sidecar, which has {name} {found}")
-
-
-def _same(given: str | float, trained: str | float) -> bool:
-    if isinstance(given, str) or isinstance(trained, str):
-        return given == trained
-    return math.isclose(given, trained, rel_tol=1e-4)
 
 
 def _guessed(adapter: Mapping[str, Tensor], flags: AdapterFlags) -> dict[str, Adaptation]:
     """How each layer was adapted, from the names of a checkpoint's tensors and what the flags say."""
     mode, scaling, alpha = flags.mode, flags.scaling, flags.alpha
     if mode is not None and mode not in WITHOUT_ADAPTER:
-        parts_of(mode)
+        adapter_tensor_names(mode)
     found: dict[str, str] = {}
     signs = {facts.sign: kind for kind, facts in tables.ADAPTERS.items() if facts.sign}
-    for part in sorted(
-        signs, key=lambda sign: -len(tables.ADAPTERS[signs[sign]].tensors)
-    ):  # DoRA's tensors before LoRA's
+    # DoRA's tensors before LoRA's, which it has too
+    for part in sorted(signs, key=lambda sign: -len(tables.ADAPTERS[signs[sign]].tensors)):
         for name in adapter:
             layer, _, last = name.rpartition(".")
             if last == part:
@@ -219,7 +215,7 @@ def _guessed(adapter: Mapping[str, Tensor], flags: AdapterFlags) -> dict[str, Ad
         raise ValueError(f"scaling {scaling} and alpha {alpha} say the same thing: give one of them")
     adapted = {}
     for layer, kind in found.items():
-        rank = ADAPTERS[kind].linear.rank_of(adapter[f"{layer}.{parts_of(kind)[0]}"])
+        rank = ADAPTERS[kind].linear.rank_of(adapter[f"{layer}.{adapter_tensor_names(kind)[0]}"])
         adapted[layer] = Adaptation.make(kind, rank, alpha or 0.0)
         if is_scaled(kind) and scaling is not None:
             adapted[layer] = Adaptation(kind, rank, scaling * rank, scaling)
@@ -233,8 +229,8 @@ def _unsigned(mode: str | None, found: str) -> str | None:
     return mode if same else None
 
 
-def begins_from_matrix(modes: Collection[str]) -> bool:
-    """Whether one of `modes` has initial factors without which its adapter means nothing."""
+def needs_initial_factors(modes: Collection[str]) -> bool:
+    """Whether an adapter of one of `modes` means nothing without the factors that it began with."""
     return any(ADAPTERS[mode].linear.initial for mode in modes if mode in ADAPTERS)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.checkpoints.tensor_files import key_diff, read_tensors
-from rwkv_rlhf.layers.adapters import Adapter
+from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Matrix, StorageSpec
 from rwkv_rlhf.layers.placing import Layout, Report, matrices, place, report_of, wrap_layers
 from rwkv_rlhf.model import VERSIONS
@@ -85,9 +85,9 @@ def build_model(
 ) -> tuple[RWKV, Report]:
     """A model from base tensors, loaded one after the other.
 
-    `source` names them in messages. `reopen`, if given, yields the tensors anew for each block, so that pages of the
-    file that were read can be let go; `tensors` may then be on the meta device. Raises ValueError with the key diff
-    unless names and shapes are exactly those of the model.
+    `source` names them in messages. `reopen`, if given, reads the tensors again for each block, so that the system can
+    take back the pages of the block before; `tensors` may then be on the meta device. Raises ValueError with the key
+    diff unless names and shapes are exactly those of the model.
     """
     sizes = named_sizes(tensors, source)
     learnt = states_in(options.layout.trained) if options.layout else options.plan.states if options.plan else ()
@@ -158,9 +158,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def checkpoint_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a checkpoint of training holds, by name: all that trains, and what RejectParts holds of an adapter.
+    """What a checkpoint of training holds, by name: all that trains, and the frozen tensors of adapters (RejectParts).
 
-    The factors that do not learn began at random: without them nothing can be merged.
+    Those began at random: without them nothing can be merged.
     """
     adapters = {f"{name}.{part}" for name, layer in matrices(model) for part in layer.tensors}
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name in adapters}
@@ -192,7 +192,7 @@ def tensors_of(name: str, layer: Matrix, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Go on from a checkpoint of training: its tensors replace exactly those that train in `model`.
+    """Load a checkpoint of training: its tensors replace exactly those that train in `model`.
 
     Raises ValueError with the key diff when the file has others, or of other shapes (another plan, other layers).
     """

@@ -74,8 +74,8 @@ def combined_model(
 ) -> tuple[RWKV, Report]:
     """Base and checkpoint as they ran in training, by `options.layout`. Raises ValueError, with key diffs.
 
-    What trained still asks for a gradient. `source` and `base_source` name the two in messages; `reopen` reads the base
-    anew, as in `build_model`.
+    What trained still asks for a gradient. `source` and `base_source` name the two in messages; `reopen` is
+    that of `build_model`.
     """
     assert options.layout is not None
     _check_names(base, adapter, options.layout, source)
@@ -118,7 +118,7 @@ def base_reader(
     *,
     force: bool = False,
 ) -> Callable[[], Mapping[str, Tensor]]:
-    """A function that reads the base anew, with the adapter `cold` merged into each matrix when it is asked for.
+    """A function that opens the base again, with the adapter `cold` merged into each matrix when that is read.
 
     Raises ValueError when the two do not fit. initial_file: PiSSA's factors of `cold`, if they are not beside it.
     force: also when `cold` was trained on another base.

@@ -32,7 +32,7 @@ PATIENCE = 600.0  # seconds that rank 0 waits for the files of the others
 
 
 class Damaged(ValueError):
-    """The bytes of a point are not those that were written."""
+    """Bytes of a point are missing or are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def open_point(path: Path) -> ResumePoint:
 def last_point(folder: Path) -> ResumePoint | None:
     """The last whole point in a resume folder, None where there never was one.
 
-    Damaged ones are passed over, each said once. Raises ValueError when none is whole.
+    Damaged ones are passed over with a warning. Raises ValueError when none is whole.
     """
     wrong: list[str] = []
     for path in points_in(folder):
@@ -126,8 +126,8 @@ def last_point(folder: Path) -> ResumePoint | None:
 class ResumePoints:
     """Writes the points of one run into `folder`, and keeps the last two of them.
 
-    `about` goes into every manifest. `resumed` is the point that the run goes on from: points of other runs are removed
-    when the first one of this run is whole.
+    `about` goes into every manifest. `resumed` is the point that the run resumes from: points of other runs are
+    removed when the first one of this run is whole.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], resumed: Path | None = None) -> None:

@@ -12,6 +12,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags
@@ -61,12 +62,12 @@ def parser() -> Parser:
     flags.add_argument("--prompt_file", default="", help="JSONL of prompts; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)
-    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered together [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered in one batch [32]")
     add_text_flags(flags)
     return flags
 
 
-def cue(record: dict, template: Template, where: str) -> str:
+def cue(record: dict[str, Any], template: Template, where: str) -> str:
     """The text that an answer to this record follows. Raises ValueError, with file and line, without a prompt."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():

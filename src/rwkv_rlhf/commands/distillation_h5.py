@@ -41,7 +41,7 @@ def parser() -> Parser:
     add_model_flags(flags, "the teacher: a checkpoint (.pth or .safetensors)")
     flags.add_argument("--load_initial_state", default="", help="not built yet; the older script ignored it")
     flags.add_argument("--top_k", type=int, default=100, help="logits kept per token [100]")
-    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens that run together [4096]")
+    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens in one forward pass [4096]")
     add_document_flags(flags, "distillation.h5")
     return flags
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     about = source_of(flags, files, model, tokenizer.name)
     kept = TeacherLog(f"{flags.output_parquet}.part", about, flags.top_k)
     if kept.batches:
-        log.info("%d documents were there, going on", kept.documents)
+        log.info("%d documents are kept from an earlier run; going on after them", kept.documents)
     report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
     with progress_bar(count_lines(files), "documents", True) as done:
         rows = batches(examples_of(files, flags, tokenizer, report), flags.batch_tokens)

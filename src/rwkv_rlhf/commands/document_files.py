@@ -71,7 +71,7 @@ def examples_of(
                 continue
             report.examples += 1
             report.trained += example.trained()
-            report.lengths.append(len(example.tokens))
+            report.add_length(len(example.tokens))
             yield example
 
 

@@ -1,6 +1,6 @@
 """Flags that several commands have, each group declared once."""
 
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE

@@ -75,7 +75,7 @@ def verify(prefix: str, documents: Sequence[np.ndarray], order: Iterator[int]) -
     count = 0
     for number, source in enumerate(order):
         if number >= len(corpus) or not np.array_equal(corpus.document(number), documents[source]):
-            raise RuntimeError(f"{corpus.bin}: document {number} reads back differently")
+            raise RuntimeError(f"{corpus.bin}: document {number} does not read back as it was written")
         count += 1
     if count != len(corpus):
         raise RuntimeError(f"{corpus.idx}: {len(corpus)} documents where {count} were written")

@@ -23,7 +23,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
     hinting,
     open_adapter,
 )
-from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder, to_peft_folder
+from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder
 from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
@@ -32,6 +32,7 @@ from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.implementations import load
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +65,17 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
     parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
-    parser.add_argument("--to_peft", default="", help="write the adapter into this folder as the PEFT library has it")
+    for name, facts in tables.EXPORTS.items():
+        parser.add_argument(f"--to_{name}", default="", help=f"write the adapter into this folder: {facts.help}")
     parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    args = parser.parse_args(words)
+    args: argparse.Namespace = parser.parse_args(words)
+    args.exports = [name for name in tables.EXPORTS if getattr(args, f"to_{name}")]
     wanted = {
-        "base_model": not args.to_peft,
+        "base_model": not args.exports,
         "lora_checkpoint": not args.from_peft,
-        "output": not args.to_peft,
+        "output": not args.exports,
     }
     for name, needed in wanted.items():
         if needed and not getattr(args, name):
@@ -80,8 +83,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     storages = (tables.DENSE, *tables.STORAGES)
     if args.quant is not None and args.quant not in storages:
         raise ValueError(f"--quant {args.quant}: must be one of {', '.join(storages)}")
-    if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
-        raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
+    if (args.from_peft and args.lora_checkpoint) or (args.exports and (args.output or args.from_peft)):
+        flags = ", ".join(f"--to_{name}" for name in args.exports or tables.EXPORTS)
+        raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
     return args
 
 
@@ -160,18 +164,19 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Merges a checkpoint, or carries one to PEFT's layout or back. Raises ValueError."""
+    """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
     args = parse(words)
-    if args.to_peft:
-        folder = Path(args.to_peft)
-        check_inputs(f"--to_peft {folder}", folder / TENSORS, Path(args.lora_checkpoint))
-        print(to_peft_folder(opened(args), folder, force=args.force))
-    elif args.from_peft:
+    for name in args.exports:
+        facts, folder = tables.EXPORTS[name], Path(getattr(args, f"to_{name}"))
+        for file in facts.files:
+            check_inputs(f"--to_{name} {folder}", folder / file, Path(args.lora_checkpoint))
+        print(load(facts.implementation)(opened(args), folder, force=args.force))
+    if args.from_peft:
         folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
         inputs = (base, sidecar_path(base), folder / TENSORS, folder / CONFIG)
         check_paths(output, *inputs)
         check_inputs(f"--output {output}", sidecar_path(output), *inputs)
         print(from_peft_folder(folder, base, output, args.quant or "none"))
-    else:
+    elif not args.exports:
         merge(args)
     return 0

@@ -4,6 +4,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import PairExample
@@ -78,7 +79,11 @@ def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExa
 
 
 def write_pairs(
-    flags: Namespace, tokenizer: Tokenizer, parts: Sequence[Sequence[PairExample]], report: DataReport, about: dict
+    flags: Namespace,
+    tokenizer: Tokenizer,
+    parts: Sequence[Sequence[PairExample]],
+    report: DataReport,
+    about: dict[str, Any],
 ) -> None:
     """Writes each part and its sidecar (`about` says what the reference is), and logs the report."""
     about = about | {

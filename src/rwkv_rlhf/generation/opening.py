@@ -1,4 +1,4 @@
-"""A model that answers, for the scripts: strategy words -> device and dtype, checkpoint (and adapter) -> model."""
+"""Opens what a command runs: device and dtype from --strategy, the model from a checkpoint and perhaps an adapter."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def open_model(
 ) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
-    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar; `initial_file` and `cold` are PiSSA's
-    initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the matrices
-    of a model without adapter.
+    `scaling` (alpha / rank) or `alpha` stand in for the sidecar of an adapter that has none; `initial_file` and `cold`
+    are PiSSA's initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the
+    matrices of a model without adapter.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     choice = parse_strategy(strategy)

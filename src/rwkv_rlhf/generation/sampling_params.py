@@ -33,11 +33,13 @@ class SamplingParams:
     Raises ValueError, naming the flag, for a value that is not legal.
     """
 
-    temperature: float = option(1.0, "0 takes the likeliest token", least=0)
-    top_p: float = option(1.0, "share of the distribution to pick from; 1 = all", above=0, most=1)
-    top_k: int = option(0, "number of tokens to pick from; 0 = all", least=0)
-    presence: float = option(0.0, "penalty on tokens that were there")
-    frequency: float = option(0.0, "penalty per occurrence")
+    temperature: float = option(1.0, "randomness; 0 always takes the likeliest token", least=0)
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens that sum to this probability; 1 = all", above=0, most=1
+    )
+    top_k: int = option(0, "sample from so many of the likeliest tokens; 0 = all", least=0)
+    presence: float = option(0.0, "penalty on every token sampled before")
+    frequency: float = option(0.0, "penalty for each time that a token was sampled before")
     penalty_decay: float = option(0.996, "what is left of the frequency penalty after each token", least=0, most=1)
     max_tokens: int = option(512, "longest answer in tokens", least=1)
     seed: int = option(0, "seed of the sampling")
@@ -57,7 +59,7 @@ class SamplingParams:
             raise ValueError(f"samples {self.samples}: must be at least 1")
 
 
-def options() -> list[dataclasses.Field]:
+def options() -> list[dataclasses.Field[Any]]:
     """The fields that are flags."""
     return [field for field in dataclasses.fields(SamplingParams) if "help" in field.metadata]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
-from rwkv_rlhf.layers.adapters import ADAPTERS, Adapter
+from rwkv_rlhf.layers.adapters import ADAPTERS
+from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Linear, Matrix, StorageSpec
 
 
@@ -23,8 +24,8 @@ class Layout:
     """What becomes of each tensor of a model.
 
     `adapted`: adapter by layer name ("blocks.0.att.key"). `packed`: names of the layers whose matrix is kept as `store`
-    says. `trained`: names of the base model's own parameters that train. Adapters' tensors always do, but for those in
-    `rejected`, which RejectParts keeps at their first values. `unmatched`: rows of the profile that found nothing to
+    says. `trained`: names of the base model's own parameters that train. Adapters' tensors always train, except those
+    in `rejected`, which RejectParts keeps at their first values. `unmatched`: rows of the profile that found nothing to
     do, and the entries of RejectParts that are in no name of their row.
     """
 
@@ -137,7 +138,7 @@ def place(
 
 
 def layer_factors(layer: Matrix, name: str, factors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """What the adapter `layer`, called `name`, began with, out of `factors`; None when it keeps no such thing.
+    """What the adapter `layer`, called `name`, began with, out of `factors`; None for one that keeps none.
 
     Raises ValueError when `factors` lacks it or has it in another shape.
     """

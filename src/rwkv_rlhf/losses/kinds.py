@@ -128,7 +128,7 @@ class PairLoss(Loss[PairBatch]):
         pairs = pair_scores(scores.logp, batch.targets, batch.starts, scores.log_square)
         reference = batch.reference if self.facts.reference else None  # a file may hold scores of any model
         preference = self.preference(pairs, reference, config).sum()
-        entropy = -pairs.chosen_mean().sum()
+        entropy = -pairs.chosen_mean.sum()
         value = self.weights(config).mixed(preference, entropy)
         metrics = {"loss": value.detach(), self.term: preference.detach(), "ce": entropy.detach()}
         metrics |= self.metrics(pairs, reference, config)

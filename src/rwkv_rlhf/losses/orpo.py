@@ -43,7 +43,7 @@ class ORPO(PairLoss):
             raise ValueError(f"--orpo_mode {config.orpo_mode} is unknown; choose mean or sum")
         if config.orpo_mode == "sum":
             return AnswerValues(log_odds(scores.chosen_sum), log_odds(scores.reject_sum))
-        return AnswerValues(log_odds(scores.chosen_mean()), log_odds(scores.reject_mean()))
+        return AnswerValues(log_odds(scores.chosen_mean), log_odds(scores.reject_mean))
 
     def weights(self, config: Config) -> TermWeights:
         return TermWeights(preference=config.orpo_alpha, ce=1.0)

@@ -32,7 +32,7 @@ class SimPO(PairLoss):
     term = "simpo"
 
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
-        return AnswerValues(config.simpo_beta * scores.chosen_mean(), config.simpo_beta * scores.reject_mean())
+        return AnswerValues(config.simpo_beta * scores.chosen_mean, config.simpo_beta * scores.reject_mean)
 
     def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
         return simpo(self.rewards(scores, reference, config).margin(), gamma=config.simpo_gamma)

@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.linear import Linear, StorageSpec
+from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.layers.placing import (
     Layout,
-    Report,
     adapter_class,
     matrices,
-    place,
-    report_of,
-    wrap_layers,
     wrapped,
 )
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.plan import Plan, Row
-from rwkv_rlhf.precision import wide_dtype
 
 
 def plan_layout(model: RWKV, plan: Plan, *, quant: str = "none", limited: bool = False, rslora: bool = False) -> Layout:
@@ -92,30 +85,3 @@ def frozen_layout(model: RWKV, quant: str = "none") -> Layout:
     store_class(quant)
     packed = frozenset(name for name, layer in matrices(model) if quant != "none" and isinstance(layer, Linear))
     return Layout(packed=packed, store=quant)
-
-
-def apply_plan(
-    model: RWKV,
-    plan: Plan,
-    *,
-    quant: str = "none",
-    compute_dtype: torch.dtype,
-    limited: bool = False,
-    rslora: bool = False,
-    seed: int = 0,
-) -> Report:
-    """Adapt, pack and freeze a plain model that already has its numbers, as `plan` says. Raises as `plan_layout`."""
-    layout = plan_layout(model, plan, quant=quant, limited=limited, rslora=rslora)
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    wrap_layers(model, layout)
-    for name in list(tensors):
-        tensor = tensors.pop(name)
-        place(
-            model,
-            name,
-            tensor,
-            layout,
-            StorageSpec(compute_dtype, tensor.device, master=wide_dtype(compute_dtype)),
-            seed,
-        )
-    return report_of(model, layout)

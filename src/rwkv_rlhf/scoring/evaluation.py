@@ -151,7 +151,7 @@ def pair_figures(scores: PairScores, reference: Tensor | None, loss: Loss[Any], 
     found |= _means(pair_metrics(scores, rewards, reference), count)
     if reference is None:
         found["logp_margin"] = found["chosen_logp"] - found["reject_logp"]
-    found["log_odds_margin"] = float((log_odds(scores.chosen_mean()) - log_odds(scores.reject_mean())).mean())
+    found["log_odds_margin"] = float((log_odds(scores.chosen_mean) - log_odds(scores.reject_mean)).mean())
     return found
 
 

@@ -27,7 +27,7 @@ class KeptScores:
     so the end is the same to the bit.
     """
 
-    def __init__(self, path: str | os.PathLike, key: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: str) -> None:
         self.log = AppendLog(path, Lines(), f"{key}\n".encode())
 
     def finished(self, sizes: Sequence[int]) -> list[list[list[float]]]:

@@ -65,7 +65,9 @@ def top_logits(model: RWKV, batch: TextBatch, k: int, *, head_chunk: int, chunk:
     """
     trained = batch.targets != IGNORE
     if not len(trained):
-        return largest_logits(model, model.head.weight.new_empty(0, model.sizes.n_embd), k, head_chunk)
+        return largest_logits(
+            model, torch.empty(0, model.sizes.n_embd, dtype=model.compute_dtype, device=trained.device), k, head_chunk
+        )
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
         rows = trained[span].nonzero()[:, 0]

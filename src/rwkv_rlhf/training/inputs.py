@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors
+from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
@@ -139,7 +139,7 @@ class Inputs:
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
         if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
@@ -256,7 +256,7 @@ class Inputs:
             and about.get("precision") == self.config.precision
             and about.get("storage", "none") == storage
             and whole  # a file has all matrices in one storage
-            and not begins_from_matrix(layout.modes)
+            and not needs_initial_factors(layout.modes)
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:

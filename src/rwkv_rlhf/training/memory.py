@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.checkpoints.loading import block_of
 from rwkv_rlhf.checkpoints.merging import shapes
 from rwkv_rlhf.layers.adapters.pissa import ROWS
 from rwkv_rlhf.layers.placing import Layout, matrices
@@ -80,7 +81,7 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
         "matrix being unpacked": width
         * max([0, *(layer.shape.numel() for _, layer in matrices(model) if layer.store is not None)]),
         "gradients": gradients,
-        "optimizer": 8 * trained,
+        "optimizer": tables.OPTIMIZERS[config.optim].state_bytes * trained,
         "activations": activation_bytes(config, model, here, gpu),
         "states": 4 * state * rows,
         "head": head_bytes(config, model, here, gpu),
@@ -174,7 +175,7 @@ def loading_peak(start: Start) -> int:
     file = shapes(start.read())
     blocks: Counter[str] = Counter()
     for name, tensor in file.items():
-        blocks[".".join(name.split(".")[:2])] += _bytes(tensor)
+        blocks[block_of(name)] += _bytes(tensor)
     on_host = start.model.emb.weight.device.type == "cpu"
     held = sum(weights_by_storage(start.model).values()) if on_host else 0
     return held + max(blocks.values()) + working(start.report.layout, file, cold=start.cold is not None)

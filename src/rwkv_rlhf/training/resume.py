@@ -76,10 +76,10 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
     if point is None:
         log.info("--resume auto: %s holds no resume point, so the run starts from the beginning", folder)
         return None
-    if point.about["world"] != ranks.world():
+    if point.about["world"] != ranks.world_size():
         raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with "
-            "as many"
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume "
+            "with as many"
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
@@ -317,7 +317,7 @@ class WriteResumePoints(pl.Callback):
 
     def _stop_if_asked(self) -> None:
         number = self._asked
-        if ranks.several():
+        if ranks.is_distributed():
             asked = SIGNALS.index(None if number is None else signal.Signals(number))
             number = self._asked = SIGNALS[int(ranks.all_reduce_max(asked))]
         if number is not None:

@@ -15,7 +15,8 @@ from rwkv_rlhf.training.module import TrainingModule
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator that training on `device` draws from: Python's, numpy's and PyTorch's."""
-    kind, keys, at, gauss, cached = np.random.get_state(legacy=True)
+    state_of_numpy: Any = np.random.get_state()  # a tuple unless asked otherwise
+    kind, keys, at, gauss, cached = state_of_numpy
     drawn = RandomState.now(device)
     state = {
         "python": random.getstate(),

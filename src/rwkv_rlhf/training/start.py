@@ -15,13 +15,13 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import (
     AdapterFlags,
-    begins_from_matrix,
     check_base,
     chosen_quant,
     cold_of,
     factors_of,
     hinting,
     layout_of,
+    needs_initial_factors,
 )
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
@@ -220,8 +220,8 @@ def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[s
     """PiSSA's initial factors of --load_adapter: made anew they would be another base. None when there is no need."""
     modes = plan.modes if layout is None else layout.modes
     sidecar = read_sidecar(config.load_adapter) if config.load_adapter else None
-    other = sidecar is not None and not begins_from_matrix({how.mode for how in sidecar.adapted.values()})
-    if not (config.load_adapter and begins_from_matrix(modes)) or other:  # another kind is refused when it is loaded
+    other = sidecar is not None and not needs_initial_factors({how.mode for how in sidecar.adapted.values()})
+    if not (config.load_adapter and needs_initial_factors(modes)) or other:  # another kind is refused when it is loaded
         if config.load_adapter and config.load_adapter_pissa_init:
             raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
         return None

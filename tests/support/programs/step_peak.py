@@ -26,9 +26,9 @@ def run(words, layers, width, vocabulary, tokens):
     config = parse(words)
     plan = plan_for(config, layers)
     made = initial_tensors(config.version, layers, width, vocabulary, 64)
-    options = BuildOptions(DTYPES[config.precision], plan=plan, quant=config.storage, grad_cp=config.grad_cp)
+    form = {"compute_dtype": DTYPES[config.precision], "plan": plan, "quant": config.storage, "grad_cp": config.grad_cp}
     return_pages()
-    model, _ = build_model(made, options)
+    model, _ = build_model(made, BuildOptions(**form))
     del made
     keep_pages()
     model.train()

@@ -33,6 +33,7 @@ from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.tables import PeftFacts
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,12 @@ def _config(adapted: Mapping[str, Adaptation], ranks: Mapping[str, int]) -> dict
         if len(set(ranks.values())) > 1:
             raise ValueError("a MiSS adapter of PEFT has one rank for all layers")
         return config | {"peft_type": "MISS", "miss_dropout": dropout, "init_weights": True}
-    root = all(_is_rslora(how) for how in adapted.values())
+    root = all(  # rsLoRA; a PiSSA adapter has no scale
+        tables.ADAPTERS[how.mode].scaled
+        and math.isclose(how.scaling, how.alpha / math.sqrt(how.rank))
+        and not math.isclose(how.scaling, how.alpha / how.rank)
+        for how in adapted.values()
+    )
     alphas = {layer: how.scaling * (ranks[layer] ** (0.5 if root else 1)) for layer, how in adapted.items()}
     usual = _most_common(alphas.values())
     return config | {
@@ -189,20 +195,16 @@ def _most_common(values: Iterable[Number]) -> Number:
     return Counter(values).most_common(1)[0][0]
 
 
-def _is_rslora(how: Adaptation) -> bool:
-    plain, root = how.alpha / how.rank, how.alpha / math.sqrt(how.rank)
-    scaled = tables.ADAPTERS[how.mode].scaled
-    return scaled and math.isclose(how.scaling, root) and not math.isclose(how.scaling, plain)
-
-
 def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> OwnAdapter:
     """PEFT's tensors by the names of this program. Tensors that are no adapter's keep their names.
 
     Raises ValueError for kinds that this program does not have, and for an adapter that belongs to a changed base.
     """
     _check_config(config)
-    miss = config["peft_type"] == "MISS"
-    mode = "miss" if miss else "dora" if config.get("use_dora") else "lora"
+    form = PeftFacts(config["peft_type"], bool(config.get("use_dora")))
+    mode = next((mode for mode, facts in tables.ADAPTERS.items() if facts.peft == form), None)
+    if mode is None:
+        raise ValueError(f"adapter_config.json: peft_type {form.kind} with use_dora has no form in this program")
     names = {theirs: part for table in (LINEAR, EMBEDDING) for part, theirs in table.items()}
     names["lora_magnitude_vector.weight"] = "lora_M"
     found: dict[str, Tensor] = {}
@@ -217,7 +219,7 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> OwnAd
         found[f"{layer}.{part}"] = tensor
         if not tensor.dim():
             raise ValueError(f"{name} is a single number")
-        if part in ("lora_A", "miss"):
+        if part == tables.ADAPTERS[mode].tensors[0]:
             adapted[layer] = _adaptation(layer, mode, tensor.shape[0], config)
     if not adapted:
         raise ValueError("the file holds no adapter of the PEFT library")
@@ -226,8 +228,9 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> OwnAd
 
 def _check_config(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind not in ("LORA", "MISS"):
-        raise ValueError(f"adapter_config.json: peft_type {kind} is not one of LORA, MISS")
+    kinds = sorted({facts.peft.kind for facts in tables.ADAPTERS.values() if facts.peft is not None})
+    if kind not in kinds:
+        raise ValueError(f"adapter_config.json: peft_type {kind} is not one of {', '.join(kinds)}")
     begun = config.get("init_lora_weights" if kind == "LORA" else "init_weights", True)
     if isinstance(begun, str) and begun.lower() not in ("gaussian", "orthogonal", "eva"):
         raise ValueError(
@@ -256,12 +259,10 @@ def _number(name: str, value: object) -> None:
 
 
 def _adaptation(layer: str, mode: str, rank: int, config: Mapping[str, Any]) -> Adaptation:
-    if mode == "miss":
-        return Adaptation.make(mode, rank, float(rank), config.get("miss_dropout", 0.0))
-    alpha = _by_pattern(layer, config.get("alpha_pattern") or {}, config["lora_alpha"])
-    return Adaptation.make(mode, rank, float(alpha), config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
-
-
-def _by_pattern(layer: str, patterns: Mapping[str, float], usual: float) -> float:
-    """A pattern of PEFT is the end of a layer's name, or an expression for it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), usual)
+    dropout = config.get(f"{config['peft_type'].lower()}_dropout", 0.0)
+    if not tables.ADAPTERS[mode].scaled:
+        return Adaptation.make(mode, rank, float(rank), dropout)
+    # a pattern of PEFT is the end of a layer's name, or an expression for it
+    patterns = (config.get("alpha_pattern") or {}).items()
+    own = (value for key, value in patterns if re.match(rf"(.*\.)?({key})$", layer))
+    return Adaptation.make(mode, rank, float(next(own, config["lora_alpha"])), dropout, bool(config.get("use_rslora")))

@@ -1,4 +1,4 @@
-"""What every storage of a frozen matrix can do. The storages themselves are in files of their own (`stores.STORES`)."""
+"""What every storage of a frozen matrix can do. Each storage has a file of its own in this folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ExactBuffers(nn.Module):
 class Store(ExactBuffers):
     """A packed matrix of shape (out, in). It knows nothing of adapters. Its tensors are buffers outside the state dict.
 
-    A new storage is one file with a subclass (`mode`, `pack`, `unpack`) and one line in `stores.STORES`.
+    A new storage is one file with a subclass (`mode`, `pack`, `unpack`) and an entry in `tables.STORAGES`.
     """
 
     mode = ""

@@ -14,7 +14,7 @@ from rwkv_rlhf.settings.config import Config
 
 def ddp(config: Config, model: nn.Module) -> Strategy | str:
     """The whole model on each rank. One process needs no strategy."""
-    if not ranks.several():
+    if not ranks.is_distributed():
         return "auto"
     ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
     return DDPStrategy(
