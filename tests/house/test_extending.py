@@ -186,9 +186,7 @@ def test_an_adapter(go, refused, merged, tmp_path, base_model, text_jsonl, quant
 @recipe("Adapter")
 def test_an_adapter_is_named_by_all_that_name_adapters(go, refused, script, tmp_path, text_jsonl):
     """Profiles, switches that it has no use for, its rank, the PEFT library that does not have it."""
-    status, _, err = script(
-        make_profile.main, *["--make", "mora", "--layers", "2", "--output"], tmp_path / "p.csv"
-    )
+    status, _, err = script(make_profile.main, *["--make", "mora", "--layers", "2", "--output"], tmp_path / "p.csv")
     assert status == 0, err
     rows = (tmp_path / "p.csv").read_text().splitlines()
     assert rows[2].startswith("0,mora,32,")
