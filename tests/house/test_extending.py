@@ -31,13 +31,13 @@ from tests.support.source_files import ROOT
 
 RECIPES = recipes()
 SMALL = "--precision fp32 --ctx_len 64 --epoch_steps 2 --epoch_count 1 --epoch_save 1 --micro_bsz 2 --lr_init 1e-3"
-LORA = "--peft lora --lora_r 4 --quant 0"
+LORA = "--peft lora --lora_r 4 --lora_dropout 0 --quant 0"
 
 
 @pytest.fixture
 def followed(request, monkeypatch):
-    """The recipe that the test names with its mark is followed."""
-    follow(RECIPES[request.node.get_closest_marker("recipe").args[0]], monkeypatch)
+    """The recipe that the test names is followed."""
+    follow(RECIPES[request.param], monkeypatch)
 
 
 @pytest.fixture
@@ -92,7 +92,10 @@ def merged(script, tmp_path, base_model):
 
 
 def recipe(name):
-    return lambda test: pytest.mark.usefixtures("followed")(pytest.mark.recipe(name)(test))
+    """A test of what comes about once the recipe is followed."""
+    return lambda test: pytest.mark.usefixtures("followed")(
+        pytest.mark.parametrize("followed", [name], indirect=True)(test)
+    )
 
 
 def changed(base, tensors):
@@ -103,8 +106,9 @@ def changed(base, tensors):
 
 def test_every_kind_has_its_recipe():
     """If this breaks, somebody who wants to add something finds no example, or one that nothing runs."""
-    tested = {mark.args[0] for test in globals().values() for mark in getattr(test, "pytestmark", ()) if mark.args}
-    assert set(RECIPES) <= tested
+    marks = [mark for test in globals().values() for mark in getattr(test, "pytestmark", ())]
+    tested = {mark.args[1][0] for mark in marks if mark.name == "parametrize" and mark.args[0] == "followed"}
+    assert RECIPES.keys() == tested
 
 
 @recipe("Loss")
@@ -112,8 +116,8 @@ def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     """Flags, data, reference, training, held out, chunks: all from its entry."""
     assert "anchored preference optimisation" in explained("apo") and "--apo_beta" in explained("apo")
     assert "range:    > 0" in explained("apo_beta") and "only with: --apo 1" in explained("apo_beta")
-    assert "--load_model M --dpo 1" not in refused("--load_model M --apo 1")
-    assert "--apo 1 and --dpo 1: choose one loss" in refused(
+    assert "--apo 1 needs --rlhf_train_file" in refused("--load_model M --apo 1")
+    assert "--dpo 1 and --apo 1: choose one loss" in refused(
         f"--load_model M --apo 1 --dpo 1 --rlhf_train_file {pairs_csv}"
     )
     assert "--apo_beta -1" in refused(f"--load_model M --apo 1 --apo_beta -1 --rlhf_train_file {pairs_csv}")
@@ -180,7 +184,7 @@ def test_an_adapter(go, refused, merged, tmp_path, base_model, text_jsonl, quant
     }
     (tmp_path / "out" / "rwkv-0.json").unlink()
     again = merged("rwkv-0.pth", *(["--quant", "int8"] if "int8" in quant else []))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items() if "blocks" in name)
 
 
 @recipe("Adapter")
