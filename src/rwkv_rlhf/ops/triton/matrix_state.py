@@ -1,0 +1,334 @@
+"""The recurrences with a matrix state, WKV-5.2, WKV-6 and WKV-7, in chunks of L tokens by matrix products.
+
+One program runs one head of one row (packed segment) and VB of its N value channels, from the first chunk to the last,
+or back. The formulas are those of ops/wkv5.py, wkv6.py and wkv7.py, summed over a chunk ("UT transform": Yang et al.,
+arXiv 2406.06484; with a decay: RWKV-7, arXiv 2503.14456). With g the cumulative log decay from the beginning of the
+chunk, e = g without the own token's, S the state before the chunk, and pairs of tokens i, j of the chunk:
+
+    A_rk[i,j] = sum_n r_i k_j exp(g_i - g_j), j <= i; A_rb likewise with b; A_ak, A_ab with a_i exp(e_i - g_j), j < i
+    U = (I - A_ab)^-1 (A_ak V + (a exp e) S^T)                         row i is S_{i-1} a_i
+    Y = (r exp g) S^T + A_rk V + A_rb U
+    S' = S diag(exp g_L) + V^T (k exp(g_L - g)) + U^T (b exp(g_L - g))
+
+WKV-5 and 6 have no a and b, read the state before the token (exp(e_i - g_j), j < i), and add (sum_n r u k) v. The
+exponents are taken from the middle c = g_L / 2 of the chunk's decay, which keeps both factors of a product finite: for
+WKV-7 log decays lie above -0.61, for the others they are cut at -10, where a decay is 5e-5 of what was there.
+
+r, w, k, v, a, b, y: (tokens, H, N); states: (rows, H, N value, N key), float32. kept: the state each GROUP tokens.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from rwkv_rlhf.ops.triton.products import coarse, fine, inverse
+
+DECAY_RATE = tl.constexpr(math.exp(-0.5))
+LOWEST = tl.constexpr(-10.0)
+
+
+@triton.jit
+def log_decay(x, VERSION: tl.constexpr):
+    """Logarithm of the decay that the raw input x means."""
+    if VERSION == 7:
+        log = -DECAY_RATE / (1.0 + tl.exp(-x))
+    else:
+        log = -tl.exp(x)
+        log = tl.where(log < LOWEST, LOWEST, log)  # a comparison: NaN stays
+    return log
+
+
+@triton.jit
+def log_decay_slope(x, VERSION: tl.constexpr):
+    """Derivative of `log_decay`: 0 where it is cut."""
+    log = log_decay(x, VERSION)
+    if VERSION == 7:
+        slope = log * (1.0 + log / DECAY_RATE)
+    else:
+        slope = tl.where(log <= LOWEST, 0.0, log)
+    return slope
+
+
+@triton.jit
+def forward(
+    r,
+    w,
+    k,
+    v,
+    a,
+    b,
+    u,
+    state,
+    starts,
+    y,
+    last,
+    kept,
+    H,
+    VERSION: tl.constexpr,
+    N: tl.constexpr,
+    VB: tl.constexpr,
+    L: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEEP: tl.constexpr,
+    COARSE: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """y, the final state, and with KEEP the state before each GROUP tokens. Grid: (rows * H, N / VB)."""
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    begin = tl.load(starts + row)
+    end = tl.load(starts + row + 1)
+    token = tl.arange(0, L)
+    key = tl.arange(0, N)[None, :]
+    value = (tl.program_id(1) * VB + tl.arange(0, VB))[None, :]
+    square = tl.trans(value) * N + key
+    lower = token[:, None] > token[None, :]
+    diagonal = token[:, None] == token[None, :]
+    S = tl.load(state + (row * H + head) * N * N + square)
+    slot = begin // GROUP + row  # groups of all rows before this one fill fewer slots
+    if VERSION == 5:
+        fixed_decay = log_decay(tl.load(w + head * N + key), VERSION)
+    if VERSION != 7:
+        bonus = tl.load(u + head * N + key)
+    for at in range(begin, end, L):
+        if KEEP:
+            if (at - begin) % GROUP == 0:
+                tl.store(kept + ((slot + (at - begin) // GROUP) * H + head) * N * N + square, S)
+        inside = (at + token < end)[:, None]
+        base = ((at + token) * H + head)[:, None] * N
+        R = tl.load(r + base + key, mask=inside, other=0.0).to(tl.float32)
+        K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
+        V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
+        if VERSION == 5:
+            logs = tl.where(inside, fixed_decay, 0.0)
+        else:
+            raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
+            logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
+        total = tl.sum(logs, axis=0)[None, :]
+        middle = 0.5 * total
+        half = tl.exp(middle)  # from the middle of the decay to either end
+        g = tl.cumsum(logs, axis=0) - middle
+        k_down = K * tl.exp(-g)
+        if VERSION == 7:
+            A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
+            B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
+            r_up = R * tl.exp(g)
+            a_up = A * tl.exp(g - logs)
+            b_down = B * tl.exp(-g)
+            A_ab = tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0)
+            A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
+            A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
+            A_rb = tl.where(lower | diagonal, fine(r_up, tl.trans(b_down), FINE), 0.0)
+            Z = coarse(A_ak, V, COARSE, FINE) + coarse(a_up * half, tl.trans(S), COARSE, FINE)
+            U = fine(inverse(A_ab, L, FINE), Z, FINE)
+            Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE)
+            Y += coarse(A_rb, U, COARSE, FINE)
+            S = S * tl.exp(tl.sum(logs, axis=0))[None, :] + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+            S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
+        else:
+            r_up = R * tl.exp(g - logs)
+            A_rk = tl.where(lower, fine(r_up, tl.trans(k_down), FINE), 0.0)
+            own = tl.sum(R * bonus * K, axis=1)[:, None]
+            Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE) + own * V
+            S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+        tl.store(y + base + value, Y.to(y.dtype.element_ty), mask=inside)
+    tl.store(last + (row * H + head) * N * N + square, S)
+
+
+@triton.jit
+def backward(
+    r,
+    w,
+    k,
+    v,
+    a,
+    b,
+    u,
+    kept,
+    starts,
+    dy,
+    dlast,
+    dr,
+    dw,
+    dk,
+    dv,
+    da,
+    db,
+    du,
+    dstate,
+    states,
+    inverses,
+    sums,
+    H,
+    stride,
+    VERSION: tl.constexpr,
+    N: tl.constexpr,
+    VB: tl.constexpr,
+    L: tl.constexpr,
+    GROUP: tl.constexpr,
+    COARSE: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """Gradients, in one sweep from the last group of tokens to the first. Grid: (rows * H, N / VB).
+
+    Gradients by key channel are sums over value channels: each of the N / VB programs of a head writes its part,
+    `stride` numbers after the part before. du and (WKV-5) dw: (rows * H, N / VB, N), float32, to be summed over rows.
+    states, inverses, sums: memory of each program for what is computed again within a group, (programs, GROUP / L, ...)
+    of (VB, N), (L, L) and (L, VB) float32.
+    """
+    row = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
+    part = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64) * (N // VB) + part
+    begin = tl.load(starts + row)
+    end = tl.load(starts + row + 1)
+    token = tl.arange(0, L)
+    key = tl.arange(0, N)[None, :]
+    local = tl.arange(0, VB)[None, :]
+    value = part * VB + local
+    square = tl.trans(value) * N + key
+    lower = token[:, None] > token[None, :]
+    diagonal = token[:, None] == token[None, :]
+    pairs = token[:, None] * L + token[None, :]
+    states += program * (GROUP // L) * VB * N + tl.trans(local) * N + key
+    inverses += program * (GROUP // L) * L * L + pairs
+    sums += program * (GROUP // L) * L * VB + token[:, None] * VB + local
+    dS = tl.load(dlast + (row * H + head) * N * N + square)
+    slot = begin // GROUP + row
+    if VERSION == 5:
+        fixed_raw = tl.load(w + head * N + key)
+        fixed_decay = log_decay(fixed_raw, VERSION)
+        dw_sum = tl.zeros([1, N], tl.float32)
+    if VERSION != 7:
+        bonus = tl.load(u + head * N + key)
+        du_sum = tl.zeros([1, N], tl.float32)
+    groups = (end - begin + GROUP - 1) // GROUP
+    for step in range(0, groups):
+        group = groups - 1 - step
+        first = begin + group * GROUP
+        S = tl.load(kept + ((slot + group) * H + head) * N * N + square)
+        # forwards through the group: the state before each chunk, and for WKV-7 the inverse and U
+        for chunk in range(0, GROUP // L):
+            at = first + chunk * L
+            inside = (at + token < end)[:, None]
+            base = ((at + token) * H + head)[:, None] * N
+            K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
+            V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
+            if VERSION == 5:
+                logs = tl.where(inside, fixed_decay, 0.0)
+            else:
+                raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
+                logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
+            total = tl.sum(logs, axis=0)[None, :]
+            middle = 0.5 * total
+            half = tl.exp(middle)
+            g = tl.cumsum(logs, axis=0) - middle
+            k_down = K * tl.exp(-g)
+            tl.store(states + chunk * VB * N, S)
+            if VERSION == 7:
+                A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
+                B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
+                a_up = A * tl.exp(g - logs)
+                b_down = B * tl.exp(-g)
+                A_ab = tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0)
+                A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
+                X = inverse(A_ab, L, FINE)
+                Z = coarse(A_ak, V, COARSE, FINE) + coarse(a_up * half, tl.trans(S), COARSE, FINE)
+                U = fine(X, Z, FINE)
+                tl.store(inverses + chunk * L * L, X)
+                tl.store(sums + chunk * L * VB, U)
+                S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+                S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
+            else:
+                S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+        tl.debug_barrier()  # what other threads of the program have stored is read now
+        # and back; S is the state after the chunk, dS its gradient
+        for back in range(0, GROUP // L):
+            chunk = GROUP // L - 1 - back
+            at = first + chunk * L
+            inside = (at + token < end)[:, None]
+            base = ((at + token) * H + head)[:, None] * N
+            R = tl.load(r + base + key, mask=inside, other=0.0).to(tl.float32)
+            K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
+            V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
+            dY = tl.load(dy + base + value, mask=inside, other=0.0).to(tl.float32)
+            if VERSION == 5:
+                logs = tl.where(inside, fixed_decay, 0.0)
+            else:
+                raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
+                logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
+            total = tl.sum(logs, axis=0)[None, :]
+            middle = 0.5 * total
+            half = tl.exp(middle)
+            g = tl.cumsum(logs, axis=0) - middle
+            down = tl.exp(-g)
+            k_down = K * down
+            through = tl.sum(S * dS, axis=0)[None, :]  # the decay of the whole chunk's share, exact at each chunk's end
+            S = tl.load(states + chunk * VB * N)  # now the state before the chunk
+            if VERSION == 7:
+                A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
+                B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
+                X = tl.load(inverses + chunk * L * L)
+                U = tl.load(sums + chunk * L * VB)
+                r_factor = tl.exp(g)
+                a_factor = tl.exp(g - logs)
+                r_up = R * r_factor
+                a_up = A * a_factor
+                b_down = B * down
+                A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
+                A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
+                A_rb = tl.where(lower | diagonal, fine(r_up, tl.trans(b_down), FINE), 0.0)
+                dU = coarse(tl.trans(A_rb), dY, COARSE, FINE) + coarse(b_down * half, tl.trans(dS), COARSE, FINE)
+                dZ = fine(tl.trans(X), dU, FINE)
+                dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
+                dV += coarse(tl.trans(A_ak), dZ, COARSE, FINE)
+                dA_rk = tl.where(lower | diagonal, coarse(dY, tl.trans(V), COARSE, FINE), 0.0)
+                dA_rb = tl.where(lower | diagonal, coarse(dY, tl.trans(U), COARSE, FINE), 0.0)
+                dA_ak = tl.where(lower, coarse(dZ, tl.trans(V), COARSE, FINE), 0.0)
+                dA_ab = tl.where(lower, coarse(dZ, tl.trans(U), COARSE, FINE), 0.0)
+                dR = fine(dA_rk, k_down, FINE) + fine(dA_rb, b_down, FINE) + coarse(dY, S, COARSE, FINE) * half
+                dR *= r_factor
+                dA = fine(dA_ak, k_down, FINE) + fine(dA_ab, b_down, FINE) + coarse(dZ, S, COARSE, FINE) * half
+                dA *= a_factor
+                dK = fine(tl.trans(dA_rk), r_up, FINE) + fine(tl.trans(dA_ak), a_up, FINE)
+                dK = (dK + coarse(V, dS, COARSE, FINE) * half) * down
+                dB = fine(tl.trans(dA_rb), r_up, FINE) + fine(tl.trans(dA_ab), a_up, FINE)
+                dB = (dB + coarse(U, dS, COARSE, FINE) * half) * down
+                dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
+                dS += coarse(tl.trans(dZ), a_up * half, COARSE, FINE)
+                before = A * dA  # holds the decays of tokens before its own, r's that of its own too
+                dlogs = through + tl.cumsum(R * dR - K * dK - B * dB + before, axis=0, reverse=True) - before
+                tl.store(da + part * stride + base + key, dA.to(da.dtype.element_ty), mask=inside)
+                tl.store(db + part * stride + base + key, dB.to(db.dtype.element_ty), mask=inside)
+            else:
+                r_factor = tl.exp(g - logs)
+                r_up = R * r_factor
+                A_rk = tl.where(lower, fine(r_up, tl.trans(k_down), FINE), 0.0)
+                own = tl.sum(R * bonus * K, axis=1)[:, None]
+                dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
+                dV += own * dY
+                dA_rk = tl.where(lower, coarse(dY, tl.trans(V), COARSE, FINE), 0.0)
+                dR = (fine(dA_rk, k_down, FINE) + coarse(dY, S, COARSE, FINE) * half) * r_factor
+                dK = (fine(tl.trans(dA_rk), r_up, FINE) + coarse(V, dS, COARSE, FINE) * half) * down
+                dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
+                before = R * dR
+                dlogs = through + tl.cumsum(before - K * dK, axis=0, reverse=True) - before
+                down_own = tl.sum(dY * V, axis=1)[:, None]
+                du_sum += tl.sum(down_own * R * K, axis=0)[None, :]
+                dR += down_own * bonus * K
+                dK += down_own * bonus * R
+            tl.store(dr + part * stride + base + key, dR.to(dr.dtype.element_ty), mask=inside)
+            tl.store(dk + part * stride + base + key, dK.to(dk.dtype.element_ty), mask=inside)
+            tl.store(dv + base + value, dV.to(dv.dtype.element_ty), mask=inside)
+            if VERSION == 5:
+                dw_sum += tl.sum(tl.where(inside, dlogs, 0.0), axis=0)[None, :]
+            else:
+                dW = dlogs * log_decay_slope(raw, VERSION)
+                tl.store(dw + part * stride + base + key, dW.to(dw.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # all have read before the next group overwrites
+    tl.store(dstate + (row * H + head) * N * N + square, dS)
+    if VERSION == 5:
+        tl.store(dw + program * N + key, dw_sum * log_decay_slope(fixed_raw, VERSION))
+    if VERSION != 7:
+        tl.store(du + program * N + key, du_sum)
