@@ -243,7 +243,7 @@ def backward(
             else:
                 S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
         tl.debug_barrier()  # what other threads of the program have stored is read now
-        # and back; S is the state after the chunk, dS its gradient
+        # and back; S is the state before a chunk, dS the gradient of the one after it
         for back in range(0, GROUP // L):
             chunk = GROUP // L - 1 - back
             at = first + chunk * L
@@ -264,8 +264,10 @@ def backward(
             g = tl.cumsum(logs, axis=0) - middle
             down = tl.exp(-g)
             k_down = K * down
-            through = tl.sum(S * dS, axis=0)[None, :]  # the decay of the whole chunk's share, exact at each chunk's end
-            S = tl.load(states + chunk * VB * N)  # now the state before the chunk
+            S = tl.load(states + chunk * VB * N)
+            # Decay gradients are sums over all pairs on either side of a token. Pairs across the ends of the chunk are
+            # summed from their own side, those within as a running difference that ends at zero.
+            across = tl.exp(total) * tl.sum(S * dS, axis=0)[None, :]
             if VERSION == 7:
                 A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
                 B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
@@ -283,22 +285,29 @@ def backward(
                 dZ = fine(tl.trans(X), dU, FINE)
                 dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
                 dV += coarse(tl.trans(A_ak), dZ, COARSE, FINE)
-                dA_rk = tl.where(lower | diagonal, coarse(dY, tl.trans(V), COARSE, FINE), 0.0)
-                dA_rb = tl.where(lower | diagonal, coarse(dY, tl.trans(U), COARSE, FINE), 0.0)
-                dA_ak = tl.where(lower, coarse(dZ, tl.trans(V), COARSE, FINE), 0.0)
-                dA_ab = tl.where(lower, coarse(dZ, tl.trans(U), COARSE, FINE), 0.0)
-                dR = fine(dA_rk, k_down, FINE) + fine(dA_rb, b_down, FINE) + coarse(dY, S, COARSE, FINE) * half
-                dR *= r_factor
-                dA = fine(dA_ak, k_down, FINE) + fine(dA_ab, b_down, FINE) + coarse(dZ, S, COARSE, FINE) * half
-                dA *= a_factor
-                dK = fine(tl.trans(dA_rk), r_up, FINE) + fine(tl.trans(dA_ak), a_up, FINE)
-                dK = (dK + coarse(V, dS, COARSE, FINE) * half) * down
-                dB = fine(tl.trans(dA_rb), r_up, FINE) + fine(tl.trans(dA_ab), a_up, FINE)
-                dB = (dB + coarse(U, dS, COARSE, FINE) * half) * down
+                dA_rk = tl.where(lower | diagonal, fine(dY, tl.trans(V), FINE), 0.0)
+                dA_rb = tl.where(lower | diagonal, fine(dY, tl.trans(U), FINE), 0.0)
+                dA_ak = tl.where(lower, fine(dZ, tl.trans(V), FINE), 0.0)
+                dA_ab = tl.where(lower, fine(dZ, tl.trans(U), FINE), 0.0)
+                dR = (fine(dA_rk, k_down, FINE) + fine(dA_rb, b_down, FINE)) * r_factor
+                dA = (fine(dA_ak, k_down, FINE) + fine(dA_ab, b_down, FINE)) * a_factor
+                dK = (fine(tl.trans(dA_rk), r_up, FINE) + fine(tl.trans(dA_ak), a_up, FINE)) * down
+                dB = (fine(tl.trans(dA_rb), r_up, FINE) + fine(tl.trans(dA_ab), a_up, FINE)) * down
+                dR_state = coarse(dY, S, COARSE, FINE) * (r_factor * half)
+                dA_state = coarse(dZ, S, COARSE, FINE) * (a_factor * half)
+                dK_state = coarse(V, dS, COARSE, FINE) * (down * half)
+                dB_state = coarse(U, dS, COARSE, FINE) * (down * half)
                 dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
                 dS += coarse(tl.trans(dZ), a_up * half, COARSE, FINE)
-                before = A * dA  # holds the decays of tokens before its own, r's that of its own too
-                dlogs = through + tl.cumsum(R * dR - K * dK - B * dB + before, axis=0, reverse=True) - before
+                later = R * (dR + dR_state) - K * dK - B * dB
+                read = A * (dA + dA_state)  # from the state before the own token, whose decay it does not see
+                written = K * dK_state + B * dB_state
+                dlogs = across + tl.cumsum(later + read, axis=0, reverse=True) - read
+                dlogs += tl.cumsum(written, axis=0) - written
+                dR += dR_state
+                dA += dA_state
+                dK += dK_state
+                dB += dB_state
                 tl.store(da + part * stride + base + key, dA.to(da.dtype.element_ty), mask=inside)
                 tl.store(db + part * stride + base + key, dB.to(db.dtype.element_ty), mask=inside)
             else:
@@ -308,12 +317,18 @@ def backward(
                 own = tl.sum(R * bonus * K, axis=1)[:, None]
                 dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
                 dV += own * dY
-                dA_rk = tl.where(lower, coarse(dY, tl.trans(V), COARSE, FINE), 0.0)
-                dR = (fine(dA_rk, k_down, FINE) + coarse(dY, S, COARSE, FINE) * half) * r_factor
-                dK = (fine(tl.trans(dA_rk), r_up, FINE) + coarse(V, dS, COARSE, FINE) * half) * down
+                dA_rk = tl.where(lower, fine(dY, tl.trans(V), FINE), 0.0)
+                dR = fine(dA_rk, k_down, FINE) * r_factor
+                dK = fine(tl.trans(dA_rk), r_up, FINE) * down
+                dR_state = coarse(dY, S, COARSE, FINE) * (r_factor * half)
+                dK_state = coarse(V, dS, COARSE, FINE) * (down * half)
                 dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
-                before = R * dR
-                dlogs = through + tl.cumsum(before - K * dK, axis=0, reverse=True) - before
+                read = R * (dR + dR_state)
+                written = K * dK_state
+                dlogs = across + tl.cumsum(read - K * dK, axis=0, reverse=True) - read
+                dlogs += tl.cumsum(written, axis=0) - written
+                dR += dR_state
+                dK += dK_state
                 down_own = tl.sum(dY * V, axis=1)[:, None]
                 du_sum += tl.sum(down_own * R * K, axis=0)[None, :]
                 dR += down_own * bonus * K

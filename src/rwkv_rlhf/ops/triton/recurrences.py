@@ -5,16 +5,17 @@ T tokens of all rows, C channels, H heads, N head size, S rows (packed segments)
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rwkv_rlhf.ops.triton import matrix_state
+from rwkv_rlhf.ops.triton import channel_state, matrix_state
 
 GROUP = 64  # tokens between states that forward keeps for backward
+CHANNELS, CHANNEL_GROUP = 64, 32  # WKV-4: channels of a program, tokens between kept states
 NAMES = {"wkv5": "rkvwu", "wkv6": "rkvwu", "wkv7": "rwkvab"}  # inputs in the order of the public functions
 COARSE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -148,6 +149,47 @@ class MatrixKernel:
         coarse, fine = precision(given.dtype, given.device)
         cuts = {"VERSION": int(self.op[-1]), "N": size, "VB": cut.values, "L": cut.chunk, "GROUP": GROUP}
         return cuts | {"COARSE": coarse, "FINE": fine, "num_warps": cut.warps, "num_stages": cut.stages}
+
+
+class ChannelKernel:
+    """WKV-4: `forward` and `backward` as ops/recurrence.py asks for them. The same bits on every run."""
+
+    CONSTANTS: ClassVar = {"BLOCK": CHANNELS, "GROUP": CHANNEL_GROUP, "num_warps": CHANNELS // 32}
+
+    def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Tensor, keep: bool) -> list[Tensor]:
+        """y, the final state, and if `keep` what backward needs. starts: (S+1,) int64 on the CPU."""
+        k, v, w, u = (_dense(x) for x in inputs)
+        tokens, channels = k.shape
+        rows = state.shape[0]
+        state, edges = state.contiguous(), starts.to(k.device, non_blocking=True)
+        y, last = torch.empty_like(k), torch.empty_like(state)
+        kept = state.new_empty(tokens // CHANNEL_GROUP + rows if keep else 0, channels, 3)
+        grid = rows, triton.cdiv(channels, CHANNELS)
+        with _current(k.device):
+            channel_state.forward[grid](k, v, w, u, state, edges, y, last, kept, channels, KEEP=keep, **self.CONSTANTS)
+        return [y.to(inputs[0].dtype), last, *((kept, edges, state, last) if keep else ())]
+
+    def backward(
+        self, inputs: Sequence[Tensor], kept: Sequence[Tensor], starts: Tensor, dy: Tensor, dlast: Tensor
+    ) -> list[Tensor]:
+        """Gradients of the inputs, in their dtypes, and of the initial state."""
+        k, v, w, u = (_dense(x) for x in inputs)
+        channels, rows = k.shape[1], dlast.shape[0]
+        states, edges, state, last = kept
+        grid = rows, triton.cdiv(channels, CHANNELS)
+        dk, dv, dstate = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
+        dw, du = dlast.new_empty(2, rows, channels)
+        scratch = dlast.new_empty(*grid, CHANNEL_GROUP, 3, CHANNELS)
+        given = k, v, w, u, states, edges, dy.to(k.dtype).contiguous(), state, last, dlast.contiguous()
+        with _current(k.device):
+            channel_state.backward[grid](*given, dk, dv, dw, du, dstate, scratch, channels, **self.CONSTANTS)
+        grads = dk, dv, dw.sum(0), du.sum(0)
+        return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
+
+
+def kernel(op: str) -> MatrixKernel | ChannelKernel:
+    """What runs the recurrence `op`."""
+    return ChannelKernel() if op == "wkv4" else MatrixKernel(op)
 
 
 def _dense(x: Tensor) -> Tensor:
