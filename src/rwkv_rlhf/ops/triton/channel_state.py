@@ -1,13 +1,28 @@
 """WKV-4 token by token: one program runs BLOCK channels of one row (packed segment), forwards or back.
 
 The formulas are those of ops/wkv4.py. Sums p and q are kept as aa, bb beside the logarithm pp of their scale, gradients
-of them likewise as P, Q beside their own. Everything is float32.
+of them likewise as P, Q beside their own. While no larger weight comes the scale falls with the decay; it is then a
+multiple of the decay away from where it began, so that roundings do not add up. Everything is float32.
 
 k, v, y: (tokens, C); w, u: (C,); states: (rows, C, 3). kept: the state before each GROUP tokens.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def weigh(origin, steps, decay, k):
+    """Factors of the sums so far, whose scale has fallen by `steps` decays from `origin`, and of a term of weight e^k.
+
+    Returns both factors, the new scale, and where that began and how many decays ago.
+    """
+    fallen = origin + decay * steps
+    larger = k > fallen
+    old = tl.where(larger, tl.exp(fallen - k), 1.0)
+    new = tl.where(larger, 1.0, tl.exp(k - fallen))
+    scale = tl.where(larger, k, fallen)
+    return old, new, scale, tl.where(larger, k, origin), tl.where(larger, 0.0, steps)
 
 
 @triton.jit
@@ -39,6 +54,8 @@ def forward(
     bb = tl.load(at + 1, mask=real, other=1.0)
     pp = tl.load(at + 2, mask=real, other=0.0)
     slot = begin // GROUP + row
+    origin = pp
+    steps = tl.zeros([BLOCK], tl.float32)
     for t in range(begin, end):
         if KEEP:
             if (t - begin) % GROUP == 0:
@@ -53,12 +70,9 @@ def forward(
         new = tl.exp(bonus + k_t - top)
         y_t = (aa * old + new * v_t) / (bb * old + new)
         tl.store(y + t * C + channel, y_t.to(y.dtype.element_ty), mask=real)
-        top = tl.maximum(pp + decay, k_t)
-        old = tl.exp(pp + decay - top)
-        new = tl.exp(k_t - top)
+        old, new, pp, origin, steps = weigh(origin, steps + 1.0, decay, k_t)
         aa = aa * old + new * v_t
         bb = bb * old + new
-        pp = top
     at = last + (row * C + channel) * 3
     tl.store(at, aa, mask=real)
     tl.store(at + 1, bb, mask=real)
@@ -107,6 +121,8 @@ def backward(
     P = tl.load(dlast + at, mask=real, other=0.0)
     Q = -tl.load(dlast + at + 1, mask=real, other=0.0)
     scale = -tl.load(last + at + 2, mask=real, other=0.0)
+    start = scale
+    since = tl.zeros([BLOCK], tl.float32)
     d_decay = tl.zeros([BLOCK], tl.float32)
     d_bonus = tl.zeros([BLOCK], tl.float32)
     slot = begin // GROUP + row
@@ -119,18 +135,17 @@ def backward(
         aa = tl.load(here, mask=real, other=0.0)
         bb = tl.load(here + 1, mask=real, other=1.0)
         pp = tl.load(here + 2, mask=real, other=0.0)
+        origin = pp
+        steps = tl.zeros([BLOCK], tl.float32)
         for i in range(0, count):  # forwards: the state before each token
             tl.store(states + (i * 3 + 0) * BLOCK, aa)
             tl.store(states + (i * 3 + 1) * BLOCK, bb)
             tl.store(states + (i * 3 + 2) * BLOCK, pp)
             k_t = tl.load(k + (first + i) * C + channel, mask=real, other=0.0).to(tl.float32)
             v_t = tl.load(v + (first + i) * C + channel, mask=real, other=0.0).to(tl.float32)
-            top = tl.maximum(pp + decay, k_t)
-            old = tl.exp(pp + decay - top)
-            new = tl.exp(k_t - top)
+            old, new, pp, origin, steps = weigh(origin, steps + 1.0, decay, k_t)
             aa = aa * old + new * v_t
             bb = bb * old + new
-            pp = top
         tl.debug_barrier()  # what other threads of the program have stored is read now
         for back in range(0, count):
             i = count - 1 - back
@@ -153,12 +168,9 @@ def backward(
             tl.store(dk + place, (near + far * (v_t * P - Q)).to(dk.dtype.element_ty), mask=real)
             d_bonus += near
             d_decay += tl.exp(scale + decay + pp) * (P * aa - Q * bb)
-            lower = tl.maximum(scale + decay, -top)
-            old = tl.exp(scale + decay - lower)
-            new = tl.exp(-top - lower)
+            old, new, scale, start, since = weigh(start, since + 1.0, decay, -top)
             P = P * old + new * g
             Q = Q * old + new * g * y_t
-            scale = lower
         tl.debug_barrier()  # all have read before the next group overwrites
     # in the scale of the first state; pp alone is a scale that both sums share
     aa = tl.load(state + at, mask=real, other=0.0)

@@ -51,6 +51,26 @@ def log_decay_slope(x, VERSION: tl.constexpr):
 
 
 @triton.jit
+def tile(x, place, inside):
+    """Some tokens' channels in float32, zeros beyond the end of the row."""
+    return tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decays(w, fixed, place, inside, VERSION: tl.constexpr):
+    """Of a chunk: its log decays (L, N), their cumulative sum from the middle g, and half of their total (1, N).
+
+    fixed: the log decay (1, N) of WKV-5, whatever for the others, which have w at every token. Pads do not decay.
+    """
+    if VERSION == 5:
+        logs = tl.where(inside, fixed, 0.0)
+    else:
+        logs = tl.where(inside, log_decay(tile(w, place, inside), VERSION), 0.0)
+    middle = 0.5 * tl.sum(logs, axis=0)[None, :]
+    return logs, tl.cumsum(logs, axis=0) - middle, middle
+
+
+@triton.jit
 def forward(
     r,
     w,
@@ -82,13 +102,16 @@ def forward(
     token = tl.arange(0, L)
     key = tl.arange(0, N)[None, :]
     value = (tl.program_id(1) * VB + tl.arange(0, VB))[None, :]
-    square = tl.trans(value) * N + key
+    square = tl.trans(value) * N + key  # places from a scalar beginning, in 32 bits: fewer registers
+    keys = token[:, None] * (H * N) + key
+    values = token[:, None] * (H * N) + value
     lower = token[:, None] > token[None, :]
     diagonal = token[:, None] == token[None, :]
     S = tl.load(state + (row * H + head) * N * N + square)
     slot = begin // GROUP + row  # groups of all rows before this one fill fewer slots
+    fixed = tl.zeros([1, N], tl.float32)
     if VERSION == 5:
-        fixed_decay = log_decay(tl.load(w + head * N + key), VERSION)
+        fixed = log_decay(tl.load(w + head * N + key), VERSION)
     if VERSION != 7:
         bonus = tl.load(u + head * N + key)
     for at in range(begin, end, L):
@@ -96,26 +119,17 @@ def forward(
             if (at - begin) % GROUP == 0:
                 tl.store(kept + ((slot + (at - begin) // GROUP) * H + head) * N * N + square, S)
         inside = (at + token < end)[:, None]
-        base = ((at + token) * H + head)[:, None] * N
-        R = tl.load(r + base + key, mask=inside, other=0.0).to(tl.float32)
-        K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
-        V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
-        if VERSION == 5:
-            logs = tl.where(inside, fixed_decay, 0.0)
-        else:
-            raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
-            logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
-        total = tl.sum(logs, axis=0)[None, :]
-        middle = 0.5 * total
+        base = (at * H + head) * N
+        R = tile(r + base, keys, inside)
+        K = tile(k + base, keys, inside)
+        V = tile(v + base, values, inside)
+        logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
         half = tl.exp(middle)  # from the middle of the decay to either end
-        g = tl.cumsum(logs, axis=0) - middle
         k_down = K * tl.exp(-g)
         if VERSION == 7:
-            A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
-            B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
             r_up = R * tl.exp(g)
-            a_up = A * tl.exp(g - logs)
-            b_down = B * tl.exp(-g)
+            a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
+            b_down = tile(b + base, keys, inside) * tl.exp(-g)
             A_ab = tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0)
             A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
             A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
@@ -124,15 +138,15 @@ def forward(
             U = fine(inverse(A_ab, L, FINE), Z, FINE)
             Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE)
             Y += coarse(A_rb, U, COARSE, FINE)
-            S = S * tl.exp(tl.sum(logs, axis=0))[None, :] + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+            S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
             S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
         else:
             r_up = R * tl.exp(g - logs)
             A_rk = tl.where(lower, fine(r_up, tl.trans(k_down), FINE), 0.0)
             own = tl.sum(R * bonus * K, axis=1)[:, None]
             Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE) + own * V
-            S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
-        tl.store(y + base + value, Y.to(y.dtype.element_ty), mask=inside)
+            S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+        tl.store(y + base + values, Y.to(y.dtype.element_ty), mask=inside)
     tl.store(last + (row * H + head) * N * N + square, S)
 
 
@@ -186,19 +200,24 @@ def backward(
     token = tl.arange(0, L)
     key = tl.arange(0, N)[None, :]
     local = tl.arange(0, VB)[None, :]
-    value = part * VB + local
-    square = tl.trans(value) * N + key
+    value = tl.program_id(1) * VB + local
+    square = tl.trans(value) * N + key  # places from a scalar beginning, in 32 bits: fewer registers
+    keys = token[:, None] * (H * N) + key
+    values = token[:, None] * (H * N) + value
     lower = token[:, None] > token[None, :]
     diagonal = token[:, None] == token[None, :]
     pairs = token[:, None] * L + token[None, :]
-    states += program * (GROUP // L) * VB * N + tl.trans(local) * N + key
-    inverses += program * (GROUP // L) * L * L + pairs
-    sums += program * (GROUP // L) * L * VB + token[:, None] * VB + local
+    own_square = tl.trans(local) * N + key
+    own_values = token[:, None] * VB + local
+    states += program * (GROUP // L) * VB * N
+    inverses += program * (GROUP // L) * L * L
+    sums += program * (GROUP // L) * L * VB
     dS = tl.load(dlast + (row * H + head) * N * N + square)
     slot = begin // GROUP + row
+    fixed = tl.zeros([1, N], tl.float32)
     if VERSION == 5:
         fixed_raw = tl.load(w + head * N + key)
-        fixed_decay = log_decay(fixed_raw, VERSION)
+        fixed = log_decay(fixed_raw, VERSION)
         dw_sum = tl.zeros([1, N], tl.float32)
     if VERSION != 7:
         bonus = tl.load(u + head * N + key)
@@ -210,137 +229,139 @@ def backward(
         S = tl.load(kept + ((slot + group) * H + head) * N * N + square)
         # forwards through the group: the state before each chunk, and for WKV-7 the inverse and U
         for chunk in range(0, GROUP // L):
-            at = first + chunk * L
-            inside = (at + token < end)[:, None]
-            base = ((at + token) * H + head)[:, None] * N
-            K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
-            V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
-            if VERSION == 5:
-                logs = tl.where(inside, fixed_decay, 0.0)
-            else:
-                raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
-                logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
-            total = tl.sum(logs, axis=0)[None, :]
-            middle = 0.5 * total
+            inside = (first + chunk * L + token < end)[:, None]
+            base = ((first + chunk * L) * H + head) * N
+            V = tile(v + base, values, inside)
+            logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
             half = tl.exp(middle)
-            g = tl.cumsum(logs, axis=0) - middle
-            k_down = K * tl.exp(-g)
-            tl.store(states + chunk * VB * N, S)
+            k_down = tile(k + base, keys, inside) * tl.exp(-g)
+            tl.store(states + chunk * VB * N + own_square, S)
             if VERSION == 7:
-                A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
-                B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
-                a_up = A * tl.exp(g - logs)
-                b_down = B * tl.exp(-g)
-                A_ab = tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0)
+                a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
+                b_down = tile(b + base, keys, inside) * tl.exp(-g)
+                X = inverse(tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0), L, FINE)
                 A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
-                X = inverse(A_ab, L, FINE)
                 Z = coarse(A_ak, V, COARSE, FINE) + coarse(a_up * half, tl.trans(S), COARSE, FINE)
                 U = fine(X, Z, FINE)
-                tl.store(inverses + chunk * L * L, X)
-                tl.store(sums + chunk * L * VB, U)
-                S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+                tl.store(inverses + chunk * L * L + pairs, X)
+                tl.store(sums + chunk * L * VB + own_values, U)
+                S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
                 S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
             else:
-                S = S * tl.exp(total) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+                S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
         tl.debug_barrier()  # what other threads of the program have stored is read now
-        # and back; S is the state before a chunk, dS the gradient of the one after it
+        # And back; S is the state before a chunk, dS the gradient of the one after it. Inputs are read again after each
+        # barrier rather than held, for which the registers do not suffice.
         for back in range(0, GROUP // L):
             chunk = GROUP // L - 1 - back
-            at = first + chunk * L
-            inside = (at + token < end)[:, None]
-            base = ((at + token) * H + head)[:, None] * N
-            R = tl.load(r + base + key, mask=inside, other=0.0).to(tl.float32)
-            K = tl.load(k + base + key, mask=inside, other=0.0).to(tl.float32)
-            V = tl.load(v + base + value, mask=inside, other=0.0).to(tl.float32)
-            dY = tl.load(dy + base + value, mask=inside, other=0.0).to(tl.float32)
-            if VERSION == 5:
-                logs = tl.where(inside, fixed_decay, 0.0)
-            else:
-                raw = tl.load(w + base + key, mask=inside, other=0.0).to(tl.float32)
-                logs = tl.where(inside, log_decay(raw, VERSION), 0.0)
-            total = tl.sum(logs, axis=0)[None, :]
-            middle = 0.5 * total
+            inside = (first + chunk * L + token < end)[:, None]
+            base = ((first + chunk * L) * H + head) * N
+            # gradients of U and V
+            dY = tile(dy + base, values, inside)
+            logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
             half = tl.exp(middle)
-            g = tl.cumsum(logs, axis=0) - middle
-            down = tl.exp(-g)
-            k_down = K * down
-            S = tl.load(states + chunk * VB * N)
-            # Decay gradients are sums over all pairs on either side of a token. Pairs across the ends of the chunk are
-            # summed from their own side, those within as a running difference that ends at zero.
-            across = tl.exp(total) * tl.sum(S * dS, axis=0)[None, :]
+            R = tile(r + base, keys, inside)
+            K = tile(k + base, keys, inside)
+            k_down = K * tl.exp(-g)
             if VERSION == 7:
-                A = tl.load(a + base + key, mask=inside, other=0.0).to(tl.float32)
-                B = tl.load(b + base + key, mask=inside, other=0.0).to(tl.float32)
-                X = tl.load(inverses + chunk * L * L)
-                U = tl.load(sums + chunk * L * VB)
-                r_factor = tl.exp(g)
-                a_factor = tl.exp(g - logs)
-                r_up = R * r_factor
-                a_up = A * a_factor
-                b_down = B * down
-                A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
-                A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
+                r_up = R * tl.exp(g)
+                b_down = tile(b + base, keys, inside) * tl.exp(-g)
                 A_rb = tl.where(lower | diagonal, fine(r_up, tl.trans(b_down), FINE), 0.0)
                 dU = coarse(tl.trans(A_rb), dY, COARSE, FINE) + coarse(b_down * half, tl.trans(dS), COARSE, FINE)
-                dZ = fine(tl.trans(X), dU, FINE)
-                dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
-                dV += coarse(tl.trans(A_ak), dZ, COARSE, FINE)
+                dZ = fine(tl.trans(tl.load(inverses + chunk * L * L + pairs)), dU, FINE)
+                A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
+                a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
+                A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
+                dV = coarse(tl.trans(A_ak), dZ, COARSE, FINE) + coarse(tl.trans(A_rk), dY, COARSE, FINE)
+            else:
+                A_rk = tl.where(lower, fine(R * tl.exp(g - logs), tl.trans(k_down), FINE), 0.0)
+                dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + tl.sum(R * bonus * K, axis=1)[:, None] * dY
+            dV += coarse(k_down * half, tl.trans(dS), COARSE, FINE)
+            tl.store(dv + base + values, dV.to(dv.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
+            # gradients of what reads the state: r and a
+            dY = tile(dy + base, values, inside)
+            V = tile(v + base, values, inside)
+            logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
+            half = tl.exp(middle)
+            down = tl.exp(-g)
+            S = tl.load(states + chunk * VB * N + own_square)
+            # Decay gradients are sums over all pairs on either side of a token. Pairs across the ends of the chunk are
+            # summed from their own side, those within as a running difference that ends at zero.
+            across = half * half * tl.sum(S * dS, axis=0)[None, :]
+            R = tile(r + base, keys, inside)
+            k_down = tile(k + base, keys, inside) * down
+            if VERSION == 7:
+                U = tl.load(sums + chunk * L * VB + own_values)
                 dA_rk = tl.where(lower | diagonal, fine(dY, tl.trans(V), FINE), 0.0)
                 dA_rb = tl.where(lower | diagonal, fine(dY, tl.trans(U), FINE), 0.0)
                 dA_ak = tl.where(lower, fine(dZ, tl.trans(V), FINE), 0.0)
                 dA_ab = tl.where(lower, fine(dZ, tl.trans(U), FINE), 0.0)
-                dR = (fine(dA_rk, k_down, FINE) + fine(dA_rb, b_down, FINE)) * r_factor
-                dA = (fine(dA_ak, k_down, FINE) + fine(dA_ab, b_down, FINE)) * a_factor
-                dK = (fine(tl.trans(dA_rk), r_up, FINE) + fine(tl.trans(dA_ak), a_up, FINE)) * down
-                dB = (fine(tl.trans(dA_rb), r_up, FINE) + fine(tl.trans(dA_ab), a_up, FINE)) * down
-                dR_state = coarse(dY, S, COARSE, FINE) * (r_factor * half)
-                dA_state = coarse(dZ, S, COARSE, FINE) * (a_factor * half)
-                dK_state = coarse(V, dS, COARSE, FINE) * (down * half)
-                dB_state = coarse(U, dS, COARSE, FINE) * (down * half)
-                dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
-                dS += coarse(tl.trans(dZ), a_up * half, COARSE, FINE)
-                later = R * (dR + dR_state) - K * dK - B * dB
-                read = A * (dA + dA_state)  # from the state before the own token, whose decay it does not see
-                written = K * dK_state + B * dB_state
-                dlogs = across + tl.cumsum(later + read, axis=0, reverse=True) - read
-                dlogs += tl.cumsum(written, axis=0) - written
-                dR += dR_state
-                dA += dA_state
-                dK += dK_state
-                dB += dB_state
-                tl.store(da + part * stride + base + key, dA.to(da.dtype.element_ty), mask=inside)
-                tl.store(db + part * stride + base + key, dB.to(db.dtype.element_ty), mask=inside)
+                b_down = tile(b + base, keys, inside) * down
+                dR = fine(dA_rk, k_down, FINE) + fine(dA_rb, b_down, FINE) + coarse(dY, S, COARSE, FINE) * half
+                dR *= tl.exp(g)
+                later = R * dR
+                dA = fine(dA_ak, k_down, FINE) + fine(dA_ab, b_down, FINE) + coarse(dZ, S, COARSE, FINE) * half
+                dA *= tl.exp(g - logs)
+                read = tile(a + base, keys, inside) * dA  # from the state before the own token, whose decay it has not
+                later += read
+                tl.store(da + part * stride + base + keys, dA.to(da.dtype.element_ty), mask=inside)
             else:
-                r_factor = tl.exp(g - logs)
-                r_up = R * r_factor
-                A_rk = tl.where(lower, fine(r_up, tl.trans(k_down), FINE), 0.0)
-                own = tl.sum(R * bonus * K, axis=1)[:, None]
-                dV = coarse(tl.trans(A_rk), dY, COARSE, FINE) + coarse(k_down * half, tl.trans(dS), COARSE, FINE)
-                dV += own * dY
                 dA_rk = tl.where(lower, fine(dY, tl.trans(V), FINE), 0.0)
-                dR = fine(dA_rk, k_down, FINE) * r_factor
-                dK = fine(tl.trans(dA_rk), r_up, FINE) * down
-                dR_state = coarse(dY, S, COARSE, FINE) * (r_factor * half)
-                dK_state = coarse(V, dS, COARSE, FINE) * (down * half)
-                dS = dS * tl.exp(total) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
-                read = R * (dR + dR_state)
-                written = K * dK_state
-                dlogs = across + tl.cumsum(read - K * dK, axis=0, reverse=True) - read
-                dlogs += tl.cumsum(written, axis=0) - written
-                dR += dR_state
+                dR = (fine(dA_rk, k_down, FINE) + coarse(dY, S, COARSE, FINE) * half) * tl.exp(g - logs)
+                read = R * dR
+                later = read
+                own = tl.sum(dY * V, axis=1)[:, None]
+                dR += own * bonus * tile(k + base, keys, inside)
+            tl.store(dr + part * stride + base + keys, dR.to(dr.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
+            # gradients of what is written to the state: k and b
+            V = tile(v + base, values, inside)
+            logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
+            down = tl.exp(-g)
+            half = tl.exp(middle)
+            R = tile(r + base, keys, inside)
+            K = tile(k + base, keys, inside)
+            dK_state = coarse(V, dS, COARSE, FINE) * (down * half)
+            written = K * dK_state
+            if VERSION == 7:
+                U = tl.load(sums + chunk * L * VB + own_values)
+                r_up = R * tl.exp(g)
+                a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
+                dK = (fine(tl.trans(dA_rk), r_up, FINE) + fine(tl.trans(dA_ak), a_up, FINE)) * down
+                B = tile(b + base, keys, inside)
+                dB = (fine(tl.trans(dA_rb), r_up, FINE) + fine(tl.trans(dA_ab), a_up, FINE)) * down
+                dB_state = coarse(U, dS, COARSE, FINE) * (down * half)
+                later -= K * dK + B * dB
+                written += B * dB_state
+                tl.store(db + part * stride + base + keys, (dB + dB_state).to(db.dtype.element_ty), mask=inside)
                 dK += dK_state
-                down_own = tl.sum(dY * V, axis=1)[:, None]
-                du_sum += tl.sum(down_own * R * K, axis=0)[None, :]
-                dR += down_own * bonus * K
-                dK += down_own * bonus * R
-            tl.store(dr + part * stride + base + key, dR.to(dr.dtype.element_ty), mask=inside)
-            tl.store(dk + part * stride + base + key, dK.to(dk.dtype.element_ty), mask=inside)
-            tl.store(dv + base + value, dV.to(dv.dtype.element_ty), mask=inside)
+            else:
+                r_up = R * tl.exp(g - logs)
+                dK = fine(tl.trans(dA_rk), r_up, FINE) * down
+                later -= K * dK
+                dK += dK_state + own * bonus * R
+                du_sum += tl.sum(own * R * K, axis=0)[None, :]
+            tl.store(dk + part * stride + base + keys, dK.to(dk.dtype.element_ty), mask=inside)
+            dlogs = across + tl.cumsum(later, axis=0, reverse=True) - read + tl.cumsum(written, axis=0) - written
             if VERSION == 5:
                 dw_sum += tl.sum(tl.where(inside, dlogs, 0.0), axis=0)[None, :]
             else:
-                dW = dlogs * log_decay_slope(raw, VERSION)
-                tl.store(dw + part * stride + base + key, dW.to(dw.dtype.element_ty), mask=inside)
+                dW = dlogs * log_decay_slope(tile(w + base, keys, inside), VERSION)
+                tl.store(dw + part * stride + base + keys, dW.to(dw.dtype.element_ty), mask=inside)
+            tl.debug_barrier()
+            # gradient of the state before the chunk
+            dY = tile(dy + base, values, inside)
+            logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
+            half = tl.exp(middle)
+            R = tile(r + base, keys, inside)
+            dS = dS * (half * half)
+            if VERSION == 7:
+                dS += coarse(tl.trans(dY), R * tl.exp(g) * half, COARSE, FINE)
+                a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
+                dS += coarse(tl.trans(dZ), a_up * half, COARSE, FINE)
+            else:
+                dS += coarse(tl.trans(dY), R * tl.exp(g - logs) * half, COARSE, FINE)
         tl.debug_barrier()  # all have read before the next group overwrites
     tl.store(dstate + (row * H + head) * N * N + square, dS)
     if VERSION == 5:
