@@ -4,9 +4,6 @@ import errno
 import hashlib
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +18,7 @@ from rwkv_rlhf.files import (
     fingerprint,
     refuse_same_file,
 )
+from tests.support.processes import PROGRAMS, started
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -167,8 +165,6 @@ def test_a_full_disk_ends_a_log_in_one_sentence(tmp_path):
 
 def test_a_killed_process_leaves_whole_records(tmp_path):
     """What `append` returned from is on the disk, whatever comes next."""
-    program = Path(__file__).parent / "support" / "killed_log.py"
-    done = subprocess.run([sys.executable, program, tmp_path / "log"], check=False, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    assert started(PROGRAMS / "killed_log.py", tmp_path / "log").wait(timeout=60) == -signal.SIGKILL
     log = AppendLog(tmp_path / "log", Sized(b"TEST"), b"key\n")
     assert log.resume() and list(log.records()) == [b"0", b"1", b"2"]

@@ -130,7 +130,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def fingerprint(path: str | os.PathLike) -> str:
+def fingerprint(path: str | os.PathLike[str]) -> str:
     """What tells a file from another one without reading all of it: its size, and the SHA-256 of its two ends, in hex.
 
     PREFIX of a corpus stands for PREFIX.bin and PREFIX.idx; a name that is no file is its own fingerprint.
@@ -235,7 +235,7 @@ class AppendLog:
         framing: how records are told apart. head: the first line, which says what the records belong to; b"" = none.
     """
 
-    def __init__(self, path: str | os.PathLike, framing: Framing, head: bytes = b"") -> None:
+    def __init__(self, path: str | os.PathLike[str], framing: Framing, head: bytes = b"") -> None:
         self.path, self.framing, self.head = Path(path), framing, head
         self._ends = [len(head)]  # where the head and each record that was read end
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from rwkv_rlhf.data import FORMATS, kind_of
+from rwkv_rlhf.data import kind_of
 from rwkv_rlhf.data.batch import IGNORE, pack_texts
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.settings.tables import FORMATS
 from tests.support.files import CHAT, jsonl
 
 
@@ -114,8 +115,8 @@ def test_text_files(tmp_path, world):
 
 def test_what_a_file_holds(tmp_path):
     """train.py and --val_file take any format: a .jsonl tells by its first row."""
-    assert FORMATS["jsonl"] == "either"
-    assert FORMATS["csv"] == FORMATS["save"] == "pairs"
+    assert FORMATS["jsonl"].holds == ("text", "pairs", "rated")
+    assert FORMATS["csv"].holds == ("pairs", "rated") and FORMATS["save"].holds == ("pairs",)
     assert kind_of("a.csv") == kind_of("a.save") == "pairs"
     assert kind_of("a.txt") == kind_of("corpus", "binidx") == "text"
     assert kind_of(jsonl(tmp_path / "a.jsonl", {"text": "x"})) == "text"

@@ -140,7 +140,7 @@ def read_template(path: Path, rng: Random) -> Any:
     form = load_chat_template.__wrapped__(str(path))
     said = [Turn("user", "one"), Turn("assistant", "first"), Turn("user", "two")]
     try:
-        return form.render(said, ["yes", "no"]), list(form.segments([*said, Turn("assistant", "yes")]))
+        return form.render(said, ["yes", "no"]), list(form.spans([*said, Turn("assistant", "yes")]))
     except ValueError as error:  # the caller adds the place of the row
         raise ValueError(f"{path}:1: {error}") from error
 

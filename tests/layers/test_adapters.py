@@ -143,7 +143,7 @@ def test_the_state_dict_holds_the_tradition_s_names_only(mode, store):
     """Other programs read these files by name; packed matrices and initial factors have no place in them."""
     layer = adapted(mode, store)
     assert set(layer.state_dict()) == {*layer.tensors, *(["weight"] if store == "none" else [])}
-    assert set(layer.fast) <= set(layer.tensors) and set(layer.initial) <= set(dict(layer.named_buffers()))
+    assert set(layer.factor_b) <= set(layer.tensors) and set(layer.initial) <= set(dict(layer.named_buffers()))
     assert layer.rank_of(getattr(layer, layer.tensors[0])) == RANK
 
 

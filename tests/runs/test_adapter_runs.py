@@ -18,6 +18,8 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.optimizers import parameter_groups
 from tests.support.source_files import ROOT
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.tensor([[5, 0, 17, 256, 3, 3, 42, 7, 0, 101]])
 # without a memory in the optimizer and with one rate, a run that was stopped and gone on with is the same run
 MEMORYLESS = ("--beta1", 0, "--beta2", 0, "--lr_schedule", "constant", "--lr_init", "2e-3", "--lr_final", "2e-3")

@@ -15,6 +15,8 @@ from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from tests.support.files import JINJA, VOCAB, read_jsonl, write_csv
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def typed(base_model, vocab_file, tmp_path):

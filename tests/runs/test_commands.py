@@ -11,6 +11,8 @@ from rwkv_rlhf.commands import chat, generate_rejects, make_binidx, merge, prepa
 from rwkv_rlhf.model import VERSIONS
 from tests.support.files import VOCAB, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 PROFILE = Path(__file__).resolve().parents[2] / "layerprofile" / "2_TEST.csv"
 COMMON = f"""--wandb "" --vocab_size {VOCAB} --epoch_begin 0 --epoch_save 1 --n_layer 2 --n_embd 64 --lr_init 5e-4
  --lr_final 1e-4 --warmup_steps 2 --beta1 0.9 --beta2 0.999 --adam_eps 1e-8 --accelerator auto --devices 1

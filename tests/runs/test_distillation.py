@@ -20,6 +20,8 @@ from rwkv_rlhf.scoring.teacher import Teacher, top_logits
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.old_h5 import old_file
 
+pytestmark = pytest.mark.slow
+
 h5py = pytest.importorskip("h5py")
 K = 5
 FLAGS = """--ctx_len 64 --micro_bsz 2 --epoch_steps 4 --epoch_count 1 --epoch_save 1 --lr_init 1e-3 --lr_final 1e-3

@@ -17,12 +17,13 @@ from rwkv_rlhf.checkpoints import resume_points as points_module
 from rwkv_rlhf.checkpoints.resume_points import ResumePoints, last_point, points_in
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import advice, is_out_of_memory
 from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, environment
 from tests.support.source_files import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -55,13 +56,12 @@ def server(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_killed_at_random_moments(loss, typed, script, server, text_jsonl, pairs_csv, tmp_path, monkeypatch):
+def test_killed_at_random_moments(loss, typed, script, server, text_jsonl, pairs_csv, tmp_path):
     """If this breaks, a machine that dies in the middle of a step or of a save takes the training with it."""
     data = ("--data_file", text_jsonl) if loss == "sft" else ("--rlhf_train_file", pairs_csv)
     words = [*typed, f"--{loss}", 1, *data, "--epoch_steps", 12, "--epoch_count", 2, "--accumulate_grad_batches", 2]
     words += ["--resume_every", 2, "--epoch_save", 1, "--keep", 1, "--resume", "auto"]
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
     assert script(train.main, *words, "--proj_dir", whole)[0] == 0
     rng = random.Random(loss)
     line = " ".join(map(str, [*words, "--proj_dir", folder])) + "\n"

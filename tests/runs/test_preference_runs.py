@@ -15,6 +15,8 @@ from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.start import start
 from tests.support.files import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def typed(base_model, vocab_file, tmp_path):

@@ -13,6 +13,8 @@ from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from tests.support.files import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 class Cut(Exception):
     """Stands for the end of the process: nothing after it may help the run."""
@@ -63,12 +65,6 @@ def same(one, two):
 def untimed(record):
     """A line of metrics.jsonl without what the clock says."""
     return {name: value for name, value in record.items() if name != "tokens_per_s"}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """They take longer to draw than these runs to train."""
-    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
 
 
 @pytest.fixture

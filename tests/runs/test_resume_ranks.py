@@ -9,6 +9,8 @@ from rwkv_rlhf.checkpoints.resume_points import last_point
 from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, started
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("resume_ranks")]
+
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]
 SPLIT = ("deepspeed_stage_3", "fsdp")
 LORA = ("--peft", "lora", "--lora_dropout", 0.2)

@@ -26,6 +26,8 @@ from rwkv_rlhf.training.start import start
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.source_files import ROOT
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
 PROFILE = f"""{",".join(COLUMNS)}
 emb,freeze,0,0,0,0,0,0,0,0,
 0,lora,4,8,0,0.001,0.0001,0.3,0,0,

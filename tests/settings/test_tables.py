@@ -32,7 +32,7 @@ def test_an_adapter_is_what_its_entry_says(name):
     facts, classes = tables.ADAPTERS[name], ADAPTERS[name]
     for kind in (classes.linear, classes.embedding):
         if kind is not None:
-            assert (kind.tensors, kind.fast, kind.initial) == (facts.tensors, facts.factor_b, facts.initial)
+            assert (kind.tensors, kind.factor_b, kind.initial) == (facts.tensors, facts.factor_b, facts.initial)
     assert set(facts.decays) <= set(facts.tensors) and set(facts.factor_b) <= set(facts.tensors)
     assert not facts.sign or facts.sign in facts.tensors
 

@@ -10,9 +10,10 @@ import torch
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.commands import make_binidx, train
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.model.initial import TABLES, initial_tensors
+from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.plan import make_plan
+from rwkv_rlhf.settings.config import new_versions
 from rwkv_rlhf.training.memory import block_bytes, state_bytes, weights_by_storage
 from tests.support.files import VOCAB
 from tests.support.processes import run_program
@@ -117,7 +118,7 @@ def test_a_shape_weighs_what_the_model_of_that_shape_does(mode, quant):
     assert state_bytes(shape) == state_bytes(model)
 
 
-@pytest.mark.parametrize("version", TABLES)
+@pytest.mark.parametrize("version", new_versions())
 @pytest.mark.parametrize(("dropout", "twins", "width"), [(0.0, False, 4), (0.1, False, 4), (0.0, True, 2)])
 def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, width):
     """If this breaks, a kernel, its plain twin or a block keeps more of each token than the plan knows. Within 15%."""

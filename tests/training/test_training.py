@@ -34,6 +34,7 @@ def go(script, typed, *words):
     return out, err
 
 
+@pytest.mark.usefixtures("curves")
 def test_sft_learns_and_leaves_everything_a_user_needs(script, typed, text_jsonl, tmp_path):
     """If this breaks, a plain fine-tuning run does not learn, save or log."""
     go(
@@ -195,6 +196,7 @@ def test_a_run_never_overwrites_its_base(script, typed, pairs_csv, base_model, t
     assert (folder / "rwkv-final.pth").read_bytes() == kept
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_torn_line_of_an_earlier_run_is_harmless(script, typed, text_jsonl, tmp_path):
     """If this breaks, a run that was killed while it wrote metrics.jsonl takes the next one down with it."""
     folder = tmp_path / "out"

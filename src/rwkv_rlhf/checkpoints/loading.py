@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.checkpoints.tensor_files import key_diff, read_tensors
-from rwkv_rlhf.layers.adapters import Adapter
+from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Matrix, StorageSpec
 from rwkv_rlhf.layers.placing import Layout, Report, matrices, place, report_of, wrap_layers
 from rwkv_rlhf.model import VERSIONS

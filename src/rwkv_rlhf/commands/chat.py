@@ -12,6 +12,7 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags
@@ -66,7 +67,7 @@ def parser() -> Parser:
     return flags
 
 
-def cue(record: dict, template: Template, where: str) -> str:
+def cue(record: dict[str, Any], template: Template, where: str) -> str:
     """The text that an answer to this record follows. Raises ValueError, with file and line, without a prompt."""
     prompt = record.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -141,9 +142,7 @@ class Talk:
         """One turn of the user, and the answer on stdout."""
         self.turns += 1
         turns = [Turn("user", text)]
-        if (
-            self.template.whole_conversation
-        ):  # such a template writes a conversation, not a turn of it: the model reads it again
+        if self.template.whole_conversation:  # it cannot write one turn alone, so the model reads all of them again
             turns = [*self.said, *turns]
             self.state, self.pending = None, []
         prompt = self.pending + self.tokenizer.encode(self.template.prompt(turns))

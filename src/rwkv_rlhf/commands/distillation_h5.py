@@ -1,6 +1,6 @@
 """JSONL + a teacher model -> an .h5 with the teacher's largest logits, for --distillation 1 --train_data_file F.h5.
 
-Documents run together, packed by their recurrent states; a long one is carried on from window to window. Each batch is
+Documents run together, packed by their recurrent states; a long one is carried on from chunk to chunk. Each batch is
 on the disk before the next one starts (OUT.part beside the output), so a run that was stopped goes on where it was,
 with no document lost or twice, and its file is the one of a run that was not stopped.
 """
@@ -51,14 +51,14 @@ def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExa
     return group_by_tokens(examples, lambda example: len(example.tokens), most)
 
 
-def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:
+def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, chunk: int) -> list[TextExample]:
     """The documents of one row with the teacher's K largest logits after each of their tokens."""
     device = next(model.parameters()).device
     tokens = torch.from_numpy(np.concatenate([e.tokens for e in row]).astype(np.int64)).to(device)
     ends = np.cumsum([len(e.tokens) for e in row]).tolist()
     # every token is asked about, so every target counts as trained; which they are does not matter
     batch = TextBatch(tokens, tokens, torch.tensor([0, *ends]), 1.0)
-    found = top_logits(model, batch, k, HEAD_CHUNK, window)
+    found = top_logits(model, batch, k, head_chunk=HEAD_CHUNK, chunk=chunk)
     top = TopK(found.values.float().cpu().numpy(), found.indices.cpu().numpy(), found.lse.float().cpu().numpy())
     return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
 

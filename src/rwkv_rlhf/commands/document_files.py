@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, find_templates
+from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
@@ -23,10 +23,7 @@ def add_document_flags(flags: Parser, output: str) -> None:
     flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
     add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
-    flags.add_argument(
-        "--random_seed", type=int, default=TEMPLATE_SEED, help=f"of the template mixed [{TEMPLATE_SEED}]"
-    )
-    add_skip_flag(flags)
+    add_seed_and_skip_flags(flags, "seed of the template mixed")
 
 
 def input_files(flags: Namespace) -> list[Path]:
@@ -74,7 +71,7 @@ def examples_of(
                 continue
             report.examples += 1
             report.trained += example.trained()
-            report.lengths.append(len(example.tokens))
+            report.add_length(len(example.tokens))
             yield example
 
 

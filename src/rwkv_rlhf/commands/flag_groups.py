@@ -1,6 +1,7 @@
 """Flags that several commands have, each group declared once."""
 
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
 from rwkv_rlhf.model.sizes import sizes_of
@@ -30,6 +31,12 @@ def add_text_flags(flags: Parser) -> None:
 def add_skip_flag(flags: Parser) -> None:
     """--skip_bad."""
     flags.add_switch("--skip_bad", help="count and leave out bad rows instead of stopping")
+
+
+def add_seed_and_skip_flags(flags: Parser, seed: str) -> None:
+    """--random_seed (help text `seed`) and --skip_bad."""
+    flags.add_argument("--random_seed", type=int, default=TEMPLATE_SEED, help=f"{seed} [{TEMPLATE_SEED}]")
+    add_skip_flag(flags)
 
 
 def add_vocabulary_size_flags(flags: Parser) -> None:

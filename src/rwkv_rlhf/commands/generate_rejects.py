@@ -11,9 +11,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import TEMPLATES
@@ -68,8 +67,7 @@ def main(argv: Sequence[str]) -> None:
     columns, tasks = read_tasks(flags.input_csv, flags.template, report)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     begun = time.perf_counter()
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        row_bar = bar.add_task("rejects", total=len(tasks))
+    with progress_bar(len(tasks), "rejects", shown=True) as done:
         tally = fill(
             Sampler(model, tokenizer),
             tasks,
@@ -78,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
             batch_size=flags.batch_size,
             tries=flags.tries,
             overwrite=flags.overwrite,
-            progress=lambda rows: bar.update(row_bar, completed=rows),
+            progress=done,
         )
     if tally.resumed == len(tasks):
         log.info("%s had every row already; remove it, or use --overwrite 1, to sample again", flags.output_csv)

@@ -34,26 +34,25 @@ def parser() -> Parser:
 
 def main(words: Sequence[str]) -> None:
     """Writes --output, or the profile to stdout. Raises ValueError."""
-    said = parser().parse_args(words)
-    if said.lr_final is not None and said.lr_init is None:
+    args = parser().parse_args(words)
+    if args.lr_final is not None and args.lr_init is None:
         raise ValueError("--lr_final needs --lr_init")
-    rates = None
-    if said.lr_init is not None:
-        rates = (said.lr_init, said.lr_init / 10 if said.lr_final is None else said.lr_final)
     text = profile_text(
-        said.make,
-        said.layers,
-        rank=said.rank,
-        top_rank=said.top_rank,
-        alpha=said.alpha,
-        dropout=said.dropout,
-        rates=rates,
-        weight_decay=said.weight_decay,
-        ends=(said.emb, said.head),
-        reject=said.reject,
+        args.make,
+        args.layers,
+        rank=args.rank,
+        top_rank=args.top_rank,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        lr_init=args.lr_init,
+        lr_final=args.lr_final,
+        weight_decay=args.weight_decay,
+        emb=args.emb,
+        head=args.head,
+        reject=args.reject,
     )
-    if said.output:
-        with atomic_write(Path(said.output)) as file:
+    if args.output:
+        with atomic_write(Path(args.output)) as file:
             file.write(text.encode())
     else:
         sys.stdout.write(text)

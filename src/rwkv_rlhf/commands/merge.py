@@ -68,7 +68,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    args = parser.parse_args(words)
+    args: argparse.Namespace = parser.parse_args(words)
     wanted = {
         "base_model": not args.to_peft,
         "lora_checkpoint": not args.from_peft,

@@ -4,13 +4,14 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, find_templates
+from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
 from rwkv_rlhf.settings.command_line import Parser
@@ -27,12 +28,9 @@ def add_pair_flags(flags: Parser, output: str) -> None:
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
     add_text_flags(flags)
     flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
-    flags.add_argument(
-        "--random_seed", type=int, default=TEMPLATE_SEED, help=f"templates and shuffle [{TEMPLATE_SEED}]"
-    )
     flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
     flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
-    add_skip_flag(flags)
+    add_seed_and_skip_flags(flags, "seed of the template mixed and of the shuffle")
 
 
 def check_pair_flags(flags: Namespace) -> None:
@@ -81,7 +79,11 @@ def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExa
 
 
 def write_pairs(
-    flags: Namespace, tokenizer: Tokenizer, parts: Sequence[Sequence[PairExample]], report: DataReport, about: dict
+    flags: Namespace,
+    tokenizer: Tokenizer,
+    parts: Sequence[Sequence[PairExample]],
+    report: DataReport,
+    about: dict[str, Any],
 ) -> None:
     """Writes each part and its sidecar (`about` says what the reference is), and logs the report."""
     about = about | {

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import RowError
 
@@ -25,7 +25,7 @@ def normalise(text: str) -> str:
     return _BLANK_LINES.sub("\n", text.replace("\r\n", "\n").replace("\r", "\n").strip())
 
 
-def parse_messages(messages: list, name: str) -> list[Turn]:
+def parse_messages(messages: list[Any], name: str) -> list[Turn]:
     """Turns of a list of {role, content}; RowError names the list (`name`) and the message that is wrong."""
     turns = []
     for number, message in enumerate(messages, 1):

@@ -55,7 +55,7 @@ class JoinedDocuments:
 
     def indices(self, index: int) -> list[int]:
         """Which examples make the sample."""
-        return self._order[self._starts[index] : self._starts[index + 1]].tolist()
+        return [int(i) for i in self._order[self._starts[index] : self._starts[index + 1]]]
 
     def __getitem__(self, index: int) -> list[TextExample]:
         parts = [self.examples[i] for i in self.indices(index)]
@@ -69,7 +69,7 @@ class JoinedDocuments:
 
 
 class ContextWarmup:
-    """--initial_ctx_len: the length of samples grows from `first` inputs to `last` in a straight line over `steps` steps.
+    """Samples grow from `first` inputs to `last`, in a straight line over the first `steps` optimizer steps.
 
     A function of the step's number alone, so a run that goes on from a save has the length that it would have had.
     """

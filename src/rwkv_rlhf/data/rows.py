@@ -4,11 +4,13 @@ import csv
 import io
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import check_readable, parse_json, read_bytes
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import format_of_name
+from rwkv_rlhf.settings.implementations import load
 
 Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
@@ -30,8 +32,16 @@ def _not_utf8(text: str) -> RowError | None:
     return None
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
-    """(line where the row starts, cells or what is wrong with them) of each row that is not blank."""
+class _CsvRow(NamedTuple):
+    """The line where a row starts, its cells, and what is wrong with them."""
+
+    line: int
+    cells: list[str]
+    problem: RowError | None
+
+
+def _csv_rows(text: str) -> Iterator[_CsvRow]:
+    """The rows that are not blank."""
     csv.field_size_limit(_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
@@ -44,13 +54,13 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
             # a quotation mark that nobody closes swallows the rest of the file: say how much
             lost = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
             sentence = f"not readable as CSV ({error}{lost}): is a quotation mark not closed or not doubled?"
-            yield line, RowError(sentence, f"unreadable{lost}")
+            yield _CsvRow(line, [], RowError(sentence, f"unreadable{lost}"))
             continue
         if cells:
-            yield line, cells
+            yield _CsvRow(line, cells, _not_utf8("".join(cells)))
 
 
-def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
+def csv_columns(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
     """Lower-case column names of a header; ValueError when one stands twice."""
     names = [cell.strip().lower() for cell in cells]
     for name in names:
@@ -59,7 +69,7 @@ def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
     return names
 
 
-def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_csv(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a CSV file in UTF-8 (a BOM is fine); quoted cells may hold line breaks.
 
     Args:
@@ -70,19 +80,17 @@ def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ())
     """
     text = read_bytes(path).removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
     rows = _csv_rows(text)
-    start, header = next(rows, (1, []))
-    problem = header if isinstance(header, RowError) else _not_utf8("".join(header))
-    if problem:
-        raise ValueError(f"{path}:{start}: {problem}")
-    names = csv_columns(path, header)
+    header = next(rows, _CsvRow(1, [], None))
+    if header.problem:
+        raise ValueError(f"{path}:{header.line}: {header.problem}")
+    names = csv_columns(path, header.cells)
     for choices in columns:
         if not set(choices) & set(names):
             found = f"its columns are {', '.join(names)}" if names else "the file is empty"
-            raise ValueError(f"{path}:{start}: the column {choices[0]} is missing; {found}")
-    for number, (line, cells) in enumerate(rows, 1):
+            raise ValueError(f"{path}:{header.line}: the column {choices[0]} is missing; {found}")
+    for number, (line, cells, problem) in enumerate(rows, 1):
         where = f"{path}:{line} (row {number})"
         report.rows += 1
-        problem = cells if isinstance(cells, RowError) else _not_utf8("".join(cells))
         if not problem and any(cells[len(names) :]):
             sentence = f"{len(cells)} cells, but the header has {len(names)}: is a comma or quotation mark not quoted?"
             problem = RowError(sentence, "too many cells")
@@ -92,7 +100,7 @@ def read_csv(path: str | os.PathLike, report: DataReport, columns: Columns = ())
             yield Row(where, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
 
 
-def read_jsonl(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_jsonl(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Objects of a JSONL file, one a line, blank lines left out; keys in lower case. Each has `columns` of its own.
 
     Raises:
@@ -111,7 +119,7 @@ def read_jsonl(path: str | os.PathLike, report: DataReport, columns: Columns = (
                 report.bad(f"{path}:{line}", error)
 
 
-def _json_object(raw: bytes) -> dict:
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         value = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -123,7 +131,7 @@ def _json_object(raw: bytes) -> dict:
     return {key.strip().lower(): item for key, item in value.items()}
 
 
-def read_parquet(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a parquet file, of which any column may have gaps; needs pyarrow."""
     check_readable(path)
     try:
@@ -141,13 +149,15 @@ def read_parquet(path: str | os.PathLike, report: DataReport, columns: Columns =
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 
-ROW_READERS: dict[str, Callable[[str | os.PathLike, DataReport, Columns], Iterator[Row]]] = {
-    ".csv": read_csv,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-}
+def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """The rows of a file by its suffix, as CSV if that names no format with rows; `columns` are those it must have."""
+    read: Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]] = read_csv
+    if has_rows(path):
+        read = load(tables.FORMATS[format_of_name(path)].rows)
+    return read(path, report, columns)
 
 
-def read_rows(path: str | os.PathLike, report: DataReport, columns: Columns = ()) -> Iterator[Row]:
-    """The rows of a file by its suffix, as CSV if that is none of ROW_READERS; `columns` are those a CSV must have."""
-    return ROW_READERS.get(Path(path).suffix.lower(), read_csv)(path, report, columns)
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether the suffix of a path names a format that is read row by row."""
+    found = format_of_name(path)
+    return bool(found and tables.FORMATS[found].rows)

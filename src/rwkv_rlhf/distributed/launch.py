@@ -23,7 +23,8 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
@@ -61,8 +62,9 @@ def by_torchrun(variables: Variables) -> RankInfo | None:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in variables for name in needed):
         return None
-    *numbers, address, port = (variables[name] for name in needed)
-    return RankInfo(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
+    rank, world, local, local_world = (_number(name, variables[name]) for name in needed[:4])
+    port = _number("MASTER_PORT", variables["MASTER_PORT"])
+    return RankInfo(rank, world, local, local_world, variables["MASTER_ADDR"], port, "torchrun")
 
 
 def by_slurm(variables: Variables) -> RankInfo | None:
@@ -131,7 +133,7 @@ def _number(name: str, text: str) -> int:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 class LaunchEnvironment(ClusterEnvironment):
@@ -186,7 +188,7 @@ class LaunchEnvironment(ClusterEnvironment):
         return self.info.node
 
 
-def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen]:
+def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen[bytes]]:
     """The other processes of this machine, by rank: the same command, told their places in torchrun's variables."""
     started = {}
     for local in range(1, info.local_world):

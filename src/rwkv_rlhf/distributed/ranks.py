@@ -73,9 +73,10 @@ def broadcast_from_zero(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on every rank; the others do not call `make`."""
     if not several():
         return make()
-    found = [make() if is_rank_zero() else None]
+    found: list[Any] = [make() if is_rank_zero() else None]
     distributed.broadcast_object_list(found, src=0, device=device())
-    return found[0]
+    value: Value = found[0]
+    return value
 
 
 def barrier() -> None:
@@ -93,13 +94,15 @@ def is_sharded(model: nn.Module) -> bool:
 @contextmanager
 def full_tensor(parameter: Tensor) -> Iterator[Tensor]:
     """All of a parameter, of which every rank may hold a part; only inside the block, and on all ranks at once."""
-    if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
+    status = getattr(parameter, "ds_status", None)  # DeepSpeed's
+    if status is not None and status.name != "AVAILABLE":
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             yield parameter.detach()
     elif hasattr(parameter, "full_tensor"):
-        yield parameter.detach().full_tensor()
+        sharded: Any = parameter.detach()
+        yield sharded.full_tensor()
     else:
         yield parameter.detach()
 

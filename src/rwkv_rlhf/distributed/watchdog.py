@@ -21,9 +21,10 @@ from contextlib import suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from torch import distributed
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_rlhf.distributed.ranks import barrier
 from rwkv_rlhf.settings.command_line import one_line, spelled, wants_debug
@@ -55,13 +56,15 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, world: int, children: dict[int, subprocess.Popen], timeout: float, *, parent: int | None
+        self, rank: int, world: int, children: dict[int, subprocess.Popen[bytes]], timeout: float, *, parent: int | None
     ) -> None:
         self.rank, self.world, self.children, self.limit = rank, world, children, 60 * timeout
         self.pause = max(0.5, world / 32)
         self.ticks, self.what = 0, "starting"
         self.parent, self.started_by = parent, os.getppid()
-        self.heard: dict[int, tuple[float, dict]] = {}  # rank -> when it last gave a sign of life, and what it said
+        self.heard: dict[
+            int, tuple[float, dict[str, Any]]
+        ] = {}  # rank -> when it last gave a sign of life, and what it said
         self.changed = time.monotonic()  # when the work of any rank last went on
         self.store: TCPStore | None = None
         self.over = threading.Event()
@@ -76,7 +79,7 @@ class Watchdog:
         """Connect to the store of the ranks; from now on they hear of each other."""
         with self.lock:
             self.store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=LOST))
-            self._say()
+            self._say(self.store)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         _current.reset(self._before)
@@ -125,7 +128,7 @@ class Watchdog:
             try:
                 self._look_for_dead()
                 with self.lock:
-                    failure = self._exchange() if self.store is not None else None
+                    failure = self._exchange(self.store) if self.store is not None else None
             except Exception as error:  # the store is gone, and with it the rank that held it
                 if not self.over.wait(GRACE):
                     self._end(f"rank 0 does not answer any more ({type(error).__name__})", 1, [0])
@@ -134,30 +137,32 @@ class Watchdog:
                 self._end(failure["sentence"], failure["status"])
             self._look_for_hang()
 
-    def _say(self) -> None:
+    def _say(self, store: TCPStore) -> None:
+        """Tell the others how this rank is."""
         words = {"ticks": self.ticks, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
-        self.store.set(f"rank{self.rank}", json.dumps(words | {"time": time.monotonic()}))
+        store.set(f"rank{self.rank}", json.dumps(words | {"time": time.monotonic()}))
 
-    def _exchange(self) -> dict | None:
+    def _exchange(self, store: TCPStore) -> dict[str, Any] | None:
         """Say what this rank does, hear the others; returns the first failure that a rank has announced."""
-        self._say()
+        self._say(store)
         names = [f"rank{rank}" for rank in range(self.world)]
-        if not self.store.check(names):
+        if not store.check(names):
             return None
-        for rank, text in enumerate(self.store.multi_get(names)):
+        for rank, text in enumerate(store.multi_get(names)):
             found = json.loads(text)
             last = self.heard.get(rank)
             if last is None or found["time"] != last[1]["time"]:
                 if last is None or found["ticks"] != last[1]["ticks"]:
                     self.changed = time.monotonic()
                 self.heard[rank] = (time.monotonic(), found)
-        return json.loads(self.store.get(FAILED)) if self.store.check([FAILED]) else None
+        failure: dict[str, Any] | None = json.loads(store.get(FAILED)) if store.check([FAILED]) else None
+        return failure
 
     def _look_for_dead(self) -> None:
         """End this process when one that it has started died without a word, or the one that started it."""
         for rank, child in self.children.items():
-            code = child.poll()
-            if code in (None, 0):
+            code = child.poll() or 0
+            if code == 0:  # it runs, or has ended well
                 continue
             with self.lock:
                 said = self.store is not None and self.store.check([FAILED])
@@ -218,10 +223,10 @@ class Watchdog:
         os._exit(status)
 
     def _end_children(self) -> None:
-        for act in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + GRACE
             for child in self.children.values():
                 if child.poll() is None:
-                    act(child)
+                    child.send_signal(number)
             while any(child.poll() is None for child in self.children.values()) and time.monotonic() < end:
                 time.sleep(0.05)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.data.pairs.text_pairs import REJECT
-from rwkv_rlhf.files import AppendLog, Lines, atomic_write, parse_json, read_bytes
+from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, write_json
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ class JsonRows:
 
     def row(self, values: Row) -> Row:
         """The row as it is read back."""
-        return json.loads(self.encode(values))
+        row: Row = json.loads(self.encode(values))
+        return row
 
 
 class RejectFile:
@@ -95,7 +96,7 @@ class RejectFile:
         about: what made the rejects (model, settings), for OUT.json; None = neither written nor checked.
     """
 
-    def __init__(self, path: str | os.PathLike, columns: list[str], about: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], columns: list[str], about: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.about = about
         self.reject = next(name for name in REJECT if name in columns)
@@ -146,18 +147,15 @@ class RejectFile:
 
     def _sign(self) -> None:
         if self.about is not None:
-            with atomic_write(self.sidecar) as file:
-                file.write((json.dumps(self.about, indent=1, sort_keys=True) + "\n").encode())
+            write_json(self.sidecar, self.about)
 
     def _check_maker(self, other: str) -> None:
         """Raises ValueError when OUT.json names another model or other settings than this run's."""
         if self.about is None:
             return
         try:
-            was = parse_json(read_bytes(self.sidecar)) if self.sidecar.exists() else None
-        except ValueError:
-            was = None
-        if not isinstance(was, dict):
+            was = read_json_object(self.sidecar)
+        except ValueError:  # there is none, or it is no such file
             log.warning("%s: no %s says which model made it; going on with this one", self.path, self.sidecar.name)
             self._sign()
             return

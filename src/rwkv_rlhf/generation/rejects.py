@@ -73,7 +73,7 @@ class Tally:
 
 
 def read_tasks(
-    path: str | os.PathLike, template: str, report: DataReport | None = None
+    path: str | os.PathLike[str], template: str, report: DataReport | None = None
 ) -> tuple[list[str], list[Task]]:
     """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
 
@@ -173,7 +173,7 @@ def fill(
 ) -> Tally:
     """Writes every row of `tasks` to `output`, sampling the rejects that are missing (all of them with overwrite).
 
-    Goes on behind the rows that `output` already has; progress(rows done so far) is called as rows are written.
+    Goes on behind the rows that `output` already has; progress(rows) is called with how many more are there.
 
     Args:
         batch_size: rows sampled together. tries: for an answer that is empty or equal to chosen; each further one
@@ -185,5 +185,5 @@ def fill(
         new = dict(zip(wanted, sample_rows(sampler, tasks, wanted, params, tries, tally) if wanted else []))
         output.append([output.row(tasks[row].cells, new.get(row, tasks[row].reject)) for row in rows])
         tally.kept += len(rows) - len(wanted)
-        progress(rows.stop)
+        progress(len(rows))
     return tally

@@ -170,7 +170,7 @@ class Sampler:
         return Batch(
             sequences=[Running(number, Completion()) for number in range(count)],
             hidden=hidden[0].index_select(0, (starts[1:] - 1).index_select(0, rows)),
-            state=after.index(rows) if params.samples > 1 else after,
+            state=after.select(rows) if params.samples > 1 else after,
             draws=draws,
             history=torch.empty((count, 0), dtype=torch.int64, device=device),
             first=torch.empty((count, 0), dtype=torch.bool, device=device),

@@ -57,7 +57,7 @@ class SamplingParams:
             raise ValueError(f"samples {self.samples}: must be at least 1")
 
 
-def options() -> list[dataclasses.Field]:
+def options() -> list[dataclasses.Field[Any]]:
     """The fields that are flags."""
     return [field for field in dataclasses.fields(SamplingParams) if "help" in field.metadata]
 

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, C width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +45,13 @@ class Matrix(ExactBuffers):
     """A matrix that takes `in_features` to `out_features`, without bias: what Linear and Embedding share.
 
     `weight` is the dense matrix, None while the matrix lives packed in `store`. An `Adapter` adds the parameters
-    `tensors`; the other three class attributes are explained there.
+    `tensors`; the other class attributes are explained there.
     """
 
+    __call__: Callable[..., Tensor]  # PyTorch says Any
     adaptation: Adaptation | None = None
     tensors: tuple[str, ...] = ()
-    fast: tuple[str, ...] = ()
+    factor_b: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
     weight: nn.Parameter | None
     store: Store | None

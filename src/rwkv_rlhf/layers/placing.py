@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
-from rwkv_rlhf.layers.adapters import ADAPTERS, Adapter
+from rwkv_rlhf.layers.adapters import ADAPTERS
+from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Linear, Matrix, StorageSpec
 
 

@@ -11,29 +11,19 @@ Legend: n pairs.
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores
 from rwkv_rlhf.settings.config import Config
 
 
-def cpo(margin: Tensor) -> Tensor:
-    """Preference loss (n,) of the margins of rewards (n,)."""
-    return -F.logsigmoid(margin)
-
-
 class CPO(PairLoss):
     """Preference loss without a reference + cpo_alpha * CE(chosen). Rewards: beta * summed log-probability."""
 
-    settings = ("cpo_alpha", "cpo_beta")
     term = "cpo"
 
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
         return AnswerValues(config.cpo_beta * scores.chosen_sum, config.cpo_beta * scores.reject_sum)
-
-    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
-        return cpo(self.rewards(scores, reference, config).margin())
 
     def weights(self, config: Config) -> TermWeights:
         return TermWeights(preference=1.0, ce=config.cpo_alpha)

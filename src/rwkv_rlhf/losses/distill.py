@@ -88,9 +88,6 @@ class Distillation(TextLoss):
     Metrics: loss and its parts `ce` (smoothed) and `kd` (tau^2 included), and `nll`.
     """
 
-    needs_teacher = True
-    settings = ("smoothing", "temperature", "alpha", "kd", "kd_tail")
-
     def __call__(self, scores: TokenScores, batch: TextBatch, config: Config) -> LossValue:
         picked, values, lse = scores.gathered, batch.top_values, batch.top_lse
         assert picked is not None and values is not None, "distillation without a teacher"

@@ -71,8 +71,6 @@ def dpo(h: Tensor, beta: float, variant: str = "sigmoid", label_smoothing: float
 class DPO(PairLoss):
     """Preference loss + dpo_alpha * CE(chosen). Rewards: beta * (s - b)."""
 
-    needs_reference = True
-    settings = ("dpo_beta", "dpo_alpha", "dpo_loss", "dpo_logp", "dpo_label_smoothing")
     term = "dpo"
 
     @staticmethod

@@ -3,7 +3,7 @@
 Legend: M rows (trained tokens), C width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ class Product:
     def __init__(
         self, head: nn.Module, hidden: Tensor, head_chunk: int, params: Sequence[Tensor], need_hidden: bool
     ) -> None:
-        dense = getattr(head, "dense", None)
-        weight = head.weight if dense is None else dense(hidden.dtype)
+        dense: Callable[[torch.dtype], Tensor] | None = getattr(head, "dense", None)
+        weight = head.get_parameter("weight") if dense is None else dense(hidden.dtype)
         self.hidden = hidden
         self.weight = weight.detach().to(hidden.dtype)  # (V,C), in the dtype of the computation as the head itself does
         self.chunks = _chunks(hidden, head_chunk)

@@ -13,13 +13,15 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, TextBatch
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, pair_metrics, pair_scores, segment_sums
 from rwkv_rlhf.losses.tokens import L2WRAP, RequiredStats, TokenScores, token_scores
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.tables import LossFacts
 
-Batch = TypeVar("Batch", bound=TextBatch | AnswerBatch)
+BatchT = TypeVar("BatchT", bound=TextBatch | AnswerBatch)
 
 
 class LossValue(NamedTuple):
@@ -43,32 +45,24 @@ class LossValue(NamedTuple):
         return LossValue(self.value + penalty, self.metrics | {"l2wrap": penalty.detach()})
 
 
-class Loss(ABC, Generic[Batch]):
-    """A loss as the training loop sees it. What it reads of the settings is named in `settings`.
+class Loss(ABC, Generic[BatchT]):
+    """A loss as the training loop sees it: a sum over the trained tokens, pairs or rated answers of a batch.
 
-    Attributes:
-        kind: "text" (sums over trained tokens), "pairs" (sums over pairs) or "rated" (sums over single answers).
-        needs_reference: whether the batch must carry the reference's log-probabilities.
-        needs_teacher: whether the batch must carry a teacher's logits.
-        l2wrap: whether the penalty on large logits is on unless the user says otherwise.
-        settings: names of the settings that belong to this loss.
+    `facts` is its entry of the table; of the settings it reads those that are named there.
     """
 
-    kind: ClassVar[str]
-    needs_reference: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = False
-    l2wrap: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ()
+    def __init__(self, facts: LossFacts) -> None:
+        self.facts = facts
 
     @abstractmethod
-    def __call__(self, scores: TokenScores, batch: Batch, config: Config) -> LossValue:
+    def __call__(self, scores: TokenScores, batch: BatchT, config: Config) -> LossValue:
         """The loss of a batch whose tokens have the scores `scores`, with the statistics of `required_stats`."""
 
     def required_stats(self, config: Config) -> RequiredStats:
         """What must be known of each token besides log p(target)."""
-        return RequiredStats(max=self.l2wrap if config.l2wrap is None else config.l2wrap)
+        return RequiredStats(max=self.facts.l2wrap if config.l2wrap is None else config.l2wrap)
 
-    def gathered_tokens(self, batch: Batch) -> Tensor | None:
+    def gathered_tokens(self, batch: BatchT) -> Tensor | None:
         """(T,K) tokens whose scores the loss needs at each position besides the target's."""
         return None
 
@@ -79,7 +73,7 @@ class Loss(ABC, Generic[Batch]):
         """
         return None
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: Batch, config: Config) -> LossValue:
+    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
         """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
         stats, gather = self.required_stats(config), self.gathered_tokens(batch)
         scores = token_scores(head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk)
@@ -88,9 +82,6 @@ class Loss(ABC, Generic[Batch]):
 
 class TextLoss(Loss[TextBatch]):
     """A sum over the trained tokens of packed text."""
-
-    kind = "text"
-    l2wrap = True
 
     def required_stats(self, config: Config) -> RequiredStats:
         return super().required_stats(config)._replace(mean=bool(config.smoothing))
@@ -116,15 +107,14 @@ class PairLoss(Loss[PairBatch]):
     before their weights (`ce`, and the preference under the name `term`), and those of `pair_metrics`.
     """
 
-    kind = "pairs"
     term: ClassVar[str]
 
     @abstractmethod
-    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
-        """(n,) the preference loss of each pair; `reference` as for `rewards`."""
-
-    @abstractmethod
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues: ...
+
+    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
+        """(n,) the preference loss of each pair; unless a loss has its own, -log sigmoid(margin of the rewards)."""
+        return -F.logsigmoid(self.rewards(scores, reference, config).margin())
 
     @abstractmethod
     def weights(self, config: Config) -> TermWeights:
@@ -136,11 +126,12 @@ class PairLoss(Loss[PairBatch]):
 
     def __call__(self, scores: TokenScores, batch: PairBatch, config: Config) -> LossValue:
         pairs = pair_scores(scores.logp, batch.targets, batch.starts, scores.log_square)
-        preference = self.preference(pairs, batch.reference, config).sum()
-        entropy = -pairs.chosen_mean().sum()
+        reference = batch.reference if self.facts.reference else None  # a file may hold scores of any model
+        preference = self.preference(pairs, reference, config).sum()
+        entropy = -pairs.chosen_mean.sum()
         value = self.weights(config).mixed(preference, entropy)
         metrics = {"loss": value.detach(), self.term: preference.detach(), "ce": entropy.detach()}
-        metrics |= self.metrics(pairs, batch.reference, config)
+        metrics |= self.metrics(pairs, reference, config)
         return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.starts[::2]))
 
 

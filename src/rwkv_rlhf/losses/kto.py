@@ -36,10 +36,6 @@ def kto(ratio: Tensor, good: Tensor, divergence: Tensor, beta: float, desirable:
 class KTO(Loss[RatedBatch]):
     """Metrics: loss and those of `rated_metrics`. Rewards: beta * (s - b)."""
 
-    kind = "rated"
-    needs_reference = True
-    settings = ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight")
-
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
         """Of pairs, which are taken apart to train on; `accuracy` of them then compares both answers of a prompt."""
         ratio = log_ratios(scores, reference)

@@ -13,7 +13,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores
@@ -33,15 +32,9 @@ def log_odds(score: Tensor) -> Tensor:
     return score - log1mexp(score)
 
 
-def orpo(margin: Tensor) -> Tensor:
-    """Odds-ratio loss (n,) of the log odds ratios (n,)."""
-    return -F.logsigmoid(margin)
-
-
 class ORPO(PairLoss):
     """CE(chosen) + orpo_alpha * odds-ratio loss. Rewards: log odds, so that `reward_margin` is the log odds ratio."""
 
-    settings = ("orpo_alpha", "orpo_mode")
     term = "orpo"
 
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
@@ -50,10 +43,7 @@ class ORPO(PairLoss):
             raise ValueError(f"--orpo_mode {config.orpo_mode} is unknown; choose mean or sum")
         if config.orpo_mode == "sum":
             return AnswerValues(log_odds(scores.chosen_sum), log_odds(scores.reject_sum))
-        return AnswerValues(log_odds(scores.chosen_mean()), log_odds(scores.reject_mean()))
-
-    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
-        return orpo(self.rewards(scores, reference, config).margin())
+        return AnswerValues(log_odds(scores.chosen_mean), log_odds(scores.reject_mean))
 
     def weights(self, config: Config) -> TermWeights:
         return TermWeights(preference=config.orpo_alpha, ce=1.0)

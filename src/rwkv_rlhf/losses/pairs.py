@@ -3,6 +3,8 @@
 Legend: n pairs, A answer tokens (all answers end to end: chosen_0, reject_0, chosen_1, ...), S segments.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from rwkv_rlhf.data.batch import IGNORE
 TIE = 1e-6  # a margin below this is none: an untrained adapter shows an accuracy of one half
 
 
-class PairScores(NamedTuple):
+@dataclass(frozen=True)
+class PairScores:
     """Summed log-probabilities of both answers of each pair, (n,) float32, and their token counts, (n,) int64.
 
     `log_weight` (n,): where a loss asks for it, how much both answers look like the policy's own (see `wpo.py`).
@@ -25,10 +28,12 @@ class PairScores(NamedTuple):
     reject_count: Tensor
     log_weight: Tensor | None = None
 
+    @cached_property  # one node of the graph, however many terms read it
     def chosen_mean(self) -> Tensor:
         """Mean log-probability of a token of the chosen answer, (n,); 0 for an answer without tokens."""
         return self.chosen_sum / self.chosen_count.clamp_min(1)
 
+    @cached_property
     def reject_mean(self) -> Tensor:
         """As `chosen_mean`, of the rejected answer."""
         return self.reject_sum / self.reject_count.clamp_min(1)

@@ -27,8 +27,6 @@ def sft(logp: Tensor, mean_logp: Tensor | None = None, *, smoothing: float = 0.0
 class SFT(TextLoss):
     """Cross-entropy. Metrics: loss, and nll, the plain negative log-likelihood."""
 
-    settings = ("smoothing",)
-
     def __call__(self, scores: TokenScores, batch: TextBatch, config: Config) -> LossValue:
         value = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
         metrics = {"loss": value.detach(), "nll": -scores.logp.detach().sum()}

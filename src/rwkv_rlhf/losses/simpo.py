@@ -29,11 +29,10 @@ class SimPO(PairLoss):
     Rewards: beta * mean log-probability, so that `reward_margin` is what gamma asks for.
     """
 
-    settings = ("simpo_alpha", "simpo_beta", "simpo_gamma")
     term = "simpo"
 
     def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
-        return AnswerValues(config.simpo_beta * scores.chosen_mean(), config.simpo_beta * scores.reject_mean())
+        return AnswerValues(config.simpo_beta * scores.chosen_mean, config.simpo_beta * scores.reject_mean)
 
     def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
         return simpo(self.rewards(scores, reference, config).margin(), gamma=config.simpo_gamma)

@@ -45,6 +45,10 @@ class TokenScores(NamedTuple):
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
 
+    def present(self) -> dict[str, Tensor]:
+        """What was asked for, by field."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
 
 LOGP_ONLY = RequiredStats()
 
@@ -299,7 +303,7 @@ def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _log_squares(head: nn.Module, hidden: Tensor, head_chunk: int) -> Tensor:
-    """log sum_v p(v)^2 under softmax(head(hidden)), hidden (M,C) -> (M,): one more product with the head, in chunks."""
+    """log sum_v p(v)^2 under softmax(head(hidden)), hidden (M,C) -> (M,), by one more product with the head."""
     found = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
     run = open_head(head, hidden.detach(), head_chunk)
     for chunk in run.chunks:

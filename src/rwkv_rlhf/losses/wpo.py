@@ -36,8 +36,6 @@ def wpo(margin: Tensor, weight: Tensor) -> Tensor:
 class WPO(PairLoss):
     """Weighted DPO + wpo_alpha * CE(chosen). Rewards: beta * (s - b). One metric more: `pair_weight`."""
 
-    needs_reference = True
-    settings = ("wpo_alpha", "wpo_beta")
     term = "wpo"
 
     def required_stats(self, config: Config) -> RequiredStats:

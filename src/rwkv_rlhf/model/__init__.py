@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def _block(facts: VersionFacts) -> type[Block]:
-    return load(facts.block)
+    block: type[Block] = load(facts.block)
+    return block
 
 
 VERSIONS: Implementations[VersionFacts, type[Block]] = Implementations(tables.VERSIONS, _block)

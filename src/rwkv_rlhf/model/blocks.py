@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
 from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
@@ -77,6 +78,11 @@ class TimeMix(nn.Module):
         """Shapes of the small tensors of block `layer`, by name."""
         raise NotImplementedError
 
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        """The tensors of a new block by name, float32. Raises NotImplementedError for versions that nobody makes."""
+        raise NotImplementedError
+
     def learnt_shape(self) -> tuple[int, ...]:
         """Shape of the learnt initial state `time_state`; all zeros are no state."""
         raise NotImplementedError
@@ -104,18 +110,35 @@ class HeadsTimeMix(TimeMix):
 
     def split(self, x: Tensor) -> Tensor:
         """x (B, T, A) -> (B, T, H, N)."""
-        return x.unflatten(-1, (self.heads, self.head_size))
+        return x.view(*x.shape[:2], self.heads, self.head_size)
+
+
+def attention_of_heads(at: Position) -> dict[str, Tensor]:
+    """Initial values that x052 and x060 have in common."""
+    gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "output": 0.0, "gate": 0.1}
+    bonus = at.depth * (1 - at.slope()) + 0.1 * at.zigzag()
+    matrices = {f"{name}.weight": at.orthogonal(at.C, at.C, gain) for name, gain in gains.items()}
+    return {"time_faaaa": bonus.view(-1, at.N), **matrices, **at.norm()}
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward half of a block: `mixes` names the mixing vectors, one for each input."""
+    """The feed-forward half of a block: `mixes` names the mixing vectors, one for each input.
+
+    `widening`: its width as a multiple of C in new models, before it is rounded down to a multiple of 32.
+    """
 
     mixes: tuple[str, ...]
+    widening: float
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         for name in self.mixes:
             self.register_parameter(name, nn.Parameter(torch.empty(1, 1, sizes.n_embd)))
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        """The tensors of a new block by name, float32."""
+        raise NotImplementedError
 
     def shares(self) -> Tensor:
         """How much of the previous token goes into each input: (M, C)."""
@@ -134,8 +157,16 @@ class GatedChannelMix(ChannelMix):
     def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         xk, xr = token_mix(x, shift, starts, self.shares())
-        gate, value = torch.sigmoid(self.receptance(xr)), self.value(relu_squared(self.key(xk)))
-        return gate * value
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
+
+
+def gated_ffn(at: Position, key_gain: float) -> dict[str, Tensor]:
+    """Initial values of the matrices of a `GatedChannelMix`."""
+    return {
+        "key.weight": at.orthogonal(at.ffn, at.C, key_gain),
+        "receptance.weight": torch.zeros(at.C, at.C),
+        "value.weight": torch.zeros(at.C, at.ffn),
+    }
 
 
 class Block(nn.Module):

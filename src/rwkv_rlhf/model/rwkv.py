@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
-from rwkv_rlhf.model.blocks import normalise
+from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
 
@@ -45,7 +45,11 @@ class RWKV(nn.Module):
 
     def initial_state(self, rows: int) -> State:
         """What `rows` sequences remember before any token; the same as no state at all."""
-        return State(tuple(block.initial_state(rows, self.compute_dtype) for block in self.blocks))
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            layers.append(block.initial_state(rows, self.compute_dtype))
+        return State(tuple(layers))
 
     def forward(
         self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None

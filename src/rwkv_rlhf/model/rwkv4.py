@@ -6,11 +6,14 @@ Legend: B batch, T tokens, C width, A attention width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import GatedChannelMix, complement, stacked
+from rwkv_rlhf.model.blocks import GatedChannelMix, complement, gated_ffn, stacked
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
@@ -28,6 +31,19 @@ class TimeMix(blocks.TimeMix):
     def vector_shapes(self, sizes: Sizes, layer: int) -> dict[str, tuple[int, ...]]:
         A = sizes.dim_att
         return {"time_decay": (A,), "time_first": (A,), **dict.fromkeys(MIXES, (1, 1, sizes.n_embd))}
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        C, shares = at.C, at.own_shares()
+        return {
+            "time_decay": -5 + 8 * at.slope() ** (0.7 + 1.3 * at.depth),
+            "time_first": math.log(0.3) + 0.5 * at.zigzag(),
+            **{f"time_mix_{name}": shares[name] for name in "kvr"},
+            "key.weight": torch.zeros(C, C),
+            "value.weight": at.orthogonal(C, C, 1.0),
+            "receptance.weight": torch.zeros(C, C),
+            "output.weight": torch.zeros(C, C),
+        }
 
     def learnt_shape(self) -> tuple[int, ...]:
         """(A, 2), the numerator p and the denominator q, which counts as 0 where negative."""
@@ -57,9 +73,15 @@ class TimeMix(blocks.TimeMix):
 
 
 class ChannelMix(GatedChannelMix):
-    """The feed-forward half of a block of RWKV-4 and RWKV-5."""
+    """The feed-forward half of a block, of RWKV-5 too but for its width and first values."""
 
     mixes = ("time_mix_k", "time_mix_r")
+    widening = 4.0
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        shares = {f"time_mix_{name}": at.power(at.height) for name in "kr"}
+        return shares | gated_ffn(at, math.sqrt(max(1.0, at.ffn / at.C)))
 
     def shares(self) -> Tensor:
         """How much of the previous token goes into each input: (2, C)."""

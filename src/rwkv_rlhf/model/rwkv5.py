@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
-from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import HeadsTimeMix, complement, normalise_heads, stacked
-from rwkv_rlhf.model.rwkv4 import ChannelMix
+from rwkv_rlhf.model import blocks, rwkv4
+from rwkv_rlhf.model.blocks import (
+    HeadsTimeMix,
+    attention_of_heads,
+    complement,
+    gated_ffn,
+    normalise_heads,
+    stacked,
+)
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv5 import wkv5
@@ -85,6 +92,21 @@ class ChannelTimeMix(GatedTimeMix):
     """x052: the gate, and a decay and a bonus for each channel of each head."""
 
     by_channel = True
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        shares = {f"time_mix_{name}": share for name, share in at.own_shares().items()}
+        return {**shares, "time_decay": at.slow_decay().view(-1, at.N), **attention_of_heads(at)}
+
+
+class ChannelMix(rwkv4.ChannelMix):
+    """The feed-forward half of a block."""
+
+    widening = 3.5
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        return {f"time_mix_{name}": at.power(at.height) for name in "kr"} | gated_ffn(at, 1.0)
 
 
 class Block50(blocks.Block):

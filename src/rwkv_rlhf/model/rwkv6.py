@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import GatedChannelMix, HeadsTimeMix, low_rank, normalise_heads, stacked
+from rwkv_rlhf.model.blocks import (
+    GatedChannelMix,
+    HeadsTimeMix,
+    attention_of_heads,
+    gated_ffn,
+    low_rank,
+    normalise_heads,
+    stacked,
+)
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv6 import wkv6
@@ -43,6 +52,20 @@ class TimeMix(HeadsTimeMix):
             "time_decay_w1": (C, decay),
             "time_decay_w2": (decay, A),
             "time_faaaa": (sizes.n_head, sizes.head_size),
+        }
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        C, D, decay = at.C, 32, 64
+        shares = {"x": at.power(at.height), "w": at.power(at.height), **at.own_shares()}
+        return {
+            **{f"time_maa_{name}": 1.0 - share for name, share in shares.items()},
+            "time_maa_w1": torch.zeros(C, len(MIXES) * D),
+            "time_maa_w2": at.uniform(len(MIXES), D, C),
+            "time_decay": at.slow_decay().view(1, 1, C),
+            "time_decay_w1": torch.zeros(C, decay),
+            "time_decay_w2": at.uniform(decay, C),
+            **attention_of_heads(at),
         }
 
     def mixed(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> tuple[Tensor, ...]:
@@ -77,6 +100,11 @@ class ChannelMix(GatedChannelMix):
     """The feed-forward half of a block."""
 
     mixes = ("time_maa_k", "time_maa_r")
+    widening = 3.5
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        return {f"time_maa_{name}": 1.0 - at.power(at.height**3) for name in "kr"} | gated_ffn(at, 1.0)
 
 
 class Block(blocks.Block):

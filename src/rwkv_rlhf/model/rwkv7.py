@@ -6,17 +6,26 @@ Legend: B batch, T tokens, C width, A attention width, H heads, N head size, S p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
 from rwkv_rlhf.model.blocks import LN_X_EPS, HeadsTimeMix, low_rank, stacked
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import delta_keys, gated_norm, relu_squared, token_mix, value_gate
 from rwkv_rlhf.ops.wkv7 import wkv7
 
 ATT_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+
+
+def low_rank_sizes(width: int) -> dict[str, int]:
+    """The tradition's inner sizes of the data-dependent vectors for a model of this width: multiples of 32."""
+    factors = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
+    return {name: max(32, round(factor * math.sqrt(width) / 32) * 32) for name, factor in factors.items()}
 
 
 class TimeMix(HeadsTimeMix):
@@ -45,6 +54,33 @@ class TimeMix(HeadsTimeMix):
         shapes |= {"g1": (C, rank["g"]), "g2": (rank["g"], A), "k_k": (1, 1, A), "k_a": (1, 1, A)}
         return shapes | {"r_k": (sizes.n_head, sizes.head_size)}
 
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        C, N, rank = at.C, at.N, low_rank_sizes(at.C)
+        linear = at.slope() - 0.5
+        zigzag = (at.channels() % N - (N - 1) / 2) / ((N - 1) / 2)
+        zigzag = zigzag * zigzag.abs()
+        decay = -6 + 6 * at.slope() ** (1 + at.depth**0.3)
+        powers = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+        offsets = {
+            "w": decay + 0.5 + zigzag * 2.5,
+            "a": -0.19 + zigzag * 0.3 + linear * 0.4,
+            "v": 0.73 - linear * 0.4,
+        }
+        t = {name: 1.0 - at.power(power * at.height) for name, power in powers.items()}
+        for name in "wavg":
+            if name in offsets:
+                t[f"{name}0"] = offsets[name].view(1, 1, C).clone()
+            t[f"{name}1"] = torch.zeros(C, rank[name])
+            gain = math.sqrt(rank[name] / C) if rank[name] > C else 1.0
+            t[f"{name}2"] = at.orthogonal(rank[name], C, 0.1 * gain)
+        t["k_k"] = (0.71 - linear * 0.1).view(1, 1, C)
+        t["k_a"] = torch.full((1, 1, C), 1.02)
+        t["r_k"] = torch.full((C // N, N), -0.04)
+        gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "output": 0.0}
+        t |= {f"{name}.weight": at.orthogonal(C, C, gain) for name, gain in gains.items()}
+        return t | at.norm()
+
     def forward(
         self,
         x: Tensor,
@@ -65,8 +101,10 @@ class TimeMix(HeadsTimeMix):
         a12 = low_rank(xa, self.a1, self.a2)
         g = low_rank(xg, self.g1, self.g2, torch.sigmoid)
         k, minus_kk, kk_a = delta_keys(k, self.k_k.flatten(), self.k_a.flatten(), self.a0.flatten(), a12, self.heads)
-        inputs = [self.split(t) for t in (r, w, k, v, minus_kk, kk_a)]
-        y, wkv_state = wkv7(*inputs, wkv_state, starts, backend)
+        split = self.split
+        y, wkv_state = wkv7(
+            split(r), split(w), split(k), split(v), split(minus_kk), split(kk_a), wkv_state, starts, backend
+        )
         y = gated_norm(y, r, k, v, self.r_k, self.ln_x.weight, self.ln_x.bias, g, LN_X_EPS)
         return self.output(y), v_first, wkv_state
 
@@ -75,11 +113,20 @@ class ChannelMix(blocks.ChannelMix):
     """The feed-forward half of a block."""
 
     mixes = ("x_k",)
+    widening = 4.0
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         self.key = Linear(sizes.n_embd, sizes.dim_ffn)
         self.value = Linear(sizes.dim_ffn, sizes.n_embd)
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        return {
+            "x_k": 1.0 - at.power(at.height**4),
+            "key.weight": at.orthogonal(at.ffn, at.C, 1.0),
+            "value.weight": torch.zeros(at.C, at.ffn),
+        }
 
     def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""

@@ -9,6 +9,7 @@ from rwkv_rlhf.plan.profile import COLUMNS, OLD_COLUMNS, read_profile
 from rwkv_rlhf.plan.rows import (
     PARTS,
     Plan,
+    Rates,
     Row,
     is_matrix,
     is_norm,
@@ -24,6 +25,7 @@ __all__ = [
     "OLD_COLUMNS",
     "PARTS",
     "Plan",
+    "Rates",
     "Row",
     "is_matrix",
     "is_norm",

@@ -20,11 +20,19 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     if config.layer_profile:
         plan = read_profile(config.layer_profile, n_layer, own_rates=config.lr_advanced, **rates)
     else:
-        adapter = {"rank": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        plan = make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
-    tuned = config.state
-    shifts = ("att.shift_state", "ffn.shift_state") if config.state_shift else ()
-    states = ("att.time_state", *shifts) if tuned else ()
+        plan = make_plan(
+            config.peft,
+            n_layer,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            parts=config.lora_parts,
+            layers=config.lora_layers,
+            **rates,
+        )
+    states: tuple[str, ...] = ()
+    if config.state:
+        states = ("att.time_state", "att.shift_state", "ffn.shift_state") if config.state_shift else ("att.time_state",)
     return dataclasses.replace(plan, states=states, lora_plus=config.lora_plus)
 
 

@@ -2,10 +2,19 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 from rwkv_rlhf.settings import tables
 
 PARTS = ("att", "ffn", "ln", "time")
+
+
+class Rates(NamedTuple):
+    """Learning rate at the beginning and at the end of training, and weight decay."""
+
+    lr_init: float
+    lr_final: float
+    weight_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Plan:
         if row.rejects(name):
             return False
         if is_state(name):
-            return name.endswith(self.states) if self.states else False
+            return name.endswith(self.states)
         if row.mode == "full":
             return True
         if row.mode == "freeze" or limited:
@@ -87,17 +96,17 @@ class Plan:
             return None
         return row
 
-    def group(self, name: str, version: str, layerwise: bool) -> tuple[float, float, float]:
-        """(lr_init, lr_final, weight_decay) of the trained tensor `name`, adapters' tensors included.
+    def group(self, name: str, version: str, layerwise: bool) -> Rates:
+        """The rates of the trained tensor `name`, adapters' tensors included.
 
         layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
         """
         row = self.row_of(name)
         if is_state(name):
-            return row.state_lr_init, row.state_lr_final, 0.0
+            return Rates(row.state_lr_init, row.state_lr_final, 0.0)
         times = tables.VERSIONS[version].rates.get(name.split(".")[-1], 1.0) if layerwise else 1.0
         decay = row.weight_decay if is_matrix(name) else 0.0
-        return row.lr_init * times, row.lr_final * times, decay
+        return Rates(row.lr_init * times, row.lr_final * times, decay)
 
 
 def is_state(name: str) -> bool:

@@ -6,14 +6,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.files import AppendLog, Lines, OtherHead
+from rwkv_rlhf.losses.tokens import HEAD_CHUNK
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.evaluation import pair_rows, score_pairs
 
@@ -27,7 +27,7 @@ class KeptScores:
     so the end is the same to the bit.
     """
 
-    def __init__(self, path: str | os.PathLike, key: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: str) -> None:
         self.log = AppendLog(path, Lines(), f"{key}\n".encode())
 
     def finished(self, sizes: Sequence[int]) -> list[list[list[float]]]:
@@ -52,7 +52,13 @@ class KeptScores:
             log.info("%s: row %d is cut off or damaged; scoring goes on from it", self.log.path, len(rows) + 1)
         return rows
 
-    def score(self, model: RWKV, pairs: Sequence[PairExample], chunk: int = 1024, progress: Any = None) -> Tensor:
+    def score(
+        self,
+        model: RWKV,
+        pairs: Sequence[PairExample],
+        head_chunk: int = HEAD_CHUNK,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
         """(n, 2) float32 summed log-probabilities of (chosen, reject), those on disk as they are."""
         wanted = list(pair_rows(pairs))
         found = self.finished([len(row) for row in wanted])
@@ -62,8 +68,7 @@ class KeptScores:
             )
         for number, row in enumerate(wanted):
             if number >= len(found):
-                sums, _ = score_pairs(model, row, chunk)
-                found.append(sums.tolist())
+                found.append(score_pairs(model, row, head_chunk=head_chunk).sums().tolist())
                 self.log.append(f"{json.dumps(found[-1])}\n".encode())
             if progress is not None:
                 progress(len(row))

@@ -2,7 +2,7 @@
 
 Field names are the clean names; the command line spells a few of them differently (`flags.py`). What must hold between
 two settings is in `constraints.py`, what is parsed but does not work yet in `not_built.py`. In help texts `{name}`
-stands for the flag of that field.
+stands for the flag of that field, `[text]` and `[pairs]` for the formats of files that hold them.
 """
 
 import dataclasses
@@ -244,9 +244,9 @@ class Config:
     grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
 
     # --- data
-    data_file: str = setting("", "text: binidx (path without suffix), .jsonl, .txt, .h5")
+    data_file: str = setting("", "text: [text]")
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    pair_file: str = setting("", "preference pairs (or rated answers): .csv, .jsonl, .parquet, .save, .h5")
+    pair_file: str = setting("", "preference pairs or rated answers: [pairs]")
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
     template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config, choices_of, settings
+from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
 
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
@@ -50,11 +51,10 @@ def trains_on_text(config: Config) -> bool:
 def text_format(config: Config) -> str:
     """The format of {data_file} by its data type or its name, "" without one; the file is not opened."""
     if config.data_type:
-        return next(name for name, f in tables.FORMATS.items() if config.data_type in (name, *f.words))
+        return format_of_word(config.data_type)
     if not config.data_file:
         return ""
-    name = config.data_file.lower()
-    return next((form for form, f in tables.FORMATS.items() if f.suffixes and name.endswith(f.suffixes)), "binidx")
+    return format_of_name(config.data_file) or "binidx"
 
 
 CONSTRAINTS = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, settings
 from rwkv_rlhf.settings.constraints import LIMITS
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
+from rwkv_rlhf.settings.formats import names_of_formats
 from rwkv_rlhf.settings.not_built import values_not_built
 
 # setting -> the table that explains its choices
@@ -86,6 +88,12 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
+def text_of(field: dataclasses.Field[Any]) -> str:
+    """The help text of a setting, with the formats that it speaks of."""
+    text = str(field.metadata["help"])
+    return re.sub(r"\[(text|pairs)\]", lambda match: ", ".join(names_of_formats(match[1])), text)
+
+
 def range_of(field: dataclasses.Field[Any]) -> str:
     """The legal range of a number, such as ">= 0 and < 1"; "" for none."""
     return " and ".join(f"{words} {field.metadata[limit]}" for limit, words, _ in LIMITS if limit in field.metadata)
@@ -96,7 +104,7 @@ def short_help(name: str) -> str:
     field = settings()[name]
     missing = values_not_built(name, choices_of(field) or [True])
     choices = [f"{choice}{MISSING if choice in missing else ''}" for choice in choices_of(field) if choice != ""]
-    text = str(field.metadata["help"]) + (f" ({', '.join(choices)})" if choices else "")
+    text = text_of(field) + (f" ({', '.join(choices)})" if choices else "")
     if not choices and missing:
         text += MISSING
     return text + (f" [{default_of(field)}]" if default_of(field) else "")
@@ -157,7 +165,7 @@ def explain(word: str, kinds: Mapping[str, type]) -> str:
 def _explain_setting(name: str, kind: type) -> str:
     field = settings()[name]
     other = [f"--{alias}" for alias, target in ALIASES.items() if target == name]
-    lines = [f"{flag_of(name)}   {field.metadata['help']}"]
+    lines = [f"{flag_of(name)}   {text_of(field)}"]
     lines += [f"  also:     {', '.join(other)}"] if other else []
     lines += [f"  default:  {default_of(field) or 'none'}"]
     lines += [f"  range:    {range_of(field)}"] if range_of(field) else []

@@ -11,9 +11,12 @@ Made = TypeVar("Made")
 
 
 def load(implementation: str) -> Any:
-    """What "package.module:name" names. Raises ImportError or AttributeError when there is no such thing."""
+    """What "package.module:name", or ".module:name" in this package, names.
+
+    Raises ImportError or AttributeError when there is no such thing.
+    """
     module, _, name = implementation.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module(module, "rwkv_rlhf"), name)
 
 
 class Implementations(Mapping[str, Made], Generic[Facts, Made]):

@@ -2,7 +2,8 @@
 
 Each table is the only list of its kind. The command line, constraints, plan, memory estimate, sidecars, weight decay,
 exports, curves and the parametrised tests are derived from it, so a new thing is one file and one entry here. No torch:
-`implementation` names the class or function ("module:name"), which `implementations.load` imports where it is used.
+`implementation` names the class or function ("module:name", ".losses.sft:SFT" in this package), which
+`implementations.load` imports where it is used.
 
 Legend: r rank, C width.
 """
@@ -39,16 +40,12 @@ class LossFacts:
 
 LOSSES: dict[str, LossFacts] = {
     "sft": LossFacts(
-        "supervised fine-tuning: next tokens of text and chats",
-        "text",
-        "rwkv_rlhf.losses.sft:SFT",
-        l2wrap=True,
-        smoothing=0.001,
+        "supervised fine-tuning: next tokens of text and chats", "text", ".losses.sft:SFT", l2wrap=True, smoothing=0.001
     ),
     "dpo": LossFacts(
         "direct preference optimisation and its variants",
         "pairs",
-        "rwkv_rlhf.losses.dpo:DPO",
+        ".losses.dpo:DPO",
         ("dpo_alpha", "dpo_beta", "dpo_loss", "dpo_logp", "dpo_label_smoothing", "dpo_general_corpus_ratio"),
         reference=True,
         general_text=True,
@@ -56,39 +53,32 @@ LOSSES: dict[str, LossFacts] = {
     "orpo": LossFacts(
         "odds ratio preference optimisation, no reference model",
         "pairs",
-        "rwkv_rlhf.losses.orpo:ORPO",
+        ".losses.orpo:ORPO",
         ("orpo_alpha", "orpo_mode"),
     ),
     "simpo": LossFacts(
         "simple preference optimisation, no reference model",
         "pairs",
-        "rwkv_rlhf.losses.simpo:SimPO",
+        ".losses.simpo:SimPO",
         ("simpo_alpha", "simpo_beta", "simpo_gamma"),
     ),
     "cpo": LossFacts(
-        "contrastive preference optimisation, no reference model",
-        "pairs",
-        "rwkv_rlhf.losses.cpo:CPO",
-        ("cpo_alpha", "cpo_beta"),
+        "contrastive preference optimisation, no reference model", "pairs", ".losses.cpo:CPO", ("cpo_alpha", "cpo_beta")
     ),
     "kto": LossFacts(
         "Kahneman-Tversky optimisation of single answers, good or bad",
         "rated",
-        "rwkv_rlhf.losses.kto:KTO",
+        ".losses.kto:KTO",
         ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight"),
         reference=True,
     ),
     "wpo": LossFacts(
-        "weighted preference optimisation",
-        "pairs",
-        "rwkv_rlhf.losses.wpo:WPO",
-        ("wpo_alpha", "wpo_beta"),
-        reference=True,
+        "weighted preference optimisation", "pairs", ".losses.wpo:WPO", ("wpo_alpha", "wpo_beta"), reference=True
     ),
     "distillation": LossFacts(
         "a teacher's largest logits, from a file or live",
         "text",
-        "rwkv_rlhf.losses.distill:Distillation",
+        ".losses.distill:Distillation",
         ("temperature", "top_k", "alpha", "kd", "kd_tail", "teacher_model"),
         teacher=True,
         l2wrap=True,
@@ -160,22 +150,22 @@ LORA_FACTORS = ("lora_A", "lora_B")
 ADAPTERS: dict[str, AdapterFacts] = {
     "lora": AdapterFacts(
         "low-rank update (arXiv 2106.09685)",
-        "rwkv_rlhf.layers.adapters.lora:LoRA",
+        ".layers.adapters.lora:LoRA",
         LORA_FACTORS,
         sign="lora_A",
         decays=LORA_FACTORS,
-        embedding="rwkv_rlhf.layers.adapters.lora:LoRAEmbedding",
+        embedding=".layers.adapters.lora:LoRAEmbedding",
         factor_b=("lora_B",),
         scaled=True,
         peft=PeftFacts("LORA"),
     ),
     "pissa": AdapterFacts(
         "low-rank update that begins as the principal part of the matrix (arXiv 2404.02948)",
-        "rwkv_rlhf.layers.adapters.pissa:PiSSA",
+        ".layers.adapters.pissa:PiSSA",
         LORA_FACTORS,
         sign="",  # the names are LoRA's: only a sidecar or --type tells it
         decays=LORA_FACTORS,
-        embedding="rwkv_rlhf.layers.adapters.pissa:PiSSAEmbedding",
+        embedding=".layers.adapters.pissa:PiSSAEmbedding",
         factor_b=("lora_B",),
         initial=("lora_A_init", "lora_B_init"),
         dropout=False,
@@ -185,7 +175,7 @@ ADAPTERS: dict[str, AdapterFacts] = {
     ),
     "bone": AdapterFacts(
         "each block of the matrix updated from itself (RWKV-PEFT)",
-        "rwkv_rlhf.layers.adapters.bone:Bone",
+        ".layers.adapters.bone:Bone",
         ("bone",),
         sign="bone",
         decays=("bone",),
@@ -194,7 +184,7 @@ ADAPTERS: dict[str, AdapterFacts] = {
     ),
     "dora": AdapterFacts(
         "low-rank update of the rows' directions, and their lengths (arXiv 2402.09353)",
-        "rwkv_rlhf.layers.adapters.dora:DoRA",
+        ".layers.adapters.dora:DoRA",
         (*LORA_FACTORS, "lora_M"),
         sign="lora_M",
         decays=LORA_FACTORS,
@@ -206,7 +196,7 @@ ADAPTERS: dict[str, AdapterFacts] = {
     ),
     "miss": AdapterFacts(
         "one strip of r rows repeated across the inputs (arXiv 2409.15371)",
-        "rwkv_rlhf.layers.adapters.miss:MiSS",
+        ".layers.adapters.miss:MiSS",
         ("miss",),
         sign="miss",
         decays=("miss",),
@@ -237,19 +227,17 @@ class StorageFacts:
 STORAGES: dict[str, StorageFacts] = {
     "nf4": StorageFacts(
         "16 levels at the quantiles of a normal distribution, blocks of 64 (arXiv 2305.14314)",
-        "rwkv_rlhf.layers.stores.nf4:NF4",
+        ".layers.stores.nf4:NF4",
         0.5625,
         0.09,
         20 << 20,
         needs="bitsandbytes",
     ),
     "fp4": StorageFacts(
-        "4-bit floats, blocks of 64", "rwkv_rlhf.layers.stores.nf4:FP4", 0.5625, 0.12, 20 << 20, needs="bitsandbytes"
+        "4-bit floats, blocks of 64", ".layers.stores.nf4:FP4", 0.5625, 0.12, 20 << 20, needs="bitsandbytes"
     ),
-    "int8": StorageFacts("8-bit integers, blocks of 64", "rwkv_rlhf.layers.stores.int8:Int8", 1.0625, 0.006, 32 << 20),
-    "fp8": StorageFacts(
-        "8-bit floats (e4m3), one scale a row", "rwkv_rlhf.layers.stores.fp8:FP8", 1.0, 0.026, 32 << 20
-    ),
+    "int8": StorageFacts("8-bit integers, blocks of 64", ".layers.stores.int8:Int8", 1.0625, 0.006, 32 << 20),
+    "fp8": StorageFacts("8-bit floats (e4m3), one scale a row", ".layers.stores.fp8:FP8", 1.0, 0.026, 32 << 20),
 }
 DENSE = "none"  # not packed: a parameter in the compute dtype
 
@@ -261,13 +249,14 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. new: models of it can be made from zero. spellings: further words of --my_testing.
-    has, lacks: tensors of blocks.0.att that a file of it has and has not; per_channel: whether time_decay has a number
-    for each channel of each head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none.
-    small: a pattern for the last
-    word of its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of
-    width C that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that
-    the recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
+    block: its block class. new: models of it can be made from zero. spellings: further
+    words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
+    that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
+    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
+    att whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
+    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
+    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
+    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
     begins from a learnt time_state in the model's file.
     """
 
@@ -279,6 +268,7 @@ class VersionFacts:
     spellings: tuple[str, ...] = ()
     new: bool = True
     heads: str = ""
+    low_rank: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     small: str = ".*time.*"
     rates: Mapping[str, float] = field(default_factory=dict)
     activations: float = 0.0
@@ -289,7 +279,7 @@ class VersionFacts:
 VERSIONS: dict[str, VersionFacts] = {
     "x040": VersionFacts(
         "RWKV-4",
-        "rwkv_rlhf.model.rwkv4:Block",
+        ".model.rwkv4:Block",
         has=frozenset({"time_first", "time_mix_k"}),
         lacks=frozenset({"ln_x.weight"}),
         rates={"time_decay": 2.0, "time_first": 3.0},
@@ -297,7 +287,7 @@ VERSIONS: dict[str, VersionFacts] = {
     ),
     "x050": VersionFacts(
         "RWKV-5.0",
-        "rwkv_rlhf.model.rwkv5:Block50",
+        ".model.rwkv5:Block50",
         has=frozenset({"ln_x.weight", "time_mix_k"}),
         lacks=frozenset({"gate.weight"}),
         per_channel=False,
@@ -309,7 +299,7 @@ VERSIONS: dict[str, VersionFacts] = {
     ),
     "x051": VersionFacts(
         "RWKV-5.1",
-        "rwkv_rlhf.model.rwkv5:Block51",
+        ".model.rwkv5:Block51",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight"}),
         per_channel=False,
         new=False,
@@ -320,7 +310,7 @@ VERSIONS: dict[str, VersionFacts] = {
     ),
     "x052": VersionFacts(
         "RWKV-5.2",
-        "rwkv_rlhf.model.rwkv5:Block52",
+        ".model.rwkv5:Block52",
         has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}),
         per_channel=True,
         spellings=("r3r4",),
@@ -332,9 +322,10 @@ VERSIONS: dict[str, VersionFacts] = {
     ),
     "x060": VersionFacts(
         "RWKV-6",
-        "rwkv_rlhf.model.rwkv6:Block",
+        ".model.rwkv6:Block",
         has=frozenset({"time_maa_w1"}),
         heads="time_faaaa",
+        low_rank={"mix": ("time_maa_w2",), "decay": ("time_decay_w1",)},
         rates={"time_decay": 2.0},
         activations=34.4,
         recurrence_bytes=4,
@@ -342,9 +333,10 @@ VERSIONS: dict[str, VersionFacts] = {
     ),
     "x070": VersionFacts(
         "RWKV-7",
-        "rwkv_rlhf.model.rwkv7:Block",
+        ".model.rwkv7:Block",
         has=frozenset({"r_k", "x_r"}),
         heads="r_k",
+        low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",)},  # one block alone has no v1
         small=r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k",
         rates={"w0": 2.0},
         activations=28.6,
@@ -358,27 +350,55 @@ VERSIONS: dict[str, VersionFacts] = {
 
 @dataclass(frozen=True)
 class FormatFacts:
-    """A format of data by the suffixes of its files: what one file of it can hold, and who reads it.
+    """A format of data by the suffixes of its files, and who reads what such a file can hold.
 
-    holds: some of "text", "pairs", "rated". tokenised: it holds token ids, so template and tokenizer do not matter.
+    text: documents, read(path, tokenizer, report, draw, train_on_prompt) -> examples. rows: records by column, pairs or
+    rated answers, read(path, report, columns) -> rows. pairs: pairs that are no rows, open(path, tokenizer, options,
+    ctx_len) -> Pairs. tells: of a file that can hold text or pairs but no rows, whether it holds pairs.
+    tokenised: it holds token ids, so template and tokenizer do not matter. words: of --data_type, beside its name.
     """
 
     help: str
     suffixes: tuple[str, ...]
-    holds: tuple[str, ...]
+    text: str = ""
+    rows: str = ""
+    pairs: str = ""
+    tells: str = ""
     tokenised: bool = False
-    words: tuple[str, ...] = ()  # of --data_type, beside the format's own name
+    words: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> tuple[str, ...]:
+        """What one file can hold: some of "text", "pairs", "rated"."""
+        found = {"text": self.text, "pairs": self.rows or self.pairs, "rated": self.rows}
+        return tuple(kind for kind, reader in found.items() if reader)
 
 
 FORMATS: dict[str, FormatFacts] = {
-    "binidx": FormatFacts("Megatron's pair of .bin and .idx, named without suffix", (), ("text",), tokenised=True),
-    "jsonl": FormatFacts("one JSON object a line", (".jsonl",), ("text", "pairs", "rated")),
-    "txt": FormatFacts("one document", (".txt",), ("text",), words=("utf-8",)),
-    "csv": FormatFacts("a table with a header", (".csv",), ("pairs", "rated")),
-    "parquet": FormatFacts("a table in columns", (".parquet",), ("pairs", "rated")),
-    "save": FormatFacts("tokenised pairs of the preparation scripts", (".save",), ("pairs",), tokenised=True),
+    "csv": FormatFacts("a table with a header", (".csv",), rows=".data.rows:read_csv"),
+    "jsonl": FormatFacts(
+        "one JSON object a line", (".jsonl",), text=".data.text.documents:jsonl_documents", rows=".data.rows:read_jsonl"
+    ),
+    "txt": FormatFacts(
+        "one document", (".txt",), text=".data.text.documents:txt_documents", words=("utf-8",)
+    ),  # utf-8 is RWKV-LM's name for a text file
+    "binidx": FormatFacts(
+        "Megatron's pair of .bin and .idx, named with or without suffix",
+        (".bin", ".idx"),
+        text=".data.text.documents:binidx_documents",
+        tokenised=True,
+    ),
+    "parquet": FormatFacts("a table in columns", (".parquet",), rows=".data.rows:read_parquet"),
+    "save": FormatFacts(
+        "tokenised pairs of the preparation scripts", (".save",), pairs=".data.pairs.dataset:open_save", tokenised=True
+    ),
     "h5": FormatFacts(
-        "tokenised documents, or pairs of older programs", (".h5", ".hdf5"), ("text", "pairs"), tokenised=True
+        "tokenised documents, or pairs of older programs",
+        (".h5", ".hdf5"),
+        text=".data.text.documents:h5_documents",
+        pairs=".data.pairs.dataset:open_pair_h5",
+        tells=".data.text.h5:holds_pairs",
+        tokenised=True,
     ),
 }
 
@@ -402,17 +422,17 @@ class StrategyFacts:
 
 
 STRATEGIES: dict[str, StrategyFacts] = {
-    "auto": StrategyFacts("one process alone, or ddp", "rwkv_rlhf.training.strategies.ddp:ddp"),
-    "ddp": StrategyFacts("the whole model on every rank", "rwkv_rlhf.training.strategies.ddp:ddp"),
+    "auto": StrategyFacts("one process alone, or ddp", ".training.strategies.ddp:ddp"),
+    "ddp": StrategyFacts("the whole model on every rank", ".training.strategies.ddp:ddp"),
     "fsdp": StrategyFacts(
         "what trains, its gradients and the optimizer's state split over the ranks",
-        "rwkv_rlhf.training.strategies.fsdp:fsdp",
+        ".training.strategies.fsdp:fsdp",
         whole_blocks=True,
     ),
     **{
         f"deepspeed_stage_{stage}{'_offload' if offload else ''}": StrategyFacts(
             f"DeepSpeed's ZeRO, {what} split over the ranks" + (", in host memory" if offload else ""),
-            "rwkv_rlhf.training.strategies.deepspeed:zero",
+            ".training.strategies.deepspeed:zero",
             whole_blocks=stage == 3,
             stage=stage,
             offload=offload,
@@ -435,7 +455,7 @@ class ExportFacts:
 
 
 EXPORTS: dict[str, ExportFacts] = {
-    "peft": ExportFacts("a folder of the PEFT library", "rwkv_rlhf.checkpoints.exporters.peft:to_peft_folder"),
+    "peft": ExportFacts("a folder of the PEFT library", ".checkpoints.exporters.peft:to_peft_folder"),
 }
 
 
@@ -452,7 +472,7 @@ class OptimizerFacts:
 
 
 OPTIMIZERS: dict[str, OptimizerFacts] = {
-    "adamw": OptimizerFacts("AdamW", "rwkv_rlhf.training.optimizers:adamw", ("", "AdamW")),
+    "adamw": OptimizerFacts("AdamW", ".training.optimizers:adamw", ("", "AdamW")),
     "adam8bit": OptimizerFacts("Adam with 8-bit moments", spellings=("Adam8bit",)),
     "adamw8bit": OptimizerFacts("AdamW with 8-bit moments", spellings=("AdamW8bit",)),
     "lion": OptimizerFacts("Lion (arXiv 2302.06675)", spellings=("Lion",)),

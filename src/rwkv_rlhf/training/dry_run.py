@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
@@ -56,7 +56,7 @@ def coloured(tokens: list[int], trained: list[bool], decode: Decode, style: str 
     return text
 
 
-def pair_sample(batch: PairBatch, decode: Decode) -> Iterator[Text]:
+def pair_sample(batch: AnswerBatch, decode: Decode) -> Iterator[Text]:
     """The first prompt of a batch with each of its answers."""
     prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
     good = [bool(batch.good[0])] if isinstance(batch, RatedBatch) else [True, False]
@@ -80,11 +80,11 @@ def samples(inputs: Inputs, steps: Steps | MixedSteps) -> Iterator[Text]:
     decode = inputs.tokenizer.decode
     for k in range(SAMPLES):
         batch = steps.micro_batch(k)
-        if not isinstance(batch, PairBatch):
+        if isinstance(batch, TextBatch):
             yield text_sample(batch, decode)
             continue
         yield from pair_sample(batch, decode)
-        if batch.general is not None:
+        if isinstance(batch, PairBatch) and batch.general is not None:
             yield text_sample(batch.general, decode)
 
 

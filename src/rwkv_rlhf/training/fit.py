@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
-from rwkv_rlhf.data.batch import PairBatch, TextBatch
+from rwkv_rlhf.data.batch import Batch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
@@ -30,13 +30,13 @@ from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
 
 
-class MicroBatches(Dataset[TextBatch | PairBatch]):
+class MicroBatches(Dataset[Batch]):
     """Micro-batch k of this rank, counted from the very start of training."""
 
     def __init__(self, steps: Steps | MixedSteps) -> None:
         self.steps = steps
 
-    def __getitem__(self, k: int) -> TextBatch | PairBatch:
+    def __getitem__(self, k: int) -> Batch:
         return self.steps.micro_batch(k)
 
 

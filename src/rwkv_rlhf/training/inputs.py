@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,13 @@ from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.layers.placing import Layout, matrices
+from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.scoring.divergence import Divergence
-from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
+from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
 from rwkv_rlhf.training.start import Start
@@ -51,7 +53,7 @@ log = logging.getLogger(__name__)
 
 def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[str]:
     """A sentence when the weights of good and bad answers are far from what KTO's paper advises."""
-    good = sum(rated[index].good for index in range(len(rated)))
+    good = sum(isinstance(example, RatedExample) and example.good for example in rated)
     bad = len(rated) - good
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
@@ -80,7 +82,7 @@ class Inputs:
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
         """Preference pairs or rated answers, as the file has them."""
         c = self.config
-        options = {
+        options: dict[str, Any] = {
             "template": c.template,
             "max_len": c.rlhf_max_corpus_len if cap else 0,
             "ctx_len": c.ctx_len if cap else 0,
@@ -238,12 +240,12 @@ class Inputs:
                 model_hash=model_hash,
                 arithmetic=" ".join(held),
                 folder=self.folder,
-                chunk=c.head_chunk,
+                head_chunk=c.head_chunk,
+                chunk=c.chunk,
                 progress=done,
-                length=c.chunk,
             )
 
-    def _same_reference(self, about: dict) -> bool:
+    def _same_reference(self, about: dict[str, Any]) -> bool:
         """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
         model, layout = self.start.model, self.start.report.layout
         storage = layout.store if layout.packed else "none"
@@ -279,31 +281,32 @@ class Inputs:
         if self.split_off is not None:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
-            examples = [self.split_off[index] for index in range(len(self.split_off))]
-            known = [pair.reference for pair in examples]
+            pairs = [example for example in self.split_off if isinstance(example, PairExample)]
+            known = [pair.reference for pair in pairs]
             if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
-                return self._held_out_pairs(examples, torch.tensor(known))
-            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
+                return self._held_out_pairs(pairs, torch.tensor(known))
+            return self._held_out_pairs(pairs, self._computed_reference(pairs) if reference else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
-        pairs = self._pairs(c.val_file, cap=False)
-        return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
+        file = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(file, self.reference(file) if reference else None)
 
-    def _held_out_texts(self, texts: Iterable[TextExample]) -> Callable[[], dict[str, Any]]:
+    def _held_out_texts(self, texts: Subset | Texts | H5Texts) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
+            examples = (texts[index] for index in range(len(texts)))  # read anew each time, not kept
+            documents = (example for example in examples if isinstance(example, TextExample))
             with evaluating(self.start.model):
-                return evaluate_text(self.start.model, texts, self.config.head_chunk)
+                return evaluate_text(self.start.model, documents, self.config.head_chunk)
 
         return score
 
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
         """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
         c, model = self.config, self.start.model
-        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
-        rated = isinstance(pairs[0], RatedExample)
-        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        loss = LOSSES[c.loss or tables.PRETRAINING]
+        good = torch.tensor([pair.good for pair in pairs if isinstance(pair, RatedExample)])
         distance: Divergence | None = None
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
@@ -317,10 +320,10 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(model):
-                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                scores = score_pairs(model, pairs, head_chunk=c.head_chunk, chunk=c.chunk)
                 near = {} if distance is None else {"kl": distance.of(model)}
-            if rated:
-                return rated_metrics(sums, counts, good, base, beta) | near
-            return pair_metrics(sums, counts, base, beta) | near
+            if len(good):
+                return rated_figures(scores, good, base, c) | near
+            return pair_figures(scores, base, loss, c) | near
 
         return score

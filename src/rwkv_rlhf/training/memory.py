@@ -19,7 +19,7 @@ from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import BLOCK_ON_GPU
 from rwkv_rlhf.precision import DTYPES, NAMES
-from rwkv_rlhf.scoring.infinite_context import Pieces
+from rwkv_rlhf.scoring.infinite_context import ChunkedRows
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.start import Start
@@ -101,16 +101,16 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
 def slots(config: Config, tokens: int) -> int:
     """How many states the cuts of a micro-batch of `tokens` tokens keep: of text, or of a third prompt per pair."""
     rows = config.micro_bsz
-    pieces = Pieces(config.chunk)
+    chunked = ChunkedRows(config.chunk)
     each = tokens // rows
     if config.loss_facts.data == "text":
-        pieces.add_row(torch.empty(each * rows, device="meta"), torch.arange(rows + 1) * each)
-        return pieces.slots
+        chunked.add(torch.empty(each * rows, device="meta"), torch.arange(rows + 1) * each)
+        return chunked.slots
     prompt, answer = each - 2 * (each // 3), each // 3
-    ends = pieces.add_row(torch.empty(prompt * rows, device="meta"), torch.arange(rows + 1) * prompt, keep=True)
+    ends = chunked.add(torch.empty(prompt * rows, device="meta"), torch.arange(rows + 1) * prompt, keep=True)
     begin = [slot for slot in ends for _ in range(2)]
-    pieces.add_row(torch.empty(2 * answer * rows, device="meta"), torch.arange(2 * rows + 1) * answer, begin=begin)
-    return pieces.slots
+    chunked.add(torch.empty(2 * answer * rows, device="meta"), torch.arange(2 * rows + 1) * answer, begin=begin)
+    return chunked.slots
 
 
 def state_bytes(model: RWKV) -> int:

@@ -8,18 +8,17 @@ import os
 import sys
 
 from rwkv_rlhf.commands import train
+from rwkv_rlhf.reports import page
 from rwkv_rlhf.settings.command_line import run
-from rwkv_rlhf.training import (
-    callbacks,
-)
-from rwkv_rlhf.training import (
-    start as _start,  # noqa: F401
-)
+from rwkv_rlhf.training import run as training_run
+from rwkv_rlhf.training import start
+
+ONCE = (training_run, start)  # imported here, so that no child has to
 
 
 def main(log_file):
     """Until stdin ends."""
-    callbacks.write_report = lambda *_: None  # takes longer than the training
+    page.draw_curves = lambda folder: None  # takes longer than the training
     for line in sys.stdin:
         child = os.fork()
         if not child:

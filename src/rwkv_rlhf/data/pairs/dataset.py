@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any, overload
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
@@ -13,10 +13,13 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_readable
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import format_of_name, names_of_formats
+from rwkv_rlhf.settings.implementations import load
 
 
 class Pairs(Sequence[PairExample]):
-    """Pairs in file order.
+    """Pairs (or rated answers) in file order.
 
     Attributes:
         report: what was read, cut and left out.
@@ -24,7 +27,9 @@ class Pairs(Sequence[PairExample]):
         sidecar: what F.save.json says of this F.save, or None.
     """
 
-    def __init__(self, pairs: list[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict | None = None):
+    def __init__(
+        self, pairs: Sequence[PairExample], report: DataReport, ctx_len: int = 0, sidecar: dict[str, Any] | None = None
+    ):
         self._pairs, self.report, self.sidecar = pairs, report, sidecar
         count_pairs(pairs, report)
         longest = max(report.lengths)
@@ -38,7 +43,11 @@ class Pairs(Sequence[PairExample]):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> PairExample:
+    @overload
+    def __getitem__(self, index: int) -> PairExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[PairExample]: ...
+    def __getitem__(self, index: int | slice) -> PairExample | Sequence[PairExample]:
         return self._pairs[index]
 
     def trained(self, index: int) -> int:
@@ -59,18 +68,21 @@ class Pairs(Sequence[PairExample]):
         return new
 
 
-def _from_rows(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_rows(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+    """Pairs of a file that is read row by row."""
     tokeniser = PairTokeniser(path, tokenizer, options)
     return Pairs(tokeniser.pairs(), tokeniser.report, ctx_len)
 
 
-def _from_save(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_save(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+    """Pairs of a `.save`, with what its sidecar says."""
     report = DataReport(str(path), skip_bad=options.skip_bad)
     pairs = _capped(read_save(path, report, tokenizer.vocab_size), options.max_len, report)
     return Pairs(pairs, report, ctx_len, read_sidecar(path))
 
 
-def _from_h5(path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+def open_pair_h5(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
+    """Pairs of an .h5 of the older programs."""
     report = DataReport(str(path), skip_bad=options.skip_bad)
     return Pairs(_capped(read_pair_h5(path, report, tokenizer.vocab_size), options.max_len, report), report, ctx_len)
 
@@ -85,29 +97,18 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
     return kept
 
 
-# data type (and suffix) -> opener
-PAIR_FORMATS: dict[str, Callable[[str | os.PathLike, Tokenizer, PairOptions, int], Pairs]] = {
-    "csv": _from_rows,
-    "jsonl": _from_rows,
-    "parquet": _from_rows,
-    "save": _from_save,
-    "h5": _from_h5,
-}
-
-
-def pair_type(path: str | os.PathLike) -> str:
-    """The data type of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
-    kind = Path(path).suffix.lower().lstrip(".")
-    kind = "h5" if kind == "hdf5" else kind
-    if kind in PAIR_FORMATS:
-        return kind
+def pair_type(path: str | os.PathLike[str]) -> str:
+    """The format of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
+    found = format_of_name(path)
+    if found and "pairs" in tables.FORMATS[found].holds:
+        return found
     check_readable(path)
     with open(path, "rb") as file:
         return "save" if file.read(4) == b"PK\x03\x04" else ""
 
 
 def open_pairs(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",
@@ -128,6 +129,8 @@ def open_pairs(
     """
     kind = pair_type(path)
     if not kind:
-        raise ValueError(f"{path}: not a file of preference pairs; one of .{', .'.join(PAIR_FORMATS)}")
+        raise ValueError(f"{path}: not a file of preference pairs; one of {', '.join(names_of_formats('pairs'))}")
     options = PairOptions(template, max_len, seed, skip_bad, drop_ties)
-    return PAIR_FORMATS[kind](path, tokenizer, options, ctx_len)
+    facts = tables.FORMATS[kind]
+    opened: Pairs = (load(facts.pairs) if facts.pairs else open_rows)(path, tokenizer, options, ctx_len)
+    return opened

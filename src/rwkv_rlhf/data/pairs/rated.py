@@ -7,7 +7,7 @@ moved, and their reference scores are computed with its own.
 import os
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn, refuse_nul
@@ -15,7 +15,7 @@ from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import ROW_READERS, read_rows
+from rwkv_rlhf.data.rows import has_rows, read_rows
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -23,14 +23,14 @@ LABELS = {"true": True, "1": True, "false": False, "0": False}
 _COLUMNS = (PROMPT, ("completion",), ("label",))
 
 
-def is_rated_record(record: dict) -> bool:
+def is_rated_record(record: dict[str, Any]) -> bool:
     """Whether a row (keys in lower case) is one rated answer."""
     return "completion" in record and "label" in record and "chosen" not in record
 
 
-def is_rated(path: str | os.PathLike) -> bool:
+def is_rated(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
-    if Path(path).suffix.lower() not in ROW_READERS:
+    if not has_rows(path):
         return False
     first = next(read_rows(path, DataReport(str(path), skip_bad=True, quiet=True)), None)
     return first is not None and is_rated_record(first.record)
@@ -46,7 +46,7 @@ def _label(value: object) -> bool:
     return found
 
 
-def _tokenise(record: dict, name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
+def _tokenise(record: dict[str, Any], name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
     answer = parse_answer(record.get("completion"), "completion", True)
     turns = complete_prompt(parse_prompt(record) + answer.before, record)
     refuse_nul([*turns, Turn("assistant", answer.text)])
@@ -93,7 +93,7 @@ def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int
 
 
 def open_rated(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",

@@ -4,12 +4,12 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.conversation import Turn, normalise, parse_messages, refuse_nul, with_system
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import ROW_READERS, read_rows
+from rwkv_rlhf.data.rows import has_rows, read_rows
+from rwkv_rlhf.settings.formats import names_of_formats
 
 PROMPT = ("prompt", "question")  # names of columns that mean the same
 CHOSEN = ("chosen",)
@@ -54,11 +54,11 @@ def parse_answer(value: object, name: str, need: bool) -> ParsedAnswer:
     return ParsedAnswer([], text)
 
 
-def _first(record: dict, names: tuple[str, ...]) -> Any:
+def _first(record: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
 
 
-def parse_prompt(record: dict) -> list[Turn]:
+def parse_prompt(record: dict[str, Any]) -> list[Turn]:
     """The turns under prompt or question; RowError when they are neither text nor messages."""
     value = _first(record, PROMPT)
     if isinstance(value, list):
@@ -69,14 +69,14 @@ def parse_prompt(record: dict) -> list[Turn]:
     return [Turn("user", text)] if text else []
 
 
-def complete_prompt(turns: list[Turn], record: dict) -> list[Turn]:
+def complete_prompt(turns: list[Turn], record: dict[str, Any]) -> list[Turn]:
     """The turns behind the record's system text, if it has one; RowError when no user speaks in them."""
     if not any(turn.role == "user" for turn in turns):
         raise RowError("the prompt is empty", "empty prompt")
     return with_system(turns, record.get("system"))
 
 
-def parse_pair(record: dict, where: str, need_reject: bool = True) -> TextPair:
+def parse_pair(record: dict[str, Any], where: str, need_reject: bool = True) -> TextPair:
     """One row as a pair; RowError when a part is missing or empty, or the two answers are the same."""
     chosen = parse_answer(record.get("chosen"), "chosen", True)
     reject = parse_answer(_first(record, REJECT), "reject", need_reject)
@@ -90,7 +90,7 @@ def parse_pair(record: dict, where: str, need_reject: bool = True) -> TextPair:
     return TextPair(tuple(turns), chosen.text, reject.text, where)
 
 
-def _score(record: dict, names: tuple[str, ...]) -> float | None:
+def _score(record: dict[str, Any], names: tuple[str, ...]) -> float | None:
     """A finite number, or None: a gap in a table may be read as NaN, which is no tie."""
     try:
         value = float(_first(record, names))
@@ -99,7 +99,7 @@ def _score(record: dict, names: tuple[str, ...]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _tie(record: dict, report: DataReport, drop: bool) -> bool:
+def _tie(record: dict[str, Any], report: DataReport, drop: bool) -> bool:
     """Whether to leave out a row whose answers were scored the same; odd scores are remarked."""
     chosen, reject = (_score(record, names) for names in _SCORES)
     if chosen is None or reject is None or chosen > reject:
@@ -115,7 +115,7 @@ def _tie(record: dict, report: DataReport, drop: bool) -> bool:
 
 
 def read_pairs(
-    path: str | os.PathLike, report: DataReport, need_reject: bool = True, drop_ties: bool = False
+    path: str | os.PathLike[str], report: DataReport, need_reject: bool = True, drop_ties: bool = False
 ) -> Iterator[TextPair]:
     """Pairs of a CSV, JSONL or parquet file, normalised and checked.
 
@@ -128,8 +128,9 @@ def read_pairs(
         ValueError: with file, line and what is wrong.
     """
     seen: set[int] = set()
-    if Path(path).suffix.lower() not in ROW_READERS:
-        raise ValueError(f"{path}: not a file of preference pairs; one of {', '.join(ROW_READERS)} (or .save)")
+    if not has_rows(path):
+        legal = ", ".join(names_of_formats("rated"))  # those with rows
+        raise ValueError(f"{path}: not a file of preference pairs; one of {legal} (or .save)")
     columns = (PROMPT, CHOSEN, REJECT) if need_reject else (PROMPT, CHOSEN)
     for where, record in read_rows(path, report, columns):
         try:
@@ -146,6 +147,6 @@ def read_pairs(
         yield pair
 
 
-def is_pair_record(record: dict) -> bool:
+def is_pair_record(record: dict[str, Any]) -> bool:
     """Whether a row (keys in lower case) is a preference pair rather than text."""
     return "chosen" in record and any(name in record for name in REJECT)

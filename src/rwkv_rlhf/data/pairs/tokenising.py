@@ -81,7 +81,7 @@ class PairTokeniser:
     where no usable row is left.
     """
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, options: PairOptions) -> None:
+    def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions) -> None:
         find_templates(options.template)
         self.path, self.tokenizer, self.options = path, tokenizer, options
         self.report = DataReport(str(path), skip_bad=options.skip_bad)

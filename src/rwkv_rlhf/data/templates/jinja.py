@@ -21,7 +21,7 @@ from typing import Any
 
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.report import RowError
-from rwkv_rlhf.data.templates.template import Rendered, Segment, Template
+from rwkv_rlhf.data.templates.template import Rendered, Span, Template
 from rwkv_rlhf.files import parse_json, read_bytes
 
 PROBE = "4n5wer"  # an answer whose place in the rendered text shows what the template writes around it
@@ -55,9 +55,14 @@ class TemplateProcess:
 def _start() -> "subprocess.Popen[bytes]":
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     program = Path(__file__).with_name("jinja_process.py")
-    return subprocess.Popen([sys.executable, "-P", str(program)], start_new_session=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-P", str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, str]:
@@ -72,7 +77,8 @@ def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict
         parts.append(os.read(child.stdout.fileno(), 1 << 20))
         if not parts[-1]:
             raise EOFError
-    return json.loads(b"".join(parts))
+    answer: dict[str, str] = json.loads(b"".join(parts))
+    return answer
 
 
 @functools.cache
@@ -127,8 +133,8 @@ class JinjaTemplate(Template):
                 raise RowError(sentence, "refused by the template")
         return Rendered(prompt, [text[len(prompt) :] for text in whole])
 
-    def segments(self, turns: Sequence[Turn]) -> Iterator[Segment]:
-        """As `Template.segments`; RowError for a template that writes an earlier turn otherwise once more turns follow."""
+    def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
+        """As `Template.spans`; RowError for a template that rewrites earlier turns once more turns follow."""
         said = ""
         for at, turn in enumerate(turns):
             if turn.role != "assistant":
@@ -136,12 +142,12 @@ class JinjaTemplate(Template):
             prompt, (answer,) = self.render(turns[:at], [turn.text])
             if not prompt.startswith(said):
                 raise RowError("the chat template rewrites earlier turns of this chat", "refused by the template")
-            yield Segment(prompt[len(said) :], False)
-            yield Segment(answer, True)
+            yield Span(prompt[len(said) :], False)
+            yield Span(answer, True)
             said = prompt + answer
         whole = self.history(turns)
         if turns and turns[-1].role != "assistant" and whole.startswith(said):
-            yield Segment(whole[len(said) :], False)
+            yield Span(whole[len(said) :], False)
 
 
 def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -165,7 +171,7 @@ def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...
 
 
 @functools.lru_cache(maxsize=4)
-def load_chat_template(path: str | os.PathLike) -> JinjaTemplate:
+def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
     """The template that a .jinja file or a tokenizer_config.json describes.
 
     Raises ValueError, naming --template and the file, for a missing or malformed file and for a template that cannot

@@ -1,7 +1,7 @@
 """How a conversation becomes text: the names of the speakers, the cue that an answer follows, the mark that ends it.
 
-The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`: prompt and answer are tokenised apart, so training
-sees the very tokens that sampling continues from.
+The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`. Prompt and answer are tokenised apart, so
+training sees the very tokens that sampling continues from.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ class Rendered(NamedTuple):
     answers: list[str]
 
 
-class Segment(NamedTuple):
+class Span(NamedTuple):
     """A piece of a chat that is tokenised by itself; `answer`: the assistant says it."""
 
     text: str
@@ -82,19 +82,19 @@ class Template:
         """The prompt, and each of `answers` as it follows it. Raises RowError where a template refuses them."""
         return Rendered(self.prompt(turns, answers), self._answers(answers))
 
-    def segments(self, turns: Sequence[Turn]) -> Iterator[Segment]:
-        """A whole chat: everything between two answers is one segment."""
+    def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
+        """A whole chat: everything between two answers is one span."""
         waiting: list[Turn] = []
         for turn in turns:
             if turn.role != "assistant":
                 waiting.append(turn)
                 continue
             prompt, (answer,) = self.render(waiting, [turn.text])
-            yield Segment(prompt, False)
-            yield Segment(answer, True)
+            yield Span(prompt, False)
+            yield Span(answer, True)
             waiting = []
         if waiting:
-            yield Segment(self.history(waiting), False)
+            yield Span(self.history(waiting), False)
 
 
 class Share(NamedTuple):

@@ -1,4 +1,4 @@
-"""Documents cut into examples of at most ctx_len inputs, which overlap by one token, so that every token after the
+"""Documents cut into segments of at most ctx_len inputs, which overlap by one token, so that every token after the
 first of a document is predicted exactly once."""
 
 import numpy as np
@@ -9,11 +9,11 @@ NOTHING_TRAINED = "no trained token (a single token, or no assistant turn)"
 
 
 class CutDocuments:
-    """Which part of which document each example is, in file order; a subclass knows where the tokens are.
+    """Examples that are documents or segments of them, in file order; a subclass knows where the tokens are.
 
     Attributes:
         report: what was read and left out.
-        parts: (examples, 4) int64: document, begin, end and trained targets of each example.
+        segments: (examples, 4) int64: document, begin, end and trained targets of each example.
     """
 
     def __init__(self, ctx_len: int, report: DataReport) -> None:
@@ -22,12 +22,12 @@ class CutDocuments:
         self._found: list[tuple[int, int, int, int]] = []
 
     def _cut(self, document: int, begin: int, end: int, before: np.ndarray | None) -> None:
-        """Adds the parts of the document at begin..end-1 that train anything.
+        """Adds the segments of the document at begin..end-1 that train anything.
 
-        before: trained tokens before each position, so that a part is counted without looking at its tokens; None =
+        before: trained tokens before each position, so that a segment is counted without looking at its tokens; None =
         all are trained.
         """
-        self.report.lengths.append(end - begin)
+        self.report.add_length(end - begin)
         known, size = len(self._found), self._ctx_len
         for at in range(begin, end - 1, size or max(1, end - begin)):
             stop = min(end, at + size + 1) if size else end
@@ -41,24 +41,24 @@ class CutDocuments:
         """All documents are there. Raises ValueError when none of them trains anything."""
         if not self._found:
             raise ValueError(f"{self.report.source}: holds no text to train on ({self.report.rows} rows read)")
-        self.parts = np.asarray(self._found, dtype=np.int64)
+        self.segments = np.asarray(self._found, dtype=np.int64)
         del self._found
-        self.report.examples, self.report.trained = len(self.parts), int(self.parts[:, 3].sum())
+        self.report.examples, self.report.trained = len(self.segments), int(self.segments[:, 3].sum())
 
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self.segments)
 
     def trained(self, index: int) -> int:
         """Trained targets of an example."""
-        return int(self.parts[index, 3])
+        return int(self.segments[index, 3])
 
     def length(self, index: int) -> int:
         """Tokens of an example."""
-        return int(self.parts[index, 2] - self.parts[index, 1])
+        return int(self.segments[index, 2] - self.segments[index, 1])
 
     def group(self, index: int) -> object:
-        """Parts of one document must not be torn apart by a held-out split."""
-        return int(self.parts[index, 0])
+        """Segments of one document must not be torn apart by a held-out split."""
+        return int(self.segments[index, 0])
 
 
 def trained_before(mask: np.ndarray | None) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,15 @@ from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer
 from rwkv_rlhf.files import read_bytes
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import format_of_name, format_of_word
+from rwkv_rlhf.settings.implementations import load, with_fact
+
+Draw = Callable[[], Template]  # the template of the next row
 
 
 class Texts(CutDocuments):
-    """Documents (or their parts), held in memory.
+    """Documents (or segments of them), held in memory.
 
     Attributes:
         tokens: (N,) all ids end to end. mask: (N,) which are trained as targets, or None = all.
@@ -45,7 +51,7 @@ class Texts(CutDocuments):
         self._close()
 
     def __getitem__(self, index: int) -> TextExample:
-        _, begin, end, _ = self.parts[index]
+        _, begin, end, _ = self.segments[index]
         return TextExample(self.tokens[begin:end], None if self.mask is None else self.mask[begin:end])
 
 
@@ -63,17 +69,17 @@ def tokenise_chat(
     """
     ids: list[int] = []
     mask: list[bool] = []
-    segments = list(template.segments(turns))
-    if segments and not segments[-1].answer and not train_on_prompt:
-        segments.pop()  # turns that nobody answered teach nothing
-    for text, answer in segments:
+    spans = list(template.spans(turns))
+    if spans and not spans[-1].answer and not train_on_prompt:
+        spans.pop()  # turns that nobody answered teach nothing
+    for text, answer in spans:
         new = [*tokenizer.encode(text), *(template.end_ids if answer else ())]
         ids.extend(new)
         mask.extend([answer] * len(new))
     return TextExample(np.asarray(ids, dtype=np.int64), None if train_on_prompt else np.asarray(mask, dtype=bool))
 
 
-def _document(record: dict, template: Template, tokenizer: Tokenizer, train_on_prompt: bool) -> TextExample:
+def _document(record: dict[str, Any], template: Template, tokenizer: Tokenizer, train_on_prompt: bool) -> TextExample:
     """One JSONL object as a document; RowError when it is of no known form."""
     if "text" in record:
         if not isinstance(record["text"], str):
@@ -99,9 +105,10 @@ def _document(record: dict, template: Template, tokenizer: Tokenizer, train_on_p
     return tokenise_chat(turns, template, tokenizer, train_on_prompt)
 
 
-def _jsonl(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Callable[[], Template], train_on_prompt: bool
+def jsonl_documents(
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
+    """The documents of a JSONL file."""
     for where, record in read_jsonl(path, report):
         try:
             document = _document(record, draw(), tokenizer, train_on_prompt)
@@ -111,9 +118,10 @@ def _jsonl(
         yield document
 
 
-def _txt(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+def txt_documents(
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
+    """The one document that a text file is."""
     data = read_bytes(path)
     try:
         text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
@@ -126,18 +134,20 @@ def _txt(
     yield _plain(text, tokenizer)
 
 
-def _binidx(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+def binidx_documents(
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
+    """The documents of a binidx corpus."""
     corpus = Corpus(path, tokenizer.vocab_size)
     for number in range(len(corpus)):
         report.rows += 1
         yield TextExample(corpus.document(number))
 
 
-def _h5(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: object, train_on_prompt: bool
+def h5_documents(
+    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
 ) -> Iterator[TextExample]:
+    """The documents of an .h5, whole."""
     file = H5File(path)
     for number in range(len(file)):
         report.rows += 1
@@ -149,32 +159,24 @@ def _h5(
         yield TextExample(document.tokens) if train_on_prompt else document
 
 
-# data type -> its documents
-TEXT_FORMATS: dict[str, Callable[..., Iterator[TextExample]]] = {
-    "jsonl": _jsonl,
-    "txt": _txt,
-    "binidx": _binidx,
-    "h5": _h5,
-}
-
-
-def text_type(path: str | os.PathLike, data_type: str = "") -> str:
+def text_type(path: str | os.PathLike[str], data_type: str = "") -> str:
     """The data type of a text file: as given, or by what the path names.
 
     Raises ValueError that lists the legal types.
     """
-    if not data_type:
-        suffix = Path(path).suffix.lower().lstrip(".")
-        data_type = "binidx" if suffix in ("bin", "idx") or is_corpus(path) else suffix
-    data_type = {"utf-8": "txt", "hdf5": "h5"}.get(data_type, data_type)  # utf-8: RWKV-LM's name for a text file
-    if data_type not in TEXT_FORMATS:
-        named = f"--data_type {data_type}" if data_type else "a name without a suffix (and no .bin and .idx beside it)"
-        raise ValueError(f"{path}: {named} is no text that can be read; one of {', '.join(TEXT_FORMATS)}")
-    return data_type
+    if not data_type and is_corpus(path):
+        return "binidx"
+    found = format_of_word(data_type) if data_type else format_of_name(path)
+    if not found or not tables.FORMATS[found].text:
+        named = data_type or Path(path).suffix.lower().lstrip(".")
+        named = f"--data_type {named}" if named else "a name without a suffix (and no .bin and .idx beside it)"
+        legal = ", ".join(with_fact(tables.FORMATS, lambda facts: facts.text))
+        raise ValueError(f"{path}: {named} is no text that can be read; one of {legal}")
+    return found
 
 
 def read_documents(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     report: DataReport,
     *,
@@ -193,11 +195,12 @@ def read_documents(
     def draw() -> Template:
         return draw_template(template, rng)
 
-    return TEXT_FORMATS[kind](str(path), tokenizer, report, draw, train_on_prompt)
+    read: Callable[..., Iterator[TextExample]] = load(tables.FORMATS[kind].text)
+    return read(str(path), tokenizer, report, draw, train_on_prompt)
 
 
 def open_text(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     ctx_len: int = 0,
@@ -213,7 +216,7 @@ def open_text(
     train the assistant's turns only. An .h5 is read document by document during training, everything else at once.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into parts. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
 
     Raises:
         ValueError: one sentence with file and line, or flag.
@@ -234,7 +237,7 @@ def open_text(
     return Texts(documents, tokenizer.vocab_size, ctx_len, report)
 
 
-def open_slices(path: str | os.PathLike, vocab_size: int, ctx_len: int, stride: int) -> tuple[Slices, DataReport]:
+def open_slices(path: str | os.PathLike[str], vocab_size: int, ctx_len: int, stride: int) -> tuple[Slices, DataReport]:
     """A binidx corpus as slices of ctx_len + 1 tokens `stride` apart, and its counts; needs no tokenizer."""
     corpus = Corpus(path, vocab_size)
     slices = Slices(corpus, ctx_len, stride)

@@ -32,7 +32,7 @@ KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
 NUMBERS = ("vocab_size", "top_k")  # attributes that are read
-KEPT = 1 << 30  # bytes of documents that are kept for the next of their parts
+KEPT = 1 << 30  # bytes of documents that are kept for the next of their segments
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
 
@@ -66,7 +66,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def readable_file(path: str | os.PathLike) -> Iterator[Any]:
+def readable_file(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The opened file. Raises ValueError, one sentence, for one that is missing, foreign, truncated or damaged."""
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
@@ -75,10 +75,11 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
 
 def vlen_kind(dtype: np.dtype) -> np.dtype | None:
     """What variable-length entries consist of, None for entries of another kind."""
-    return _library().check_vlen_dtype(dtype)
+    kind: np.dtype | None = _library().check_vlen_dtype(dtype)
+    return kind
 
 
-def holds_pairs(path: str | os.PathLike) -> bool:
+def holds_pairs(path: str | os.PathLike[str]) -> bool:
     """Whether an .h5 holds preference pairs instead of documents. Raises ValueError as `readable_file`."""
     with readable_file(path) as file:
         return PAIRS in file
@@ -95,7 +96,7 @@ class H5File:
         ValueError: a missing, foreign, truncated or damaged file; a dataset that is missing or of the wrong kind.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
         self._file: Any = None
         self._sets: dict[str, Any] = {}  # asking a file for a dataset by name costs more than reading an entry
@@ -212,7 +213,7 @@ def _number(file: Any, key: str) -> Any:
 
 
 class H5Texts(CutDocuments):
-    """Documents of an .h5 (or their parts), each read when it is asked for.
+    """Documents of an .h5 (or segments of them), each read when it is asked for.
 
     Attributes:
         k: the teacher's logits per token that examples carry, 0 = none.
@@ -244,7 +245,7 @@ class H5Texts(CutDocuments):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> TextExample:
-        number, begin, end, _ = self.parts[index].tolist()
+        number, begin, end, _ = self.segments[index].tolist()
         whole = self._kept.get(number) or self._read(number)
         if end - begin < len(whole.tokens):
             self._keep(number, whole)
@@ -264,7 +265,7 @@ class H5Texts(CutDocuments):
         return TextExample(tokens, mask, top)
 
     def _keep(self, number: int, whole: TextExample) -> None:
-        """For the next of its parts, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
+        """For its next segment, as HDF5 reads an entry whole each time; the last asked for, at most KEPT bytes."""
         if number not in self._kept:
             self._kept[number] = whole
             self._room -= whole.nbytes
@@ -274,7 +275,7 @@ class H5Texts(CutDocuments):
 
 
 def open_h5(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     vocab_size: int,
     *,
     ctx_len: int = 0,
@@ -287,7 +288,7 @@ def open_h5(
     """Documents of an .h5. The file is read through once, so that what is wrong with it is known before training.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into parts. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
         teacher: examples carry the teacher's logits; top_k: how many of them, 0 = as many as the file has.
         train_on_prompt: ignore the file's masks. shown: show a progress bar.
 
@@ -332,11 +333,13 @@ class H5Writer:
             self.sets[MASK] = self._create(MASK)  # the entries before are empty: all trained
         entries: dict[str, list[np.ndarray]] = {TOKENS: [np.asarray(e.tokens) for e in examples]}
         if self.k:
+            entries |= {VALUES: [], INDICES: [], LSE: []}
             for e in examples:
-                assert e.teacher is not None and e.teacher.values.shape == (len(e.tokens), self.k)
-            entries[VALUES] = [e.teacher.values.reshape(-1) for e in examples]
-            entries[INDICES] = [e.teacher.indices.reshape(-1) for e in examples]
-            entries[LSE] = [e.teacher.lse for e in examples]
+                top = e.teacher
+                assert top is not None and top.lse is not None and top.values.shape == (len(e.tokens), self.k)
+                entries[VALUES].append(top.values.reshape(-1))
+                entries[INDICES].append(top.indices.reshape(-1))
+                entries[LSE].append(top.lse)
         if MASK in self.sets:
             entries[MASK] = [np.empty(0) if e.mask is None else np.asarray(e.mask) for e in examples]
         begin, self.documents = self.documents, self.documents + len(examples)
@@ -357,7 +360,7 @@ class H5Writer:
 
 
 @contextmanager
-def writing(path: str | os.PathLike, about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
+def writing(path: str | os.PathLike[str], about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
     """Gives a writer whose file becomes `path` when the block ends well; otherwise `path` stays as it was.
 
     Args:

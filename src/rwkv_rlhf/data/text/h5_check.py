@@ -18,7 +18,7 @@ _DEFLATE, _SHUFFLE, _FLETCHER = 1, 2, 3
 _HEAP = b"GCOL\x01"
 
 
-def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
+def check_column(path: str | os.PathLike[str], file: Any, name: str) -> None:
     """Raises ValueError unless the dataset `name` of the opened `file` is a list that can be read without harm.
 
     It must stand in this very file and have no more entries, and its entries no more bytes, than the file has. Entries

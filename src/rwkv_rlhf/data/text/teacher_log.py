@@ -29,7 +29,7 @@ class TeacherLog:
         ValueError: the file exists and belongs to other inputs or settings, or is no such log.
     """
 
-    def __init__(self, path: str | os.PathLike, about: dict[str, Any], k: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], about: dict[str, Any], k: int) -> None:
         self.k = k
         self.batches = self.documents = self.cut = 0
         self._log = AppendLog(path, Sized(b"DOCS"), json.dumps(about, sort_keys=True).encode() + b"\n")

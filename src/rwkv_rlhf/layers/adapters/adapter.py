@@ -20,7 +20,7 @@ class Adapter(Matrix):
     with the first values it does what the matrix alone does; `forward(x)` is `x @ merged().T`; only its tensors learn.
 
     tensors: names of its parameters; the rank of a checkpoint is read from the first one.
-    fast: those that LoRA+ (arXiv 2402.12354) trains at a higher rate.
+    factor_b: those that LoRA+ (arXiv 2402.12354) trains at a higher rate.
     initial: buffers outside the state dict, one for each of `tensors`, in which it keeps what it began with, if it
     cannot be merged without.
     """

@@ -54,4 +54,5 @@ class Bone(Adapter, Linear):
         blocks = x.unflatten(-1, (-1, rank))
         z = torch.einsum("...bi,boi->...bo", blocks, self.bone.to(x.dtype))
         y = self.base(x + z.flatten(-2))
-        return (y.unflatten(-1, (-1, rank)) + z.sum(-2).unsqueeze(-2)).flatten(-2)
+        summed: Tensor = y.unflatten(-1, (-1, rank)) + z.sum(-2).unsqueeze(-2)
+        return summed.flatten(-2)

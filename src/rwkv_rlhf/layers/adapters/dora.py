@@ -115,5 +115,5 @@ class DoRA(LoRA):
         if not (self.training and self.adaptation.dropout):
             return (self.updated(self.base(x), x) * scale).to(x.dtype)
         dropped = F.dropout(x, self.adaptation.dropout)
-        whole, part = self.base(torch.stack([x, dropped]))  # one unpacking for both
+        whole, part = self.base(torch.stack([x, dropped])).unbind()  # one unpacking for both
         return (self.updated(part, dropped) * scale - part + whole).to(x.dtype)

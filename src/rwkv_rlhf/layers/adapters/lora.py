@@ -19,7 +19,7 @@ class LowRank(Adapter):
     """The two factors of LoRA: lora_A (r, in) and lora_B (out, r). Of an embedding `in` is V and `out` is C."""
 
     tensors: tuple[str, ...] = ("lora_A", "lora_B")
-    fast = ("lora_B",)
+    factor_b = ("lora_B",)
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 

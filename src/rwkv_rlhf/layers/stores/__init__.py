@@ -9,7 +9,8 @@ from rwkv_rlhf.settings.tables import StorageFacts
 
 
 def _store(facts: StorageFacts) -> type[Store]:
-    return load(facts.implementation)
+    store: type[Store] = load(facts.implementation)
+    return store
 
 
 STORES: Implementations[StorageFacts, type[Store]] = Implementations(tables.STORAGES, _store)

@@ -15,7 +15,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.sizes import STATES
 from rwkv_rlhf.model.state import LayerState, State
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
+from rwkv_rlhf.scoring.infinite_context import ChunkedRows, run_in_chunks
 from tests.support.merging import base_tensors
 from tests.support.models import random_tensors
 from tests.support.processes import rwkv_package
@@ -74,10 +74,9 @@ def test_a_learnt_state_is_the_state_given_by_hand(tmp_path, version):
     packed.square().sum().backward()
     wanted = {name: p.grad.clone() for name, p in trainable(model).items()}
     model.zero_grad()
-    pieces = Pieces(2)
-    pieces.add_row(TOKENS[0], starts)
-    (hidden,) = piecewise(model, pieces, lambda hidden, here: (hidden,))
-    hidden.square().sum().backward()
+    rows = ChunkedRows(2)
+    rows.add(TOKENS[0], starts)
+    run_in_chunks(model, rows, lambda hidden, span: {"hidden": hidden})["hidden"].square().sum().backward()
     for name, parameter in trainable(model).items():
         assert torch.allclose(parameter.grad, wanted[name], atol=1e-10), name
 

@@ -3,9 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from rwkv_rlhf.files import AppendLog, Sized
 

@@ -13,6 +13,8 @@ from tests.support.files import read_jsonl
 from tests.support.processes import started
 from tests.support.rank_cases import case, shared_words
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(390)]
+
 NAMES = [f"rwkv{os.getpid() % 10000}{side}" for side in "ab"]
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 
