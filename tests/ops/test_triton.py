@@ -8,17 +8,17 @@ to bfloat16 (1.7e-3). Errors are RMS(difference) / RMS(reference), per tensor.
 import pytest
 import torch
 
-from rwkv_rlhf.ops import backends, judge, recurrence
+from rwkv_rlhf.ops import backends, elementwise, judge, logprob, recurrence
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, results
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities that are masked
 
-from rwkv_rlhf.ops.triton import recurrences  # noqa: E402
+from rwkv_rlhf.ops.triton import launch  # noqa: E402
 from rwkv_rlhf.ops.triton.recurrences import MatrixKernel, Tiles  # noqa: E402
 
-if not recurrences.interpreted():
+if not launch.interpreted():
     pytest.skip("TRITON_INTERPRET=1 was not set before Triton was imported", allow_module_level=True)
 
 EXACT = 2e-6
@@ -253,3 +253,118 @@ def test_auto_asks_triton_first_for_16_bit_numbers_on_a_gpu_only():
     assert backends.candidates("wkv7", gpu, torch.bfloat16) == ["triton", "cuda", "cpu", "naive"]
     assert backends.candidates("wkv7", gpu, torch.float32) == ["cuda", "triton", "cpu", "naive"]
     assert backends.candidates("wkv7", CPU, torch.bfloat16) == ["cuda", "cpu", "naive"]
+
+
+# ---------------------------------------------------------------- element-wise groups and rows of logits
+
+
+def compared(function, inputs):
+    """Errors of outputs and gradients, of the plain twin in float64 against Triton in the inputs' dtypes."""
+    found = []
+    for backend in ("triton", "naive"):
+        x = [None if t is None else t if t.dtype == torch.int64 else t.detach().clone() for t in inputs]
+        if backend == "naive":
+            x = [t.double() if t is not None and t.is_floating_point() else t for t in x]
+        leaves = [t.requires_grad_() for t in x if t is not None and t.is_floating_point()]
+        outputs = function(*x, backend=backend)
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        generator = torch.Generator().manual_seed(9)
+        weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    assert [x.dtype for x in found[0]] == [
+        *(inputs[0].dtype for _ in outputs),
+        *(x.dtype for x in inputs if x is not None and x.is_floating_point()),
+    ]
+    return [judge.error(value, reference) for value, reference in zip(*found, strict=True)]
+
+
+def noise(*shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+B, T, H, N = 2, 35, 2, 36  # a head that is no power of two, blocks that are not full
+C = H * N
+GROUPS = {
+    "token_mix": (
+        lambda x, last, starts, mixes, backend: elementwise.token_mix(x, last, starts, mixes, backend),
+        lambda: [noise(B, T, C), noise(B, C), None, noise(6, C)],
+    ),
+    "token_mix from nothing": (
+        lambda x, mixes, backend: elementwise.token_mix(x, None, None, mixes, backend),
+        lambda: [noise(B, T, C), noise(2, C)],
+    ),
+    "token_mix packed": (
+        lambda x, last, starts, mixes, backend: elementwise.token_mix(x, last, starts, mixes, backend),
+        lambda: [noise(1, 40, C), noise(6, C), torch.tensor([0, 0, 33, 33, 34, 40, 40]), noise(2, C)],
+    ),
+    "value_gate": (
+        elementwise.value_gate,
+        lambda: [noise(B, T, C), noise(B, T, C, seed=4), noise(C), noise(B, T, C, seed=5)],
+    ),
+    "delta_keys": (
+        lambda *x, backend: elementwise.delta_keys(*x, H, backend),
+        lambda: [noise(B, T, C), noise(C), noise(C, seed=4), noise(C, seed=5), noise(B, T, C, seed=6)],
+    ),
+    "gated_norm": (
+        elementwise.gated_norm,
+        lambda: [
+            noise(B, T, H, N),
+            *(noise(B, T, C, seed=s) for s in (1, 2, 3)),
+            noise(H, N),
+            noise(C),
+            noise(C, seed=4),
+            noise(B, T, C, seed=5),
+        ],
+    ),
+    "relu_squared": (elementwise.relu_squared, lambda: [noise(3, 5, 7)]),
+}
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_element_wise_groups_equal_their_plain_twins(name, dtype):
+    """Values and all gradients; activations in `dtype`, vectors and float32 masters."""
+    function, make = GROUPS[name]
+    inputs = [x.to(dtype) if x is not None and x.dim() > 2 else x for x in make()]
+    assert max(compared(function, inputs)) <= (2e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_key_of_length_zero_has_finite_gradients():
+    """Its direction is unknown: the norm counts as 1e-12, as in the plain twin."""
+    zero = torch.zeros(1, 2, 32)
+    errors = compared(lambda *x, backend: elementwise.delta_keys(*x, 1, backend), [zero, *torch.ones(3, 32), zero])
+    assert all(error <= 2e-6 or error == 0 for error in errors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_logits_equal_the_plain_twin(monkeypatch, dtype):
+    """Several blocks and a rest of the vocabulary; a row of equal numbers, and one with a single finite number."""
+    from rwkv_rlhf.ops.triton import logprob as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK", 64)
+    logits = (noise(5, 200) * 4).to(dtype)
+    logits[1] = 2.0
+    logits[2] = float("-inf")
+    logits[2, 150] = 1.0
+    targets = torch.tensor([3, 199, 150, 0, 64])
+    mine, plain = (logprob.row_stats(x, targets, b) for x, b in ((logits, "triton"), (logits.double(), "naive")))
+    for name in ("lse", "target_logit", "max_logit"):
+        torch.testing.assert_close(getattr(mine, name).double(), getattr(plain, name), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        mine.logit_sum.double()[[0, 1, 3, 4]], plain.logit_sum[[0, 1, 3, 4]], rtol=1e-5, atol=1e-4
+    )
+    assert torch.equal(mine.argmax[[0, 2, 3, 4]], plain.argmax[[0, 2, 3, 4]])
+    share = torch.linspace(-1, 1, 5)
+    found = []
+    for x, backend, stats in ((logits, "triton", mine), (logits.double(), "naive", plain)):
+        wide = share.to(stats.lse.dtype)
+        given = targets, stats.lse, wide, wide / 2, plain.argmax, wide / 4
+        found.append(logprob.row_grad_(x.clone(), *given, backend=backend))
+    assert found[0].dtype == dtype and judge.error(*found) <= (2e-6 if dtype == torch.float32 else 3e-3)
+
+
+def test_a_diverged_row_of_logits_shows():
+    logits = noise(2, 100)
+    logits[0, 70] = float("nan")
+    stats = logprob.row_stats(logits, torch.tensor([0, 1]), "triton")
+    assert stats.lse[0].isnan() and stats.lse[1].isfinite()

@@ -9,7 +9,7 @@ from tests.support.files import read_jsonl
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import triton  # noqa: E402
+import triton
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 was not set before Triton was imported", allow_module_level=True)

@@ -79,8 +79,8 @@ BACKENDS: dict[str, dict[str, Rule]] = {
     "wkv5": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv6": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
     "wkv7": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
-    "elementwise": {"cpu": host_library, "naive": any_tensor},
-    "logprob": {"cpu": host_library, "naive": any_tensor},
+    "elementwise": {"triton": triton_kernels, "cpu": host_library, "naive": any_tensor},
+    "logprob": {"triton": triton_kernels, "cpu": host_library, "naive": any_tensor},
 }
 
 

@@ -57,7 +57,7 @@ def forward(
     origin = pp
     steps = tl.zeros([BLOCK], tl.float32)
     for t in range(begin, end):
-        if KEEP:
+        if KEEP:  # noqa: SIM102 - decided when compiled
             if (t - begin) % GROUP == 0:
                 here = kept + ((slot + (t - begin) // GROUP) * C + channel) * 3
                 tl.store(here, aa, mask=real)

@@ -114,8 +114,8 @@ def forward(
         fixed = log_decay(tl.load(w + head * N + key), VERSION)
     if VERSION != 7:
         bonus = tl.load(u + head * N + key)
-    for at in range(begin, end, L):
-        if KEEP:
+    for at in tl.range(begin, end, L, disable_licm=True):
+        if KEEP:  # noqa: SIM102 - decided when compiled
             if (at - begin) % GROUP == 0:
                 tl.store(kept + ((slot + (at - begin) // GROUP) * H + head) * N * N + square, S)
         inside = (at + token < end)[:, None]
@@ -223,12 +223,12 @@ def backward(
         bonus = tl.load(u + head * N + key)
         du_sum = tl.zeros([1, N], tl.float32)
     groups = (end - begin + GROUP - 1) // GROUP
-    for step in range(0, groups):
+    for step in tl.range(0, groups, disable_licm=True):
         group = groups - 1 - step
         first = begin + group * GROUP
         S = tl.load(kept + ((slot + group) * H + head) * N * N + square)
         # forwards through the group: the state before each chunk, and for WKV-7 the inverse and U
-        for chunk in range(0, GROUP // L):
+        for chunk in tl.range(0, GROUP // L, disable_licm=True):
             inside = (first + chunk * L + token < end)[:, None]
             base = ((first + chunk * L) * H + head) * N
             V = tile(v + base, values, inside)
@@ -252,7 +252,7 @@ def backward(
         tl.debug_barrier()  # what other threads of the program have stored is read now
         # And back; S is the state before a chunk, dS the gradient of the one after it. Inputs are read again after each
         # barrier rather than held, for which the registers do not suffice.
-        for back in range(0, GROUP // L):
+        for back in tl.range(0, GROUP // L, disable_licm=True):
             chunk = GROUP // L - 1 - back
             inside = (first + chunk * L + token < end)[:, None]
             base = ((first + chunk * L) * H + head) * N

@@ -35,11 +35,11 @@ def fine(a, b, FINE: tl.constexpr):
 @triton.jit
 def coarse(a, b, COARSE: tl.constexpr, FINE: tl.constexpr):
     """a @ b with operands of type COARSE, summed in float32; a fine product where COARSE is float32."""
-    if COARSE == tl.float32:
+    if tl.float32 == COARSE:
         product = fine(a, b, FINE)
     elif FINE != "emulated":
         product = tl.dot(a.to(COARSE), b.to(COARSE))
-    elif COARSE == tl.bfloat16:
+    elif tl.bfloat16 == COARSE:
         product = tl.dot(rounded_to_bf16(a), rounded_to_bf16(b))
     else:
         product = tl.dot(a.to(COARSE).to(tl.float32), b.to(COARSE).to(tl.float32))

@@ -4,7 +4,6 @@ T tokens of all rows, C channels, H heads, N head size, S rows (packed segments)
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rwkv_rlhf.ops.triton import channel_state, matrix_state
+from rwkv_rlhf.ops.triton.launch import current, dense, processors
 
 GROUP = 64  # tokens between states that forward keeps for backward
 CHANNELS, CHANNEL_GROUP = 64, 32  # WKV-4: channels of a program, tokens between kept states
@@ -61,16 +61,6 @@ def precision(dtype: torch.dtype, device: torch.device) -> Precision:
     return Precision(COARSE[dtype], "tf32x3" if dtype == torch.float32 else "tf32")
 
 
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, as TRITON_INTERPRET=1 says."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 of a CPU, where programs run one after the other."""
-    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
 class MatrixKernel:
     """WKV-5.2, 6 or 7: `forward` and `backward` as ops/recurrence.py asks for them. The same bits on every run."""
 
@@ -86,7 +76,7 @@ class MatrixKernel:
         edges = starts.to(first.device, non_blocking=True)
         y, last = torch.empty_like(first), torch.empty_like(state)
         kept = state.new_empty(first.shape[0] // GROUP + rows if keep else 0, *state.shape[1:])
-        with _current(first.device):
+        with current(first.device):
             matrix_state.forward[rows * heads, size // cut.values](
                 *(x.get(name, first) for name in "rwkvabu"),
                 state.contiguous(),
@@ -115,7 +105,7 @@ class MatrixKernel:
         grads |= {name: dlast.new_empty(rows, heads, parts, size) for name in x if x[name].dim() < first.dim()}
         grads["v"] = torch.empty_like(first)
         dstate = torch.empty_like(dlast, memory_format=torch.contiguous_format)
-        with _current(first.device):
+        with current(first.device):
             matrix_state.backward[rows * heads, parts](
                 *(x.get(name, first) for name in "rwkvabu"),
                 states,
@@ -141,7 +131,7 @@ class MatrixKernel:
 
     def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The inputs by their letters, contiguous; and r, which every version has."""
-        x = {name: _dense(given) for name, given in zip(NAMES[self.op], inputs, strict=True)}
+        x = {name: dense(given) for name, given in zip(NAMES[self.op], inputs, strict=True)}
         return x, x["r"]
 
     def _constants(self, size: int, cut: Tiles, given: Tensor) -> dict[str, Any]:
@@ -158,14 +148,14 @@ class ChannelKernel:
 
     def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Tensor, keep: bool) -> list[Tensor]:
         """y, the final state, and if `keep` what backward needs. starts: (S+1,) int64 on the CPU."""
-        k, v, w, u = (_dense(x) for x in inputs)
+        k, v, w, u = (dense(x) for x in inputs)
         tokens, channels = k.shape
         rows = state.shape[0]
         state, edges = state.contiguous(), starts.to(k.device, non_blocking=True)
         y, last = torch.empty_like(k), torch.empty_like(state)
         kept = state.new_empty(tokens // CHANNEL_GROUP + rows if keep else 0, channels, 3)
         grid = rows, triton.cdiv(channels, CHANNELS)
-        with _current(k.device):
+        with current(k.device):
             channel_state.forward[grid](k, v, w, u, state, edges, y, last, kept, channels, KEEP=keep, **self.CONSTANTS)
         return [y.to(inputs[0].dtype), last, *((kept, edges, state, last) if keep else ())]
 
@@ -173,7 +163,7 @@ class ChannelKernel:
         self, inputs: Sequence[Tensor], kept: Sequence[Tensor], starts: Tensor, dy: Tensor, dlast: Tensor
     ) -> list[Tensor]:
         """Gradients of the inputs, in their dtypes, and of the initial state."""
-        k, v, w, u = (_dense(x) for x in inputs)
+        k, v, w, u = (dense(x) for x in inputs)
         channels, rows = k.shape[1], dlast.shape[0]
         states, edges, state, last = kept
         grid = rows, triton.cdiv(channels, CHANNELS)
@@ -181,7 +171,7 @@ class ChannelKernel:
         dw, du = dlast.new_empty(2, rows, channels)
         scratch = dlast.new_empty(*grid, CHANNEL_GROUP, 3, CHANNELS)
         given = k, v, w, u, states, edges, dy.to(k.dtype).contiguous(), state, last, dlast.contiguous()
-        with _current(k.device):
+        with current(k.device):
             channel_state.backward[grid](*given, dk, dv, dw, du, dstate, scratch, channels, **self.CONSTANTS)
         grads = dk, dv, dw.sum(0), du.sum(0)
         return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
@@ -190,13 +180,3 @@ class ChannelKernel:
 def kernel(op: str) -> MatrixKernel | ChannelKernel:
     """What runs the recurrence `op`."""
     return ChannelKernel() if op == "wkv4" else MatrixKernel(op)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x contiguous; float32 in the interpreter, which does not compute in bfloat16."""
-    return x.float().contiguous() if x.device.type == "cpu" else x.contiguous()
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the one that Triton launches on."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
