@@ -15,7 +15,7 @@ from rwkv_rlhf.ops.elementwise_naive import NORM_EPS
 from rwkv_rlhf.ops.triton import pointwise
 from rwkv_rlhf.ops.triton.launch import current, dense
 
-ROWS, BLOCK, LINE = 32, 64, 1024  # tokens and channels of a program; numbers of one of relu_squared
+ROWS, BLOCK, LINE = 16, 64, 1024  # tokens and channels of a program; numbers of one of relu_squared
 Tensors = Sequence[Tensor | None]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rwkv_rlhf.ops.triton import rows
 from rwkv_rlhf.ops.triton.launch import current, dense
 
-BLOCK = 4096
+BLOCK = 2048
 
 
 def row_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
