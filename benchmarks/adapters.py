@@ -68,7 +68,7 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
     from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
     from rwkv_rlhf.data.batch import TextBatch
     from rwkv_rlhf.host_memory import keep_pages, return_pages
-    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses import LOSSES
     from rwkv_rlhf.plan import make_plan
     from rwkv_rlhf.scoring.forward import text_hidden
     from rwkv_rlhf.settings.config import Config
@@ -97,7 +97,7 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
         batch = batch.to(device) if device != "cpu" else batch
         begin = time.perf_counter()
         hidden = text_hidden(model, batch)
-        loss = step_loss(LOSSES["sft"], model.head, hidden, batch, config)[0] / batch.total
+        loss = LOSSES["sft"].from_hidden(model.head, hidden, batch, config).value / batch.total
         loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -81,12 +81,12 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
 
 def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[float]]:
     """Seconds of forward, backward and update of one optimizer step per batch."""
-    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses import LOSSES
 
     times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     for batch in batches:
         a = time.perf_counter()
-        loss = step_loss(LOSSES[config.loss], model.head, hidden_of(model, batch), batch, config)[0] / batch.total
+        loss = LOSSES[config.loss].from_hidden(model.head, hidden_of(model, batch), batch, config).value / batch.total
         b = time.perf_counter()
         loss.backward()
         c = time.perf_counter()
@@ -129,7 +129,7 @@ def measure_pairs(kind: str, steps: int, version: str) -> dict:
     import torch
 
     from rwkv_rlhf.data.batch import PairExample, pack_pairs
-    from rwkv_rlhf.scoring.forward import pair_hidden
+    from rwkv_rlhf.scoring.forward import answer_hidden
 
     model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version)
     generator = torch.Generator().manual_seed(3)
@@ -141,7 +141,7 @@ def measure_pairs(kind: str, steps: int, version: str) -> dict:
         pack_pairs([PairExample(ids(24), ids(27), ids(27), (-290.0, -290.0)) for _ in range(4)])
         for _ in range(steps + 1)
     )
-    times = timed_steps(model, optimizer, config, pair_hidden, batches)
+    times = timed_steps(model, optimizer, config, answer_hidden, batches)
     whole = [sum(parts) for parts in zip(*times.values())][1:]
     return {"pairs_per_s": 4 / statistics.median(whole), "best_pairs_per_s": 4 / min(whole), "peak_mib": peak_mib()}
 

@@ -2,9 +2,13 @@
 
 import csv
 import json
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose library is compiled for it
 
 from rwkv_rlhf.reports import page
 from rwkv_rlhf.settings.command_line import run as run_script

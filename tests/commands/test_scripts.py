@@ -47,7 +47,7 @@ def test_the_list_of_commands(capsys):
 @pytest.mark.slow
 def test_a_bare_clone_needs_no_installation(tmp_path):
     """If this breaks, `git clone` and `python train.py` no longer work from any folder, or need PYTHONPATH."""
-    words = [sys.executable, ROOT / "train.py", "--version"]
+    words = [sys.executable, str(ROOT / "train.py"), "--version"]
     done = subprocess.run(words, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and PROGRAM_VERSION in done.stdout, done.stderr
     assert {name for command in COMMANDS.values() for name in command.scripts} == {path.stem for path in SCRIPTS}

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates import jinja as chat_template
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
@@ -22,7 +23,7 @@ def template(folder, text):
     return path
 
 
-TURNS = [("user", "Hi"), ("assistant", "Hello")]
+TURNS = [Turn("user", "Hi"), Turn("assistant", "Hello")]
 
 
 @pytest.mark.parametrize("text", EVIL)
@@ -74,7 +75,7 @@ def test_templates_of_several_threads_do_not_mix(tmp_path):
     found = {}
 
     def write(number):
-        found[number] = [form.history([("user", f"{number} {n}")]) for n in range(30)]
+        found[number] = [form.history([Turn("user", f"{number} {n}")]) for n in range(30)]
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:

@@ -1,11 +1,16 @@
 """Each loss against its published formula, written out here from raw logits in float64, values and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from rwkv_rlhf.data.batch import IGNORE
 from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import Config, settings
+from rwkv_rlhf.settings.metrics import METRICS
 from tests.support.loss_cases import (
     ANSWERS,
     CHUNKS,
@@ -39,14 +44,14 @@ def test_sft_formula(chunk, smoothing, l2wrap):
         nll = nll - log_p[TEXT[t]]
         loss = loss - (1 - smoothing) * log_p[TEXT[t]] - smoothing / V * log_p.sum()
         wrap = wrap + 0.5e-4 * z[t].max() ** 2
-    settings = config(head_chunk=chunk, smoothing=smoothing, l2wrap=None if l2wrap else False)
-    found, metrics = LOSSES["sft"].from_hidden(head, hidden, text_batch(), settings)
+    chosen = config(head_chunk=chunk, smoothing=smoothing, l2wrap=None if l2wrap else False)
+    found, metrics = LOSSES["sft"].from_hidden(head, hidden, text_batch(), chosen)
     same_as(found, loss + wrap * l2wrap, head, hidden)
     torch.testing.assert_close(metrics["loss"], loss.detach())  # the penalty is never part of the logged loss
     torch.testing.assert_close(metrics["nll"], nll.detach())
     assert ("l2wrap" in metrics) == l2wrap
     with torch.no_grad():
-        evaluated, quiet = LOSSES["sft"].from_hidden(head, hidden, text_batch(), settings)
+        evaluated, quiet = LOSSES["sft"].from_hidden(head, hidden, text_batch(), chosen)
     torch.testing.assert_close(evaluated, found.detach())
     assert quiet.keys() == metrics.keys()
     for key, value in metrics.items():
@@ -109,10 +114,10 @@ def test_dpo_formula(loss, logp, eps, chunk):
         else:  # (h - 1/(2 beta))^2 and, for a swapped pair, (-h - 1/(2 beta))^2
             value = (1 - eps) * (h - 1 / (2 * beta)) ** 2 + eps * (h + 1 / (2 * beta)) ** 2
         truth = truth + value - alpha * sum(chosen) / len(chosen)
-    settings = config(
+    chosen = config(
         head_chunk=chunk, dpo_beta=beta, dpo_alpha=alpha, dpo_loss=loss, dpo_logp=logp, dpo_label_smoothing=eps
     )
-    found, metrics = LOSSES["dpo"].from_hidden(head, hidden, pair_batch(), settings)
+    found, metrics = LOSSES["dpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["dpo"] + alpha * metrics["ce"])
 
@@ -130,8 +135,8 @@ def test_orpo_formula(mode, chunk):
         p_c, p_r = (sum(chosen) / m_c).exp(), (sum(reject) / m_r).exp()
         ratio = (p_c / (1 - p_c)) / (p_r / (1 - p_r))
         truth = truth - sum(chosen) / len(chosen) - alpha * (ratio / (1 + ratio)).log()  # sigmoid(log x) = x / (1 + x)
-    settings = config(head_chunk=chunk, orpo_alpha=alpha, orpo_mode=mode)
-    found, metrics = LOSSES["orpo"].from_hidden(head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, orpo_alpha=alpha, orpo_mode=mode)
+    found, metrics = LOSSES["orpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["ce"] + alpha * metrics["orpo"])
 
@@ -152,8 +157,8 @@ def test_simpo_formula(alpha, chunk):
     for chosen, reject in zip(answers[0::2], answers[1::2]):
         mean_c, mean_r = sum(chosen) / len(chosen), sum(reject) / len(reject)
         truth = truth - sigmoid(beta * mean_c - beta * mean_r - gamma).log() - alpha * mean_c
-    settings = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
-    found, metrics = LOSSES["simpo"].from_hidden(head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
+    found, metrics = LOSSES["simpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["simpo"] + alpha * metrics["ce"])
 
@@ -168,8 +173,8 @@ def test_cpo_formula(alpha, chunk):
     truth = 0.0
     for chosen, reject in zip(answers[0::2], answers[1::2]):
         truth = truth - sigmoid(beta * sum(chosen) - beta * sum(reject)).log() - alpha * sum(chosen) / len(chosen)
-    settings = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
-    found, metrics = LOSSES["cpo"].from_hidden(head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
+    found, metrics = LOSSES["cpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["cpo"] + alpha * metrics["ce"])
 
@@ -218,10 +223,8 @@ def test_kto_formula(kl, chunk):
             truth = truth + desirable * (1 - sigmoid(beta * (ratio - kl)))
         else:
             truth = truth + undesirable * (1 - sigmoid(beta * (kl - ratio)))
-    settings = config(
-        head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable
-    )
-    found, metrics = LOSSES["kto"].from_hidden(head, hidden, batch, settings)
+    chosen = config(head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable)
+    found, metrics = LOSSES["kto"].from_hidden(head, hidden, batch, chosen)
     same_as(found, truth, head, hidden)
     means = {name: metrics[name].item() / batch.total for name in ("kto_kl", "chosen_reward", "reject_reward")}
     want = {
@@ -245,6 +248,43 @@ def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
     same_as(found, plain + penalty, head, hidden)
     torch.testing.assert_close(metrics["loss"], plain.detach())
     torch.testing.assert_close(metrics["l2wrap"], penalty.detach())
+
+
+class Watched(Config):
+    """Settings that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        if name in settings():
+            object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_what_its_entry_says(name):
+    """If this breaks, the command line asks for data, a reference, a teacher or settings that the loss does not use, or
+    does not ask for those that it uses."""
+    facts, loss, batch = tables.LOSSES[name], LOSSES[name], batch_of(name)
+    head, hidden = head_and_hidden(len(batch.targets))
+    watched = Watched(loss=name)
+    vars(watched)["read"] = set()  # not what filling in defaults has read
+    _, metrics = loss.from_hidden(head, hidden, batch, watched)
+    assert vars(watched)["read"] <= {*facts.settings, "smoothing", "l2wrap", "head_chunk"}
+    assert ("smoothing" in vars(watched)["read"]) == (facts.smoothing > 0)
+    assert ("l2wrap" in metrics) == facts.l2wrap
+    lacking = text_batch() if facts.data == "text" else dataclasses.replace(batch, reference=None)
+    if facts.reference or facts.teacher:
+        with pytest.raises(AssertionError, match="reference" if facts.reference else "teacher"):
+            loss.from_hidden(head, hidden, lacking, watched)
+    else:
+        loss.from_hidden(head, hidden, lacking, watched)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_logs_is_in_the_table_of_metrics(name):
+    """If this breaks, a number is logged that no curve, no progress bar and no page can say the meaning of."""
+    batch = batch_of(name)
+    metrics = LOSSES[name].from_hidden(*head_and_hidden(len(batch.targets)), batch, config(l2wrap=True)).metrics
+    assert set(metrics) <= set(METRICS)
 
 
 @pytest.mark.parametrize("name", LOSSES)

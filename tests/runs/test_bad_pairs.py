@@ -64,7 +64,7 @@ def test_a_reject_longer_than_the_cap(trained, tmp_path, letters):
     path = write_csv(tmp_path / "p.csv", [["say a", "gladly", "no " * 400]])
     steps, said = trained(path, "--rlhf_max_corpus_len", 40)
     assert "reject cut in 1 rows" in said and "chosen cut" not in said
-    assert abs(steps[0]["margin"]) < 1e-6
+    assert abs(steps[0]["reward_margin"]) < 1e-6
     pair = open_pairs(path, letters, max_len=40)[0]
     assert letters.decode(pair.reject) == (" " + "no " * 20)[:40]
 
@@ -145,7 +145,7 @@ def test_scores_of_a_packed_reference_are_used(script, trained, base_model, voca
     words += ["--target_pair_count", 2, "--strategy", "cpu bf16", "--quant_mode", "nf4"]
     assert script(score_pairs.main, *words)[0] == 0
     steps, said = trained(saved, "--precision", "bf16", "--quant", 1, "--peft", "lora", "--lora_r", 4)
-    assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["margin"]) < 0.02
+    assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["reward_margin"]) < 0.02
     _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4)
     assert said.count("computing them again") == 1  # --quant 0
 
@@ -158,16 +158,16 @@ def test_references_of_another_model_are_computed_anew(trained, typed, base_mode
     other = tmp_path / "other.pth"
     torch.save(tensors | {"head.weight": tensors["head.weight"] * 1.5}, other)
     steps, said = trained(path, "--load_model", other)
-    assert said.count("of another model") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("of another model") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
     (kept,) = [file for file in (tmp_path / "out" / "cache").iterdir() if str(file) in trained(path)[1]]
     kept.write_bytes(kept.read_bytes()[:200])
     steps, said = trained(path)
-    assert said.count("damaged") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("damaged") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
     saved = tmp_path / "p.save"
     write_save(saved, [PairExample([9, 8], [7, 6], [5], (-1.0, -2.0))], {"model": "0" * 64, "reference": "sum"})
     assert read_save(saved, DataReport(str(saved)))[0].reference == (-1.0, -2.0)
     steps, said = trained(saved)
-    assert said.count("computing them again") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("computing them again") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
 
 
 def conversation(answer):

@@ -50,7 +50,7 @@ def test_prepare_dpo_merge_and_talk(run, script, pairs_csv, base_of, vocab_file,
     files = ["--proj_dir", folder, "--layer_profile", PROFILE, "--rlhf_train_file", saved]
     run(train.main, [*shlex.split(f"{COMMON} {DPO} --my_testing {version} {sharing}"), *files], version)
     steps = read_jsonl(folder / "metrics.jsonl", "train")
-    assert len(steps) == 4 and abs(steps[0]["margin"]) < 1e-3
+    assert len(steps) == 4 and abs(steps[0]["reward_margin"]) < 1e-3
     sidecar = json.loads((folder / "rwkv-1.json").read_text())
     assert sidecar["quant_mode"] == "nf4" and sidecar["adapted"]
     merged = tmp_path / "merged.pth"
@@ -167,7 +167,7 @@ def test_rwkv_4_from_zero_with_a_tokenizer_json(script, tokenizer_json, text_jso
     tuned = tmp_path / "dpo"
     dpo = ["--dpo", 1, "--rlhf_train_file", saved, "--proj_dir", tuned, "--peft", "lora", "--quant", 0, "--my_testing"]
     go(train.main, *model, *run, *dpo, "x040")
-    assert abs(read_jsonl(tuned / "metrics.jsonl", "train")[0]["margin"]) < 1e-3
+    assert abs(read_jsonl(tuned / "metrics.jsonl", "train")[0]["reward_margin"]) < 1e-3
     (tmp_path / "in.jsonl").write_text('{"prompt": "say 3"}\n')
     asked = ["--prompt_file", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--max_tokens", 6]
     go(chat.main, *model, "--load_adapter", tuned / "rwkv-final.pth", *asked)
@@ -197,9 +197,10 @@ def test_dpo_with_a_general_corpus_as_on_rwkv5(run, pairs_csv, text_jsonl, tmp_p
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 4
     for step in steps:
-        assert step["loss"] == pytest.approx(0.8 * step["general"] + 0.2 * step["dpo"], rel=1e-5)
+        assert step["loss"] == pytest.approx(0.8 * step["general_nll"] + 0.2 * step["dpo"], rel=1e-5)
     held_out = read_jsonl(folder / "metrics.jsonl", "val")
-    assert len(held_out) == 2 and {"accuracy", "margin", "kl", "log_odds", "chosen_reward"} <= set(held_out[0])
+    names = {"accuracy", "logp_margin", "kl", "log_odds_margin", "chosen_reward"}
+    assert len(held_out) == 2 and names <= set(held_out[0])
 
 
 @pytest.mark.parametrize("loss", ["simpo", "cpo", "wpo", "kto"])
@@ -209,5 +210,5 @@ def test_the_other_preference_losses_as_the_page_shows_them(run, pairs_csv, tmp_
     files = ["--proj_dir", tmp_path / loss, "--layer_profile", PROFILE, "--rlhf_train_file", pairs_csv]
     run(train.main, [*words, *files, "--val_file", pairs_csv])
     steps = read_jsonl(tmp_path / loss / "metrics.jsonl", "train")
-    assert len(steps) == 4 and all("accuracy" in step and "margin" in step for step in steps)
+    assert len(steps) == 4 and all("accuracy" in step and "reward_margin" in step for step in steps)
     assert (tmp_path / loss / "rwkv-best.pth").exists()

@@ -343,11 +343,11 @@ def test_prepared_scores_are_those_of_the_first_step(script, go, typed, base_mod
     run += ["--accumulate_grad_batches", 2]
     folder = go("same", *run)
     (first,) = read_jsonl(folder / "metrics.jsonl", "train")
-    assert abs(first["margin"]) / beta < 1e-4
+    assert abs(first["reward_margin"]) / beta < 1e-4
     assert not list(folder.glob("cache/*"))  # the file's scores were used, none were computed
     folder = go("other", *run, "--reference_model", other_model)
     (first,) = read_jsonl(folder / "metrics.jsonl", "train")
-    assert abs(first["margin"]) / beta > 0.05
+    assert abs(first["reward_margin"]) / beta > 0.05
 
 
 def test_sigterm_saves_and_is_no_success(typed, text_jsonl, tmp_path):

@@ -7,7 +7,6 @@ import torch
 
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.stores import STORES
-from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.blocks import Block
 from rwkv_rlhf.settings import tables
@@ -15,15 +14,6 @@ from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, sett
 from rwkv_rlhf.settings.help import EXAMPLES, explain, short_help
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.not_built import NOT_BUILT
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_is_what_its_entry_says(name):
-    """If this breaks, the command line asks for data, references or a teacher that the loss does not use."""
-    facts, loss = tables.LOSSES[name], LOSSES[name]
-    assert (loss.kind, loss.needs_reference, loss.needs_teacher) == (facts.data, facts.reference, facts.teacher)
-    assert loss.l2wrap == facts.l2wrap
-    assert set(loss.settings) <= {*facts.settings, "smoothing"} <= {*settings()}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -40,6 +40,5 @@ def rwkv_package(question: str, tokens: Sequence[int], paths: Sequence[Path], *,
 
     paths: files without their ending. v7: whether they are RWKV-7, which the package must be told before its import.
     """
-    variables = {"RWKV_V7_ON": int(v7), "RWKV_JIT_ON": 0}
-    out = run_program("rwkv_package", question, json.dumps(list(tokens)), *paths, **variables)
+    out = run_program("rwkv_package", question, json.dumps(list(tokens)), *paths, RWKV_V7_ON=int(v7), RWKV_JIT_ON=0)
     return json.loads(out.splitlines()[-1])

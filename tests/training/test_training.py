@@ -107,10 +107,10 @@ def test_dpo_starts_at_the_reference_and_moves_away(script, typed, pairs_csv, tm
     )
     folder = tmp_path / "out"
     steps = read_jsonl(folder / "metrics.jsonl", "train")
-    assert abs(steps[0]["margin"]) < 1e-5 and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-4)
-    assert steps[-1]["margin"] > 0.1 and steps[-1]["pref_percentage"] > 0.8
+    assert abs(steps[0]["reward_margin"]) < 1e-5 and steps[0]["dpo"] == pytest.approx(0.6931, abs=1e-4)
+    assert steps[-1]["reward_margin"] > 0.1 and steps[-1]["pref_percentage"] > 0.8
     last = read_jsonl(folder / "metrics.jsonl", "val")[-1]
-    assert last["accuracy"] > 0.9 and last["margin"] > 1
+    assert last["accuracy"] > 0.9 and last["logp_margin"] > 1
     status, out, err = script(
         train.main,
         *typed,
@@ -118,7 +118,7 @@ def test_dpo_starts_at_the_reference_and_moves_away(script, typed, pairs_csv, tm
     )
     assert status == 0, err
     again = json.loads(out.splitlines()[-1])
-    assert again["margin"] == pytest.approx(last["margin"], rel=1e-4)
+    assert again["logp_margin"] == pytest.approx(last["logp_margin"], rel=1e-4)
     assert again["accuracy"] == last["accuracy"]
 
 

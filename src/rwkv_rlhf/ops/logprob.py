@@ -44,6 +44,10 @@ def row_stats(logits: Tensor, targets: Tensor, backend: str = "auto", *, checked
     name, _ = choose("logprob", logits.device, logits.dtype, tuple(logits.shape), backend)
     if name == "cpu":
         return RowStats(*library("logprob").row_stats(_rows(logits), targets.contiguous()))
+    if name == "triton":
+        from rwkv_rlhf.ops.triton import logprob as kernels  # importing Triton takes a second
+
+        return RowStats(*kernels.row_stats(logits, targets))
     wide = wide_dtype(logits.dtype)
     n = logits.shape[0]
     lse, target, total, top = (logits.new_empty(n, dtype=wide) for _ in range(4))
@@ -79,6 +83,10 @@ def row_grad_(
         vectors = (v.contiguous() for v in (targets, lse, g_logp, g_mean, argmax, g_max))
         library("logprob").row_grad_(logits, *vectors)
         return logits
+    if name == "triton":
+        from rwkv_rlhf.ops.triton import logprob as kernels
+
+        return kernels.row_grad_(logits, targets, lse, g_logp, g_mean, argmax, g_max)
     for part in _blocks(logits):
         block = logits[part].to(lse.dtype)
         block.sub_(lse[part, None]).exp_().mul_(-(g_logp[part] + g_mean[part])[:, None])

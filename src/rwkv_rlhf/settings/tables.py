@@ -425,6 +425,6 @@ BACKENDS: dict[str, BackendFacts] = {
     "cpu": BackendFacts("C++ for processors"),
     "cuda": BackendFacts("CUDA or HIP, exact float32"),
     "hip": BackendFacts("HIP by name", built=False),
-    "triton": BackendFacts("Triton, chunked tensor-core form", built=False),
+    "triton": BackendFacts("Triton, chunked tensor-core form"),
     "fla": BackendFacts("flash-linear-attention", built=False),
 }
