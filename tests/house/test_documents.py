@@ -22,9 +22,10 @@ OTHER_PROGRAMS = ("bash ", "pip ", "python tests/", "python benchmarks/")
 
 
 def tracked():
-    """Every file of the project that is text."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [ROOT / name for name in names.split("\0") if name and not name.endswith((".png", ".gitkeep"))]
+    """Every file of the project that is text, also those that are not committed yet."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [ROOT / name for name in names if (ROOT / name).is_file() and not name.endswith((".png", ".gitkeep"))]
 
 
 def words(page):
