@@ -57,6 +57,20 @@ def test_paths_on_the_pages_exist():
     assert sum(is_path(path) for _, path in said) > 100
 
 
+def test_paths_in_the_sources_exist():
+    """If this breaks, a comment sends its reader to a file that was moved."""
+    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    named = re.compile(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.(?:py|md|cpp|cu|h|csv|sh|txt|toml))\b")
+    said = [
+        (path, name)
+        for path in tracked()
+        if path.suffix in (".py", ".cpp", ".cu", ".h", ".sh", ".toml", ".yaml")
+        for name in named.findall(path.read_text(encoding="utf-8"))
+    ]
+    lost = [f"{name_of(path)}: {name}" for path, name in said if not (ROOT / name).exists() and "/output_" not in name]
+    assert len(said) > 20 and not lost, "\n" + "\n".join(lost)
+
+
 def defined(tree, names):
     """Whether a file defines `Class.method` or the like, at its top level or in that class."""
     for node in ast.iter_child_nodes(tree):
