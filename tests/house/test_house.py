@@ -60,7 +60,7 @@ def none(broken: Iterable[tuple[Path, int, str]]) -> None:
 
 
 def is_kernel(node: ast.AST) -> bool:
-    """Whether a function is compiled by Triton: one program that runs on a device, whose values have no Python types."""
+    """Whether a function is compiled by Triton: it runs on a device, and its values have no Python types."""
     return "triton.jit" in [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
 
 
