@@ -47,7 +47,7 @@ def write_base(path: Path, layers: int, width: int, vocab: int) -> None:
     """A bf16 checkpoint of RWKV-7 in which no matrix is zero."""
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import write_atomic
+    from rwkv_rlhf.checkpoints.tensor_files import write_tensors
     from rwkv_rlhf.model.initial import initial_tensors
 
     tensors = initial_tensors("x070", layers, width, vocab, 64, seed=1)
@@ -56,7 +56,7 @@ def write_base(path: Path, layers: int, width: int, vocab: int) -> None:
         if value.dim() == 2 and not value.any():
             value = torch.randn(value.shape, generator=generator) * 0.02
         tensors[name] = value.bfloat16()
-    write_atomic(tensors, path)
+    write_tensors(tensors, path)
 
 
 def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, device: str, grad_cp: bool) -> dict:
@@ -65,10 +65,10 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
 
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import load_model
+    from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
     from rwkv_rlhf.data.batch import TextBatch
     from rwkv_rlhf.host_memory import keep_pages, return_pages
-    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses import LOSSES
     from rwkv_rlhf.plan import make_plan
     from rwkv_rlhf.scoring.forward import text_hidden
     from rwkv_rlhf.settings.config import Config
@@ -81,7 +81,7 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
     return_pages()
     begin = time.perf_counter()
     build = {"plan": plan, "quant": quant, "device": device, "grad_cp": grad_cp}
-    model, report = load_model(base, compute_dtype=torch.bfloat16, **build)
+    model, report = load_model(base, BuildOptions(torch.bfloat16, **build))
     loaded = time.perf_counter() - begin
     loading = peak_mib(forget=True)
     if device == "cpu":
@@ -97,7 +97,7 @@ def measure(base: str, mode: str, quant: str, ctx: int, steps: int, rank: int, d
         batch = batch.to(device) if device != "cpu" else batch
         begin = time.perf_counter()
         hidden = text_hidden(model, batch)
-        loss = step_loss(LOSSES["sft"], model.head, hidden, batch, config)[0] / batch.total
+        loss = LOSSES["sft"].from_hidden(model.head, hidden, batch, config).value / batch.total
         loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -131,7 +131,7 @@ def bytes_per_parameter(width: int) -> dict[str, float]:
     from rwkv_rlhf.layers.stores import STORES
 
     weight = torch.randn(width, width, dtype=torch.bfloat16)
-    packed = {mode: store.pack(weight).bytes() / weight.numel() for mode, store in STORES.items() if store is not None}
+    packed = {mode: store.pack(weight).bytes() / weight.numel() for mode, store in STORES.items()}
     return {"none (bf16)": 2.0} | packed
 
 

@@ -34,7 +34,7 @@ def model_of(version: str):
     """A model in training, float32 masters, nothing frozen."""
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.host_memory import keep_pages
     from rwkv_rlhf.model.initial import initial_tensors
     from rwkv_rlhf.plan import make_plan
@@ -42,7 +42,7 @@ def model_of(version: str):
     keep_pages()
     tensors = initial_tensors(version, LAYERS, WIDTH, VOCAB, HEAD, seed=1)
     plan = make_plan("full", LAYERS, lr_init=1e-5, lr_final=1e-5)
-    model, _ = build_model(tensors, compute_dtype=torch.float32, plan=plan)
+    model, _ = build_model(tensors, BuildOptions(torch.float32, plan=plan))
     return model.train()
 
 
@@ -112,10 +112,9 @@ def measure_fork(version: str, repeats: int) -> None:
     """DPO steps with each prompt run once, against prompt and answer run whole for both answers."""
     import torch
 
-    from rwkv_rlhf.data.batch import PairExample, TextBatch, pack_pairs
-    from rwkv_rlhf.losses import LOSSES, step_loss
-    from rwkv_rlhf.losses.tokens import IGNORE
-    from rwkv_rlhf.scoring.forward import pair_hidden, text_hidden
+    from rwkv_rlhf.data.batch import IGNORE, PairExample, TextBatch, pack_pairs
+    from rwkv_rlhf.losses import LOSSES
+    from rwkv_rlhf.scoring.forward import answer_hidden, text_hidden
     from rwkv_rlhf.settings.config import Config
 
     model, config = model_of(version), Config(loss="orpo")
@@ -140,9 +139,9 @@ def measure_fork(version: str, repeats: int) -> None:
         whole = TextBatch(torch.cat(rows), torch.cat(targets), starts, batch.total)
         times: dict[str, list[float]] = {"whole": [], "forked": []}
         for _ in range(repeats):
-            for name, hidden_of, what in (("whole", text_hidden, whole), ("forked", pair_hidden, batch)):
+            for name, hidden_of, what in (("whole", text_hidden, whole), ("forked", answer_hidden, batch)):
                 begin = time.process_time()
-                step_loss(LOSSES["orpo"], model.head, hidden_of(model, what), what, config)[0].backward()
+                LOSSES["orpo"].from_hidden(model.head, hidden_of(model, what), what, config).value.backward()
                 times[name].append(time.process_time() - begin)
                 model.zero_grad()
         a, b = (statistics.median(times[name][1:]) * 1e3 for name in times)
@@ -155,12 +154,11 @@ def measure_packing(version: str, path: str, repeats: int) -> None:
     """Useful tokens per CPU second of ORPO steps of 4 pairs: packed rows, and rows padded to the batch's longest."""
     import torch
 
-    from rwkv_rlhf.data.batch import TextBatch, pack_pairs
-    from rwkv_rlhf.data.pairs.pairs import open_pairs
+    from rwkv_rlhf.data.batch import IGNORE, TextBatch, pack_pairs
+    from rwkv_rlhf.data.pairs.dataset import open_pairs
     from rwkv_rlhf.data.tokenizer import load_tokenizer
-    from rwkv_rlhf.losses import LOSSES, step_loss
-    from rwkv_rlhf.losses.tokens import IGNORE
-    from rwkv_rlhf.scoring.forward import pair_hidden
+    from rwkv_rlhf.losses import LOSSES
+    from rwkv_rlhf.scoring.forward import answer_hidden
     from rwkv_rlhf.settings.config import Config
 
     model, config = model_of(version), Config(loss="orpo")
@@ -180,7 +178,7 @@ def measure_packing(version: str, path: str, repeats: int) -> None:
                 if name == "packed":
                     batch = pack_pairs(group)
                     run += len(batch.prompts) + len(batch.answers)
-                    hidden, what = pair_hidden(model, batch), batch
+                    hidden, what = answer_hidden(model, batch), batch
                 else:
                     rows = [p.prompt + answer for p in group for answer in (p.chosen, p.reject)]
                     width = max(map(len, rows)) - 1
@@ -194,7 +192,7 @@ def measure_packing(version: str, path: str, repeats: int) -> None:
                     hidden = model(tokens)[0].flatten(0, 1)
                     starts = torch.arange(len(rows) + 1) * width
                     what = TextBatch(tokens.flatten(), targets.flatten(), starts, float(len(group)))
-                step_loss(LOSSES["orpo"], model.head, hidden, what, config)[0].backward()
+                LOSSES["orpo"].from_hidden(model.head, hidden, what, config).value.backward()
                 model.zero_grad()
             best = min(best, time.process_time() - begin)
         print(f"| {name} | {run} | {useful / best:.0f} |")

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,9 +23,12 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from rwkv_rlhf.data.batch import TextBatch
 from rwkv_rlhf.layers.linear import Linear
-from rwkv_rlhf.losses.distill import Distillation, distillation
+from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.losses.distill import distillation
 from rwkv_rlhf.losses.tokens import token_scores, weighted_nll
+from rwkv_rlhf.settings.config import Config
 
 MIB = 2**20
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -65,30 +67,19 @@ def make_head(kind: str, dtype: torch.dtype, vocabulary: int, width: int) -> nn.
     return head
 
 
-@dataclass
-class Batch:
-    """Targets (M,) and a teacher's K largest logits of each position."""
-
-    targets: torch.Tensor
-    top_values: torch.Tensor
-    top_indices: torch.Tensor
-    top_lse: torch.Tensor | None = None
-
-    def first(self, rows: int) -> "Batch":
-        """The first rows only."""
-        return Batch(self.targets[:rows], self.top_values[:rows], self.top_indices[:rows])
+def batch_of(rows: int, vocabulary: int) -> TextBatch:
+    """Random targets and a teacher with random opinions, its K largest logits of each position."""
+    targets = torch.randint(vocabulary, (rows,))
+    teacher = {"top_values": torch.randn(rows, K), "top_indices": torch.randint(vocabulary, (rows, K))}
+    return TextBatch(targets, targets, torch.tensor([0, rows]), float(rows), **teacher)
 
 
-def batch_of(rows: int, vocabulary: int) -> Batch:
-    """Random targets and a teacher with random opinions."""
-    return Batch(torch.randint(vocabulary, (rows,)), torch.randn(rows, K), torch.randint(vocabulary, (rows, K)))
-
-
-def loss_of(method: str, head: nn.Module, hidden: torch.Tensor, batch: Batch, chunk: int) -> torch.Tensor:
+def loss_of(method: str, head: nn.Module, hidden: torch.Tensor, batch: TextBatch, chunk: int) -> torch.Tensor:
     """Summed loss by one of the methods."""
     targets = batch.targets
     if method == "distillation":
-        return Distillation().from_hidden(head, hidden, batch, chunk=chunk, l2wrap=False)[0]
+        config = Config(loss="distillation", head_chunk=chunk, l2wrap=False, smoothing=0.0)
+        return LOSSES["distillation"].from_hidden(head, hidden, batch, config).value
     if method == "distillation, full logits":
         logp = head(hidden).float().log_softmax(1)
         divergence = distillation(logp.gather(1, batch.top_indices), batch.top_values).sum()
@@ -96,8 +87,8 @@ def loss_of(method: str, head: nn.Module, hidden: torch.Tensor, batch: Batch, ch
     if method == "full logits":
         return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
     if method == "token_scores":
-        return -token_scores(head, hidden, targets, chunk=chunk).logp.sum()
-    return weighted_nll(head, hidden, targets, chunk=chunk)[0]
+        return -token_scores(head, hidden, targets, head_chunk=chunk).logp.sum()
+    return weighted_nll(head, hidden, targets, head_chunk=chunk).value
 
 
 def measure(case: dict) -> dict:
@@ -108,7 +99,7 @@ def measure(case: dict) -> dict:
     head = make_head(case["head"], dtype, case["vocabulary"], case["width"])
     hidden = torch.randn(case["rows"], case["width"]).to(dtype).requires_grad_()
     batch = batch_of(case["rows"], case["vocabulary"])
-    loss_of(case["method"], head, hidden[:16], batch.first(16), 16).backward()  # libraries, thread pools
+    loss_of(case["method"], head, hidden[:16], batch.chunk(slice(16)), 16).backward()  # libraries, thread pools
     returned = sum(p.numel() * p.element_size() for p in (hidden, *head.parameters()) if p.requires_grad)
     times, extra = [], 0
     for _ in range(case["repeat"]):

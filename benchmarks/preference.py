@@ -6,9 +6,9 @@ python benchmarks/preference.py --seeds 1 --tokens 8000 --base_steps 60 --max_to
 A tiny RWKV-7 (3 layers, width 128, World vocabulary) is trained from zero as in example/quickstart.sh, or --model is
 taken; it writes the rejects of example/DPO's prompts. Then every method trains the same LoRA adapter (r 16, constant
 rate, batches of 16 pairs; KTO of 32 answers) until it has run --tokens tokens through the model, prompts once. Of 48
-held-out pairs: accuracy against the start model, raw (the chosen answer is the likelier one), margin (nats) and kl (KL
-to the start model, nats a token) are means over the seeds, with the range of the accuracy. Pairs per second are medians
-over the steps; two answers of KTO are a pair.
+held-out pairs: logp_accuracy and logp_margin (nats) against the start model, raw_accuracy (the chosen answer is the
+likelier one) and kl (KL to the start model, nats a token) are means over the seeds, with the range of the accuracy.
+Pairs per second are medians over the steps; two answers of KTO are a pair.
 
 TRL's DPOTrainer gets the same model behind a thin wrapper, with our kernels, the same adapter, the same reference
 scores and the same pairs in the same order as our DPO; batching (prompts in both answers, padding), chunked
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT / "src")  # not benchmarks/, whose kernels.py transformers would take for a package
 HELD_OUT = "example/DPO/heldout.csv"
 BATCH = 16  # pairs a step
-MEASURED = ("accuracy", "raw_accuracy", "margin", "kl")
+MEASURED = ("logp_accuracy", "raw_accuracy", "logp_margin", "kl")
 
 # as example/quickstart.sh
 INITIAL = """--train_stage 1 --load_model 0 --my_testing x070 --n_layer 3 --n_embd 128 --vocab_size 65536
@@ -247,11 +247,11 @@ def theirs(flags: argparse.Namespace, seed: int, count: int) -> tuple[dict, list
 def row(name: str, found: list[dict]) -> str:
     """One line of the table."""
     mean = SimpleNamespace(**{key: statistics.mean(run[key] for run in found) for key in found[0]})
-    accuracies = [run["accuracy"] for run in found]
+    accuracies = [run["logp_accuracy"] for run in found]
     spread = f"{min(accuracies):.3f} to {max(accuracies):.3f}"
     seconds = statistics.median(run["step_s"] for run in found)
     tokens = f"{mean.tokens:.0f}" if "tokens" in found[0] else ""
-    held_out = f"{mean.accuracy:.3f} ({spread}) | {mean.raw_accuracy:.3f} | {mean.margin:.2f} | {mean.kl:.4f}"
+    held_out = f"{mean.logp_accuracy:.3f} ({spread}) | {mean.raw_accuracy:.3f} | {mean.logp_margin:.2f} | {mean.kl:.4f}"
     return f"| {name} | {held_out} | {mean.steps:.0f} | {tokens} | {1000 * seconds:.0f} | {BATCH / seconds:.1f} |"
 
 
@@ -277,7 +277,7 @@ def main() -> None:
     flags = parse_flags()
     flags.out = str((ROOT / flags.out).resolve())
     prepare(flags)
-    print("| method | held-out accuracy (range) | raw | margin | kl | steps | tokens | ms a step | pairs/s |")
+    print("| method | logp_accuracy (range) | raw_accuracy | logp_margin | kl | steps | tokens | ms a step | pairs/s |")
     print("|---|---|---|---|---|---|---|---|---|")
     results: dict[str, list[dict]] = {}
     for name in flags.methods.split(","):

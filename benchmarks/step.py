@@ -54,7 +54,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
-    from rwkv_rlhf.checkpoints.loading import build_model
+    from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.host_memory import keep_pages
     from rwkv_rlhf.model.initial import initial_tensors
     from rwkv_rlhf.plan import make_plan
@@ -71,7 +71,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
         tensors[name] = tensors[name].to(dtype) if value.dim() == 2 else tensors[name]
     plan = make_plan(mode, LAYERS, rank=16, alpha=32.0, dropout=0.0, lr_init=1e-5, lr_final=1e-5, weight_decay=0.0)
     names = list(tensors)
-    model, _ = build_model(tensors, compute_dtype=dtype, plan=plan, grad_cp=grad_cp)
+    model, _ = build_model(tensors, BuildOptions(dtype, plan=plan, grad_cp=grad_cp))
     for name in names:
         del tensors[name]
     model.train()
@@ -81,12 +81,12 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
 
 def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[float]]:
     """Seconds of forward, backward and update of one optimizer step per batch."""
-    from rwkv_rlhf.losses import LOSSES, step_loss
+    from rwkv_rlhf.losses import LOSSES
 
     times: dict[str, list[float]] = {"forward": [], "backward": [], "update": []}
     for batch in batches:
         a = time.perf_counter()
-        loss = step_loss(LOSSES[config.loss], model.head, hidden_of(model, batch), batch, config)[0] / batch.total
+        loss = LOSSES[config.loss].from_hidden(model.head, hidden_of(model, batch), batch, config).value / batch.total
         b = time.perf_counter()
         loss.backward()
         c = time.perf_counter()
@@ -129,7 +129,7 @@ def measure_pairs(kind: str, steps: int, version: str) -> dict:
     import torch
 
     from rwkv_rlhf.data.batch import PairExample, pack_pairs
-    from rwkv_rlhf.scoring.forward import pair_hidden
+    from rwkv_rlhf.scoring.forward import answer_hidden
 
     model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version)
     generator = torch.Generator().manual_seed(3)
@@ -141,7 +141,7 @@ def measure_pairs(kind: str, steps: int, version: str) -> dict:
         pack_pairs([PairExample(ids(24), ids(27), ids(27), (-290.0, -290.0)) for _ in range(4)])
         for _ in range(steps + 1)
     )
-    times = timed_steps(model, optimizer, config, pair_hidden, batches)
+    times = timed_steps(model, optimizer, config, answer_hidden, batches)
     whole = [sum(parts) for parts in zip(*times.values())][1:]
     return {"pairs_per_s": 4 / statistics.median(whole), "best_pairs_per_s": 4 / min(whole), "peak_mib": peak_mib()}
 

@@ -2,37 +2,41 @@
 
 import csv
 import json
+import os
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose library is compiled for it
+
+from rwkv_rlhf.reports import page
 from rwkv_rlhf.settings.command_line import run as run_script
+from tests.support.files import VOCAB
 from tests.support.models import any_initial_tensors
-
-VOCAB = 257  # id 0 ends a document, id b + 1 is the byte b
-
-
-def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1):
-    """A checkpoint in which no tensor is zero, so that every path of the model shows in the logits."""
-    tensors = any_initial_tensors(version, n_layer, n_embd, vocab_size, head_size, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in tensors.items():
-        noise = torch.randn(value.shape, generator=generator)
-        if name == "emb.weight":
-            tensors[name] = noise
-        elif name == "head.weight":
-            tensors[name] = noise / n_embd**0.5
-        elif value.dim() == 2 and "r_k" not in name:
-            tensors[name] = value + noise * 0.5 / max(value.shape) ** 0.5
-        else:
-            tensors[name] = value + noise * 0.1
-    return tensors
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     """A test draws the same numbers whichever ran before it."""
     torch.manual_seed(0)
+
+
+DRAW_CURVES = page.draw_curves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves():
+    """Drawing takes longer than these runs to train."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "draw_curves", lambda folder: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Where a test is about the curves, they are drawn."""
+    monkeypatch.setattr(page, "draw_curves", DRAW_CURVES)
 
 
 @pytest.fixture(scope="session")
@@ -100,9 +104,3 @@ def script(capsys):
         return done.value.code, out, err
 
     return call
-
-
-def read_jsonl(path, event=None):
-    """Objects of a JSON lines file, of one event if given."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r for r in records if event is None or r.get("event") == event]

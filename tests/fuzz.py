@@ -47,7 +47,7 @@ SENTENCE = 1100  # characters
 TOGETHER = 100  # inputs of a worker
 # what a data file must never cause; "open" for writing is seen by looking at the folder
 FORBIDDEN = re.compile(r"os\.(system|exec|posix_spawn|spawn|fork)|subprocess\.Popen|socket\.")
-TEMPLATES = "template_process"  # the program's own process that runs templates
+TEMPLATES = "jinja_process"  # the program's own process that runs templates
 Sample = dict[str, bytes]
 
 

@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
-# Makes the environment if it is missing, then runs every test. Extra arguments go to pytest.
+# Makes the environment if it is missing, checks style and types, and runs the tests in two processes.
+#   bash tests/run.sh          everything
+#   bash tests/run.sh --fast   after each edit: style, and what needs no whole run, no process and no compiler
+# Further arguments go to pytest: bash tests/run.sh tests/data -k csv
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/environment.sh requirements.txt requirements-test.txt
+export OMP_NUM_THREADS=1 # of each of the two
+tests=(.venv/bin/python -m pytest -n 2 --dist loadgroup -ra)
+
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+if [ "${1:-}" = --fast ]; then
+  exec "${tests[@]}" -m "not slow and not gpu" "${@:2}"
+fi
+if grep -q '^\[tool\.mypy\]' pyproject.toml; then .venv/bin/mypy; fi
+exec "${tests[@]}" -m "not gpu" "$@"

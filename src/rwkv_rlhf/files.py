@@ -1,4 +1,5 @@
-"""Files as this program treats them: written whole or not at all, read as UTF-8, never over their own input."""
+"""Files as this program treats them: written whole or not at all, read as UTF-8, never over their own input; and one
+log that is only appended to, for work that goes on after a kill."""
 
 import errno
 import hashlib
@@ -6,12 +7,15 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
+ENDS = 1 << 20  # bytes at the beginning and at the end of a file that its fingerprint looks at
+LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 
 
 def _create(path: Path) -> tuple[Path, BinaryIO]:
@@ -30,7 +34,7 @@ def _create(path: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Gives a binary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
 
     The bytes go to a temporary file in the same folder (made if it does not exist), are flushed to disk, and renamed.
@@ -57,7 +61,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """As `atomic_write`, for libraries that open a file by its name: gives the temporary name to write to.
 
     Raises ValueError as `atomic_write`; HDF5 tells of a full disk in words only, and those count too.
@@ -93,14 +97,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError at once when `path` could not be written later, so that no long work is lost at its end."""
     temporary, file = _create(Path(path))
     file.close()
     temporary.unlink()
 
 
-def refuse_same_file(source: str | os.PathLike, target: str | os.PathLike, flag: str) -> None:
+def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: str) -> None:
     """Raises ValueError, naming `flag`, when `target` is the input file `source`."""
     same = os.path.realpath(source) == os.path.realpath(target)
     if not same and os.path.exists(source) and os.path.exists(target):
@@ -109,7 +113,7 @@ def refuse_same_file(source: str | os.PathLike, target: str | os.PathLike, flag:
         raise ValueError(f"{flag} {target} is the input file itself; give another name")
 
 
-def check_readable(path: str | os.PathLike) -> None:
+def check_readable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError with one sentence when a file is missing, a folder, or not readable."""
     try:
         with open(path, "rb"):
@@ -118,7 +122,7 @@ def check_readable(path: str | os.PathLike) -> None:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The whole file; ValueError with one sentence when it is missing, a folder, or not readable."""
     try:
         return Path(path).read_bytes()
@@ -126,27 +130,166 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def fingerprint(path: str | os.PathLike, length: int = 1 << 20) -> str:
-    """What tells two files apart without reading them: the size, and the SHA-256 of both ends, in hex."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            digest = hashlib.sha256(file.read(length))
-            file.seek(max(0, size - length))
-            digest.update(file.read(length))
-            return f"{size} bytes, {digest.hexdigest()[:16]}"
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """What tells a file from another one without reading all of it: its size, and the SHA-256 of its two ends, in hex.
+
+    PREFIX of a corpus stands for PREFIX.bin and PREFIX.idx; a name that is no file is its own fingerprint.
+    Raises ValueError for a file that cannot be read.
+    """
+    name = os.fspath(path)
+    found = []
+    for part in (name, f"{name}.bin", f"{name}.idx"):
+        if not name or not os.path.isfile(part):
+            continue
+        try:
+            with open(part, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                digest = hashlib.sha256(file.read(ENDS))
+                file.seek(max(0, size - ENDS))
+                digest.update(file.read(ENDS))
+        except OSError as error:
+            raise ValueError(f"{part}: cannot be read ({error.strerror})") from error
+        found.append(f"{size} bytes, {digest.hexdigest()[:16]}")
+    return "; ".join(found) or name
 
 
-def file_hash(path: str | os.PathLike) -> str:
+def file_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hex."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class Framing(Protocol):
+    """How one record of an `AppendLog` is told from the next."""
+
+    def pack(self, record: bytes) -> bytes:
+        """The bytes that stand in the file for a record."""
+
+    def read(self, file: BinaryIO) -> bytes | None:
+        """The next record; None where there is no whole one."""
+
+
+class Lines:
+    """A record is a line with its line break; if `quoted`, a break between quotation marks does not end it (CSV)."""
+
+    def __init__(self, quoted: bool = False) -> None:
+        self.quoted = quoted
+
+    def pack(self, record: bytes) -> bytes:
+        """The record itself, which ends with a line break."""
+        return record
+
+    def read(self, file: BinaryIO) -> bytes | None:
+        """The next line; None for one that a kill cut off."""
+        parts, inside = [], False
+        while part := file.readline():
+            parts.append(part)
+            if self.quoted and part.count(b'"') % 2:
+                inside = not inside
+            if not inside:
+                break
+        record = b"".join(parts)
+        return record if record.endswith(b"\n") and not inside else None
+
+
+class Sized:
+    """A record is any bytes behind a mark of four bytes, their number and their CRC-32."""
+
+    def __init__(self, mark: bytes) -> None:
+        self.mark, self.header = mark, struct.Struct("<4sQI")
+
+    def pack(self, record: bytes) -> bytes:
+        """Header and record."""
+        return self.header.pack(self.mark, len(record), zlib.crc32(record)) + record
+
+    def read(self, file: BinaryIO) -> bytes | None:
+        """The next record; None for one that is cut off or damaged."""
+        header = file.read(self.header.size)
+        if len(header) < self.header.size:
+            return None
+        mark, size, checksum = self.header.unpack(header)
+        if mark != self.mark or size > os.fstat(file.fileno()).st_size:  # no room is made for what cannot be there
+            return None
+        record = file.read(size)
+        return record if len(record) == size and zlib.crc32(record) == checksum else None
+
+
+class OtherHead(ValueError):
+    """A log that belongs to other work: `head` is its first line."""
+
+    def __init__(self, head: bytes) -> None:
+        super().__init__(f"the log begins with {head!r}")
+        self.head = head
+
+
+class AppendLog:
+    """A file that only grows, by whole records, so that a kill at any moment loses none that was finished.
+
+    To go on with one: `resume` it (or `begin` it anew), read its `records`, `keep` those that are of use, `append`.
+
+    Args:
+        framing: how records are told apart. head: the first line, which says what the records belong to; b"" = none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], framing: Framing, head: bytes = b"") -> None:
+        self.path, self.framing, self.head = Path(path), framing, head
+        self._ends = [len(head)]  # where the head and each record that was read end
+
+    def begin(self, record: bytes = b"") -> None:
+        """Makes the file anew, with its head and perhaps a first record."""
+        with atomic_write(self.path) as file:
+            file.write(self.head + (self.framing.pack(record) if record else b""))
+        self._ends = [len(self.head)]
+
+    def resume(self) -> bool:
+        """Whether there is a file to go on with. Raises OtherHead when it belongs to other work."""
+        if not self.path.exists():
+            return False
+        with open(self.path, "rb") as file:
+            found = file.readline(LONGEST_HEAD) if self.head else b""
+        if found == self.head:
+            return True
+        if self.head.startswith(found):  # killed within the first line
+            return False
+        raise OtherHead(found)
+
+    def records(self) -> Iterator[bytes]:
+        """The records in order, up to the first that is cut off or damaged."""
+        self._ends = [len(self.head)]
+        with open(self.path, "rb") as file:
+            file.seek(len(self.head))
+            while (record := self.framing.read(file)) is not None:
+                self._ends.append(file.tell())
+                yield record
+
+    def keep(self, count: int | None = None) -> int:
+        """Cuts off what stands behind the first `count` records that were read (None = all); returns its bytes."""
+        end = self._ends[-1 if count is None else count]
+        cut = self.path.stat().st_size - end
+        if cut:
+            os.truncate(self.path, end)
+        return cut
+
+    def append(self, *records: bytes) -> None:
+        """Adds records, which are on the disk when this returns. Raises ValueError when the disk is full."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(map(self.framing.pack, records)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            sentence = "the disk is full; free some space and start again to go on"
+            raise ValueError(f"{self.path}: {sentence}") from error
+
+    def remove(self) -> None:
+        """Its work is done and stands elsewhere."""
+        self.path.unlink(missing_ok=True)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -157,7 +300,28 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
-def check_archive(path: str | os.PathLike) -> bool:
+def read_json_object(path: str | os.PathLike[str], what: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, "F is not `what` (why)", for anything else."""
+    data = read_bytes(path)
+    try:
+        value = parse_json(data.decode())
+    except ValueError as mistake:
+        raise ValueError(f"{path} is not {what} ({mistake})") from mistake
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not {what} (it holds a {type(value).__name__})")
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Writes a JSON object, all or nothing. Raises ValueError when it cannot be written."""
+    try:
+        with atomic_write(path) as file:
+            file.write((json.dumps(value, indent=1) + "\n").encode())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def check_archive(path: str | os.PathLike[str]) -> bool:
     """Whether a file of torch.save is a zip archive. Raises ValueError for one that could unfold to more than it is.
 
     torch.save packs tensors and names uncompressed into a zip archive; a compressed record of a few bytes could become

@@ -10,15 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_rlhf.checkpoints.loading import (
-    build_model,
-    file_sizes,
-    load_adapter,
-    load_model,
-    read_tensors,
-    trainable,
-    write_atomic,
-)
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter, load_model, trainable
 from rwkv_rlhf.checkpoints.sidecar import (
     check_whole,
     read_sidecar,
@@ -27,6 +19,7 @@ from rwkv_rlhf.checkpoints.sidecar import (
     write_checkpoint,
     write_sidecar,
 )
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
@@ -34,7 +27,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.sizes import check_flags, sizes_of
 from rwkv_rlhf.plan import make_plan
-from tests.conftest import random_tensors
+from tests.support.models import random_tensors
 
 
 def tiny(n_layer: int = 2) -> dict[str, torch.Tensor]:
@@ -116,7 +109,7 @@ def test_bad_files_are_refused_in_one_sentence_and_nothing_is_executed(tmp_path)
 def test_both_formats_read_back_what_was_written(tmp_path, suffix):
     path = tmp_path / f"m{suffix}"
     tensors = {**tiny(), "view": torch.arange(12.0).view(3, 4).t()[1:3]}
-    write_atomic(tensors, path)
+    write_tensors(tensors, path)
     back = read_tensors(path)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
@@ -124,7 +117,7 @@ def test_both_formats_read_back_what_was_written(tmp_path, suffix):
 
 def test_a_view_is_saved_without_what_lies_behind_it(tmp_path):
     """An adapter file of a large model would hold the large model."""
-    write_atomic({"a": torch.zeros(1_000_000)[:10]}, tmp_path / "a.pth")
+    write_tensors({"a": torch.zeros(1_000_000)[:10]}, tmp_path / "a.pth")
     assert (tmp_path / "a.pth").stat().st_size < 10_000
 
 
@@ -138,18 +131,18 @@ def test_old_pickles_of_tensors_and_deepspeed_s_prefix_are_read(tmp_path):
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     """A full disk in the middle of a save must not cost the last good checkpoint."""
     path = tmp_path / "m.pth"
-    write_atomic({"a": torch.ones(3)}, path)
+    write_tensors({"a": torch.ones(3)}, path)
 
-    class Broken:
-        def __reduce__(self):
+    class Broken(torch.Tensor):
+        def __reduce_ex__(self, protocol):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(ValueError, match=r"m\.pth: the disk is full"):
-        write_atomic({"a": Broken()}, path)
+        write_tensors({"a": torch.ones(3).as_subclass(Broken)}, path)
     assert torch.equal(read_tensors(path)["a"], torch.ones(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
     with pytest.raises(ValueError, match="cannot be written"):
-        write_atomic({"a": torch.ones(1)}, path / "inside a file" / "m.pth")
+        write_tensors({"a": torch.ones(1)}, path / "inside a file" / "m.pth")
 
 
 def test_sizes_are_read_from_the_tensors():
@@ -179,7 +172,7 @@ def test_other_shapes_of_rwkv_5():
         tensors[name] = tensors[name].view(4, 1, 1)
     sizes = sizes_of(tensors)
     assert (sizes.version, sizes.head_size, sizes.bonus) == ("x051", 16, "time_first")
-    build_model(tensors, compute_dtype=torch.float32)
+    build_model(tensors, BuildOptions(torch.float32))
     assert sizes_of(random_tensors("x052", 2, 64, 40, 64)).version == "x052"
     assert sizes_of(random_tensors("x050", 2, 64, 40, 64)).head_size == 64
 
@@ -216,7 +209,7 @@ def test_experiments_of_rwkv_4_are_refused_by_the_names_of_their_tensors(tmp_pat
     extra = {"head_q.weight": torch.zeros(8, 64), "head_k.weight": torch.zeros(8, 64)}
     torch.save(random_tensors("x040", 2, 64, 40) | extra, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"is not an x040 model of 2 layers: 2 unexpected: head_q.weight"):
-        load_model(tmp_path / "m.pth", compute_dtype=torch.float32)
+        load_model(tmp_path / "m.pth", BuildOptions(torch.float32))
 
 
 def test_a_typed_size_that_disagrees_names_both_numbers():
@@ -238,7 +231,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_grouped_and_counted(tmp_pa
     tensors["ln_out.bias"] = torch.ones(3)
     torch.save(tensors, tmp_path / "m.pth")
     with pytest.raises(ValueError, match="x070") as caught:
-        load_model(tmp_path / "m.pth", compute_dtype=torch.float32)
+        load_model(tmp_path / "m.pth", BuildOptions(torch.float32))
     sentence = str(caught.value)
     assert "3 missing: blocks.1.ffn.x_k, blocks.1.ffn.key.weight, blocks.1.ffn.value.weight" in sentence
     assert "1 unexpected: blocks.0.att.extra" in sentence
@@ -254,14 +247,14 @@ def test_unused_factors_of_block_0_may_be_there_or_not(tmp_path):
     without["blocks.0.att.value.weight"] = with_them["blocks.0.att.value.weight"]
     for tensors in (with_them, without):
         torch.save(tensors, tmp_path / "m.pth")
-        load_model(tmp_path / "m.pth", compute_dtype=torch.float32)
+        load_model(tmp_path / "m.pth", BuildOptions(torch.float32))
 
 
 def test_small_vectors_may_be_flat(tmp_path):
     """Converters of other programs store (C,) where the tradition has (1, 1, C)."""
     tensors = {name: t.flatten() if t.dim() == 3 else t for name, t in tiny().items()}
     torch.save(tensors, tmp_path / "m.pth")
-    model, _ = load_model(tmp_path / "m.pth", compute_dtype=torch.float32)
+    model, _ = load_model(tmp_path / "m.pth", BuildOptions(torch.float32))
     assert model.blocks[0].att.x_r.shape == (1, 1, 64)
 
 
@@ -269,7 +262,7 @@ def test_loading_gives_the_file_s_values_and_survives_its_removal(tmp_path):
     """The model must not live in pages of a file that somebody else rewrites."""
     tensors = tiny()
     torch.save(tensors, tmp_path / "m.pth")
-    model, report = load_model(tmp_path / "m.pth", compute_dtype=torch.float32, plan=lora_plan())
+    model, report = load_model(tmp_path / "m.pth", BuildOptions(torch.float32, plan=lora_plan()))
     (tmp_path / "m.pth").write_bytes(bytes((tmp_path / "m.pth").stat().st_size))
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:
@@ -284,13 +277,13 @@ def test_an_adapter_resumes_exactly_and_others_are_refused_by_name(tmp_path):
     def fresh(n_layer=2, seed=0, **changes):
         torch.save(tiny(n_layer), tmp_path / "m.pth")
         plan = lora_plan(n_layer, **changes)
-        return load_model(tmp_path / "m.pth", compute_dtype=torch.float32, plan=plan, seed=seed)[0]
+        return load_model(tmp_path / "m.pth", BuildOptions(torch.float32, plan=plan, seed=seed))[0]
 
     model = fresh()
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.normal_()
-    write_atomic({name: p.detach() for name, p in trainable(model).items()}, tmp_path / "rwkv-0.pth")
+    write_tensors({name: p.detach() for name, p in trainable(model).items()}, tmp_path / "rwkv-0.pth")
     again = fresh(seed=9)
     load_adapter(again, tmp_path / "rwkv-0.pth")
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in trainable(again).items())

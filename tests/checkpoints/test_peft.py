@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rwkv_rlhf.checkpoints.exporters.peft_format import from_peft, to_peft
+from rwkv_rlhf.checkpoints.exporters.peft import from_peft, to_peft
 from rwkv_rlhf.layers.adaptation import Adaptation, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
@@ -27,7 +27,7 @@ def pair(mode: str, config, adaptation: Adaptation):
     theirs = peft.get_peft_model(dense, config).base_model.model[0]
     begun = {f"{part}_init": tensor.detach().clone() for part, tensor in parts_of(theirs).items()}
     layer = ADAPTERS[mode].linear.wrap(Linear(IN, OUT, device="meta"), adaptation)
-    layer.take(matrix(OUT, IN), StorageSpec(torch.float32, generator=seeded(0, "here"), initial=begun))
+    layer.load_weight(matrix(OUT, IN), StorageSpec(torch.float32, generator=seeded(0, "here"), initial=begun))
     for n, (part, tensor) in enumerate(parts_of(theirs).items()):
         moved = getattr(layer, part).data.add_(matrix(*tensor.shape, seed=5 + n))
         tensor.data.copy_(moved)
@@ -112,7 +112,7 @@ def our_model(adapted: dict[str, Adaptation]) -> tuple[Model, dict, dict]:
             layer = (kinds.embedding if name == "emb" else kinds.linear).wrap(layer, adapted[name])
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = layer
-        layer.take(matrix(*shape, seed=n), StorageSpec(torch.float32, generator=seeded(0, name)))
+        layer.load_weight(matrix(*shape, seed=n), StorageSpec(torch.float32, generator=seeded(0, name)))
         for part in layer.tensors:
             tensor = getattr(layer, part)
             tensor.data.add_(matrix(*tensor.shape, seed=9 + n))

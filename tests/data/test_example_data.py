@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_rlhf.data.templates.builtin import normalise
+from rwkv_rlhf.data.conversation import normalise
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "example"

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from rwkv_rlhf.data import FORMATS, kind_of, open_pairs, open_text
+from rwkv_rlhf.data import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.batch import IGNORE, PairBatch, PairExample, TextExample
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.text.binidx import write_corpus
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.settings.formats import FORMATS
 
 PAIR = {"prompt": "Hi", "chosen": "Hello.", "reject": "Go away."}
 IDS = ("User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n")
@@ -50,7 +51,7 @@ def text_sample(name, path, world):
         pytest.fail(f"give this test a sample of the format {name}")
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind != "text"])
+@pytest.mark.parametrize("name", [name for name, facts in FORMATS.items() if "pairs" in facts.holds])
 def test_pairs_of_every_format(name, tmp_path):
     """The same pair from any file gives the same batch."""
     world, path = load_tokenizer(65536), tmp_path / f"a.{name}"
@@ -65,7 +66,7 @@ def test_pairs_of_every_format(name, tmp_path):
     assert (batch.reference, batch.total) == (None, 6.0)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind != "pairs"])
+@pytest.mark.parametrize("name", [name for name, facts in FORMATS.items() if "text" in facts.holds])
 def test_text_of_every_format(name, tmp_path):
     """The same document from any file gives the same batch, end of document included."""
     world, path = load_tokenizer(65536), tmp_path / ("a" if name == "binidx" else f"a.{name}")

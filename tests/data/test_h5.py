@@ -13,39 +13,16 @@ import torch
 from rwkv_rlhf.commands import sft_h5
 from rwkv_rlhf.data import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.batch import TextExample, TopK, pack_texts
-from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments, shortened
+from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments, shorten
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.h5 import open_h5, writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from tests.conftest import VOCAB
-from tests.data.test_text import CHAT, jsonl
+from tests.support.files import CHAT, VOCAB, jsonl
+from tests.support.old_h5 import DOCUMENTS, old_file
 
 h5py = pytest.importorskip("h5py")
 K = 3
-DOCUMENTS = ([5, 6, 7, 0], [8, 9, 10, 0], [11, 0])
-
-
-def old_file(path, documents=DOCUMENTS, k=0, **changes):
-    """As the older programs write: gzip 9, resizable, grown one entry at a time, K nowhere stored."""
-    rng = np.random.default_rng(0)
-    with h5py.File(path, "w") as file:
-        kinds = {"tokens": np.int64} | ({"top_k_values": np.float32, "top_k_indices": np.int64} if k else {})
-        for name, kind in kinds.items():
-            made = file.create_dataset(
-                name, (0,), h5py.vlen_dtype(kind), maxshape=(None,), compression="gzip", compression_opts=9
-            )
-            for number, ids in enumerate(documents):
-                made.resize((number + 1,))
-                if name == "tokens":
-                    made[number] = np.array(ids, dtype=kind)
-                elif kind is np.float32:
-                    made[number] = -np.sort(-rng.normal(size=(len(ids), k)), axis=1).reshape(-1).astype(kind)
-                else:
-                    made[number] = np.tile(np.arange(k), len(ids)).astype(kind)
-        for name, (number, value) in changes.items():
-            file[name][number] = value
-    return path
 
 
 def test_old_files_are_read_with_their_k(tmp_path):
@@ -306,19 +283,19 @@ def test_joined_documents_fill_a_sample_and_none_is_lost(reset_state, seed):
 
 def test_samples_grow_with_the_step_and_the_total_follows():
     """A straight line by the step's number: a run that goes on from a save has the lengths of one that did not stop."""
-    growing = Growing(2, 12, 5)
-    assert [growing(step) for step in range(8)] == [2, 4, 6, 8, 10, 12, 12, 12]
+    warmup = ContextWarmup(2, 12, 5)
+    assert [warmup(step) for step in range(8)] == [2, 4, 6, 8, 10, 12, 12, 12]
     sized = Sized(40, masked=True)
     joined = JoinedDocuments(sized, 4, 12)
-    steps = Steps(joined, Sequential(len(joined)), 1, 2, growing=growing)
+    steps = Steps(joined, Sequential(len(joined)), 1, 2, warmup=warmup)
     for step in range(7):
         parts = [steps.micro_batch(2 * step + a) for a in (0, 1)]
         full = [len(pack_texts(joined[(2 * step + a) % len(joined)]).tokens) for a in (0, 1)]
-        assert [len(part.tokens) for part in parts] == [min(size, growing(step)) for size in full]
+        assert [len(part.tokens) for part in parts] == [min(size, warmup(step)) for size in full]
         assert parts[0].total == parts[1].total == sum(int((part.targets >= 0).sum()) for part in parts)
-    fresh = Steps(joined, Sequential(len(joined)), 1, 2, growing=growing)
+    fresh = Steps(joined, Sequential(len(joined)), 1, 2, warmup=warmup)
     assert fresh.micro_batch(9).tokens.tolist() == steps.micro_batch(9).tokens.tolist()
-    assert [len(e.tokens) for e in shortened(joined[0], 4)] == [2, 3, 2]
+    assert [len(e.tokens) for e in shorten(joined[0], 4)] == [2, 3, 2]
 
 
 def test_a_step_without_a_trained_token_counts_as_one():

@@ -7,10 +7,13 @@ from collections import Counter
 import pytest
 
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import open_pairs, pair_records
-from rwkv_rlhf.data.pairs.rows import read_pairs
+from rwkv_rlhf.data.conversation import Turn, normalise
+from rwkv_rlhf.data.pairs.dataset import open_pairs
+from rwkv_rlhf.data.pairs.text_pairs import read_pairs
+from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, WORLD, draw_form, normalise
+from rwkv_rlhf.data.templates.named import draw_template
+from rwkv_rlhf.data.templates.template import TEMPLATES, WORLD
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 
 GOOD = "prompt,chosen,reject\nHi,Hello.,Go away.\n"
@@ -151,7 +154,7 @@ def test_jsonl_key_sets(tmp_path):
         {"prompt": talk, "chosen": "x", "rejected": [{"role": "assistant", "content": "y"}]},
     ]
     pairs, _ = rows(write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, records))))
-    history = (("user", "a"), ("assistant", "b"), ("user", "c"))
+    history = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
     assert [p.turns for p in pairs] == [(("user", "p"),), (("system", "s"), ("user", "q")), history, history]
     assert {(p.chosen, p.reject) for p in pairs} == {("x", "y")}
     assert WORLD.prompt(history) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
@@ -220,23 +223,28 @@ def test_ctx_len_grows_with_one_notice(tmp_path, world):
 def test_rows_are_cycled_to_the_wanted_count(tmp_path, world):
     """60 pairs from 3 rows: every row 20 times, other templates in other cycles, the same file for the same seed."""
     path = write(tmp_path / "a.csv", "prompt,chosen,reject\n" + "".join(f"p{i},x{i},y{i}\n" for i in range(3)))
-    pairs, report = pair_records(path, world, "mixed", 60, seed=100)
+
+    def cycled(count, **options):
+        tokeniser = PairTokeniser(path, world, PairOptions(**options))
+        return tokeniser.pairs(count), tokeniser.report
+
+    pairs, report = cycled(60, template="mixed", seed=100)
     assert Counter(world.decode(p.chosen) for p in pairs) == {f" x{i}\n\n": 20 for i in range(3)}
     assert len({world.decode(p.prompt).split(":")[0] for p in pairs}) > 1
     assert (report.rows, report.examples) == (3, 60)
-    assert pair_records(path, world, "mixed", 60, seed=100)[0] == pairs
-    assert pair_records(path, world, "mixed", 60, seed=101)[0] != pairs
-    some, report = pair_records(path, world, count=2)
+    assert cycled(60, template="mixed", seed=100)[0] == pairs
+    assert cycled(60, template="mixed", seed=101)[0] != pairs
+    some, report = cycled(2)
     assert len(some) == 2
     assert "1 of 3 rows are not used" in report.notices[0]
     with pytest.raises(ValueError, match="--target_pair_count 0"):
-        pair_records(path, world, count=0)
+        cycled(0)
 
 
 def test_mixed_shares():
     """80/10/10, drawn from one seed."""
     rng = random.Random(100)
-    counts = Counter(draw_form("mixed", rng).user for _ in range(4000))
+    counts = Counter(draw_template("mixed", rng).user for _ in range(4000))
     assert abs(counts["User"] / 4000 - 0.8) < 0.03
     assert abs(counts["Question"] / 4000 - 0.1) < 0.02
     assert counts.total() == counts["User"] + counts["Question"] + counts["Input"]
@@ -253,20 +261,23 @@ def test_every_template_ends_its_answers(name, tmp_path, world):
 
 def test_g1_cues(world):
     """Thoughts follow ` <think`; answers without thoughts follow an empty thought."""
-    form = TEMPLATES["g1"][0][1]
-    turns = [("user", "Hi")]
+
+    def written(answers, number):
+        prompt, answers = TEMPLATES["g1"][0].template.render([Turn("user", "Hi")], answers)
+        return prompt, prompt + answers[number]
+
     think, plain = ["<think>\nhm\n</think>\nYes", "<think></think>No"], ["Yes", "No"]
-    assert form.prompt(turns, think) + form.answers(think)[0] == "User: Hi\n\nAssistant: <think>\nhm\n</think>\nYes\n\n"
-    assert form.prompt(turns, think) == "User: Hi\n\nAssistant: <think"
-    assert form.prompt(turns, plain) + form.answers(plain)[1] == "User: Hi\n\nAssistant: <think>\n</think>\nNo\n\n"
+    whole = "User: Hi\n\nAssistant: <think>\nhm\n</think>\nYes\n\n"
+    assert written(think, 0) == ("User: Hi\n\nAssistant: <think", whole)
+    assert written(plain, 1)[1] == "User: Hi\n\nAssistant: <think>\n</think>\nNo\n\n"
     both = [think[0], "No"]
-    assert form.prompt(turns, both) + form.answers(both)[1] == "User: Hi\n\nAssistant: No\n\n"
+    assert written(both, 1)[1] == "User: Hi\n\nAssistant: No\n\n"
 
 
 def test_unknown_names(tmp_path, world):
     """A template or a suffix that does not exist is named with the legal ones."""
     with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, plain"):
-        pair_records(tmp_path / "a.csv", world, "wrld")
+        PairTokeniser(tmp_path / "a.csv", world, PairOptions(template="wrld"))
     with pytest.raises(ValueError, match=r"not a file of preference pairs; one of \.csv"):
         open_pairs(write(tmp_path / "a.xlsx", "x"), world)
     with pytest.raises(ValueError, match=r"none\.csv: cannot be read"):

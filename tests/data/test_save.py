@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import open_pairs
+from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.save import read_save, read_sidecar, sidecar_path, write_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.tokenizer import load_tokenizer

@@ -1,34 +1,20 @@
 """Text documents and chats: which tokens are there, which are trained, and how long documents are cut."""
 
-import json
-
 import numpy as np
 import pytest
 
-from rwkv_rlhf.data import FORMATS, kind_of
+from rwkv_rlhf.data import kind_of
 from rwkv_rlhf.data.batch import IGNORE, pack_texts
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-
-CHAT = [
-    {"role": "system", "content": "Be kind."},
-    {"role": "user", "content": "Hi\n\nthere"},
-    {"role": "assistant", "content": "Hello"},
-    {"role": "user", "content": "Bye"},
-    {"role": "assistant", "content": "Good\r\nnight"},
-    {"role": "user", "content": "?"},
-]
+from rwkv_rlhf.settings.formats import FORMATS
+from tests.support.files import CHAT, jsonl
 
 
 @pytest.fixture(scope="module")
 def world():
     return load_tokenizer(65536)
-
-
-def jsonl(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def trained_text(example, world):
@@ -129,8 +115,8 @@ def test_text_files(tmp_path, world):
 
 def test_what_a_file_holds(tmp_path):
     """train.py and --val_file take any format: a .jsonl tells by its first row."""
-    assert FORMATS["jsonl"] == "either"
-    assert FORMATS["csv"] == FORMATS["save"] == "pairs"
+    assert FORMATS["jsonl"].holds == ("text", "pairs", "rated")
+    assert FORMATS["csv"].holds == ("pairs", "rated") and FORMATS["save"].holds == ("pairs",)
     assert kind_of("a.csv") == kind_of("a.save") == "pairs"
     assert kind_of("a.txt") == kind_of("corpus", "binidx") == "text"
     assert kind_of(jsonl(tmp_path / "a.jsonl", {"text": "x"})) == "text"

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from rwkv_rlhf.checkpoints.exporters.peft import from_peft_folder
-from rwkv_rlhf.checkpoints.loading import load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
 from rwkv_rlhf.data.batch import pack, pack_rated
-from rwkv_rlhf.data.journal import Journal
+from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import read_tasks
@@ -116,11 +117,11 @@ def read_plan(path: Path, rng: Random) -> Any:
 
 
 def read_checkpoint(path: Path, rng: Random) -> Any:
-    return load_model(path, compute_dtype=torch.float32)
+    return load_model(path, BuildOptions(torch.float32))
 
 
 def read_adapter(path: Path, rng: Random) -> Any:
-    return load_combined(path.parent / "base.pth", path, compute_dtype=torch.float32)
+    return load_combined(path.parent / "base.pth", path, BuildOptions(torch.float32))
 
 
 def read_peft(path: Path, rng: Random) -> Any:
@@ -137,15 +138,15 @@ def read_vocabulary(path: Path, rng: Random) -> Any:
 
 def read_template(path: Path, rng: Random) -> Any:
     form = load_chat_template.__wrapped__(str(path))
-    said = [("user", "one"), ("assistant", "first"), ("user", "two")]
+    said = [Turn("user", "one"), Turn("assistant", "first"), Turn("user", "two")]
     try:
-        return form.written(said, ["yes", "no"]), list(form.pieces([*said, ("assistant", "yes")]))
+        return form.render(said, ["yes", "no"]), list(form.spans([*said, Turn("assistant", "yes")]))
     except ValueError as error:  # the caller adds the place of the row
         raise ValueError(f"{path}:1: {error}") from error
 
 
 def read_journal(path: Path, rng: Random) -> Any:
-    return [pack(batch) for batch in islice(Journal(path, {"teacher": "x"}, 2), 4)]
+    return [pack(batch) for batch in islice(TeacherLog(path, {"teacher": "x"}, 2), 4)]
 
 
 def read_rejects(path: Path, rng: Random) -> Any:

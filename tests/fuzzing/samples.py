@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from rwkv_rlhf.checkpoints.adapter_files import open_adapter
 from rwkv_rlhf.checkpoints.exporters.peft import to_peft_folder
-from rwkv_rlhf.checkpoints.loading import write_atomic
 from rwkv_rlhf.checkpoints.resume_points import ResumePoints
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import PairExample, TextExample, TopK
-from rwkv_rlhf.data.journal import Journal
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.text.binidx import write_corpus
 from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
@@ -170,7 +170,7 @@ def write_adapter(folder: Path) -> Path:
         "blocks.0.ln1.weight": torch.ones(32),
     }
     path = folder / "rwkv-0.pth"
-    write_atomic(tensors, path)
+    write_tensors(tensors, path)
     layout = Layout(adapted, frozenset(), frozenset({"blocks.0.ln1.weight"}), "none")
     write_sidecar(sidecar_of("x070", layout, None, base), path)
     return path
@@ -215,7 +215,7 @@ def write_template(folder: Path, config: bool) -> Path:
 
 
 def write_journal(folder: Path) -> Path:
-    journal = Journal(folder / "work.part", {"teacher": "x"}, 2)
+    journal = TeacherLog(folder / "work.part", {"teacher": "x"}, 2)
     for batch in (documents(2)[:2], documents(2)[2:]):
         journal.append(batch)
     return folder / "work.part"
@@ -236,7 +236,7 @@ def write_scores(folder: Path) -> Path:
 
 
 def write_cache(folder: Path) -> Path:
-    write_atomic({"sums": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])}, folder / "reference.pth")
+    write_tensors({"sums": torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])}, folder / "reference.pth")
     return folder / "reference.pth"
 
 

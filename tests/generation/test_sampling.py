@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_rlhf.checkpoints.loading import build_model
-from rwkv_rlhf.generation.sampling import Choice, generate, nucleus, penalised, pick, sequence_seed
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
+from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampling import nucleus, penalise, pick, sequence_seed
+from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.state import LayerState, State
 
@@ -39,7 +41,7 @@ class Chain(nn.Module):
         rows = tokens.shape[0] if starts is None else len(starts) - 1
         self.rows.append(rows)
         zero = torch.zeros(rows, 1)
-        return nn.functional.one_hot(tokens, len(self.table)).float(), State([LayerState(zero, zero, zero)])
+        return nn.functional.one_hot(tokens, len(self.table)).float(), State((LayerState(zero, zero, zero),))
 
     def head(self, hidden):
         return hidden @ self.table
@@ -60,7 +62,7 @@ def model(request):
     draw = torch.Generator().manual_seed(0)
     tensors = {name: t + 0.1 * torch.randn(t.shape, generator=draw) for name, t in tensors.items()}
     tensors["head.weight"] *= 4  # a decided opinion at every step
-    return build_model(tensors, compute_dtype=torch.float32)[0]
+    return build_model(tensors, BuildOptions(torch.float32))[0]
 
 
 def one_pass(model, prompt, tokens):
@@ -69,6 +71,12 @@ def one_pass(model, prompt, tokens):
         hidden, _ = model(torch.tensor([prompt + tokens[:-1]]))
         logp = torch.log_softmax(model.head(hidden[0]).double(), -1)[len(prompt) - 1 :]
     return [float(row[token]) for row, token in zip(logp, tokens, strict=True)]
+
+
+def generate(model, prompts, *, tokenizer=None, seeds=None, state=None, keep_state=False, **settings):
+    """As a command would, with the settings as words."""
+    more = {"seeds": seeds, "state": state, "keep_state": keep_state}
+    return Sampler(model, tokenizer).generate(prompts, SamplingParams(**settings), **more)
 
 
 PROMPTS = [[3, 9, 4], [17], [5, 6, 7, 8, 9, 10, 11]]
@@ -104,9 +112,9 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(model):
         "stop_texts": (),
         "stop_ids": (2, 3, 4, 5),
     }
-    together = generate(model, PROMPTS, seed=[11, 12, 13], **settings)
+    together = generate(model, PROMPTS, seeds=[11, 12, 13], **settings)
     for prompt, seed, one in zip(PROMPTS, (11, 12, 13), together, strict=True):
-        assert generate(model, [prompt], seed=[seed], **settings)[0].tokens == one.tokens
+        assert generate(model, [prompt], seeds=[seed], **settings)[0].tokens == one.tokens
 
 
 def test_the_seed_decides_and_rows_differ(model):
@@ -167,20 +175,20 @@ def test_training_mode_is_restored_and_nothing_is_tracked(model):
     model.eval()
 
 
-def shares(logits: list[float], choice: Choice, draws: int = 4000) -> list[float]:
+def shares(logits: list[float], params: SamplingParams, draws: int = 4000) -> list[float]:
     """How often each token is picked over evenly spaced draws: the probabilities, to 1/draws."""
     grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, choice)
+    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, params)
     return (torch.bincount(picked, minlength=len(logits)) / draws).tolist()
 
 
 def test_temperature_is_applied_to_what_top_p_leaves():
     """Hand computed: p = 0.5, 0.3, 0.2; top_p 0.7 keeps two; temperature 1/2 squares them: 25 to 9."""
     logits = [math.log(0.2), math.log(0.5), math.log(0.3)]
-    assert shares(logits, Choice(top_p=0.7, temperature=0.5)) == pytest.approx([0, 25 / 34, 9 / 34], abs=1e-3)
-    assert shares(logits, Choice()) == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
-    assert shares(logits, Choice(top_k=2)) == pytest.approx([0, 5 / 8, 3 / 8], abs=1e-3)
-    assert shares(logits, Choice(top_p=0.5)) == pytest.approx([0, 1, 0], abs=1e-3)
+    assert shares(logits, SamplingParams(top_p=0.7, temperature=0.5)) == pytest.approx([0, 25 / 34, 9 / 34], abs=1e-3)
+    assert shares(logits, SamplingParams()) == pytest.approx([0.2, 0.5, 0.3], abs=1e-3)
+    assert shares(logits, SamplingParams(top_k=2)) == pytest.approx([0, 5 / 8, 3 / 8], abs=1e-3)
+    assert shares(logits, SamplingParams(top_p=0.5)) == pytest.approx([0, 1, 0], abs=1e-3)
 
 
 def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
@@ -193,24 +201,24 @@ def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
 
 def test_a_draw_next_to_1_never_picks_a_forbidden_token():
     """Rounding at the end of the cumulative sum must not reach a banned or cut token."""
-    logits = penalised(
-        torch.zeros(1, 9), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0).bool(), Choice(banned=(8, 7))
+    logits = penalise(
+        torch.zeros(1, 9), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0).bool(), SamplingParams(banned=(8, 7))
     )
     draw = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert int(pick(logits, draw, Choice(banned=(8, 7)))) == 6
-    assert int(pick(logits, draw, Choice(top_p=0.2))) in range(7)
+    assert int(pick(logits, draw, SamplingParams(banned=(8, 7)))) == 6
+    assert int(pick(logits, draw, SamplingParams(top_p=0.2))) in range(7)
 
 
 def test_penalties_decay_as_in_the_tradition():
     """Counts are multiplied by the decay at every token and grow by 1: computed here with a dict, token by token."""
-    said, choice = [4, 2, 4, 4, 1], Choice(presence=0.25, frequency=0.5, decay=0.9)
+    said, params = [4, 2, 4, 4, 1], SamplingParams(presence=0.25, frequency=0.5, penalty_decay=0.9)
     counts: dict[int, float] = {}
     for token in said:
         counts = {key: value * 0.9 for key, value in counts.items()}
         counts[token] = counts.get(token, 0) + 1
     expected = [-(0.25 + 0.5 * counts[token]) if token in counts else 0.0 for token in range(6)]
     first = torch.tensor([[token not in said[:place] for place, token in enumerate(said)]])
-    found = penalised(torch.zeros(1, 6), torch.tensor([said]), first, choice)
+    found = penalise(torch.zeros(1, 6), torch.tensor([said]), first, params)
     assert found[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -228,9 +236,13 @@ def test_frequency_penalty_prevents_loops():
     [
         ({"temperature": -1}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "--top_p 1.5: must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k"),
+        ({"penalty_decay": -0.1}, "penalty_decay"),
+        ({"frequency": float("nan")}, "--frequency nan: must be finite"),
+        ({"samples": 0}, "samples"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"seed": [1, 2]}, "seeds"),
+        ({"seeds": [1, 2]}, "seeds"),
         ({"stop_texts": ("x",)}, "tokenizer"),
     ],
 )

@@ -1,50 +1,129 @@
-"""The commands on the pages are commands of this program: what a reader copies must not end in "unknown flag"."""
+"""The commands on the pages and in the examples are commands of this program: what a reader copies must work."""
 
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
+from rwkv_rlhf.commands import COMMANDS, NAMED
+from rwkv_rlhf.settings.command_line import parse, train_parser
+from tests.support.source_files import PAGES, ROOT, SHELL, name_of
 
-from rwkv_rlhf.settings import command_line as cli
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "layerprofile" / "README.md", *sorted((ROOT / "example").rglob("README.md"))]
-BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^python (\S+)\.py (.*)$", re.MULTILINE)
-
-
-def commands():
-    """(page, script, words) of each command in a block of code; those that leave something out ("...") are none."""
-    for page in PAGES:
-        for block in BLOCK.findall(page.read_text(encoding="utf-8")):
-            for script, words in COMMAND.findall(block.replace("\\\n", " ")):
-                if "..." not in words and "/" not in script:
-                    yield pytest.param(script, shlex.split(words), id=f"{page.parent.name}-{script}-{words[:60]}")
+OUTPUT_FLAGS = ("--output", "--output_csv", "--output_save", "--proj_dir")
+PYTHON = r"\s*(?:[A-Z_]+=\S+ )*[\"']?(?:\S*python3?|\$\{?\w+\}?)[\"']? "
+WRITTEN = re.compile(PYTHON + r"(?:-m rwkv_rlhf (\w+)|(\S+)\.py)\b(.*)|\s*rwkv-rlhf (\w+)\b(.*)")
 
 
-FOUND = list(commands())
+class Written(NamedTuple):
+    """A command as somebody wrote it: `words` are those behind its name, with the shell's variables filled in."""
+
+    place: str
+    name: str
+    words: list[str]
+
+
+def written_in(path: Path) -> Iterator[Written]:
+    """Each command in a shell file or in a page's blocks of code."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    inside, at, variables = path.suffix == ".sh", 0, variables_of(path)
+    while at < len(lines):
+        line, first = lines[at], at + 1
+        at += 1
+        if path.suffix == ".md" and line.lstrip().startswith("```"):
+            inside = not inside
+            continue
+        while line.endswith("\\") and at < len(lines):
+            line, at = line[:-1] + " " + lines[at], at + 1
+        if inside and (match := WRITTEN.match(line)):
+            name, text = match[1] or match[2] or match[4], match[3] or match[5] or ""
+            yield Written(f"{name_of(path)}:{first}", name, words_of(text, variables))
+
+
+def variables_of(path: Path) -> dict[str, str]:
+    """Shell variables that a file sets, with the default where one is taken from an argument."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", path.read_text(encoding="utf-8"))
+    found: dict[str, str] = {}
+    for name, value in re.findall(r"^\s*(?:export )?(\w+)=[\"']?([^\"'\s]*)", text, re.M):
+        found.setdefault(name, filled(value, found))
+    return found
+
+
+def filled(text: str, variables: dict[str, str]) -> str:
+    """`text` with shell variables filled in, 1 where unknown."""
+    return re.sub(r"\$\{?(\w+|@)\}?", lambda m: variables.get(m[1], "" if m[1] == "@" else "1"), text)
+
+
+def words_of(text: str, variables: dict[str, str]) -> list[str]:
+    """The words behind a command's name, up to a pipe or a redirection."""
+    plain = filled(text, variables)
+    words = shlex.split(re.split(r"\s(?:[|;]|&&|\d?>|<)", plain + " ")[0], comments=True)
+    return [word for word in words if word]
+
+
+WRITTEN_IN = {path: list(written_in(path)) for path in SHELL + PAGES}
+
+
+def mistake(command: Written) -> str:
+    """What its parser says of a command, or ""."""
+    if "/" in command.name:  # a piece of an example, with arguments of its own
+        return "" if (ROOT / f"{command.name}.py").is_file() else "there is no such file"
+    if command.name not in NAMED:
+        return "there is no such command"
+    try:
+        if NAMED[command.name] != "train":
+            module = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[command.name]}")
+            (getattr(module, "parse", None) or module.parser().parse_args)(command.words)
+        elif "..." in command.words:  # an excerpt: its flags exist, its constraints cannot be judged
+            train_parser().parse_args([word for word in command.words if word != "..."])
+        else:
+            parse(command.words)
+    except ValueError as error:
+        return str(error)
+    except SystemExit as done:  # --help
+        return "" if done.code == 0 else f"status {done.code}"
+    return ""
 
 
 def test_the_pages_were_read():
-    assert len(FOUND) > 30 and {"train", "merge", "chat", "make_binidx"} <= {case.values[0] for case in FOUND}
+    """If this breaks, the tests below look at nothing."""
+    found = [command for path in PAGES for command in WRITTEN_IN[path]]
+    assert len(found) >= 40 and {"train", "merge", "chat", "make_binidx"} <= {command.name for command in found}
+    silent = [path for path in SHELL if path.is_relative_to(ROOT / "example") and not WRITTEN_IN[path]]
+    assert not silent
 
 
-@pytest.mark.parametrize(("script", "words"), FOUND)
-def test_a_command_on_a_page_is_understood(script, words):
-    """If this breaks, a newcomer's first command ends in a usage error."""
-    if script == "train":
-        cli.parse(words)
-        return
-    module = importlib.import_module(script)
-    parse = getattr(module, "parse", None) or module.parser().parse_args
-    parse(words)
+def test_every_written_command_parses():
+    """A command in an example or a page that does not parse costs a newcomer the first hour."""
+    found = [(command, mistake(command)) for commands in WRITTEN_IN.values() for command in commands]
+    wrong = [f"{command.place}: {command.name}: {text}" for command, text in found if text]
+    assert not wrong, "\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("script", "words"), FOUND)
-def test_files_that_a_command_reads_are_there(script, words):
-    """If this breaks, a page names a file that the project does not ship."""
-    for word in words:
-        if word.startswith(("example/", "layerprofile/")) and "/output_" not in word:
-            assert (ROOT / word).exists(), word
+def paths_in(commands: list[Written]) -> Iterator[tuple[str, str, bool]]:
+    """Place, path, and whether it is written, of each path under example/ or layerprofile/ in commands."""
+    for command in commands:
+        for flag, word in zip(["", *command.words], command.words):
+            if word.startswith(("example/", "layerprofile/")):
+                yield command.place, word, flag in OUTPUT_FLAGS
+
+
+def test_inputs_of_written_commands_exist():
+    """A command that reads a file which nobody wrote ends in an error, however well it parses."""
+    absent = []
+    for path, commands in WRITTEN_IN.items():
+        before = [other for other in SHELL if other.parent == path.parent and (path.suffix == ".md" or other < path)]
+        made = {word for other in before for _, word, written in paths_in(WRITTEN_IN[other]) if written}
+        for place, word, written in paths_in(commands):
+            if written:
+                made.add(word)
+            elif word not in made and not (ROOT / word).exists():
+                absent.append(f"{place}: there is no {word}")
+    assert not absent, "\n" + "\n".join(absent)
+
+
+def test_every_command_is_shown_somewhere():
+    """A command that no page and no example shows is one that nobody finds, and that nothing here parses."""
+    shown = {NAMED[command.name] for commands in WRITTEN_IN.values() for command in commands if command.name in NAMED}
+    assert shown == COMMANDS.keys()

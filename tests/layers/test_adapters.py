@@ -13,16 +13,16 @@ from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.adapters.pissa import principal_factors, residual
 from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
-from rwkv_rlhf.layers.placing import plan_layout
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model.initial import initial_tensors
+from rwkv_rlhf.model.layout import plan_layout
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import make_plan
 
 IN, OUT, RANK = 96, 64, 8
 
 adapters = pytest.mark.parametrize("mode", ADAPTERS)
-stores = pytest.mark.parametrize("store", STORES)
+stores = pytest.mark.parametrize("store", ["none", *STORES])
 tables = pytest.mark.parametrize("mode", [mode for mode, kinds in ADAPTERS.items() if kinds.embedding])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float64: 1e-6}  # merged matrices are float32
@@ -143,7 +143,7 @@ def test_the_state_dict_holds_the_tradition_s_names_only(mode, store):
     """Other programs read these files by name; packed matrices and initial factors have no place in them."""
     layer = adapted(mode, store)
     assert set(layer.state_dict()) == {*layer.tensors, *(["weight"] if store == "none" else [])}
-    assert set(layer.fast) <= set(layer.tensors) and set(layer.initial) <= set(dict(layer.named_buffers()))
+    assert set(layer.factor_b) <= set(layer.tensors) and set(layer.initial) <= set(dict(layer.named_buffers()))
     assert layer.rank_of(getattr(layer, layer.tensors[0])) == RANK
 
 
@@ -376,7 +376,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_layer_rank_and_shape():
         with pytest.raises(RankError, match=words):
             ADAPTERS[mode].linear.wrap(plain, Adaptation.make(mode, rank, 1))
     tensors = initial_tensors("x070", 1, 64, 40, 32, 0)
-    model = plain_model(sizes_of(tensors), compute_dtype=torch.float32)
+    model = plain_model(sizes_of(tensors), torch.float32)
     plan = make_plan("bone", 1, rank=24, alpha=1.0, lr_init=1e-4, lr_final=1e-5)
     with pytest.raises(ValueError, match=r"layer blocks\.0\.att\.\w+: mode bone: rank 24 .* 64 x 64 .* divide 64"):
         plan_layout(model, plan)

@@ -12,7 +12,7 @@ from rwkv_rlhf.layers.stores import STORES, fp8, nf4, store_class
 
 IN, OUT = 96, 64  # rows of 96 do not end where the blocks of 64 do
 
-PACKING = [name for name in STORES if name != "none"]
+PACKING = list(STORES)
 packing = pytest.mark.parametrize("store", PACKING)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 
@@ -167,13 +167,13 @@ def test_fp8_numbers_are_those_of_the_cast():
     """Unpacking on a CPU reads the bits by itself."""
     every = torch.arange(256, dtype=torch.uint8).view(1, -1)
     finite = every[(every & 0x7F) != 0x7F].view(1, -1)
-    packed = fp8.FP8(finite.shape, finite.view(torch.float8_e4m3fn), torch.tensor([[0.37]]))
+    packed = fp8.FP8(finite.shape, packed=finite.view(torch.float8_e4m3fn), scale=torch.tensor([[0.37]]))
     assert torch.equal(packed.unpack(), finite.view(torch.float8_e4m3fn).float() * torch.tensor(0.37))
 
 
 def test_fp8_says_once_which_product_it_uses(monkeypatch, caplog):
     """A user with a new GPU must learn why it is not faster, but not once a layer."""
-    for cached in (fp8.native_product, fp8._say):
+    for cached in (fp8.why_dequantised, fp8._say):
         cached.cache_clear()
     layer = packed_layer("fp8")
     with caplog.at_level(logging.INFO, "rwkv_rlhf.layers.stores.fp8"):
@@ -181,23 +181,24 @@ def test_fp8_says_once_which_product_it_uses(monkeypatch, caplog):
     assert [record.message for record in caplog.records] == [
         "fp8 matrices are dequantised for each product: cpu has no fast fp8 product"
     ]
-    device = torch.device("cuda", 7)
+    device, shape = torch.device("cuda", 7), torch.Size((64, 96))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert fp8.native_product(device, torch.bfloat16, torch.Size((64, 96))) == (
-        False,
-        "fp8 matrices are dequantised for each product: this GPU has capability 8.0, not 8.9",
+    assert fp8.why_dequantised(device, torch.bfloat16, shape) == (
+        "fp8 matrices are dequantised for each product: this GPU has capability 8.0, not 8.9"
     )
-    fp8.native_product.cache_clear()
+    fp8.why_dequantised.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(fp8, "_refusal", lambda _: "no kernel")
-    assert "no kernel" in fp8.native_product(device, torch.bfloat16, torch.Size((64, 96)))[1]
-    fp8.native_product.cache_clear()
+    assert "no kernel" in fp8.why_dequantised(device, torch.bfloat16, shape)
+    assert not fp8.chosen_product(device, torch.bfloat16, shape)
+    fp8.why_dequantised.cache_clear()
     monkeypatch.setattr(fp8, "_refusal", lambda _: "")
-    assert fp8.native_product(device, torch.bfloat16, torch.Size((64, 96)))[0]
-    assert "float32" in fp8.native_product(device, torch.float32, torch.Size((64, 96)))[1]
-    assert "(60, 96)" in fp8.native_product(device, torch.bfloat16, torch.Size((60, 96)))[1]
-    fp8.native_product.cache_clear()
+    assert fp8.why_dequantised(device, torch.bfloat16, shape) == ""
+    assert fp8.chosen_product(device, torch.bfloat16, shape)
+    assert "float32" in fp8.why_dequantised(device, torch.float32, shape)
+    assert "(60, 96)" in fp8.why_dequantised(device, torch.bfloat16, torch.Size((60, 96)))
+    fp8.why_dequantised.cache_clear()
 
 
 def test_the_trial_of_the_native_product_ends_in_a_sentence(monkeypatch):

@@ -4,16 +4,18 @@ Legend: T tokens, C width, V vocabulary, K teacher's logits per token.
 """
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from rwkv_rlhf.losses import LOSSES, step_loss
+from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.distill import distillation, divergence, softened
-from rwkv_rlhf.losses.tokens import IGNORE, gathered_scores, token_scores
-from tests.losses.test_head import CHUNKS, HEADS, TARGETS, C, V, gradients, hidden_states
+from rwkv_rlhf.losses.tokens import RequiredStats, token_scores
+from rwkv_rlhf.settings.config import Config
+from tests.support.heads import CHUNKS, HEADS, TARGETS, C, V, gradients, hidden_states
+from tests.support.loss_cases import text_batch
 
 K = 4
 
@@ -26,20 +28,11 @@ def teacher_rows(k=K, dtype=torch.float64):
 
 
 def batch_of(targets, values, indices, lse=None):
-    return SimpleNamespace(targets=targets, top_values=values, top_indices=indices, top_lse=lse, total=1.0)
+    return text_batch(targets, top_values=values, top_indices=indices, top_lse=lse)
 
 
 def config_of(**changes):
-    settings = {
-        "head_chunk": 4,
-        "l2wrap": False,
-        "smoothing": 0.1,
-        "temperature": 2.0,
-        "alpha": 0.3,
-        "kd": "forward",
-        "kd_tail": False,
-    }
-    return SimpleNamespace(**(settings | changes))
+    return Config(**({"head_chunk": 4, "l2wrap": False, "smoothing": 0.1, "temperature": 2.0, "alpha": 0.3} | changes))
 
 
 def plain_loss(logits, targets, values, indices, lse, c):
@@ -74,9 +67,11 @@ def test_gathered_scores_and_gradients_equal_full_logits(kind, chunk):
     at = torch.randint(V, (len(TARGETS), K))
     at[0, 1], at[1, 0] = TARGETS[0], at[1, 1]
     mix, weights = torch.randn(3, len(TARGETS), dtype=torch.float64), torch.randn(len(TARGETS), K, dtype=torch.float64)
-    tokens, picked = gathered_scores(head, hidden, TARGETS, at, chunk=chunk)
-    same = token_scores(head, hidden, TARGETS, chunk=chunk, want_mean=True, want_max=True)
-    for a, b in zip(tokens[:3], same[:3]):
+    stats = RequiredStats(mean=True, max=True)
+    *tokens, square, picked = token_scores(head, hidden, TARGETS, stats, gather=at, head_chunk=chunk)
+    same = token_scores(head, hidden, TARGETS, stats, head_chunk=chunk)
+    assert square is None and same.gathered is None
+    for a, b in zip(tokens, same[:3], strict=True):
         assert torch.equal(a, b)
     trained = (TARGETS != IGNORE)[:, None]
     logits = head(hidden)
@@ -101,17 +96,18 @@ def test_masked_positions_do_not_reach_the_head():
     head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     masked = (TARGETS == IGNORE)[:, None]
     hidden = torch.where(masked, torch.nan, hidden_states())
-    tokens, picked = gathered_scores(head, hidden, TARGETS, torch.where(masked, 10**6, at), chunk=3)
+    scores = token_scores(head, hidden, TARGETS, gather=torch.where(masked, 10**6, at), head_chunk=3)
     assert sum(seen) == int((TARGETS != IGNORE).sum())
-    assert bool(torch.isfinite(picked).all()) and bool((picked[masked[:, 0]] == 0).all())
-    assert bool((tokens.logp[masked[:, 0]] == 0).all())
+    assert bool(torch.isfinite(scores.gathered).all()) and bool((scores.gathered[masked[:, 0]] == 0).all())
+    assert bool((scores.logp[masked[:, 0]] == 0).all())
 
 
 def test_gradcheck_of_gathered_scores():
     """Finite differences know no algebra: they judge the formula itself."""
     head, hidden, at = HEADS["lora"](), hidden_states(), torch.randint(V, (len(TARGETS), K))
     params = [p for p in head.parameters() if p.requires_grad]
-    assert torch.autograd.gradcheck(lambda h, *_: gathered_scores(head, h, TARGETS, at, chunk=4)[1], (hidden, *params))
+    scores = lambda h, *_: token_scores(head, h, TARGETS, gather=at, head_chunk=4).gathered  # noqa: E731
+    assert torch.autograd.gradcheck(scores, (hidden, *params))
 
 
 @pytest.mark.parametrize("kd", ["forward", "reverse", "js"])
@@ -122,10 +118,10 @@ def test_the_loss_and_its_gradient_are_the_plain_formula(kd, tail, temperature, 
     head, hidden = HEADS["plain"](), hidden_states()
     _, values, indices, lse = teacher_rows()
     c = config_of(kd=kd, kd_tail=tail, temperature=temperature, alpha=alpha)
-    value, metrics = step_loss(LOSSES["distillation"], head, hidden, batch_of(TARGETS, values, indices, lse), c)
+    value, metrics = LOSSES["distillation"].from_hidden(head, hidden, batch_of(TARGETS, values, indices, lse), c)
     truth = plain_loss(head(hidden), TARGETS, values, indices, lse, c)
     torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(metrics["loss"], alpha * metrics["ce"] + (1 - alpha) * metrics["kl"])
+    torch.testing.assert_close(metrics["loss"], alpha * metrics["ce"] + (1 - alpha) * metrics["kd"])
     for a, b in zip(gradients(value, head, hidden), gradients(truth, head, hidden), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -174,18 +170,18 @@ def test_all_masked_and_bfloat16_are_harmless():
     head, hidden = HEADS["plain"](), hidden_states()
     _, values, indices, lse = teacher_rows()
     nothing = torch.full_like(TARGETS, IGNORE)
-    value, _ = step_loss(
-        LOSSES["distillation"], head, hidden, batch_of(nothing, values, indices, lse), config_of(l2wrap=True)
+    value, _ = LOSSES["distillation"].from_hidden(
+        head, hidden, batch_of(nothing, values, indices, lse), config_of(l2wrap=True)
     )
     assert value.item() == 0 and all(bool((g == 0).all()) for g in gradients(value, head, hidden))
     small = nn.Linear(C, V, bias=False, dtype=torch.bfloat16)
     hidden = hidden.detach().bfloat16().requires_grad_()
     batch = batch_of(TARGETS, values.float(), indices, lse.float())
-    value, _ = step_loss(LOSSES["distillation"], small, hidden, batch, config_of())
+    value, _ = LOSSES["distillation"].from_hidden(small, hidden, batch, config_of())
     wide = nn.Linear(C, V, bias=False, dtype=torch.float64)
     wide.weight.data.copy_(small.weight.data)
     far = hidden.detach().double().requires_grad_()
-    truth, _ = step_loss(LOSSES["distillation"], wide, far, batch_of(TARGETS, values, indices, lse), config_of())
+    truth, _ = LOSSES["distillation"].from_hidden(wide, far, batch_of(TARGETS, values, indices, lse), config_of())
     torch.testing.assert_close(value.double(), truth, rtol=1e-2, atol=0)
     found, exact = gradients(value, small, hidden)[0].double(), gradients(truth, wide, far)[0]
     assert float((found - exact).norm() / exact.norm()) < 2e-2
@@ -199,4 +195,4 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="--kd sideways is unknown"):
         distillation(values, values, kd="sideways")
     with pytest.raises(ValueError, match="teacher's token id 13 is outside the model's vocabulary of 13"):
-        gathered_scores(HEADS["plain"](), hidden_states(), TARGETS, indices.clone().fill_(V))
+        token_scores(HEADS["plain"](), hidden_states(), TARGETS, gather=indices.clone().fill_(V))

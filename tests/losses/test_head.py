@@ -9,51 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.losses.head import is_product
-from rwkv_rlhf.losses.tokens import IGNORE, token_scores, weighted_nll
+from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores, weighted_nll
 from rwkv_rlhf.ops import logprob
+from tests.support.heads import CHUNKS, HEADS, TARGETS, C, LowRankHead, V, gradients, hidden_states, plain
 
-C, V = 6, 13
-TARGETS = torch.tensor([0, 3, IGNORE, 12, 2, IGNORE, 5, 0, 7])
-CHUNKS = (1, 3, 1000)
-
-
-class LowRankHead(nn.Module):
-    """A frozen matrix, two trained factors and dropout: what an adapter looks like from outside."""
-
-    def __init__(self, dtype=torch.float64, dropout=0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(V, C, dtype=dtype), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.randn(2, C, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.randn(V, 2, dtype=dtype))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        weight = self.weight.to(x.dtype), self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return x @ weight[0].T + 2.0 * (self.dropout(x) @ weight[1].T) @ weight[2].T
-
-
-class SavedOutput(nn.Linear):
-    """A head whose backward pass needs its own output: a soft cap on the logits."""
-
-    def forward(self, x):
-        return torch.tanh(super().forward(x))
-
-
-def plain(dtype=torch.float64):
-    return nn.Linear(C, V, bias=False, dtype=dtype)
-
-
-HEADS = {
-    "plain": plain,
-    "frozen": lambda: plain().requires_grad_(False),
-    "lora": LowRankHead,
-    "bias": lambda: nn.Linear(C, V, dtype=torch.float64),
-    "softcap": lambda: SavedOutput(C, V, bias=False, dtype=torch.float64),
-}
-
-
-def hidden_states(dtype=torch.float64):
-    return torch.randn(len(TARGETS), C, dtype=dtype, requires_grad=True)
+BOTH = RequiredStats(mean=True, max=True)
 
 
 def full_scores(head, hidden, targets):
@@ -65,17 +25,12 @@ def full_scores(head, hidden, targets):
     return picked.log() * trained, p.log().mean(1) * trained, logits.amax(1) * trained
 
 
-def gradients(value, head, hidden):
-    inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    return torch.autograd.grad(value, inputs, allow_unused=True)
-
-
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_scores_and_gradients_equal_full_logits(kind, chunk):
     head, hidden = HEADS[kind](), hidden_states()
     mix = torch.randn(3, len(TARGETS), dtype=torch.float64)
-    found = token_scores(head, hidden, TARGETS, chunk=chunk, want_mean=True, want_max=True)
+    found = token_scores(head, hidden, TARGETS, BOTH, head_chunk=chunk)
     truth = full_scores(head, hidden, TARGETS)
     for name, a, b in zip(found._fields, found, truth):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
@@ -91,15 +46,15 @@ def test_gradients_formed_in_forward_equal_recomputed_ones(kind, chunk):
     """SFT's cheaper path may not change what is learnt, smoothing, weights, L2Wrap and upstream scale included."""
     head, hidden = HEADS[kind](), hidden_states()
     weights = torch.rand(len(TARGETS), dtype=torch.float64)
-    total, parts = weighted_nll(head, hidden, TARGETS, weights, chunk=chunk, smoothing=0.1, l2wrap_weight=0.3)
-    got = gradients(total * 2.5, head, hidden)
+    found = weighted_nll(head, hidden, TARGETS, weights, head_chunk=chunk, smoothing=0.1, l2wrap_weight=0.3)
+    got = gradients(found.value * 2.5, head, hidden)
     logp, mean_logp, top = full_scores(head, hidden, TARGETS)
     loss, wrap = (weights * (-0.9 * logp - 0.1 * mean_logp)).sum(), (0.3 * weights * top**2).sum()
-    torch.testing.assert_close(total, loss + wrap)
-    torch.testing.assert_close(parts["loss"], loss.detach())
-    torch.testing.assert_close(parts["nll"], -(weights * logp).sum().detach())
-    torch.testing.assert_close(parts["l2wrap"], wrap.detach())
-    assert not any(part.requires_grad for part in parts.values())
+    torch.testing.assert_close(found.value, loss + wrap)
+    torch.testing.assert_close(found.loss, loss.detach())
+    torch.testing.assert_close(found.nll, -(weights * logp).sum().detach())
+    torch.testing.assert_close(found.l2wrap, wrap.detach())
+    assert not any(part.requires_grad for part in found[1:])
     for a, b in zip(got, gradients((loss + wrap) * 2.5, head, hidden), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
@@ -110,14 +65,14 @@ def test_gradcheck_of_scores(kind):
     params = [p for p in head.parameters() if p.requires_grad]
 
     def scores(hidden, *_):
-        return token_scores(head, hidden, TARGETS, chunk=4, want_mean=True, want_max=True)[:3]
+        return token_scores(head, hidden, TARGETS, BOTH, head_chunk=4)[:3]
 
     assert torch.autograd.gradcheck(scores, (hidden, *params))
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_frozen_head_and_frozen_hidden_states_get_no_gradient(kind):
-    for run in (lambda *a: token_scores(*a).logp.sum(), lambda *a: weighted_nll(*a)[0]):
+    for run in (lambda *a: token_scores(*a).logp.sum(), lambda *a: weighted_nll(*a).value):
         head, hidden = HEADS[kind]().requires_grad_(False), hidden_states()
         run(head, hidden, TARGETS).backward()
         assert all(p.grad is None for p in head.parameters())
@@ -130,7 +85,7 @@ def test_a_frozen_head_and_frozen_hidden_states_get_no_gradient(kind):
 
 
 @pytest.mark.parametrize(
-    "run", [lambda *a: token_scores(*a, chunk=2).logp.sum(), lambda *a: weighted_nll(*a, chunk=2)[0]]
+    "run", [lambda *a: token_scores(*a, head_chunk=2).logp.sum(), lambda *a: weighted_nll(*a, head_chunk=2).value]
 )
 def test_each_parameter_receives_its_gradient_once(run):
     """DDP and ZeRO stop with 'marked ready only once' when a parameter's gradient arrives chunk by chunk."""
@@ -146,7 +101,7 @@ def test_ignored_positions_do_not_reach_the_head():
     head, seen = plain(), []
     head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     hidden = hidden_states()
-    scores = token_scores(head, hidden, TARGETS, want_mean=True, want_max=True)
+    scores = token_scores(head, hidden, TARGETS, BOTH)
     assert sum(seen) == int((TARGETS != IGNORE).sum())
     assert all(bool((score[TARGETS == IGNORE] == 0).all()) for score in scores[:3])
     poisoned = torch.where((TARGETS == IGNORE)[:, None], torch.nan, hidden)
@@ -165,8 +120,8 @@ def test_token_zero_is_trained():
 def test_no_trained_position_is_harmless(kind):
     """A micro-batch that is all prompt gives a loss of 0 and zero gradients, so other ranks do not wait for it."""
     head, hidden, nothing = HEADS[kind](), hidden_states(), torch.full_like(TARGETS, IGNORE)
-    scores = token_scores(head, hidden, nothing, want_mean=True, want_max=True)
-    total, _ = weighted_nll(head, hidden, nothing, smoothing=0.1, l2wrap_weight=1.0)
+    scores = token_scores(head, hidden, nothing, BOTH)
+    total = weighted_nll(head, hidden, nothing, smoothing=0.1, l2wrap_weight=1.0).value
     for value in (sum(score.sum() for score in scores[:3]), total):
         assert value.item() == 0
         assert all(bool((g == 0).all()) for g in gradients(value, head, hidden))
@@ -180,7 +135,7 @@ def test_dropout_is_replayed_in_the_backward_pass():
     truth = full_scores(lambda x: torch.cat([head(row) for row in x.split(2)]), hidden, targets)[0].sum()
     want = gradients(truth, head, hidden)
     torch.manual_seed(3)
-    found = token_scores(head, hidden, targets, chunk=4).logp.sum()
+    found = token_scores(head, hidden, targets, head_chunk=4).logp.sum()
     drawn = torch.rand(1)
     got = gradients(found, head, hidden)
     assert not torch.equal(torch.rand(1), drawn)
@@ -191,7 +146,7 @@ def test_dropout_is_replayed_in_the_backward_pass():
 
 def test_bfloat16_hidden_states_give_float32_scores_and_float32_master_gradients():
     head, hidden = LowRankHead(torch.float32), hidden_states(torch.bfloat16)
-    scores = token_scores(head, hidden, TARGETS, want_mean=True, want_max=True)
+    scores = token_scores(head, hidden, TARGETS, BOTH)
     truth = full_scores(lambda x: head(x).double(), hidden, TARGETS)
     for a, b in zip(scores, truth):
         assert a.dtype == torch.float32
@@ -208,13 +163,13 @@ def test_weight_gradient_is_summed_over_chunks_in_float32():
     hidden = torch.randn(1, C, dtype=torch.bfloat16).expand(rows, C).contiguous()
     targets = torch.ones(rows, dtype=torch.int64)
     once = torch.autograd.grad(token_scores(head, hidden[:1], targets[:1]).logp.sum(), head.weight)[0]
-    many = torch.autograd.grad(token_scores(head, hidden, targets, chunk=1).logp.sum(), head.weight)[0]
+    many = torch.autograd.grad(token_scores(head, hidden, targets, head_chunk=1).logp.sum(), head.weight)[0]
     torch.testing.assert_close(many, (once.float() * rows).bfloat16(), rtol=1e-2, atol=0)
 
 
 def test_second_backward_through_weighted_nll_is_refused():
     head, hidden = plain(), hidden_states()
-    total, _ = weighted_nll(head, hidden, TARGETS)
+    total = weighted_nll(head, hidden, TARGETS).value
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         total.backward()
@@ -243,11 +198,14 @@ def test_heads_of_the_model(store, adapter):
         pytest.importorskip("bitsandbytes")
     head = Linear(C, V, device="meta")
     head = LoRA.wrap(head, Adaptation.make("lora", 2, 4.0)) if adapter else head
-    head.take(torch.randn(V, C), StorageSpec(torch.float32, store=store))
+    head.load_weight(torch.randn(V, C), StorageSpec(torch.float32, store=store))
     if adapter:
         nn.init.normal_(head.lora_B)
     hidden = hidden_states(torch.float32)
-    found, truth = token_scores(head, hidden, TARGETS, chunk=4).logp.sum(), full_scores(head, hidden, TARGETS)[0].sum()
+    found, truth = (
+        token_scores(head, hidden, TARGETS, head_chunk=4).logp.sum(),
+        full_scores(head, hidden, TARGETS)[0].sum(),
+    )
     torch.testing.assert_close(found, truth)
     for a, b in zip(gradients(found, head, hidden), gradients(truth, head, hidden), strict=True):
         torch.testing.assert_close(a, b)
@@ -257,7 +215,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="token id 13 is outside the model's vocabulary of 13"):
         token_scores(plain(), hidden_states(), TARGETS.clone().fill_(V))
     with pytest.raises(ValueError, match="chunk is 0"):
-        token_scores(plain(), hidden_states(), TARGETS, chunk=0)
+        token_scores(plain(), hidden_states(), TARGETS, head_chunk=0)
 
 
 @pytest.mark.parametrize("backend", ["naive", "cpu"])

@@ -1,13 +1,16 @@
 """Each loss against its published formula, written out here from raw logits in float64, values and gradients."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from rwkv_rlhf.losses import LOSSES, step_loss
-from rwkv_rlhf.losses.tokens import IGNORE
+from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import Config, settings
+from rwkv_rlhf.settings.metrics import METRICS
 from tests.support.loss_cases import (
     ANSWERS,
     CHUNKS,
@@ -23,15 +26,15 @@ from tests.support.loss_cases import (
     probabilities,
     rated_batch,
     same_as,
+    text_batch,
     token_logps,
 )
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("name", ["", "sft"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("l2wrap", [True, False])
-def test_sft_formula(name, chunk, smoothing, l2wrap):
+def test_sft_formula(chunk, smoothing, l2wrap):
     """sum_t -(1-eps) log p_y - (eps/V) sum_k log p_k, + 0.5e-4 max_k z_k^2, over trained tokens."""
     head, hidden = head_and_hidden(len(TEXT))
     z, p = probabilities(head, hidden)
@@ -41,14 +44,14 @@ def test_sft_formula(name, chunk, smoothing, l2wrap):
         nll = nll - log_p[TEXT[t]]
         loss = loss - (1 - smoothing) * log_p[TEXT[t]] - smoothing / V * log_p.sum()
         wrap = wrap + 0.5e-4 * z[t].max() ** 2
-    settings = config(head_chunk=chunk, smoothing=smoothing, l2wrap=None if l2wrap else False)
-    found, metrics = step_loss(LOSSES[name], head, hidden, SimpleNamespace(targets=TEXT), settings)
+    chosen = config(head_chunk=chunk, smoothing=smoothing, l2wrap=None if l2wrap else False)
+    found, metrics = LOSSES["sft"].from_hidden(head, hidden, text_batch(), chosen)
     same_as(found, loss + wrap * l2wrap, head, hidden)
     torch.testing.assert_close(metrics["loss"], loss.detach())  # the penalty is never part of the logged loss
     torch.testing.assert_close(metrics["nll"], nll.detach())
     assert ("l2wrap" in metrics) == l2wrap
     with torch.no_grad():
-        evaluated, quiet = step_loss(LOSSES[name], head, hidden, SimpleNamespace(targets=TEXT), settings)
+        evaluated, quiet = LOSSES["sft"].from_hidden(head, hidden, text_batch(), chosen)
     torch.testing.assert_close(evaluated, found.detach())
     assert quiet.keys() == metrics.keys()
     for key, value in metrics.items():
@@ -58,9 +61,9 @@ def test_sft_formula(name, chunk, smoothing, l2wrap):
 def test_l2wrap_has_the_traditions_gradient():
     """RWKV-LM adds 1e-4 * max logit to the gradient at each position's largest logit (there divided by B*T)."""
     head, hidden = nn.Identity(), torch.randn(len(TEXT), V, dtype=torch.float64, requires_grad=True)
-    batch = SimpleNamespace(targets=TEXT)
-    on, _ = step_loss(LOSSES["sft"], head, hidden, batch, config())
-    off, _ = step_loss(LOSSES["sft"], head, hidden, batch, config(l2wrap=False))
+    batch = text_batch()
+    on, _ = LOSSES["sft"].from_hidden(head, hidden, batch, config())
+    off, _ = LOSSES["sft"].from_hidden(head, hidden, batch, config(l2wrap=False))
     added = torch.autograd.grad(on, hidden)[0] - torch.autograd.grad(off, hidden)[0]
     want = torch.zeros_like(added)
     for t in range(len(TEXT)):
@@ -73,9 +76,9 @@ def test_accumulated_sft_equals_one_batch():
     """Micro-batches of 1 and 7 trained tokens weigh by tokens, L2Wrap included, not half and half."""
     head, hidden = head_and_hidden(8)
     targets = torch.tensor([5, IGNORE, IGNORE, 1, 2, 3, 4, 0])
-    whole, _ = step_loss(LOSSES["sft"], head, hidden, SimpleNamespace(targets=targets), config(smoothing=0.1))
+    whole, _ = LOSSES["sft"].from_hidden(head, hidden, text_batch(targets), config(smoothing=0.1))
     parts = [
-        step_loss(LOSSES["sft"], head, hidden[part], SimpleNamespace(targets=targets[part]), config(smoothing=0.1))[0]
+        LOSSES["sft"].from_hidden(head, hidden[part], text_batch(targets[part]), config(smoothing=0.1))[0]
         for part in (slice(0, 3), slice(3, 8))
     ]
     same_as(sum(parts) / 6, whole / 6, head, hidden)
@@ -111,10 +114,10 @@ def test_dpo_formula(loss, logp, eps, chunk):
         else:  # (h - 1/(2 beta))^2 and, for a swapped pair, (-h - 1/(2 beta))^2
             value = (1 - eps) * (h - 1 / (2 * beta)) ** 2 + eps * (h + 1 / (2 * beta)) ** 2
         truth = truth + value - alpha * sum(chosen) / len(chosen)
-    settings = config(
+    chosen = config(
         head_chunk=chunk, dpo_beta=beta, dpo_alpha=alpha, dpo_loss=loss, dpo_logp=logp, dpo_label_smoothing=eps
     )
-    found, metrics = step_loss(LOSSES["dpo"], head, hidden, pair_batch(), settings)
+    found, metrics = LOSSES["dpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["dpo"] + alpha * metrics["ce"])
 
@@ -132,10 +135,10 @@ def test_orpo_formula(mode, chunk):
         p_c, p_r = (sum(chosen) / m_c).exp(), (sum(reject) / m_r).exp()
         ratio = (p_c / (1 - p_c)) / (p_r / (1 - p_r))
         truth = truth - sum(chosen) / len(chosen) - alpha * (ratio / (1 + ratio)).log()  # sigmoid(log x) = x / (1 + x)
-    settings = config(head_chunk=chunk, orpo_alpha=alpha, orpo_mode=mode)
-    found, metrics = step_loss(LOSSES["orpo"], head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, orpo_alpha=alpha, orpo_mode=mode)
+    found, metrics = LOSSES["orpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
-    torch.testing.assert_close(metrics["loss"], metrics["ce"] + alpha * metrics["odds"])
+    torch.testing.assert_close(metrics["loss"], metrics["ce"] + alpha * metrics["orpo"])
 
 
 def sigmoid(x):
@@ -154,8 +157,8 @@ def test_simpo_formula(alpha, chunk):
     for chosen, reject in zip(answers[0::2], answers[1::2]):
         mean_c, mean_r = sum(chosen) / len(chosen), sum(reject) / len(reject)
         truth = truth - sigmoid(beta * mean_c - beta * mean_r - gamma).log() - alpha * mean_c
-    settings = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
-    found, metrics = step_loss(LOSSES["simpo"], head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, simpo_alpha=alpha, simpo_beta=beta, simpo_gamma=gamma)
+    found, metrics = LOSSES["simpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["simpo"] + alpha * metrics["ce"])
 
@@ -170,8 +173,8 @@ def test_cpo_formula(alpha, chunk):
     truth = 0.0
     for chosen, reject in zip(answers[0::2], answers[1::2]):
         truth = truth - sigmoid(beta * sum(chosen) - beta * sum(reject)).log() - alpha * sum(chosen) / len(chosen)
-    settings = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
-    found, metrics = step_loss(LOSSES["cpo"], head, hidden, pair_batch(), settings)
+    chosen = config(head_chunk=chunk, cpo_alpha=alpha, cpo_beta=beta)
+    found, metrics = LOSSES["cpo"].from_hidden(head, hidden, pair_batch(), chosen)
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["cpo"] + alpha * metrics["ce"])
 
@@ -198,12 +201,12 @@ def test_wpo_formula(shift, alpha, chunk):
         h = (sum(chosen) - sum(reject)) - (REFERENCE[pair, 0] - REFERENCE[pair, 1])
         weight = min(1.0, weights[2 * pair] * weights[2 * pair + 1])
         truth = truth - weight * sigmoid(beta * h).log() - alpha * sum(chosen) / len(chosen)
-    found, metrics = step_loss(
-        LOSSES["wpo"], head, hidden, pair_batch(), config(head_chunk=chunk, wpo_alpha=alpha, wpo_beta=beta)
+    found, metrics = LOSSES["wpo"].from_hidden(
+        head, hidden, pair_batch(), config(head_chunk=chunk, wpo_alpha=alpha, wpo_beta=beta)
     )
     same_as(found, truth, head, hidden)
     torch.testing.assert_close(metrics["loss"], metrics["wpo"] + alpha * metrics["ce"])
-    assert 0 < metrics["weight"].item() <= 2
+    assert 0 < metrics["pair_weight"].item() <= 2
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -220,13 +223,15 @@ def test_kto_formula(kl, chunk):
             truth = truth + desirable * (1 - sigmoid(beta * (ratio - kl)))
         else:
             truth = truth + undesirable * (1 - sigmoid(beta * (kl - ratio)))
-    settings = config(
-        head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable
-    )
-    found, metrics = step_loss(LOSSES["kto"], head, hidden, batch, settings)
+    chosen = config(head_chunk=chunk, kto_beta=beta, kto_desirable_weight=desirable, kto_undesirable_weight=undesirable)
+    found, metrics = LOSSES["kto"].from_hidden(head, hidden, batch, chosen)
     same_as(found, truth, head, hidden)
-    means = {name: metrics[name].item() / batch.total for name in ("kl", "chosen_reward", "reject_reward")}
-    want = {"kl": kl, "chosen_reward": (rewards[0] + rewards[3]) / 2, "reject_reward": (rewards[1] + rewards[2]) / 2}
+    means = {name: metrics[name].item() / batch.total for name in ("kto_kl", "chosen_reward", "reject_reward")}
+    want = {
+        "kto_kl": kl,
+        "chosen_reward": (rewards[0] + rewards[3]) / 2,
+        "reject_reward": (rewards[1] + rewards[2]) / 2,
+    }
     assert means == pytest.approx(want)
 
 
@@ -234,15 +239,52 @@ def test_kto_formula(kl, chunk):
 def test_l2wrap_of_pairs_averages_over_the_pairs_tokens(name):
     """Off unless asked for; then a mean over trained positions, of each pair."""
     head, hidden = head_and_hidden(len(ANSWERS))
-    plain, metrics = step_loss(LOSSES[name], head, hidden, pair_batch(), config())
+    plain, metrics = LOSSES[name].from_hidden(head, hidden, pair_batch(), config())
     assert "l2wrap" not in metrics
     z, _ = probabilities(head, hidden)
     squares = z.amax(1) ** 2 * (ANSWERS != IGNORE)
     penalty = 0.5e-4 * (squares[:6].sum() / 5 + squares[6:].sum() / 6)
-    found, metrics = step_loss(LOSSES[name], head, hidden, pair_batch(), config(l2wrap=True))
+    found, metrics = LOSSES[name].from_hidden(head, hidden, pair_batch(), config(l2wrap=True))
     same_as(found, plain + penalty, head, hidden)
     torch.testing.assert_close(metrics["loss"], plain.detach())
     torch.testing.assert_close(metrics["l2wrap"], penalty.detach())
+
+
+class Watched(Config):
+    """Settings that remember which of them were read."""
+
+    def __getattribute__(self, name):
+        if name in settings():
+            object.__getattribute__(self, "__dict__").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_does_what_its_entry_says(name):
+    """If this breaks, the command line asks for data, a reference, a teacher or settings that the loss does not use, or
+    does not ask for those that it uses."""
+    facts, loss, batch = tables.LOSSES[name], LOSSES[name], batch_of(name)
+    head, hidden = head_and_hidden(len(batch.targets))
+    watched = Watched(loss=name)
+    vars(watched)["read"] = set()  # not what filling in defaults has read
+    _, metrics = loss.from_hidden(head, hidden, batch, watched)
+    assert vars(watched)["read"] <= {*facts.settings, "smoothing", "l2wrap", "head_chunk"}
+    assert ("smoothing" in vars(watched)["read"]) == (facts.smoothing > 0)
+    assert ("l2wrap" in metrics) == facts.l2wrap
+    lacking = text_batch() if facts.data == "text" else dataclasses.replace(batch, reference=None)
+    if facts.reference or facts.teacher:
+        with pytest.raises(AssertionError, match="reference" if facts.reference else "teacher"):
+            loss.from_hidden(head, hidden, lacking, watched)
+    else:
+        loss.from_hidden(head, hidden, lacking, watched)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_a_loss_logs_is_in_the_table_of_metrics(name):
+    """If this breaks, a number is logged that no curve, no progress bar and no page can say the meaning of."""
+    batch = batch_of(name)
+    metrics = LOSSES[name].from_hidden(*head_and_hidden(len(batch.targets)), batch, config(l2wrap=True)).metrics
+    assert set(metrics) <= set(METRICS)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -250,13 +292,13 @@ def test_every_loss_ignores_the_chunk_length(name):
     """Parametrised over the table: a loss that notices chunking fails here without a test of its own."""
     batch = batch_of(name)
     head, hidden = head_and_hidden(len(batch.targets))
-    whole, parts = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+    whole, parts = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True))
     assert "loss" in parts and not any(value.requires_grad for value in parts.values())
     for chunk in CHUNKS[:2]:
-        found, metrics = step_loss(
-            LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True, head_chunk=chunk)
+        found, metrics = LOSSES[name].from_hidden(
+            head, hidden, batch, config(smoothing=0.1, l2wrap=True, head_chunk=chunk)
         )
-        again, _ = step_loss(LOSSES[name], head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+        again, _ = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True))
         same_as(found, again, head, hidden)
         for key, value in parts.items():
             torch.testing.assert_close(metrics[key], value)

@@ -6,13 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rwkv_rlhf.losses import LOSSES, step_loss
+from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.pairs import PairScores
 from tests.support.loss_cases import (
     C,
     V,
     config,
     head_and_hidden,
+    pair_batch,
+    rated_batch,
     same_as,
 )
 
@@ -24,19 +26,21 @@ def test_liger_agrees(name):
     length, beta = 4, 0.3
     head, hidden = head_and_hidden(4 * length, torch.float32)
     targets = torch.randint(V, (4 * length,))
-    batch = SimpleNamespace(targets=targets, starts=torch.arange(5) * length, reference=None)
+    reference = None
     order = torch.tensor([0, 2, 1, 3])  # theirs: all chosen answers, then all rejected ones
     theirs = hidden.view(4, length, C)[order], targets.view(4, length)[order]
     if name == "orpo":
         other = chunked.LigerFusedLinearORPOLoss(beta=beta, compiled=False)(head.weight, theirs[0], theirs[1])[0]
-        ours, _ = step_loss(LOSSES["orpo"], head, hidden, batch, config(orpo_alpha=beta))
+        settings = {"orpo_alpha": beta}
     else:
         teacher = torch.randn_like(head.weight)
         made = chunked.LigerFusedLinearDPOLoss(beta=beta, compute_nll_loss=False, use_ref_model=True, compiled=False)
         other = made(head.weight, theirs[0], theirs[1], None, theirs[0].detach(), teacher)[0]
         logits = (hidden @ teacher.T).log_softmax(1).gather(1, targets[:, None])[:, 0]
-        batch.reference = logits.view(2, 2, length).sum(2).detach()
-        ours, _ = step_loss(LOSSES["dpo"], head, hidden, batch, config(dpo_beta=beta, dpo_alpha=0.0))
+        reference = logits.view(2, 2, length).sum(2).detach()
+        settings = {"dpo_beta": beta, "dpo_alpha": 0.0}
+    batch = pair_batch(targets, torch.arange(5) * length, reference)
+    ours, _ = LOSSES[name].from_hidden(head, hidden, batch, config(**settings))
     torch.testing.assert_close(ours / 2, other, rtol=1e-5, atol=1e-5)
     got, want = torch.autograd.grad(ours / 2, head.weight)[0], torch.autograd.grad(other, head.weight)[0]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -74,7 +78,7 @@ def trl_batch(length=4):
     """Four answers of `length` tokens as ours and, behind a prompt of one token, as TRL's: chosen ones first."""
     head, hidden = head_and_hidden(4 * length)
     targets, base = torch.randint(V, (4 * length,)), -torch.rand(4, dtype=torch.float64) * 9 - 3
-    ours = SimpleNamespace(targets=targets, starts=torch.arange(5) * length, reference=base.view(2, 2), total=2.0)
+    ours = pair_batch(targets, torch.arange(5) * length, base.view(2, 2))
     order = torch.tensor([0, 2, 1, 3])
     ids = torch.cat([torch.zeros(4, 1, dtype=torch.int64), targets.view(4, length)[order]], 1)
     logits = head(hidden).view(4, length, V)[order]
@@ -100,11 +104,11 @@ def test_trl_agrees_about_pairs(name):
     inputs |= {"ref_chosen_logps": base[:2], "ref_rejected_logps": base[2:]}
     other = method(made, lambda **_: answered(logits, inputs), inputs, False)
     if name == "wpo":
-        ours, metrics = step_loss(LOSSES["wpo"], head, hidden, batch, config(wpo_beta=beta))
-        assert metrics["weight"].item() < 2  # no weight was at its limit of 1, which this trl no longer has
+        ours, metrics = LOSSES["wpo"].from_hidden(head, hidden, batch, config(wpo_beta=beta))
+        assert metrics["pair_weight"].item() < 2  # no weight was at its limit of 1, which this trl no longer has
     else:
         chosen = config(dpo_beta=beta, dpo_alpha=0.0, dpo_loss=name, dpo_label_smoothing=eps)
-        ours, _ = step_loss(LOSSES["dpo"], head, hidden, batch, chosen)
+        ours, _ = LOSSES["dpo"].from_hidden(head, hidden, batch, chosen)
     same_as(ours / 2, other, head, hidden)
 
 
@@ -121,10 +125,9 @@ def test_trl_agrees_about_kto():
     inputs |= {"label": torch.tensor([1, 1, 0, 0]), "ref_logps": base, "ref_KL_logps": torch.full((4,), -3.0)}
     made._compute_kl_logps = lambda model, batch: torch.full((4,), -1.5)
     other = method(made, lambda **_: answered(logits, inputs), inputs, False)
-    rated = {"good": torch.tensor([True, False, True, False]), "good_total": 2.0, "kl": torch.tensor(1.5)}
-    batch = SimpleNamespace(**vars(batch) | rated | {"reference": batch.reference.flatten(), "total": 4.0})
+    batch = rated_batch(1.5, batch.targets, batch.starts, batch.reference, (True, False, True, False))
     settings = config(kto_beta=beta, kto_desirable_weight=weights[0], kto_undesirable_weight=weights[1])
-    ours, metrics = step_loss(LOSSES["kto"], head, hidden, batch, settings)
+    ours, metrics = LOSSES["kto"].from_hidden(head, hidden, batch, settings)
     same_as(ours / 4, other, head, hidden)
     found = {name: metrics[name].item() / 4 for name in ("chosen_reward", "reject_reward")}
     theirs = made._metrics["train"]
@@ -137,5 +140,5 @@ def test_trl_agrees_about_orpo():
     chosen, reject = (-torch.rand(4) * 3 - 0.1 for _ in range(2))
     other = orpo.ORPOTrainer.odds_ratio_loss(Trainer(beta=0.3), chosen, reject)[0].sum()
     ones = torch.ones(4)
-    _, metrics = LOSSES["orpo"](PairScores(chosen, reject, ones, ones), None, orpo_alpha=0.3)
-    torch.testing.assert_close(-0.3 * metrics["odds"], other, rtol=1e-5, atol=1e-5)
+    found = LOSSES["orpo"].preference(PairScores(chosen, reject, ones, ones), None, config())
+    torch.testing.assert_close(-0.3 * found.sum(), other, rtol=1e-5, atol=1e-5)

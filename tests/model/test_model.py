@@ -1,41 +1,19 @@
 """The model against independent runners: a user's merged file must mean the same elsewhere as it does here."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
+import re
 
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.model.state import State
-from tests.conftest import random_tensors
-
-RUNNER = """
-import json, sys, torch
-from rwkv.model import RWKV
-tokens = json.loads(sys.argv[1])
-for path in sys.argv[2:]:
-    model = RWKV(model=path, strategy='cpu fp32')
-    whole, state, one_by_one = model.forward(tokens, None, full_output=True)[0], None, []
-    for token in tokens:
-        logits, state = model.forward([token], state)
-        one_by_one.append(logits)
-    torch.save([whole, torch.stack(one_by_one)], path + '.logits')
-"""
-
-
-def build(tensors, dtype=torch.float32, **settings):
-    model = RWKV(sizes_of(tensors), compute_dtype=dtype, **settings)
-    model.load_state_dict({k: v for k, v in tensors.items() if k in model.state_dict()})
-    return model.to(dtype)
-
+from tests.support.models import build, random_tensors
+from tests.support.processes import rwkv_package
 
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
 SHAPES = [(64, 128), (32, 64)]  # head size, width; the package cannot run a single head of x050
@@ -59,7 +37,7 @@ def test_a_packed_pass_never_waits_for_the_device(tensors):
     _, state = model(tokens, None, starts)
     hidden, _ = model(tokens, state, starts)
     hidden.sum().backward()
-    assert all(part.device.type == "meta" for layer in model.initial(2) for part in layer)
+    assert all(part.device.type == "meta" for part in model.initial_state(2).tensors())
 
 
 def bonus_as_logarithm(tensors):
@@ -75,11 +53,7 @@ def package_logits(folder, checkpoints, v7):
     paths = [str(folder / f"model-{number}") for number in range(len(checkpoints))]
     for path, tensors in zip(paths, checkpoints):
         torch.save(tensors, path + ".pth")
-    environment = {**os.environ, "RWKV_V7_ON": str(int(v7)), "RWKV_JIT_ON": "0"}
-    command = [sys.executable, "-c", RUNNER, json.dumps(TOKENS), *paths]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(path + ".logits", weights_only=True) for path in paths]
+    return [torch.tensor(logits) for logits in rwkv_package("every", TOKENS, paths, v7=v7)]
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +86,8 @@ def own_logits(model):
     return [whole, torch.stack(one_by_one)]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("rwkv_package")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_logits_agree_with_the_rwkv_package(version, judged):
     """If this breaks, models trained here behave differently in every other RWKV program."""
@@ -168,7 +144,7 @@ def test_forked_state_carries_both_gradients_back(tensors):
     _, state = model(torch.tensor([prompt]))
     answers = torch.tensor([chosen + reject])
     starts = torch.tensor([0, len(chosen), len(chosen) + len(reject)])
-    hidden, _ = model(answers, state.index(torch.tensor([0, 0])), starts)
+    hidden, _ = model(answers, state.select(torch.tensor([0, 0])), starts)
     (loss(hidden[:, : len(chosen)]) + 2 * loss(hidden[:, len(chosen) :])).backward()
     forked = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -178,6 +154,23 @@ def test_forked_state_carries_both_gradients_back(tensors):
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert torch.allclose(forked[name], p.grad, atol=1e-9), name
+
+
+def test_rows_of_a_state_can_be_taken_apart_and_put_together(tensors):
+    """If this breaks, a prompt's state reaches the answer of another prompt, or half of it is lost on the way."""
+    model = build(tensors)
+    tokens = torch.tensor([TOKENS[:4], TOKENS[4:8], TOKENS[8:]])
+    with torch.no_grad():
+        _, state = model(tokens)
+        chosen = State.concatenated([state.row(2), state.row(0)])
+        same = state.select(torch.tensor([2, 0]))
+        (alone, _), (forked, _) = model(torch.tensor([[7]]), state.row(2)), model(torch.tensor([[7], [7]]), chosen)
+    assert (state.rows, chosen.rows, len(state.tensors())) == (3, 2, 9)
+    for one, two, double in zip(chosen.tensors(), same.tensors(), (chosen + same).tensors(), strict=True):
+        assert torch.equal(one, two) and torch.equal(double, 2 * one)
+    again = State.from_tensors(state.tensors())
+    assert all(a.wkv is b.wkv and a.ffn_shift is b.ffn_shift for a, b in zip(again, state))
+    assert torch.allclose(forked[:1], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen_embedding", [False, True])
@@ -210,8 +203,13 @@ def test_gradients_of_training_are_those_of_float64(tensors, dtype, allowed):
         (loss * torch.linspace(-1, 1, loss.numel(), dtype=torch.float64).view(loss.shape)).sum().backward()
         found.append({name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() >= {"emb.weight", "blocks.2.ffn.value.weight"}
-    for name, exact in found[0].items():
-        assert float((found[1][name] - exact).norm() / exact.norm()) <= allowed, name
+    # of all blocks together where RWKV-5.0 has two numbers in a block, whose rounding alone is a matter of luck
+    alike: dict[str, list[str]] = {}
+    for name, gradient in found[0].items():
+        alike.setdefault(re.sub(r"blocks\.\d+\.", "", name) if gradient.numel() < 8 else name, []).append(name)
+    for kind, names in alike.items():
+        exact, other = (torch.cat([gradients[name].flatten() for name in names]) for gradients in found)
+        assert float((other - exact).norm() / exact.norm()) <= allowed, kind
 
 
 def test_no_tokens_leave_the_state_alone(tensors):
@@ -248,7 +246,7 @@ def test_initial_values_are_the_traditions(version):
         assert torch.allclose(tensors["blocks.0.att.ln_x.weight"], torch.full((64,), 0.5**0.7))
     if version != "x070":
         assert not tensors["blocks.1.ffn.receptance.weight"].any()
-    build_model(tensors, compute_dtype=torch.float32)  # names and shapes are exactly those of the version
+    build_model(tensors, BuildOptions(torch.float32))  # names and shapes are exactly those of the version
 
 
 def test_initial_values_of_x070():

@@ -137,7 +137,7 @@ def cut(x):
         (1, cut, "{name} has shape"),
         (1, torch.Tensor.bfloat16, "{name} is torch.bfloat16"),
         (0, lambda x: x[0], "{name} must have shape"),
-        (0, torch.Tensor.half, "{name} must be bfloat16"),
+        (0, torch.Tensor.int, "{name} must be bfloat16"),
         (1, lambda x: x.to("meta"), "{name} is on meta"),
     ],
 )

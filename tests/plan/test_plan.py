@@ -2,19 +2,19 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_rlhf.commands.make_profile import main as write_profile
-from rwkv_rlhf.layers.placing import plan_layout
 from rwkv_rlhf.model import VERSIONS
+from rwkv_rlhf.model.layout import plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
-from rwkv_rlhf.plan import COLUMNS, MODES, Plan, make_plan, parse_layers, plan_for, read_profile
+from rwkv_rlhf.plan import COLUMNS, Plan, make_plan, parse_layers, plan_for, read_profile, row_modes
 from rwkv_rlhf.settings.config import Config
-from tests.conftest import random_tensors
+from tests.support.models import random_tensors
+from tests.support.source_files import ROOT
 
 SHIPPED = {
     "24_TEST": "--make lora --layers 24 --top_rank 64",
@@ -25,7 +25,6 @@ SHIPPED = {
         for kind in ("lora", "pissa", "bone", "dora", "miss", "full", "State")
     },
 }
-ROOT = Path(__file__).resolve().parents[2]
 HEADER = (
     "Layer,Mode,Rank,Alpha,Dropout,Weight_lr_init,Weight_lr_final,Weight_decay,State_lr_init,State_lr_final,RejectParts"
 )
@@ -109,7 +108,7 @@ def test_wrong_numbers_of_rows(profile):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     {
-        "0,loar,16,32,0,1,1,0,0,0,": f"column Mode: 'loar', must be one of {', '.join(MODES)}",
+        "0,loar,16,32,0,1,1,0,0,0,": f"column Mode: 'loar', must be one of {', '.join(row_modes())}",
         "0,,16,32,0,1,1,0,0,0,": "column Mode: ''",
         "x,lora,16,32,0,1,1,0,0,0,": "column Layer: 'x', must be emb, head or a block from 0 to 1",
         "-1,lora,16,32,0,1,1,0,0,0,": "column Layer: '-1'",
@@ -312,7 +311,7 @@ def test_shipped_profiles_are_what_the_command_writes(name, capsys):
     assert text == (ROOT / "layerprofile" / f"{name}.csv").read_text()
 
 
-def test_a_written_profile_is_read_back(tmp_path, capsys):
+def test_a_written_profile_is_read_back(tmp_path, script):
     """Ranks double towards the head, the ends and RejectParts are as asked, and what is impossible is one sentence."""
     path = tmp_path / "p.csv"
     words = "--make dora --layers 6 --rank 8 --top_rank 32 --alpha 8 --lr_init 1e-5 --emb pissa --head bone"
@@ -333,7 +332,5 @@ def test_a_written_profile_is_read_back(tmp_path, capsys):
         "--make lora --layers 1 --weight_decay -1",
         "--make lora --layers 1 --alpha inf",
     ):
-        with pytest.raises(SystemExit) as caught:
-            write_profile(words.split())
-        assert caught.value.code == 2
-        assert "error: " in capsys.readouterr().err.splitlines()[-1]
+        status, out, err = script(write_profile, *words.split())
+        assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1, (words, err)

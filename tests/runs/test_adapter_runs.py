@@ -4,20 +4,22 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model, read_tensors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import NUMBERED
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import merge, train
 from rwkv_rlhf.plan import COLUMNS, plan_for
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.optimizers import parameter_groups
+from tests.support.source_files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.tensor([[5, 0, 17, 256, 3, 3, 42, 7, 0, 101]])
 # without a memory in the optimizer and with one rate, a run that was stopped and gone on with is the same run
 MEMORYLESS = ("--beta1", 0, "--beta2", 0, "--lr_schedule", "constant", "--lr_init", "2e-3", "--lr_final", "2e-3")
@@ -84,10 +86,10 @@ def test_a_stopped_run_goes_on_and_merges_as_if_it_never_stopped(go, script, bas
         merge.main, "--base_model", base, "--lora_checkpoint", second / "rwkv-1.pth", "--output", output
     )
     assert status == 0 and "differ by at most" in out, err
-    together = logits(load_combined(base, second / "rwkv-1.pth", compute_dtype=torch.float32)[0])
+    together = logits(load_combined(base, second / "rwkv-1.pth", BuildOptions(torch.float32))[0])
     merged = read_tensors(output)
-    assert spread(together, logits(build_model(merged, compute_dtype=torch.float32)[0])) <= 1e-5
-    assert spread(together, logits(build_model(read_tensors(base), compute_dtype=torch.float32)[0])) > 1e-3
+    assert spread(together, logits(build_model(merged, BuildOptions(torch.float32))[0])) <= 1e-5
+    assert spread(together, logits(build_model(read_tensors(base), BuildOptions(torch.float32))[0])) > 1e-3
     for name, tensor in read_tensors(base).items():
         assert merged[name].shape == tensor.shape and merged[name].dtype == tensor.dtype, name
 
@@ -217,8 +219,8 @@ def test_rows_of_different_modes_train_and_merge_together(go, script, base_of, t
         *(merge.main, "--base_model", base, "--lora_checkpoint", folder / "rwkv-0.pth", "--output", output)
     )
     assert status == 0, err
-    together = logits(load_combined(base, folder / "rwkv-0.pth", compute_dtype=torch.float32)[0])
-    assert spread(together, logits(build_model(read_tensors(output), compute_dtype=torch.float32)[0])) <= 1e-5
+    together = logits(load_combined(base, folder / "rwkv-0.pth", BuildOptions(torch.float32))[0])
+    assert spread(together, logits(build_model(read_tensors(output), BuildOptions(torch.float32))[0])) <= 1e-5
 
 
 def test_states_and_fast_factors_have_rates_of_their_own(base_of):
@@ -228,7 +230,7 @@ def test_states_and_fast_factors_have_rates_of_their_own(base_of):
     row = dataclasses.replace(plan.rows["1"], mode="freeze", state_lr_init=0.5, state_lr_final=0.05)
     plan.rows["1"] = row
     tensors = read_tensors(base_of("x070"))
-    model, _ = build_model(tensors, compute_dtype=torch.float32, plan=plan)
+    model, _ = build_model(tensors, BuildOptions(torch.float32, plan=plan))
     rates = {name: g["lr_init"] for g in parameter_groups(model, plan, "x070", True) for name in g["names"]}
     assert rates["blocks.0.att.key.lora_A"] == 1e-3 and rates["blocks.0.att.key.lora_B"] == pytest.approx(16e-3)
     assert rates["blocks.0.ln1.weight"] == 1e-3 and rates["blocks.0.att.w0"] == 2e-3
@@ -269,7 +271,7 @@ def test_a_run_does_not_write_over_what_it_needs(go, script, base_of, vocab_file
     ]
     words += ["--peft", "bone", "--lora_r", 4, "--quant", 0, "--epoch_steps", 1, "--epoch_count", 1]
     status, _, err = script(train.main, *words, "--load_cold_adapter", folder / "rwkv-0.pth")
-    assert status == 2 and "--load_cold_adapter" in err and "would write over it" in err
+    assert status == 2 and "--load_cold_adapter" in err and "would overwrite it" in err
     assert (folder / "rwkv-0.pth").read_bytes() == before
     cold = ["--load_cold_adapter", folder / "rwkv-0.pth", "--epoch_begin", 1]
     status, _, err = script(train.main, *words, *cold)

@@ -1,6 +1,5 @@
 """Preference files as people really have them, through train.py: trained on as meant, refused by line, or counted."""
 
-import csv
 import json
 import logging
 
@@ -9,13 +8,14 @@ import torch
 
 from rwkv_rlhf.commands import score_pairs, train
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import open_pairs
+from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.save import read_save, write_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.documents import open_text
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from tests.conftest import VOCAB, read_jsonl
-from tests.runs.test_prepare_pairs import JINJA
+from tests.support.files import JINJA, VOCAB, read_jsonl, write_csv
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -47,18 +47,12 @@ def trained(script, typed, tmp_path, caplog):
     return call
 
 
-def write(path, rows, header=("prompt", "chosen", "reject")):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-    return path
-
-
 ROWS = [["say a", "gladly a", "no a"], ["say b", "gladly b", "no b"]]
 
 
 def test_identical_answers(script, typed, trained, tmp_path):
     """A pair that prefers nothing: named by line, or counted."""
-    path = write(tmp_path / "p.csv", [*ROWS, ["say c", " same\n", "same"]])
+    path = write_csv(tmp_path / "p.csv", [*ROWS, ["say c", " same\n", "same"]])
     status, _, err = script(train.main, *typed, path)
     assert status == 2 and f"{path}:4" in err and "identical" in err and "--skip_bad 1" in err
     _, said = trained(path, "--skip_bad", 1)
@@ -67,17 +61,17 @@ def test_identical_answers(script, typed, trained, tmp_path):
 
 def test_a_reject_longer_than_the_cap(trained, tmp_path, letters):
     """It keeps its start, is counted, and its reference score is that of what is left (margin 0 at the start)."""
-    path = write(tmp_path / "p.csv", [["say a", "gladly", "no " * 400]])
+    path = write_csv(tmp_path / "p.csv", [["say a", "gladly", "no " * 400]])
     steps, said = trained(path, "--rlhf_max_corpus_len", 40)
     assert "reject cut in 1 rows" in said and "chosen cut" not in said
-    assert abs(steps[0]["margin"]) < 1e-6
+    assert abs(steps[0]["reward_margin"]) < 1e-6
     pair = open_pairs(path, letters, max_len=40)[0]
     assert letters.decode(pair.reject) == (" " + "no " * 20)[:40]
 
 
 def test_a_prompt_that_fills_the_context(trained, tmp_path, letters):
     """Longer than ctx_len and than the cap: it keeps its end with the cue, the context grows, both are said."""
-    path = write(tmp_path / "p.csv", [["long " * 100, "gladly", "no"]])
+    path = write_csv(tmp_path / "p.csv", [["long " * 100, "gladly", "no"]])
     steps, said = trained(path, "--rlhf_max_corpus_len", 80)
     assert "prompt cut in 1 rows" in said and "ctx_len grows from 64 to" in said
     assert steps[0]["tokens"] == 79 + len(" gladly\n\n") + len(" no\n\n")
@@ -87,7 +81,7 @@ def test_a_prompt_that_fills_the_context(trained, tmp_path, letters):
 def test_duplicate_and_opposite_rows_are_counted(trained, tmp_path):
     """They are trained on, as they stand, and said."""
     opposite = [ROWS[1][0], ROWS[1][2], ROWS[1][1]]
-    _, said = trained(write(tmp_path / "p.csv", [*ROWS, ROWS[0], ROWS[0], opposite]))
+    _, said = trained(write_csv(tmp_path / "p.csv", [*ROWS, ROWS[0], ROWS[0], opposite]))
     assert "5 rows, 5 examples" in said
     assert "2 rows repeat another one" in said and "1 rows say the opposite of another one" in said
 
@@ -99,7 +93,7 @@ def test_mixed_languages_reach_the_model_whole(trained, tmp_path, letters):
         "\u0414\u0430, \u043e\u0447\u0435\u043d\u044c \U0001f468\u200d\U0001f469",
         "\u05dc\u05d0 \u0644\u0627 \u0e44\u0e21\u0e48",
     ]
-    path = write(tmp_path / "p.csv", [texts])
+    path = write_csv(tmp_path / "p.csv", [texts])
     pair = open_pairs(path, letters)[0]
     found = [letters.decode_bytes(part).decode() for part in (pair.prompt, pair.chosen, pair.reject)]
     assert found == [f"User: {texts[0]}\n\nAssistant:", f" {texts[1]}\n\n", f" {texts[2]}\n\n"]
@@ -112,7 +106,7 @@ def test_nul_bytes_are_refused_by_line(script, typed, trained, tmp_path, suffix)
     path = tmp_path / f"p.{suffix}"
     rows = [*ROWS, ["say\0c", "gladly", "no"]]
     if suffix == "csv":
-        write(path, rows)
+        write_csv(path, rows)
     else:
         path.write_text("".join(json.dumps(dict(zip(("prompt", "chosen", "reject"), row))) + "\n" for row in rows))
     status, _, err = script(train.main, *typed, path)
@@ -124,7 +118,7 @@ def test_nul_bytes_are_refused_by_line(script, typed, trained, tmp_path, suffix)
 def test_crlf_bom_quotes_and_line_breaks_change_nothing(tmp_path, letters):
     """The same pairs from a file as a spreadsheet writes it and as a program does."""
     rows = [['say "a", please', "gladly:\none, two", 'no "thanks"\n\n\nreally'], ["b", "x,y", "'"]]
-    plain = write(tmp_path / "plain.csv", rows)
+    plain = write_csv(tmp_path / "plain.csv", rows)
     texts = plain.read_bytes().decode().replace("\r\n", "\n")
     other = tmp_path / "other.csv"
     other.write_bytes(b"\xef\xbb\xbf" + texts.replace("\n", "\r\n").encode())
@@ -138,7 +132,7 @@ def test_crlf_bom_quotes_and_line_breaks_change_nothing(tmp_path, letters):
 
 def test_fields_of_100000_characters(trained, tmp_path):
     """Longer than the csv module's own limit: read, cut at the cap, counted."""
-    path = write(tmp_path / "p.csv", [*ROWS, ["p" * 100_000, "y" * 100_000, "n" * 200_000]])
+    path = write_csv(tmp_path / "p.csv", [*ROWS, ["p" * 100_000, "y" * 100_000, "n" * 200_000]])
     steps, said = trained(path, "--micro_bsz", 3)
     assert all(f"{part} cut in 1 rows" in said for part in ("prompt", "chosen", "reject"))
     assert steps[0]["tokens"] > 3000
@@ -146,34 +140,34 @@ def test_fields_of_100000_characters(trained, tmp_path):
 
 def test_scores_of_a_packed_reference_are_used(script, trained, base_model, vocab_file, tmp_path):
     """rlhf_dpo_generate_save.py in the precision and storage of training: the work is not done twice."""
-    path, saved = write(tmp_path / "p.csv", ROWS), tmp_path / "p.save"
+    path, saved = write_csv(tmp_path / "p.csv", ROWS), tmp_path / "p.save"
     words = ["--load_model", base_model, "--vocab_file", vocab_file, "--input_csv", path, "--output_save", saved]
     words += ["--target_pair_count", 2, "--strategy", "cpu bf16", "--quant_mode", "nf4"]
     assert script(score_pairs.main, *words)[0] == 0
     steps, said = trained(saved, "--precision", "bf16", "--quant", 1, "--peft", "lora", "--lora_r", 4)
-    assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["margin"]) < 0.02
+    assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["reward_margin"]) < 0.02
     _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4)
-    assert said.count("computed anew") == 1  # --quant 0
+    assert said.count("computing them again") == 1  # --quant 0
 
 
 def test_references_of_another_model_are_computed_anew(trained, typed, base_model, tmp_path):
     """A cache or a .save of another model: said once, never used, and the first margin is 0 again."""
-    path = write(tmp_path / "p.csv", ROWS)
+    path = write_csv(tmp_path / "p.csv", ROWS)
     trained(path)
     tensors = torch.load(base_model, weights_only=True)
     other = tmp_path / "other.pth"
     torch.save(tensors | {"head.weight": tensors["head.weight"] * 1.5}, other)
     steps, said = trained(path, "--load_model", other)
-    assert said.count("of another model") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("of another model") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
     (kept,) = [file for file in (tmp_path / "out" / "cache").iterdir() if str(file) in trained(path)[1]]
     kept.write_bytes(kept.read_bytes()[:200])
     steps, said = trained(path)
-    assert said.count("damaged") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("damaged") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
     saved = tmp_path / "p.save"
     write_save(saved, [PairExample([9, 8], [7, 6], [5], (-1.0, -2.0))], {"model": "0" * 64, "reference": "sum"})
     assert read_save(saved, DataReport(str(saved)))[0].reference == (-1.0, -2.0)
     steps, said = trained(saved)
-    assert said.count("computed anew") == 1 and abs(steps[-1]["margin"]) < 1e-6
+    assert said.count("computing them again") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
 
 
 def conversation(answer):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,33 +17,13 @@ from rwkv_rlhf.checkpoints import resume_points as points_module
 from rwkv_rlhf.checkpoints.resume_points import ResumePoints, last_point, points_in
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import advice, is_out_of_memory
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
+from tests.support.processes import PROGRAMS, environment
+from tests.support.source_files import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-
-# imports everything once; each line of its input is the words of a run, made by a process of its own. Answers with the
-# number of that process, and then with its exit status (-9 = killed)
-SERVER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-from rwkv_rlhf.commands import train
-from rwkv_rlhf.settings.command_line import run
-from rwkv_rlhf.training import callbacks
-from rwkv_rlhf.training import run as _
-from rwkv_rlhf.training import start
-callbacks.write_report = lambda *_: None  # takes longer than the training
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        with open(sys.argv[2], "a") as log:
-            os.dup2(log.fileno(), 2)
-        run(train.main, line.split())
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture
@@ -68,21 +47,21 @@ def same(one, two):
 def server(tmp_path_factory):
     """A process that makes processes; `log` is where those write."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = [sys.executable, "-c", SERVER, str(ROOT), str(log)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    words = [sys.executable, str(PROGRAMS / "run_server.py"), str(log)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
         process.log = log
         yield process
         process.stdin.close()
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
-def test_killed_at_random_moments(loss, typed, script, server, text_jsonl, pairs_csv, tmp_path, monkeypatch):
+def test_killed_at_random_moments(loss, typed, script, server, text_jsonl, pairs_csv, tmp_path):
     """If this breaks, a machine that dies in the middle of a step or of a save takes the training with it."""
     data = ("--data_file", text_jsonl) if loss == "sft" else ("--rlhf_train_file", pairs_csv)
     words = [*typed, f"--{loss}", 1, *data, "--epoch_steps", 12, "--epoch_count", 2, "--accumulate_grad_batches", 2]
     words += ["--resume_every", 2, "--epoch_save", 1, "--keep", 1, "--resume", "auto"]
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
     assert script(train.main, *words, "--proj_dir", whole)[0] == 0
     rng = random.Random(loss)
     line = " ".join(map(str, [*words, "--proj_dir", folder])) + "\n"

@@ -13,7 +13,9 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.dry_run import BAD, GOOD, pair_sample
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.start import start
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -67,12 +69,12 @@ def test_each_loss_learns_the_preference_and_says_how(go, pairs_csv, loss, words
     """If this breaks, --simpo 1 and the like train something else, or the held-out numbers are missing."""
     records, _ = go("out", f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--val_file", pairs_csv, *LEARNING, *words)
     steps, (held_out,) = of(records, "train"), of(records, "val")
-    assert steps[-1]["margin"] > steps[0]["margin"] + 0.1
+    assert steps[-1]["reward_margin"] > steps[0]["reward_margin"] + 0.1
     if loss in ("wpo", "kto"):  # measured against the start model
-        assert abs(steps[0]["margin"]) < 1e-5 and steps[0]["pref_percentage"] == pytest.approx(0.5, abs=1e-6)
-    assert held_out["accuracy"] > 0.8 and held_out["margin"] > 0.5
-    assert held_out["chosen_reward"] > held_out["reject_reward"]
-    assert held_out["kl"] > 1e-3 and held_out["log_odds"] == held_out["log_odds"]
+        assert abs(steps[0]["reward_margin"]) < 1e-5 and steps[0]["pref_percentage"] == pytest.approx(0.5, abs=1e-6)
+    assert held_out["logp_accuracy"] > 0.8 and held_out["logp_margin"] > 0.5
+    assert held_out["accuracy"] > 0.8 and held_out["chosen_reward"] > held_out["reject_reward"]
+    assert held_out["kl"] > 1e-3 and held_out["log_odds_margin"] == held_out["log_odds_margin"]
 
 
 def test_kto_on_rated_answers_ignores_accumulation(go, rated_csv):
@@ -89,12 +91,12 @@ def test_kto_on_rated_answers_ignores_accumulation(go, rated_csv):
     whole, parts = (of(records, "train") for records in found)
     assert len(whole) == len(parts) == 4
     for one, two in zip(whole, parts):
-        for name in ("loss", "kl", "margin", "chosen_reward", "reject_reward"):
+        for name in ("loss", "kto_kl", "reward_margin", "logp_margin", "chosen_reward", "reject_reward"):
             assert one[name] == pytest.approx(two[name], rel=2e-3, abs=1e-5), name
         assert one["tokens"] == two["tokens"]
-    assert whole[0]["kl"] == pytest.approx(0, abs=1e-4) and whole[0]["loss"] == pytest.approx(0.5, abs=1e-4)
+    assert whole[0]["kto_kl"] == pytest.approx(0, abs=1e-4) and whole[0]["loss"] == pytest.approx(0.5, abs=1e-4)
     held_out = of(found[0], "val")[0]
-    assert held_out["answers"] == 32 and held_out["margin"] > 0 and held_out["kto_kl"] >= 0
+    assert held_out["answers"] == 32 and held_out["logp_margin"] > 0 and held_out["kto_kl"] >= 0
 
 
 @pytest.mark.parametrize("loss", ["simpo", "kto"])
@@ -102,7 +104,8 @@ def test_a_split_off_share_is_measured_against_the_start_model(go, pairs_csv, lo
     """If this breaks, --val_split tells less than --val_file, or a prompt stands on both sides."""
     records, _ = go("out", f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--val_split", 0.25, *LEARNING)
     (held_out,) = of(records, "val")
-    assert held_out["kl"] > 0 and {"accuracy", "margin", "chosen_reward", "reject_reward"} <= set(held_out)
+    names = {"accuracy", "logp_margin", "reward_margin", "chosen_reward", "reject_reward"}
+    assert held_out["kl"] > 0 and names <= set(held_out)
     assert held_out.get("pairs", held_out.get("answers")) == (6 if loss == "simpo" else 12)
 
 
@@ -131,18 +134,18 @@ def test_general_text_beside_dpo(go, pairs_csv, text_jsonl):
     (alone, *_), _ = go("dpo", *dpo, "--dpo_alpha", 0.1, *shared)
     (sft, *_), _ = go("sft", "--sft", 1, "--smoothing", 0, *text, *shared)
     (mixed, *_), _ = go("mixed", *dpo, "--dpo_alpha", 0.1, *text, "--dpo_general_corpus_ratio", 0.8, *shared)
-    assert mixed["general"] == pytest.approx(sft["loss"], rel=1e-5)
+    assert mixed["general_nll"] == pytest.approx(sft["loss"], rel=1e-5)
     assert mixed["loss"] == pytest.approx(0.8 * sft["loss"] + 0.2 * alone["loss"], rel=1e-5)
     assert mixed["l2wrap"] == pytest.approx(0.8 * sft["l2wrap"], rel=1e-5)
     assert mixed["dpo"] == pytest.approx(alone["dpo"]) and mixed["tokens"] == alone["tokens"] + sft["tokens"]
     (unset, *_), _ = go("unset", *dpo, *text, "--dpo_general_corpus_ratio", 0.8, *shared)
     assert unset["loss"] == pytest.approx(0.8 * sft["loss"] + 0.2 * alone["dpo"], rel=1e-5)  # dpo_alpha is 0 then
     (none, *_), _ = go("none", *dpo, "--dpo_alpha", 0.1, *text, "--dpo_general_corpus_ratio", 0, *shared)
-    assert "general" not in none and none["loss"] == alone["loss"]
+    assert "general_nll" not in none and none["loss"] == alone["loss"]
 
 
 @pytest.mark.parametrize("loss", ["simpo", "wpo", "kto", "mix"])
-def test_in_pieces_as_in_one(go, pairs_csv, text_jsonl, loss):
+def test_in_chunks_as_in_one(go, pairs_csv, text_jsonl, loss):
     """--infctx 1 changes memory, not what is learnt: weights of WPO, KTO's divergence and general text included."""
     words = ["--micro_bsz", 4, "--epoch_steps", 3, "--lr_init", "2e-3", "--lr_final", "2e-3", "--val_file", pairs_csv]
     words += ["--rlhf_train_file", pairs_csv, "--dpo" if loss == "mix" else f"--{loss}", 1]
@@ -152,7 +155,8 @@ def test_in_pieces_as_in_one(go, pairs_csv, text_jsonl, loss):
     many, _ = go("many", *words, "--infctx", 1, "--chunk_ctx", 7)
     assert len(of(one, "train")) == 3
     for a, b in zip(one, many, strict=True):
-        for name in {"loss", "margin", "grad_norm", "kl", "general", "weight", "chosen_reward"} & set(a):
+        names = {"loss", "reward_margin", "logp_margin", "grad_norm", "kl", "kto_kl", "general_nll", "pair_weight"}
+        for name in (names | {"chosen_reward"}) & set(a):
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), name
 
 
@@ -268,7 +272,7 @@ def test_scores_of_another_start_model_are_not_taken(go, pairs_csv):
         records, _ = go(
             "out", "--dpo", 1, "--rlhf_train_file", pairs_csv, *packed, "--epoch_steps", 1, "--micro_bsz", 4
         )
-        first.append(of(records, "train")[-1]["margin"])
+        first.append(of(records, "train")[-1]["reward_margin"])
     assert first == pytest.approx([0, 0, 0], abs=1e-4)
 
 
@@ -279,7 +283,8 @@ def test_foreign_scores_do_not_judge_a_loss_without_a_reference(go, pairs_csv, t
     words = ["--orpo", 1, "--rlhf_train_file", tmp_path / "foreign.save", "--val_split", 0.25, "--epoch_steps", 1]
     records, _ = go("out", *words, "--lr_init", "1e-9", "--lr_final", "1e-9")
     (held_out,) = of(records, "val")
-    assert held_out["margin"] == pytest.approx(0, abs=1e-3) and held_out["chosen_reward"] == pytest.approx(0, abs=1e-3)
+    assert held_out["logp_margin"] == pytest.approx(0, abs=1e-3)
+    assert held_out["reward_margin"] == pytest.approx(held_out["log_odds_margin"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

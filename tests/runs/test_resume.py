@@ -11,7 +11,9 @@ import torch
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
-from tests.conftest import read_jsonl
+from tests.support.files import read_jsonl
+
+pytestmark = pytest.mark.slow
 
 
 class Cut(Exception):
@@ -63,12 +65,6 @@ def same(one, two):
 def untimed(record):
     """A line of metrics.jsonl without what the clock says."""
     return {name: value for name, value in record.items() if name != "tokens_per_s"}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    """They take longer to draw than these runs to train."""
-    monkeypatch.setattr(callbacks, "write_report", lambda *_: None)
 
 
 @pytest.fixture
@@ -257,7 +253,7 @@ def test_flipped_bytes_of_a_point(stopped_run, run, name, caplog):
     words = [*words, "--epoch_count", 1, "--resume", "auto"]
     flip(folder / "resume" / "step-4" / name)
     run(*words)
-    assert caplog.text.count("damaged") == 1 and "going on from" in caplog.text
+    assert caplog.text.count("damaged") == 1 and "resuming from" in caplog.text
     assert same(want, tensors(folder)) and points(folder) == [3, 4]
     for step in (3, 4):
         flip(folder / "resume" / f"step-{step}" / name)
@@ -316,4 +312,4 @@ def test_a_path_and_a_fresh_folder(stopped_run, run, tmp_path, caplog):
     assert "there is no resume point" in run(*words, "--resume", tmp_path / "nothing", status=2)
     caplog.set_level("INFO")
     run(*words, "--resume", "auto", "--proj_dir", tmp_path / "fresher")
-    assert "starts anew" in caplog.text and same(want, tensors(tmp_path / "fresher"))
+    assert "starts from the beginning" in caplog.text and same(want, tensors(tmp_path / "fresher"))

@@ -1,14 +1,15 @@
 """Several processes go on from a resume point as one does: the very bits, each rank with its own random numbers."""
 
 import json
-import sys
 
 import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.resume_points import last_point
-from tests.conftest import read_jsonl
-from tests.distributed.test_ranks import starter
+from tests.support.files import read_jsonl
+from tests.support.processes import PROGRAMS, started
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("resume_ranks")]
 
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]
 SPLIT = ("deepspeed_stage_3", "fsdp")
@@ -37,7 +38,7 @@ def runs(request, base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factor
     lists.append([*lists[0][:-1], folder / "other", "--resume", folder / "whole" / "sft", "--lr_init", 1])
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
-    process = starter(path, "--devices", 2, program=(sys.executable, "tests/several_runs.py"))
+    process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err[-3000:]
     return folder

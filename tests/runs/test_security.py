@@ -1,174 +1,19 @@
-"""What the program never does, whatever a file says: run its code, leave its sandbox, or talk to anybody."""
+"""What the program never does: talk to anybody, or disturb a second run of itself."""
 
-import ast
 import json
 import os
 import shlex
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_rlhf.data.templates import jinja as chat_template
-from rwkv_rlhf.data.templates.jinja import load_chat_template
-from tests.conftest import VOCAB
-from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
-from tests.house.test_house import OTHERS, ROOT, SCRIPTS, SRC, each, name_of, tree_of
+from tests.support.files import JINJA, VOCAB
+from tests.support.processes import PROGRAMS, environment
+from tests.support.source_files import ROOT
 
-# calls that build objects from bytes by running what the bytes say; by the whole name or its last part
-FORBIDDEN = {
-    *("eval", "exec", "pickle.load", "pickle.loads", "Unpickler", "marshal.loads", "shelve.open", "yaml.load"),
-    *("unsafe_load", "full_load", "joblib.load", "os.system", "os.popen", "torch.jit.load", "torch.package"),
-    # these read pickles of their own: a run's own folder is read by our own code
-    *("load_checkpoint", "load_from_checkpoint", "get_fp32_state_dict_from_zero_checkpoint"),
-}
-
-
-def called(node: ast.Call) -> str:
-    return ast.unparse(node.func)
-
-
-@each(SRC + SCRIPTS + OTHERS + sorted((ROOT / "tests").rglob("*.py")))
-def test_torch_load_reads_tensors_only(path):
-    """If this breaks, a downloaded checkpoint can run a program; said in each call, whatever torch's default is."""
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Call) and called(node).endswith("torch.load"):
-            said = {word.arg: word.value for word in node.keywords}
-            safe = isinstance(said.get("weights_only"), ast.Constant) and said["weights_only"].value is True
-            assert safe, f"line {node.lineno}: torch.load without weights_only=True"
-
-
-@each(SRC + SCRIPTS + OTHERS)
-def test_no_file_is_run(path):
-    """If this breaks, a data file, vocabulary or checkpoint can run a program."""
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        name, said = called(node), {word.arg: word.value for word in node.keywords}
-        assert name not in FORBIDDEN and name.split(".")[-1] not in FORBIDDEN - {"eval"}, f"line {node.lineno}: {name}"
-        for flag in ("allow_pickle", "shell", "trust_remote_code"):
-            on = not isinstance(said.get(flag), ast.Constant) or said[flag].value
-            assert flag not in said or not on, f"line {node.lineno}: {name} with {flag}"
-        if name.endswith(".fit") and "ckpt_path" in said:
-            assert ast.unparse(said.get("weights_only", ast.Constant(None))) == "True", f"line {node.lineno}: {name}"
-
-
-def template(folder, text):
-    """A template that writes conversations as it should, behind `text`."""
-    path = folder / "chat.jinja"
-    path.write_text(text + "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}", encoding="utf-8")
-    return path
-
-
-TURNS = [("user", "Hi"), ("assistant", "Hello")]
-
-
-@pytest.mark.parametrize("text", EVIL)
-def test_a_template_gets_nowhere(tmp_path, monkeypatch, text):
-    """Out of the sandbox, into files, beyond its memory: a sentence, or text that holds nothing of this program."""
-    monkeypatch.chdir(tmp_path)
-    try:
-        said = load_chat_template.__wrapped__(template(tmp_path, text)).history(TURNS)
-    except ValueError as error:
-        assert "template" in str(error) and len(str(error)) < 1000
-    else:
-        assert len(said) < 2_000_000
-        for secret in ("<class", "<module", "function", "builtins", "root:"):
-            assert secret not in said, said[:300]
-    assert not (tmp_path / SENTINEL).exists() and os.listdir(tmp_path) == ["chat.jinja"]
-
-
-@pytest.mark.parametrize("text", [SLOW[0], "{{ ('a' * 99999).replace('a', 'b' * 99999) | length }}"])
-def test_a_template_that_never_ends_is_ended(tmp_path, monkeypatch, text):
-    """Loops in Python and loops in C alike; the next template works."""
-    monkeypatch.setattr(chat_template, "SECONDS", 2)
-    path = template(tmp_path, text)
-    with pytest.raises(ValueError, match=r"chat\.jinja.*(takes more than 2 seconds|needs more than)"):
-        load_chat_template.__wrapped__(path)
-    monkeypatch.undo()
-    assert load_chat_template.__wrapped__(template(tmp_path, "")).history(TURNS) == "<user>Hi\n<assistant>Hello\n"
-
-
-def test_a_template_that_leaves_its_sandbox_finds_nothing(tmp_path):
-    """Were there a way out of Jinja: no file can be opened and none written by the process that runs templates."""
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import template_process as t, jinja2\n"
-        "plain = jinja2.Environment().from_string\n"
-        "t.compiled = lambda source: plain(source)\n"
-        "t.main()"
-    )
-    tries = ("open('/etc/passwd').read()", "open('new', 'w')", "__import__('socket').socket()")
-    lines = [
-        json.dumps({"source": "{{ cycler.__init__.__globals__['__builtins__']." + words + " }}", "values": {}})
-        for words in (tries[0], tries[1], "__import__('os').open('/etc/passwd', 0)", tries[2], "len('four')")
-    ]
-    words = [sys.executable, "-P", "-c", program, str(ROOT / "src" / "data")]
-    done = subprocess.run(
-        words, input="\n".join(lines) + "\n", capture_output=True, text=True, cwd=tmp_path, timeout=60
-    )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [list(answer) for answer in answers] == [["failed"]] * 4 + [["text"]], answers
-    assert answers[-1] == {"text": "4"} and "Too many open files" in answers[0]["failed"]
-    assert not list(tmp_path.iterdir())
-
-
-def test_templates_of_several_threads_do_not_mix(tmp_path):
-    """If this breaks, two conversations that are written at once get each other's text."""
-    form = load_chat_template.__wrapped__(template(tmp_path, ""))
-    found = {}
-
-    def write(number):
-        found[number] = [form.history([("user", f"{number} {n}")]) for n in range(30)]
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {number: [f"<user>{number} {n}\n" for n in range(30)] for number in range(4)}
-
-
-WATCH = """
-import os, sys
-
-def local(address):
-    host = address[0] if isinstance(address, tuple) else address
-    host = host.decode() if isinstance(host, bytes) else host
-    return not isinstance(address, tuple) or host in ("", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::")
-
-def watch(event, arguments):
-    if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        there = local(arguments[1])
-    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-        there = arguments[0] is None or local((arguments[0],))
-    elif event == "urllib.Request":
-        there = False
-    else:
-        return
-    if not there:
-        with open(os.environ["REACHED"], "a") as file:
-            file.write(f"{event} {arguments!r}\\n")
-        raise ConnectionRefusedError(f"no connection in this test: {event} {arguments!r}")
-
-sys.addaudithook(watch)
-"""
-
-ALL = """
-import json, sys
-import torch
-import PrepareOrpoDataset, distillation_generate_h5, make_binidx, merge, rlhf_dpo_generate_save
-import rlhf_generate_reject_csv, sft_generate_h5, train, chat
-from rwkv_rlhf.settings.command_line import run
-
-for name, words in json.loads(sys.argv[1]):
-    try:
-        run(globals()[name].main, words)
-    except SystemExit as done:
-        assert not done.code, (name, done.code)
-"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(390)]
 
 
 def everything(folder, base, vocab, pairs, texts):
@@ -178,7 +23,7 @@ def everything(folder, base, vocab, pairs, texts):
     (folder / "texts").mkdir()
     (folder / "texts" / "a.jsonl").write_bytes(texts.read_bytes())
     (folder / "prompts.jsonl").write_text('{"prompt": "say a"}\n')
-    template(folder, "")
+    (folder / "chat.jinja").write_text(JINJA)
     # a folder of such a name once made a trainer upload its checkpoints to somebody
     run = f"{folder}/14b-run1/world/7b"
     small = f"{model} {words} --precision fp32 --quant 0 --ctx_len 64 --epoch_steps 2 --epoch_count 1 --micro_bsz 2"
@@ -203,20 +48,17 @@ def everything(folder, base, vocab, pairs, texts):
 
 def test_nobody_is_called(tmp_path, base_model, vocab_file, pairs_csv, text_jsonl):
     """If this breaks, a training or a script tells somebody about itself, or fetches something, unasked."""
-    (tmp_path / "watch").mkdir()
-    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
     commands = everything(tmp_path, base_model, vocab_file, pairs_csv, text_jsonl)
-    paths = f"{tmp_path / 'watch'}{os.pathsep}{ROOT}"
-    environment = {**os.environ, "PYTHONPATH": paths, "REACHED": str(tmp_path / "reached.txt")}
+    watched = environment(first_path=PROGRAMS.parent / "no_network", REACHED=tmp_path / "reached.txt")
 
-    def call(program, *more):
-        words = [sys.executable, "-c", program, *more]
-        return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    def call(*words):
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, env=watched, cwd=tmp_path, capture_output=True, text=True, timeout=500)
 
-    probe = call("import socket; socket.create_connection(('example.invalid', 80))")
+    probe = call("-c", "import socket; socket.create_connection(('example.invalid', 80))")
     assert "no connection in this test" in probe.stderr and (tmp_path / "reached.txt").read_text()
     (tmp_path / "reached.txt").unlink()
-    done = call(ALL, json.dumps(commands))
+    done = call(PROGRAMS / "every_command.py", json.dumps(commands))
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "answers.jsonl").read_text()
     assert not (tmp_path / "reached.txt").exists(), (tmp_path / "reached.txt").read_text()
@@ -227,13 +69,14 @@ def test_two_runs_at_once_share_data_and_caches(tmp_path, base_model, vocab_file
     small = ["--load_model", base_model, "--vocab_file", vocab_file, "--precision", "fp32", "--quant", 0]
     small += ["--ctx_len", 64, "--epoch_steps", 2, "--epoch_count", 1, "--micro_bsz", 2, "--dpo", 1, "--peft", "lora"]
     small += ["--rlhf_train_file", pairs_csv, "--dpo_beta", 0.1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     before = {path: path.read_bytes() for path in (base_model, vocab_file, pairs_csv)}
     beside = {path: sorted(os.listdir(path.parent)) for path in before}
 
     def start(name):
         words = [sys.executable, ROOT / "train.py", *small, "--proj_dir", tmp_path / name]
-        return subprocess.Popen(list(map(str, words)), env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            list(map(str, words)), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
 
     first, second = start("one"), start("two")
     errors = [run.communicate(timeout=500)[1] for run in (first, second)]
@@ -243,9 +86,3 @@ def test_two_runs_at_once_share_data_and_caches(tmp_path, base_model, vocab_file
     assert {path: path.read_bytes() for path in before} == before
     assert {path: sorted(os.listdir(path.parent)) for path in before} == beside
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]  # no file of a fixed name where both were started
-
-
-def test_the_paths_of_this_test_exist():
-    """If this breaks, the rules above look at nothing."""
-    assert {"train.py", "chat.py"} <= {name_of(path) for path in SCRIPTS} and len(SRC) > 50
-    assert Path(chat_template.__file__).with_name("template_process.py").is_file()

@@ -1,7 +1,6 @@
 """Settings reach what they are about: what the optimizer was given and the model was fed, not what a log says."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -21,12 +20,14 @@ from rwkv_rlhf.plan import COLUMNS
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
-from rwkv_rlhf.training.optimizers import OPTIMIZERS
+from rwkv_rlhf.training.optimizers import adamw
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
-from tests.conftest import VOCAB, read_jsonl
+from tests.support.files import VOCAB, read_jsonl
+from tests.support.source_files import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
 PROFILE = f"""{",".join(COLUMNS)}
 emb,freeze,0,0,0,0,0,0,0,0,
 0,lora,4,8,0,0.001,0.0001,0.3,0,0,
@@ -50,7 +51,7 @@ def seen(monkeypatch):
     norms: of the gradient that the step used. passes: of one block, recomputation included.
     """
     found = SimpleNamespace(fed=[], updates=[], norms=[], passes=0, names={})
-    training_step, adamw = TrainingModule.training_step, OPTIMIZERS["adamw"]
+    training_step = TrainingModule.training_step
 
     def count(*_):
         found.passes += 1
@@ -83,7 +84,7 @@ def seen(monkeypatch):
 
     found.forget = forget  # gives what was seen of one run, and begins anew
     monkeypatch.setattr(TrainingModule, "training_step", watched_step)
-    monkeypatch.setitem(OPTIMIZERS, "adamw", watched_adamw)
+    monkeypatch.setattr("rwkv_rlhf.training.optimizers.adamw", watched_adamw)
     return found
 
 
@@ -342,11 +343,11 @@ def test_prepared_scores_are_those_of_the_first_step(script, go, typed, base_mod
     run += ["--accumulate_grad_batches", 2]
     folder = go("same", *run)
     (first,) = read_jsonl(folder / "metrics.jsonl", "train")
-    assert abs(first["margin"]) / beta < 1e-4
+    assert abs(first["reward_margin"]) / beta < 1e-4
     assert not list(folder.glob("cache/*"))  # the file's scores were used, none were computed
     folder = go("other", *run, "--reference_model", other_model)
     (first,) = read_jsonl(folder / "metrics.jsonl", "train")
-    assert abs(first["margin"]) / beta > 0.05
+    assert abs(first["reward_margin"]) / beta > 0.05
 
 
 def test_sigterm_saves_and_is_no_success(typed, text_jsonl, tmp_path):

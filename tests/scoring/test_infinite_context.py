@@ -6,18 +6,18 @@ import weakref
 import pytest
 import torch
 
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.placing import apply_plan
 from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.losses.tokens import IGNORE, token_scores
+from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.scoring.forward import batch_loss, pair_hidden, text_hidden
-from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
+from rwkv_rlhf.scoring.forward import answer_hidden, batch_loss, in_chunks, text_hidden
+from rwkv_rlhf.scoring.infinite_context import ChunkOptions, run_in_chunks
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from tests.conftest import random_tensors
-from tests.model.test_model import build
+from tests.support.models import build, random_tensors
 
 
 def texts(*lengths):
@@ -39,36 +39,24 @@ def gradients(model, value):
     return found
 
 
-def weigh(parts):
+def weigh(scores):
     generator = torch.Generator().manual_seed(6)
-    return sum((x * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)).sum() for x in parts)
+    draw = lambda x: torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)  # noqa: E731
+    return sum((x * draw(x)).sum() for x in scores.values())
 
 
 def scorer(model, targets):
-    def score(hidden, here):
-        scores = token_scores(model.head, hidden, targets[here], want_mean=True, want_max=True)
-        return scores.logp, scores.mean_logp, scores.max_logit
+    def score(hidden, span):
+        return token_scores(model.head, hidden, targets[span], RequiredStats(mean=True, max=True)).present()
 
     return score
 
 
-def text_pieces(batch, length):
-    pieces = Pieces(length)
-    pieces.add_row(batch.tokens, batch.starts)
-    return pieces
-
-
-def pair_pieces(batch, length):
-    pieces = Pieces(length)
-    ends = pieces.add_row(batch.prompts, batch.prompt_starts, keep=True, scored=False)
-    pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(2)])
-    return pieces
-
-
-def compare(model, whole, parts, limit):
-    for one, two in zip(whole, parts, strict=True):
-        assert torch.allclose(one, two, rtol=limit, atol=limit)
-    want, got = gradients(model, weigh(whole)), gradients(model, weigh(parts))
+def compare(model, whole, chunked, limit):
+    assert whole.keys() == chunked.keys() and len(whole) == 3
+    for name, scores in whole.items():
+        assert torch.allclose(scores, chunked[name], rtol=limit, atol=limit), name
+    want, got = gradients(model, weigh(whole)), gradients(model, weigh(chunked))
     assert want.keys() == got.keys() and len(want) > 3
     for name, grad in want.items():
         scale = grad.abs().max().clamp_min(1e-3)
@@ -82,7 +70,7 @@ def test_packed_documents_in_chunks_equal_one_pass(version, length):
     batch = texts(8, 1, 2, 14, 3)
     score = scorer(model, batch.targets)
     whole = score(text_hidden(model, batch), slice(None))
-    compare(model, whole, piecewise(model, text_pieces(batch, length), score), 1e-10)
+    compare(model, whole, run_in_chunks(model, in_chunks(batch, length), score), 1e-10)
 
 
 @pytest.mark.parametrize("length", [1, 4, 100])
@@ -92,12 +80,12 @@ def test_pairs_in_chunks_equal_one_pass(version, length):
     model = build(random_tensors(version, n_layer=2), torch.float64)
     batch = pairs()
     score = scorer(model, batch.targets)
-    whole = score(pair_hidden(model, batch), slice(None))
-    compare(model, whole, piecewise(model, pair_pieces(batch, length), score), 1e-10)
+    whole = score(answer_hidden(model, batch), slice(None))
+    compare(model, whole, run_in_chunks(model, in_chunks(batch, length), score), 1e-10)
 
 
 def long_batch():
-    """A document over many pieces, one of two tokens, one without a trained token, an empty one."""
+    """A document over many chunks, one of two tokens, one without a trained token, an empty one."""
     generator = torch.Generator().manual_seed(8)
     rows = [torch.randint(300, (n,), generator=generator).numpy() for n in (23, 2, 6, 1)]
     masks = [None, None, torch.zeros(6, dtype=torch.bool).numpy(), None]
@@ -109,18 +97,21 @@ def preference_batch(reference):
     return dataclasses.replace(batch, reference=torch.full((3, 2), -1.5) if reference else None)
 
 
-LOSS_CASES = [name for name, loss in LOSSES.items() if loss.kind in ("text", "pairs") and name != "distillation"]
+# KTO runs in chunks in tests/runs/test_preference_runs.py, distillation in tests/runs/test_distillation.py
+LOSS_CASES = [
+    name for name, facts in tables.LOSSES.items() if name in LOSSES and facts.data != "rated" and not facts.teacher
+]
 
 
 @pytest.mark.parametrize("name", LOSS_CASES)
 def test_every_loss_is_that_of_one_long_pass(name):
-    """Value, metrics and gradients, in float64; a piece without a trained token is harmless."""
+    """Value, metrics and gradients, in float64; a chunk without a trained token is harmless."""
     model = build(random_tensors("x070", n_layer=2), torch.float64)
-    loss = LOSSES[name]
-    batch = long_batch() if loss.kind == "text" else preference_batch(loss.needs_reference)
+    loss, text = LOSSES[name], tables.LOSSES[name].data == "text"
+    batch = long_batch() if text else preference_batch(loss.facts.reference)
     found = []
     for length in (0, 4):
-        config = Config(loss=name, smoothing=0.1 if loss.kind == "text" else 0.0, infctx=length > 0, chunk_ctx=length)
+        config = Config(loss=name, smoothing=0.1 if text else 0.0, infctx=length > 0, chunk_ctx=length)
         value, metrics = batch_loss(model, batch, loss, config)
         found.append((value.detach(), metrics, gradients(model, value)))
     (whole, logged, want), (value, metrics, got) = found
@@ -144,21 +135,21 @@ def test_a_sample_with_nothing_to_train_is_harmless(rows):
 
 
 @pytest.mark.parametrize("name", ["keeping", "sums"])
-def test_memory_of_one_piece_is_free_before_the_next(name):
-    """If this breaks, two pieces' gradients lie in memory at once, which is as much as the model again."""
+def test_memory_of_one_chunk_is_free_before_the_next(name):
+    """If this breaks, two chunks' gradients lie in memory at once, which is as much as the model again."""
     model = build(random_tensors("x070", n_layer=2), torch.float64)
     batch = texts(24)
     alive: list[weakref.ref] = []
 
-    def score(hidden, here):
-        assert not any(found() is not None for found in alive), "the piece before is still there"
+    def score(hidden, span):
+        assert not any(found() is not None for found in alive), "the chunk before is still there"
         if hidden.requires_grad:
             alive[:] = [weakref.ref(hidden)]
-        scores = token_scores(model.head, hidden, batch.targets[here]).logp
-        return (scores.sum()[None] if name == "sums" else scores,)
+        scores = token_scores(model.head, hidden, batch.targets[span]).logp
+        return {"logp": scores.sum()[None] if name == "sums" else scores}
 
-    (found,) = piecewise(model, text_pieces(batch, 5), score, sums=name == "sums")
-    found.sum().backward()
+    found = run_in_chunks(model, in_chunks(batch, 5), score, ChunkOptions(sums=name == "sums"))
+    found["logp"].sum().backward()
     assert alive
 
 
@@ -167,23 +158,24 @@ def test_memory_of_one_piece_is_free_before_the_next(name):
 def test_adapters_packed_matrices_and_recomputed_blocks(mode, quant):
     """float32, with a dropout that must draw in the second run what it drew in the first."""
     torch.manual_seed(0)
-    model = build(random_tensors("x060", n_layer=2, n_embd=128, head_size=64), torch.float32, grad_cp=True)
+    tensors = random_tensors("x060", n_layer=2, n_embd=128, head_size=64)
     plan = make_plan(mode, 2, rank=4, alpha=8.0, dropout=0.0, lr_init=1.0, lr_final=1.0)
-    apply_plan(model, plan, quant=quant, compute_dtype=torch.float32)
+    model, _ = build_model(tensors, BuildOptions(torch.float32, plan=plan, quant=quant, grad_cp=True))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
     batch = texts(9, 14)
     score = scorer(model, batch.targets)
-    compare(model, score(text_hidden(model, batch), slice(None)), piecewise(model, text_pieces(batch, 5), score), 1e-4)
+    compare(
+        model, score(text_hidden(model, batch), slice(None)), run_in_chunks(model, in_chunks(batch, 5), score), 1e-4
+    )
 
 
 def test_dropout_draws_the_same_in_both_runs():
     """If this breaks, the gradient belongs to another network than the loss."""
-    model = build(random_tensors("x070", n_layer=2), torch.float64)
     plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.5, lr_init=1.0, lr_final=1.0)
-    apply_plan(model, plan, compute_dtype=torch.float64)
+    model, _ = build_model(random_tensors("x070", n_layer=2), BuildOptions(torch.float64, plan=plan))
     model.train()
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("key.lora_B"))
     batch, step = texts(9, 14), 1e-6
@@ -191,7 +183,7 @@ def test_dropout_draws_the_same_in_both_runs():
 
     def value():
         torch.manual_seed(5)
-        return weigh(piecewise(model, text_pieces(batch, 5), score))
+        return weigh(run_in_chunks(model, in_chunks(batch, 5), score))
 
     slope = gradients(model, value())[name]
     with torch.no_grad():
@@ -206,7 +198,7 @@ def test_truncated_cuts_the_gradient_within_a_segment_only():
     model = build(random_tensors("x070", n_layer=2), torch.float64)
     batch = texts(12)
     score = scorer(model, batch.targets)
-    truncated = gradients(model, weigh(piecewise(model, text_pieces(batch, 4), score, truncated=True)))
+    truncated = gradients(model, weigh(run_in_chunks(model, in_chunks(batch, 4), score, ChunkOptions(truncated=True))))
     exact = gradients(model, weigh(score(text_hidden(model, batch), slice(None))))
     generator = torch.Generator().manual_seed(6)
     weights = [torch.randn(11, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -214,7 +206,7 @@ def test_truncated_cuts_the_gradient_within_a_segment_only():
     for begin in range(0, 11, 4):
         here = slice(begin, min(begin + 4, 11))
         hidden, state = model(batch.tokens[None, here], state and state.detach())
-        total = total + sum((x * w[here]).sum() for x, w in zip(score(hidden[0], here), weights))
+        total = total + sum((x * w[here]).sum() for x, w in zip(score(hidden[0], here).values(), weights, strict=True))
     wanted = gradients(model, total)
     assert all(torch.allclose(truncated[k], wanted[k], atol=1e-10) for k in wanted)
     assert any(not torch.allclose(exact[k], wanted[k], atol=1e-4) for k in wanted)
@@ -224,7 +216,10 @@ def test_states_wait_in_host_memory_unchanged():
     model = build(random_tensors("x070", n_layer=2), torch.float64)
     batch = pairs()
     score = scorer(model, batch.targets)
-    found = [gradients(model, weigh(piecewise(model, pair_pieces(batch, 3), score, offload=x))) for x in (False, True)]
+    found = [
+        gradients(model, weigh(run_in_chunks(model, in_chunks(batch, 3), score, ChunkOptions(offload=x))))
+        for x in (False, True)
+    ]
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
@@ -234,5 +229,5 @@ def test_gradients_arrive_once():
     batch, arrived = pairs(), []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
-    weigh(piecewise(model, pair_pieces(batch, 3), scorer(model, batch.targets))).backward()
+    weigh(run_in_chunks(model, in_chunks(batch, 3), scorer(model, batch.targets))).backward()
     assert len(arrived) == len(set(arrived)) > 30

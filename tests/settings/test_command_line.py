@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser, UsageError, as_flags, parse, run, spelled
 from rwkv_rlhf.settings.config import Config, settings
-from rwkv_rlhf.settings.constraints import CONSTRAINTS, SETTINGS_OF
+from rwkv_rlhf.settings.constraints import CONSTRAINTS
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 
 SIZES = "--load_model M --proj_dir P --vocab_size 65536 --n_layer 24 --n_embd 2048 --my_testing x070"
@@ -195,7 +196,7 @@ MISTAKES = {
     BASE
     + "--dpo --rlhf_train_file F --infctx_dataset_multiplier 2": "--infctx_dataset_multiplier 2 joins documents of",
     BASE
-    + "--dpo --rlhf_train_file F --reset_state 0": "--reset_state 0 glues documents of text; --dpo 1 trains on pairs",
+    + "--dpo --rlhf_train_file F --reset_state 0": "--reset_state 0 joins documents of text without a reset; --dpo 1",
     TEXT + "--ctx_warmup_steps 10": "--ctx_warmup_steps 10 needs --initial_ctx_len",
     TEXT + "--state_shift": "--state_shift 1 needs --state 1",
     TEXT + "--infctx --state_cp --ctx_parts 2": "--infctx 1 with --chunk_ctx and --state_cp 1 with --ctx_parts",
@@ -303,7 +304,7 @@ def test_wishes_that_have_an_effect_are_accepted():
 
 def test_flags_and_settings_are_the_same_list():
     """A setting that cannot be typed, or two with the same name, would be lost."""
-    assert set(CONSTRAINTS) and {name for names in SETTINGS_OF.values() for name in names} <= set(settings())
+    assert set(CONSTRAINTS) and {name for facts in tables.LOSSES.values() for name in facts.settings} <= set(settings())
     assert spelled("{version} {pair_file} {dpo} {lora} {unknown}") == (
         "--my_testing --rlhf_train_file --dpo --lora {unknown}"
     )
@@ -321,7 +322,7 @@ def test_as_flags_comes_back():
 def test_each_missing_part_says_so(part):
     """Every sentence of the table names what is missing, and an ordinary run does not meet it."""
     assert re.search(r"not built yet|built yet|not read yet", part.sentence)
-    assert not part.wanted(Config(load_model="M", data_file="D", loss="sft"))
+    assert not part.wanted(getattr(Config(load_model="M", data_file="D", loss="sft"), part.setting))
 
 
 def leave(main, words=()):

@@ -3,13 +3,14 @@
 Legend: T tokens, n pairs, A answer tokens, C width, V vocabulary.
 """
 
-from types import SimpleNamespace
-
 import torch
 from torch import nn
 
+from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.losses.tokens import IGNORE
+from rwkv_rlhf.losses.tokens import TokenScores
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.tables import LOSSES as FACTS
 
 C, V = 5, 11
 CHUNKS = (1, 3, 1000)
@@ -18,7 +19,7 @@ STARTS = torch.tensor([0, 4, 6, 11, 12])
 ANSWERS = torch.tensor([3, IGNORE, 0, 7, 10, 0, 1, 2, 3, 4, 0, 9])
 TEXT = torch.tensor([3, IGNORE, 0, 7, 10, 0, IGNORE, 2])
 REFERENCE = torch.tensor([[-7.0, -5.5], [-11.0, -2.0]], dtype=torch.float64)
-PAIR_LOSSES = sorted(name for name, loss in LOSSES.items() if loss.kind == "pairs")
+PAIR_LOSSES = [name for name in LOSSES if FACTS[name].data == "pairs"]
 
 
 def head_and_hidden(rows, dtype=torch.float64):
@@ -27,61 +28,51 @@ def head_and_hidden(rows, dtype=torch.float64):
 
 def config(**changes):
     """The settings that losses read, at the program's defaults."""
-    values = {
-        "head_chunk": 1024,
-        "l2wrap": None,
-        "smoothing": 0.0,
-        "dpo_beta": 0.01,
-        "dpo_alpha": 0.1,
-        "dpo_loss": "sigmoid",
-        "dpo_logp": "sum",
-        "dpo_label_smoothing": 0.0,
-        "orpo_alpha": 0.01,
-        "orpo_mode": "mean",
-        "temperature": 2.0,
-        "alpha": 0.5,
-        "kd": "forward",
-        "kd_tail": True,
-        "simpo_alpha": 0.0,
-        "simpo_beta": 2.0,
-        "simpo_gamma": 1.0,
-        "cpo_alpha": 1.0,
-        "cpo_beta": 0.1,
-        "kto_beta": 0.1,
-        "kto_desirable_weight": 1.0,
-        "kto_undesirable_weight": 1.0,
-        "wpo_alpha": 0.0,
-        "wpo_beta": 0.01,
-    }
-    return SimpleNamespace(**(values | changes))
+    return Config(**({"smoothing": 0.0, "kd_tail": True} | changes))
 
 
-def pair_batch():
-    return SimpleNamespace(targets=ANSWERS, starts=STARTS, reference=REFERENCE, total=2.0)
+def text_batch(targets=TEXT, **teacher):
+    return TextBatch(targets.clamp(min=0), targets, torch.tensor([0, len(targets)]), float(len(targets)), **teacher)
 
 
-def text_batch():
+def taught_batch():
     """With the three largest logits of a teacher that is sure of other tokens."""
     values, indices = torch.randn(len(TEXT), V, dtype=torch.float64).topk(3, dim=1)
-    return SimpleNamespace(targets=TEXT, top_values=values, top_indices=indices, top_lse=values.logsumexp(1) + 0.5)
+    return text_batch(top_values=values, top_indices=indices, top_lse=values.logsumexp(1) + 0.5)
 
 
-def rated_batch(kl=0.4):
-    """The four answers as rated ones: good, bad, bad, good."""
-    return SimpleNamespace(
-        targets=ANSWERS,
-        starts=STARTS,
-        reference=REFERENCE.flatten(),
-        good=torch.tensor([True, False, False, True]),
-        good_total=2.0,
-        total=4.0,
-        kl=torch.tensor(kl, dtype=torch.float64),
+def answers_of(targets, starts, per_prompt):
+    """The token tensors of answers to prompts of one token."""
+    no_prompts = torch.zeros((len(starts) - 1) // per_prompt + 1, dtype=torch.int64)
+    return torch.zeros(0, dtype=torch.int64), no_prompts, targets.clamp(min=0), targets, starts
+
+
+def pair_batch(targets=ANSWERS, starts=STARTS, reference=REFERENCE):
+    return PairBatch(*answers_of(targets, starts, 2), reference=reference, total=float(len(starts) // 2))
+
+
+def rated_batch(kl=0.4, targets=ANSWERS, starts=STARTS, reference=REFERENCE, good=(True, False, False, True)):
+    """The answers as rated ones: good, bad, bad, good."""
+    return RatedBatch(
+        *answers_of(targets, starts, 1),
+        reference=reference.flatten(),
+        total=float(len(good)),
+        good=torch.tensor(good),
+        good_total=float(sum(good)),
+        kl=torch.tensor(kl, dtype=reference.dtype),
     )
 
 
 def batch_of(name):
     """A batch of the kind that the loss takes."""
-    return {"text": text_batch, "pairs": pair_batch, "rated": rated_batch}[LOSSES[name].kind]()
+    return {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch}[FACTS[name].data]()
+
+
+def scored_answers(*sums_and_counts):
+    """(scores of tokens, targets, starts) of answers of which each has a sum of log-probabilities and a token count."""
+    logp = torch.cat([torch.full((count,), total / count) for total, count in sums_and_counts])
+    counts = torch.tensor([0, *(count for _, count in sums_and_counts)])
+    return TokenScores(logp), torch.zeros(len(logp), dtype=torch.int64), counts.cumsum(0)
 
 
 def probabilities(head, hidden):

@@ -1,6 +1,10 @@
 """Fresh models of every version. Nothing but PyTorch is needed: tests/gpu_check.py runs where there is nothing else."""
 
+import torch
+
 from rwkv_rlhf.model.initial import initial_tensors
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.model.sizes import sizes_of
 
 
 def any_initial_tensors(version, *sizes):
@@ -11,3 +15,27 @@ def any_initial_tensors(version, *sizes):
     tensors = {name: t[:, 0] if name.endswith(("_decay", "_faaaa")) else t for name, t in tensors.items()}
     gate = ("mix_g", "gate.weight") if version == "x050" else ()
     return {name: t for name, t in tensors.items() if not name.endswith(gate)}
+
+
+def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1):
+    """A checkpoint in which no tensor is zero, so that every path of the model shows in the logits."""
+    tensors = any_initial_tensors(version, n_layer, n_embd, vocab_size, head_size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in tensors.items():
+        noise = torch.randn(value.shape, generator=generator)
+        if name == "emb.weight":
+            tensors[name] = noise
+        elif name == "head.weight":
+            tensors[name] = noise / n_embd**0.5
+        elif value.dim() == 2 and "r_k" not in name:
+            tensors[name] = value + noise * 0.5 / max(value.shape) ** 0.5
+        else:
+            tensors[name] = value + noise * 0.1
+    return tensors
+
+
+def build(tensors, dtype=torch.float32, **settings):
+    """A plain model of these tensors."""
+    model = RWKV(sizes_of(tensors), compute_dtype=dtype, **settings)
+    model.load_state_dict({k: v for k, v in tensors.items() if k in model.state_dict()})
+    return model.to(dtype)

@@ -1,50 +1,24 @@
 """What --dry_run says of memory is what a run takes: packed models are loaded one layer at a time."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import build_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.commands import make_binidx, train
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.model.initial import TABLES, initial_tensors
+from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.plan import make_plan
+from rwkv_rlhf.settings.config import new_versions
 from rwkv_rlhf.training.memory import block_bytes, state_bytes, weights_by_storage
-from tests.conftest import VOCAB
+from tests.support.files import VOCAB
+from tests.support.processes import run_program
 
-ROOT = Path(__file__).resolve().parents[2]
 NUMBERS = {2: torch.bfloat16, 4: torch.float32}  # by their bytes
-
-# in a process of its own: what was imported and run once before does not count
-LOADING = """
-import sys
-from pathlib import Path
-import torch
-from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.layers.stores import store_class
-from rwkv_rlhf.training.memory import loading_peak, weights_by_storage
-from rwkv_rlhf.training.start import start
-
-def field(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-small = torch.randn(64, 64)
-store_class("nf4").pack(small).unpack()
-torch.linalg.svd(torch.linalg.qr(small).Q)
-base, mode, quant = sys.argv[1:]
-words = ["--load_model", base, "--peft", mode, "--data_file", "x", "--quant_mode", quant, "--lora_r", "16"]
-config = parse(words)
-before = field("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-ready = start(config, Path(base).parent)
-print(field("VmHWM") - before, field("VmRSS") - before, loading_peak(ready), *weights_by_storage(ready.model).values())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +35,14 @@ def large(tmp_path_factory):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("mode", "quant"), [("lora", "nf4"), ("pissa", "int8")])
+@pytest.mark.slow
+@pytest.mark.xdist_group("large_model")
 def test_loading_takes_what_the_plan_says(large, mode, quant):
     """If this breaks, a model that fits in memory packed does not get there: its dense form was there first."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this kernel does not forget a peak")
     pytest.importorskip("bitsandbytes")
-    done = subprocess.run(
-        [sys.executable, "-c", LOADING, str(large), mode, quant], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    peak, after, estimate, *weights = map(int, done.stdout.split())
+    peak, after, estimate, *weights = map(int, run_program("loading_peak", large, mode, quant).split())
     assert peak <= 1.1 * estimate, (peak, estimate)
     assert peak >= 0.8 * estimate, (peak, estimate)
     assert after <= 1.15 * sum(weights), (after, weights)
@@ -111,57 +83,6 @@ def test_the_dry_run_counts_what_a_step_runs(script, base_model, vocab_file, tex
     assert step > 30 and 4 * 30 < whole < 4 * step  # both answers of two pairs, and their prompts
 
 
-# a step in a process of its own; what stays small (libraries, a tiny model's first step) is there before it begins
-STEP = """
-import sys
-from pathlib import Path
-import torch
-from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.data.batch import TextExample, pack_texts
-from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.checkpoints.loading import build_model
-from rwkv_rlhf.model.initial import initial_tensors
-from rwkv_rlhf.plan import plan_for
-from rwkv_rlhf.host_memory import keep_pages, return_pages
-from rwkv_rlhf.scoring.forward import batch_loss
-from rwkv_rlhf.training.memory import memory_by_part
-from rwkv_rlhf.training.optimizers import OPTIMIZERS, parameter_groups
-from rwkv_rlhf.precision import DTYPES
-
-def field(name):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-def run(words, layers, width, vocabulary, tokens):
-    config = parse(words)
-    plan = plan_for(config, layers)
-    made = initial_tensors(config.version, layers, width, vocabulary, 64)
-    form = {"compute_dtype": DTYPES[config.precision], "plan": plan, "quant": config.storage, "grad_cp": config.grad_cp}
-    return_pages()
-    model, _ = build_model(made, **form)
-    del made
-    keep_pages()
-    model.train()
-    groups = parameter_groups(model, plan, config.version, True)
-    optimizer = OPTIMIZERS["adamw"](groups, (0.9, 0.99), 1e-8)
-    for step in range(2):
-        batch = pack_texts([TextExample(torch.randint(1, vocabulary, (tokens + 1,)).numpy())])
-        value, _ = batch_loss(model, batch, LOSSES["sft"], config)
-        (value / batch.total).backward()
-        del value
-        optimizer.step()
-        optimizer.zero_grad()
-    return sum(memory_by_part(config, model, tokens, gpu=False).device.values())
-
-words = sys.argv[1:]
-run(words, 2, 64, 128, 16)
-before = field("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")
-estimate = run(words, 4, 256, 4096, 4096)
-print(field("VmHWM") - before, estimate)
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     "words",
@@ -171,16 +92,14 @@ print(field("VmHWM") - before, estimate)
         "--precision bf16 --grad_cp 0 --peft lora --quant_mode nf4",
     ],
 )
+@pytest.mark.slow
 def test_a_step_takes_what_the_plan_says(words):
     """If this breaks, a run that the plan promised to fit dies, or one that fits is never tried. Within 35%."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this kernel does not forget a peak")
     pytest.importorskip("bitsandbytes")
     always = "--my_testing x070 --sft 1 --load_model x --data_file x"
-    command = [sys.executable, "-c", STEP, *always.split(), *words.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    peak, estimate = map(int, done.stdout.split())
+    peak, estimate = map(int, run_program("step_peak", *always.split(), *words.split()).split())
     assert 0.74 * peak <= estimate <= 1.35 * peak, (peak, estimate)
 
 
@@ -193,14 +112,16 @@ def test_a_shape_weighs_what_the_model_of_that_shape_does(mode, quant):
     tensors = initial_tensors("x070", 2, 96, 50, 32, 1)
     plan = make_plan(mode, 2, rank=3 if mode != "bone" else 32, lr_init=1.0, lr_final=1.0, layers="1")
     form = {"plan": plan, "quant": quant, "compute_dtype": torch.bfloat16}
-    model, report = build_model(tensors, **form)
-    shape, planned = build_model({name: tensor.to("meta") for name, tensor in tensors.items()}, device="meta", **form)
+    model, report = build_model(tensors, BuildOptions(**form))
+    shape, planned = build_model(
+        {name: tensor.to("meta") for name, tensor in tensors.items()}, BuildOptions(device="meta", **form)
+    )
     assert weights_by_storage(shape) == weights_by_storage(model)
     assert (planned.trained, planned.frozen, planned.packed) == (report.trained, report.frozen, report.packed)
     assert state_bytes(shape) == state_bytes(model)
 
 
-@pytest.mark.parametrize("version", TABLES)
+@pytest.mark.parametrize("version", new_versions())
 @pytest.mark.parametrize(("dropout", "twins", "width"), [(0.0, False, 4), (0.1, False, 4), (0.0, True, 2)])
 def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, width):
     """If this breaks, a kernel, its plain twin or a block keeps more of each token than the plan knows. Within 15%."""
@@ -208,7 +129,7 @@ def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, 
         monkeypatch.setattr(elementwise, "_runs_on_host", lambda *_: False)
     mode = "lora" if dropout or twins else "full"  # the casts of masters are counted apart
     plan = make_plan(mode, 2, rank=4, dropout=dropout, lr_init=1.0, lr_final=1.0)
-    model, _ = build_model(initial_tensors(version, 2, 256, 64, 64, 1), plan=plan, compute_dtype=NUMBERS[width])
+    model, _ = build_model(initial_tensors(version, 2, 256, 64, 64, 1), BuildOptions(NUMBERS[width], plan=plan))
     model.train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -225,6 +146,7 @@ def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, 
     assert planned == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_shape_is_planned_without_any_file(script):
     """14 billion parameters in nf4 with LoRA: the plan says what 65,536 tokens take, and where the states wait."""
     words = ["--dry_run", 1, "--dry_run_shape", "L61-D4096:V65536", "--peft", "lora", "--ctx_len", 65536, "--infctx", 1]

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rwkv_rlhf.layers.placing import Layout
 
@@ -24,7 +24,7 @@ class MergeShares:
     rows: Mapping[str, float] | None = None
 
     def of(self, name: str) -> float:
-        """The coefficient of a tensor or a layer, such as `blocks.3.att.key`."""
+        """The share of a tensor or a layer, such as `blocks.3.att.key`."""
         if self.rows is None:
             return 1.0
         words = name.split(".")
@@ -64,12 +64,12 @@ def parse_merge_shares(text: str, n_layer: int) -> MergeShares:
         return ValueError(f"--layer_filter {text!r}: {word!r} {why}")
 
     for word in text.replace(",", " ").split():
-        match: Any = re.fullmatch(r"(?:([0-9.eE+-]+)\*)?(?:(emb|head)|(\d+)(?:-(\d+))?)", word)
+        match = re.fullmatch(r"(?:([0-9.eE+-]+)\*)?(?:(emb|head)|(\d+)(?:-(\d+))?)", word)
         try:
             factor = float(match[1] or 1.0) if match else math.nan
         except ValueError:
             factor = math.nan
-        if not (match and 0 <= factor < math.inf):
+        if match is None or not 0 <= factor < math.inf:
             raise wrong(word, "is not rows such as 3, 0-3, emb or head, with an optional factor as in 0.2*4-24")
         if match[2]:
             named = [match[2]]

@@ -9,26 +9,28 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, open_adapter, parts_of
+from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFile, AdapterFlags, check_base, cold_of, open_adapter
 from rwkv_rlhf.checkpoints.loading import (
+    BuildOptions,
     adopt_forms,
     build_model,
     checkpoint_tensors,
     copy_into,
-    key_diff,
     plain_model,
-    read_tensors,
+    tensors_of,
 )
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares
+from rwkv_rlhf.checkpoints.tensor_files import key_diff, read_tensors
 from rwkv_rlhf.layers.adaptation import RankError
-from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
-from rwkv_rlhf.layers.placing import Layout, Report, adapter_for, known_factors, matrices
+from rwkv_rlhf.layers.linear import StorageSpec
+from rwkv_rlhf.layers.placing import Layout, Report, layer_factors, matrices, wrapped
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import is_state
@@ -64,47 +66,47 @@ def _naming(source: str | Path) -> Iterator[None]:
 def combined_model(
     base: Mapping[str, Tensor],
     adapter: Mapping[str, Tensor],
-    layout: Layout,
+    options: BuildOptions,
     *,
-    compute_dtype: torch.dtype,
     source: str | Path = "the adapter",
     base_source: str | Path = "the base model",
-    **build: Any,
+    reopen: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> tuple[RWKV, Report]:
-    """Base and checkpoint as they ran in training. `build` goes to `build_model`. Raises ValueError, with key diffs.
+    """Base and checkpoint as they ran in training, by `options.layout`. Raises ValueError, with key diffs.
 
-    What trained still asks for a gradient. `source` and `base_source` name the two in messages.
+    What trained still asks for a gradient. `source` and `base_source` name the two in messages; `reopen` is
+    that of `build_model`.
     """
-    _check_names(base, adapter, layout, source)
+    assert options.layout is not None
+    _check_names(base, adapter, options.layout, source)
     with _naming(source):
-        model, report = build_model(base, compute_dtype=compute_dtype, layout=layout, source=base_source, **build)
+        model, report = build_model(base, options, source=base_source, reopen=reopen)
     adopt_forms(model, adapter)
-    copy_into(model, adapter, checkpoint_tensors(model), source)
+    copy_into(checkpoint_tensors(model), adapter, source)
     return model, report
 
 
 def load_combined(
     base: str | Path,
     checkpoint: str | Path,
+    options: BuildOptions,
+    flags: AdapterFlags = NO_FLAGS,
     *,
-    compute_dtype: torch.dtype,
-    quant: str | None = None,
-    scaling: float | None = None,
-    alpha: float | None = None,
     initial_file: str = "",
     cold: str = "",
     force: bool = False,
-    **build: Any,
 ) -> tuple[RWKV, Report]:
     """The model of two files, for chat and evaluation; the sidecar tells adapters, scaling and storage.
 
     Nothing of it needs a gradient. Raises ValueError as `check_base`, `open_adapter`, `cold_of`.
     """
-    file = open_adapter(checkpoint, scaling=scaling, alpha=alpha, quant=quant, initial_file=initial_file, force=force)
+    file = open_adapter(checkpoint, flags, initial_file=initial_file, force=force)
     check_base(file.sidecar, base, force=force)
     read = base_reader(base, cold_of(checkpoint, file.sidecar, cold, force=force), force=force)
-    build |= {"source": checkpoint, "base_source": base, "reopen": read, "initial": file.initial or None}
-    model, report = combined_model(shapes(read()), file.tensors, file.layout, compute_dtype=compute_dtype, **build)
+    options = replace(options, layout=file.layout, initial=file.initial or None)
+    model, report = combined_model(
+        shapes(read()), file.tensors, options, source=checkpoint, base_source=base, reopen=read
+    )
     return model.requires_grad_(False).eval(), report
 
 
@@ -116,7 +118,7 @@ def base_reader(
     *,
     force: bool = False,
 ) -> Callable[[], Mapping[str, Tensor]]:
-    """A function that reads the base anew, with the adapter `cold` merged into each matrix when it is asked for.
+    """A function that opens the base again, with the adapter `cold` merged into each matrix when that is read.
 
     Raises ValueError when the two do not fit. initial_file: PiSSA's factors of `cold`, if they are not beside it.
     force: also when `cold` was trained on another base.
@@ -131,8 +133,7 @@ def base_reader(
     below = base_reader(base, cold_of(cold, file.sidecar, force=force), device, force=force)
 
     def read() -> Merged:
-        fresh = AdapterFile(file.path, read_tensors(file.path), file.sidecar, file.layout, file.initial)
-        return Merged(below(), fresh, device=device)
+        return Merged(below(), replace(file, tensors=read_tensors(file.path)), device=device)
 
     read()  # refuses what does not fit now, not in the middle of the loading
     log.info("cold adapter: %s is merged into %s", cold, base)
@@ -144,7 +145,7 @@ class Merged(Mapping[str, Tensor]):
 
     Names, shapes and dtypes are those of `base`; a learnt state may be new. Each matrix is what `merged()` of its layer
     says: one that was packed in training is packed and unpacked first, so that the result is what was trained. Sums are
-    float32 and rounded once. A tensor of a layer with the coefficient c is base + c (merged - base), whatever it is: a
+    float32 and rounded once. A tensor of a layer with the share c is base + c (merged - base), whatever it is: a
     low-rank update, a whole matrix, a LayerNorm or a state. Raises ValueError when the two do not fit.
     """
 
@@ -160,7 +161,7 @@ class Merged(Mapping[str, Tensor]):
         self.shares = shares or MergeShares()
         known = shapes(base)
         _check_names(known, file.tensors, file.layout, file.path)
-        self.plain = dict(matrices(plain_model(sizes_of(known), compute_dtype=torch.float32)))
+        self.plain = dict(matrices(plain_model(sizes_of(known), torch.float32)))
         new = [name for name in file.layout.trained if name not in base and self.shares.of(name)]
         self.names = [*base, *sorted(new)]
 
@@ -197,21 +198,21 @@ class Merged(Mapping[str, Tensor]):
         return after.to(device="cpu", dtype=before.dtype)
 
     def _matrix(self, name: str, weight: Tensor) -> Tensor:
-        file, plain = self.file, self.plain[name]
-        with _naming(file.path):
-            layer: Linear | Embedding = adapter_for(name, plain, file.layout) or plain
-        store = file.layout.store if name in file.layout.packed else "none"
-        known = known_factors(layer, name, file.initial) if layer.initial else None
-        layer.load_weight(weight, StorageSpec(torch.float32, self.device, store, initial=known))
-        parts = parts_of(layer.adaptation.mode) if layer.adaptation else ()
-        mine = {part: file.tensors[f"{name}.{part}"] for part in parts if f"{name}.{part}" in file.tensors}
-        layer.adopt_form(mine)
-        wanted = {f"{name}.{part}": getattr(layer, part) for part in parts}
-        copy_into(layer, {f"{name}.{part}": tensor for part, tensor in mine.items()}, wanted, file.path)
-        merged = layer.merged()
-        if layer is plain:
-            layer.store, layer.weight = None, None  # only a list of layers here: keep one matrix at a time
-        return merged
+        layout, plain = self.file.layout, self.plain[name]
+        spec = StorageSpec(torch.float32, self.device, store=layout.store if name in layout.packed else "none")
+        if name not in layout.adapted:
+            plain.load_weight(weight, spec)
+            merged = plain.merged()
+            plain.store, plain.weight = None, None  # only a list of layers here: keep one matrix at a time
+            return merged
+        with _naming(self.file.path):
+            layer = wrapped(plain, name, layout.adapted[name])
+        layer.load_weight(weight, replace(spec, initial=layer_factors(layer, name, self.file.initial)))
+        tensors = tensors_of(name, layer, self.file.tensors)
+        layer.adopt_form(tensors)
+        parameters = {f"{name}.{part}": getattr(layer, part) for part in layer.tensors}
+        copy_into(parameters, {f"{name}.{part}": tensor for part, tensor in tensors.items()}, self.file.path)
+        return layer.merged()
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,11 +221,19 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def probe_logits(model: nn.Module, vocab_size: int) -> Tensor:
+def probe_logits(model: RWKV) -> Tensor:
     """Logits (T, V) float32 after each byte of a fixed text (World's tokens 1 to 256 are the single bytes)."""
-    tokens = torch.tensor([[(byte + 1) % vocab_size for byte in PROBE.encode()]])
+    tokens = torch.tensor([[(byte + 1) % model.sizes.vocab_size for byte in PROBE.encode()]])
     hidden, _ = model.eval()(tokens)
-    return model.head(hidden)[0].float()
+    logits: Tensor = model.head(hidden)
+    return logits[0].float()
+
+
+class Difference(NamedTuple):
+    """The largest difference of two models' logits, relative to their range, and what rounding allows."""
+
+    found: float
+    allowed: float
 
 
 def check_merged(
@@ -232,21 +241,22 @@ def check_merged(
     file: AdapterFile,
     merged: Mapping[str, Tensor],
     shares: MergeShares | None = None,
-) -> tuple[float, float]:
+) -> Difference:
     """Compare logits of base + adapter with those of the merged model on a probe text.
 
-    Both run in float32. Returns (largest difference relative to the range of the logits, what rounding allows); with
-    shares other than 0 and 1 there is nothing that was trained to compare with: then (0, inf), and (inf, 0) when
-    the merged model's logits are no numbers.
+    Both run in float32. With shares other than 0 and 1 there is nothing that was trained to compare with: then (0, inf)
+    or, when the merged model's logits are no numbers, (inf, 0).
     """
-    shown = shares or MergeShares()
-    after = probe_logits(build_model(merged, compute_dtype=torch.float32, share=True)[0], sizes_of(base).vocab_size)
-    if not shown.whole:
-        return (0.0, math.inf) if bool(after.isfinite().all()) else (math.inf, 0.0)
-    layout, tensors = shown.of_layout(file.layout), shown.of_tensors(file.tensors)
-    build = {"compute_dtype": torch.float32, "share": True, "initial": file.initial or None}
-    before = probe_logits(combined_model(base, tensors, layout, **build)[0], sizes_of(base).vocab_size)
+    merge_shares = shares or MergeShares()
+    options = BuildOptions(torch.float32, share=True)
+    after = probe_logits(build_model(merged, options)[0])
+    if not merge_shares.whole:
+        finite = bool(after.isfinite().all())
+        return Difference(0.0, math.inf) if finite else Difference(math.inf, 0.0)
+    layout, tensors = merge_shares.of_layout(file.layout), merge_shares.of_tensors(file.tensors)
+    options = replace(options, layout=layout, initial=file.initial or None)
+    before = probe_logits(combined_model(base, tensors, options)[0])
     difference = (before - after).abs().max() / (before.max() - before.min()).clamp(min=1e-12)
     changed = {base[f"{name}.weight"].dtype for name in layout.adapted.keys() | layout.packed}
     changed |= {merged[name].dtype for name in layout.trained}
-    return float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5)
+    return Difference(float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5))

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.checkpoints.loading import write_atomic
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree, write_tree
-from rwkv_rlhf.files import FULL, file_hash, sync_folder
+from rwkv_rlhf.files import FULL, atomic_write, file_hash, read_json_object, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ PATIENCE = 600.0  # seconds that rank 0 waits for the files of the others
 
 
 class Damaged(ValueError):
-    """The bytes of a point are not those that were written."""
+    """Bytes of a point are missing or are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,18 @@ def points_in(folder: Path) -> list[Path]:
 
 def _serial(path: Path) -> float:
     try:
-        return _manifest(path)["about"]["serial"]
+        serial: int = _manifest(path)["about"]["serial"]
+        return serial
     except Damaged:
         return float("inf")
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json_object(path / MANIFEST)
         content = {"about": manifest["about"], "files": manifest["files"]}
         whole = _digest(content) == manifest["sha256"]
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise Damaged(f"{path / MANIFEST} is missing or damaged") from error
     if not whole:
         raise Damaged(f"{path / MANIFEST} is damaged: its bytes are not those that were written")
@@ -106,7 +106,7 @@ def open_point(path: Path) -> ResumePoint:
 def last_point(folder: Path) -> ResumePoint | None:
     """The last whole point in a resume folder, None where there never was one.
 
-    Damaged ones are passed over, each said once. Raises ValueError when none is whole.
+    Damaged ones are passed over with a warning. Raises ValueError when none is whole.
     """
     wrong: list[str] = []
     for path in points_in(folder):
@@ -116,24 +116,24 @@ def last_point(folder: Path) -> ResumePoint | None:
             wrong.append(str(damage))
             continue
         for sentence in wrong:
-            log.warning("%s: going on from %s instead", sentence, point.path)
+            log.warning("%s: resuming from %s instead", sentence, point.path)
         return point
     if wrong:
-        raise ValueError(f"no resume point in {folder} is whole ({'; '.join(wrong)}): start anew without {{resume}}")
+        raise ValueError(f"no resume point in {folder} is whole ({'; '.join(wrong)}): start again without {{resume}}")
     return None
 
 
 class ResumePoints:
     """Writes the points of one run into `folder`, and keeps the last two of them.
 
-    `about` goes into every manifest. `line` is the point that the run goes on from: points of other runs are removed
-    when the first one of this run is whole.
+    `about` goes into every manifest. `resumed` is the point that the run resumes from: points of other runs are
+    removed when the first one of this run is whole.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], line: Path | None = None) -> None:
+    def __init__(self, folder: Path, about: dict[str, Any], resumed: Path | None = None) -> None:
         self.folder = folder
         self.about = about
-        self.line = [line] if line is not None and line.parent.resolve() == folder.resolve() else []
+        self.kept = [resumed] if resumed is not None and resumed.parent.resolve() == folder.resolve() else []
         self.rank, self.world, self.token = 0, 1, "0"
 
     def join(self, rank: int, world: int, token: str) -> None:
@@ -156,7 +156,8 @@ class ResumePoints:
             temporary.mkdir(parents=True, exist_ok=True)
             sha256 = write_tree(tree, temporary / _rank_file(self.rank))
             if self.rank:
-                write_atomic(sha256, temporary / f"rank-{self.rank}.sha256")
+                with atomic_write(temporary / f"rank-{self.rank}.sha256") as file:
+                    file.write(sha256.encode())
             else:
                 self._commit(place, path, temporary, {_rank_file(0): sha256} | self._others(temporary))
         except (OSError, ValueError) as error:
@@ -164,7 +165,7 @@ class ResumePoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             full = isinstance(error, OSError) and error.errno in FULL
             why = "the disk is full" if full else getattr(error, "strerror", None) or str(error)
-            before = f"{self.line[-1].name} is whole" if self.line else "there is none before it"
+            before = f"{self.kept[-1].name} is whole" if self.kept else "there is none before it"
             raise ValueError(f"the resume point {path} cannot be written: {why}; {before}") from error
         return path
 
@@ -188,7 +189,7 @@ class ResumePoints:
         serials = [serial for other in there if (serial := _serial(other)) != float("inf")]
         about = self.about | place | {"format": FORMAT, "world": self.world}
         content = {"about": about | {"serial": max(serials, default=0) + 1}, "files": files}
-        write_atomic(json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n", temporary / MANIFEST)
+        write_json(temporary / MANIFEST, content | {"sha256": _digest(content)})
         if path.exists():  # of another run, damaged, or the very same again
             aside = self.folder / f".{path.name}-old"
             os.rename(path, aside)
@@ -197,8 +198,8 @@ class ResumePoints:
         else:
             os.rename(temporary, path)
         sync_folder(self.folder)
-        self.line = [*(kept for kept in self.line if kept.name != path.name), path][-KEPT:]
-        names = {kept.name for kept in self.line}
+        self.kept = [*(point for point in self.kept if point.name != path.name), path][-KEPT:]
+        names = {point.name for point in self.kept}
         for other in there:
             if other.name not in names:
                 shutil.rmtree(other, ignore_errors=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, write_atomic
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, write_checkpoint
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.plan import is_state
@@ -46,7 +47,7 @@ def open_folder(path: str) -> Path:
 def newest_checkpoint(folder: Path) -> Path:
     """The numbered checkpoint with the largest number, else rwkv-init.pth.
 
-    One whose bytes are not those that were saved is passed over, said once. Raises ValueError when there is none left.
+    A damaged one is passed over with a warning. Raises ValueError when there is none left.
     """
     numbered = {int(m[1]): entry for entry in folder.iterdir() if (m := NUMBERED.match(entry.name))}
     for number in sorted(numbered, reverse=True):
@@ -66,7 +67,7 @@ def newest_checkpoint(folder: Path) -> Path:
 def trained_tensors(model: nn.Module, dtypes: Mapping[str, torch.dtype], save_dtype: str) -> dict[str, Tensor]:
     """What a checkpoint holds, on the CPU, in its dtype on disk; `dtypes` are those of the base file.
 
-    All ranks call this, as a tensor may be spread over them: each is put together by itself, for the first rank.
+    All ranks call this, as a tensor may be spread over them: each in turn is gathered for rank zero.
     """
     tensors = {}
     for name, parameter in checkpoint_tensors(model).items():
@@ -110,7 +111,7 @@ class RunFolder:
     def save(self, name: str) -> Path:
         """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot.
 
-        Every rank calls this, as all of them may hold parts of the tensors; the first one writes.
+        Every rank calls this, as all of them may hold parts of the tensors; rank zero writes.
         """
         path = self.folder / f"rwkv-{name}{self.suffix}"
         heartbeat(f"saving {path.name}")
@@ -119,7 +120,7 @@ class RunFolder:
             return path
         learnt = {name: tensor for name, tensor in tensors.items() if self.states and is_state(name)}
         if learnt:
-            write_atomic(learnt, self._state_path(path))
+            write_tensors(learnt, self._state_path(path))
         write_checkpoint(tensors, self.sidecar, path)
         log.info("saved %s", path)
         return path
@@ -128,7 +129,7 @@ class RunFolder:
         return path.with_name(f"{path.stem}-state{self.suffix}")
 
     def save_numbered(self, number: int) -> Path:
-        """Write `rwkv-{number}` and forget the oldest of this run beyond --keep."""
+        """Write `rwkv-{number}` and remove the oldest of this run beyond --keep."""
         path = self.save(str(number))
         self._numbered.append(path)
         while 0 < self.keep < len(self._numbered):

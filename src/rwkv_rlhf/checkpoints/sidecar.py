@@ -1,9 +1,8 @@
-"""What explains a checkpoint, saved beside it as `rwkv-{n}.json`, so that merging needs no retyped rank or alpha."""
+"""What explains a checkpoint, saved beside it as `rwkv-{n}.json`: merging needs no flags for rank or alpha."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import write_atomic
-from rwkv_rlhf.files import file_hash, parse_json, sync_folder
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
+from rwkv_rlhf.files import file_hash, read_json_object, sync_folder, write_json
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
 
 STATE_LAYOUT = "value x key"  # of every (H, N, N) state that this program writes
@@ -76,7 +76,7 @@ def write_sidecar(sidecar: Sidecar, checkpoint: str | Path) -> Path:
     """Write `sidecar` beside `checkpoint`, with the checkpoint's hash; raises ValueError when it cannot be written."""
     path = sidecar_path(checkpoint)
     sidecar = dataclasses.replace(sidecar, sha256=file_hash(checkpoint) if Path(checkpoint).exists() else "")
-    write_atomic(json.dumps(dataclasses.asdict(sidecar), indent=1) + "\n", path)
+    write_json(path, dataclasses.asdict(sidecar))
     return path
 
 
@@ -88,7 +88,7 @@ def write_checkpoint(tensors: Mapping[str, Tensor], sidecar: Sidecar, path: Path
     """
     fresh = path.with_name(f".new-{path.name}")
     try:
-        write_atomic(tensors, fresh)
+        write_tensors(tensors, fresh)
         write_sidecar(sidecar, fresh)
         os.replace(fresh, path)
         os.replace(sidecar_path(fresh), sidecar_path(path))
@@ -108,15 +108,16 @@ def read_sidecar(checkpoint: str | Path) -> Sidecar | None:
     path = sidecar_path(checkpoint)
     if not path.exists():
         return None
+    content = read_json_object(path, "a sidecar of this program")
+    if "format" not in content:
+        raise ValueError(f"{path} is not a sidecar of this program (it has no format)")
+    number = content["format"]
+    if type(number) is int and number > FORMAT:
+        raise ValueError(f"{path} has format {number}, this program reads up to {FORMAT}: update it")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        number = content["format"]
-        found = _sidecar(content) if type(number) is int and number <= FORMAT else None
+        return _sidecar(content)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a sidecar of this program ({type(error).__name__}: {error})") from error
-    if found is None:
-        raise ValueError(f"{path} has format {number}, this program reads up to {FORMAT}: update it")
-    return found
 
 
 def _sidecar(content: dict[str, Any]) -> Sidecar:
@@ -130,8 +131,8 @@ def _sidecar(content: dict[str, Any]) -> Sidecar:
     known["packed"], known["plan"] = tuple(content["packed"]), tuple(content["plan"])
     if not all(isinstance(name, str) for name in known["packed"]):
         raise TypeError("packed holds other things than names")
-    if known.get("quant_mode", "none") not in STORES:
-        raise ValueError(f"quant_mode {known['quant_mode']!r} is not one of {', '.join(STORES)}")
+    if known.get("quant_mode", "none") not in (tables.DENSE, *STORES):
+        raise ValueError(f"quant_mode {known['quant_mode']!r} is not one of {', '.join((tables.DENSE, *STORES))}")
     return Sidecar(**known)
 
 

@@ -79,24 +79,19 @@ def write_tree(tree: Any, path: Path) -> str:
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for part in (len(head).to_bytes(8, "little"), head, *tensors.values()):
-            view = memoryview(part if isinstance(part, bytes) else _bytes(part))
+        views = (memoryview(_bytes(tensor)) for tensor in tensors.values())
+        for view in (memoryview(len(head).to_bytes(8, "little") + head), *views):
             for begin in range(0, len(view), PIECE):
                 piece = view[begin : begin + PIECE]
                 digest.update(piece)
-                _write_all(file.fileno(), piece)
+                while piece:  # a single write() may take less than it is given, and none of what does not fit
+                    piece = piece[os.write(file.fileno(), piece) :]
         os.fsync(file.fileno())
     return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _write_all(handle: int, piece: memoryview) -> None:
-    """A single write() may take less than it is given, and none of what does not fit on the disk."""
-    while piece:
-        piece = piece[os.write(handle, piece) :]
 
 
 def read_tree(path: Path) -> Any:

@@ -1,11 +1,10 @@
 """JSONL + a teacher model -> an .h5 with the teacher's largest logits, for --distillation 1 --train_data_file F.h5.
 
-Documents run together, packed by their recurrent states; a long one is carried on from window to window. Each batch is
+Documents run together, packed by their recurrent states; a long one is carried on from chunk to chunk. Each batch is
 on the disk before the next one starts (OUT.part beside the output), so a run that was stopped goes on where it was,
 with no document lost or twice, and its file is the one of a run that was not stopped.
 """
 
-import errno
 import hashlib
 import logging
 from argparse import Namespace
@@ -17,16 +16,17 @@ import numpy as np
 import torch
 
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
+from rwkv_rlhf.commands.flag_groups import add_model_flags
 from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
-from rwkv_rlhf.data.grouping import grouped
-from rwkv_rlhf.data.journal import Journal
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.grouping import group_by_tokens
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
+from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.precision import NAMES, STRATEGY_HELP
+from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.teacher import top_logits
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -38,29 +38,27 @@ HEAD_CHUNK = 1024
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Write a teacher's largest logits for each token of a set of documents.")
-    flags.add_argument("--load_model", required=True, help="the teacher: a checkpoint (.pth or .safetensors)")
-    flags.add_argument("--load_adapter", default="", help="adapter laid over the teacher")
+    add_model_flags(flags, "the teacher: a checkpoint (.pth or .safetensors)")
     flags.add_argument("--load_initial_state", default="", help="not built yet; the older script ignored it")
-    flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
     flags.add_argument("--top_k", type=int, default=100, help="logits kept per token [100]")
-    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens that run together [4096]")
+    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens in one forward pass [4096]")
     add_document_flags(flags, "distillation.h5")
     return flags
 
 
 def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:
     """Neighbouring documents together up to `most` tokens; a longer document alone."""
-    return grouped(examples, lambda example: len(example.tokens), most)
+    return group_by_tokens(examples, lambda example: len(example.tokens), most)
 
 
-def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, window: int) -> list[TextExample]:
+def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, chunk: int) -> list[TextExample]:
     """The documents of one row with the teacher's K largest logits after each of their tokens."""
     device = next(model.parameters()).device
     tokens = torch.from_numpy(np.concatenate([e.tokens for e in row]).astype(np.int64)).to(device)
     ends = np.cumsum([len(e.tokens) for e in row]).tolist()
     # every token is asked about, so every target counts as trained; which they are does not matter
     batch = TextBatch(tokens, tokens, torch.tensor([0, *ends]), 1.0)
-    found = top_logits(model, batch, k, HEAD_CHUNK, window)
+    found = top_logits(model, batch, k, head_chunk=HEAD_CHUNK, chunk=chunk)
     top = TopK(found.values.float().cpu().numpy(), found.indices.cpu().numpy(), found.lse.float().cpu().numpy())
     return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
 
@@ -97,37 +95,27 @@ def main(argv: Sequence[str]) -> None:
     if flags.top_k > model.sizes.vocab_size:
         raise ValueError(f"--top_k {flags.top_k} is more than the {model.sizes.vocab_size} tokens of the vocabulary")
     about = source_of(flags, files, model, tokenizer.name)
-    journal = Journal(f"{flags.output_parquet}.part", about, flags.top_k)
-    if journal.batches:
-        log.info("%d documents were there, going on", journal.documents)
+    kept = TeacherLog(f"{flags.output_parquet}.part", about, flags.top_k)
+    if kept.batches:
+        log.info("%d documents are kept from an earlier run; going on after them", kept.documents)
     report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
-    with counted(count_lines(files), "documents", True) as done:
+    with progress_bar(count_lines(files), "documents", True) as done:
         rows = batches(examples_of(files, flags, tokenizer, report), flags.batch_tokens)
         for number, row in enumerate(rows):
-            if number >= journal.batches:
-                append(journal, with_teacher(model, row, flags.top_k, flags.batch_tokens))
+            if number >= kept.batches:
+                kept.append(with_teacher(model, row, flags.top_k, flags.batch_tokens))
             done(len(row))
-    if not journal.documents:
-        journal.remove()
+    if not kept.documents:
+        kept.remove()
         raise ValueError(f"{flags.input_folder}: holds no text ({report.rows} rows read)")
     with writing(flags.output_parquet, about, flags.top_k) as out:
-        for batch in journal:
+        for batch in kept:
             out.add(batch)
-    assert out.documents == report.examples == journal.documents
-    journal.remove()
+    assert out.documents == report.examples == kept.documents
+    kept.remove()
     for line in report.lines():
         log.info("%s", line)
     log.info(
         "wrote %d documents, %d tokens with %d logits each to %s",
         *(out.documents, out.tokens, flags.top_k, flags.output_parquet),
     )
-
-
-def append(journal: Journal, batch: Sequence[TextExample]) -> None:
-    """One more batch; a full disk is the user's to mend, and what was done before stays."""
-    try:
-        journal.append(batch)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ValueError(f"{journal.path}: the disk is full; free some space and start again to go on") from error

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import TextExample
-from rwkv_rlhf.data.grouping import NOTHING_TRAINED
-from rwkv_rlhf.data.pairs.pairs import MIXED_SEED
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
@@ -21,11 +21,9 @@ def add_document_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns documents into an .h5, by default `output`."""
     flags.add_argument("--input_folder", "--input", required=True, help="a folder of *.jsonl, or one file of text")
     flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
-    flags.add_argument("--template", default="world", help=f"of chats: one of {', '.join(TEMPLATES)} [world]")
+    add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
-    flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"of the template mixed [{MIXED_SEED}]")
-    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+    add_seed_and_skip_flags(flags, "seed of the template mixed")
 
 
 def input_files(flags: Namespace) -> list[Path]:
@@ -44,7 +42,7 @@ def input_files(flags: Namespace) -> list[Path]:
 
 def check_document_flags(flags: Namespace) -> list[Path]:
     """The files to read. Refuses, before anything slow, what could not be read or written."""
-    check_template(flags.template)
+    find_templates(flags.template)
     files = input_files(flags)
     for path in files:
         refuse_same_file(path, flags.output_parquet, "--output_parquet")
@@ -65,15 +63,15 @@ def examples_of(
             train_on_prompt=flags.train_on_prompt,
             seed=flags.random_seed,
         )
-        for ids, mask in read:
-            kind = np.int32  # half the memory of what is written
-            example = TextExample(np.asarray(ids, dtype=kind), None if mask is None else np.asarray(mask, dtype=bool))
+        for document in read:
+            tokens = np.asarray(document.tokens, dtype=np.int32)  # half the memory of what is written
+            example = TextExample(tokens, document.mask)
             if not example.trained():
                 report.skip(NOTHING_TRAINED)
                 continue
             report.examples += 1
             report.trained += example.trained()
-            report.lengths.append(len(example.tokens))
+            report.add_length(len(example.tokens))
             yield example
 
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import read_jsonl
 from rwkv_rlhf.data.sampler import magic_prime
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
-from rwkv_rlhf.data.text.documents import END
-from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer, load_tokenizer
+from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, WORLD_SIZE, Tokenizer, load_tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -30,10 +30,10 @@ def parser() -> Parser:
     flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
     flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
     flags.add_argument("--vocab_size", type=int, default=WORLD_SIZE, help=f"vocabulary size [{WORLD_SIZE}]")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    add_vocabulary_flag(flags)
     flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")
     flags.add_switch("--shuffle", default=True, help="shuffle each time; 0 keeps the file's order [1]")
-    flags.add_switch("--skip_bad", help="count and skip bad lines instead of stopping")
+    add_skip_flag(flags)
     return flags
 
 
@@ -43,11 +43,11 @@ def _encode(text: object, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     if tokenizer.decode_bytes(ids) != text.encode("utf-8", errors="surrogatepass"):
         raise RowError("the vocabulary does not give this text back", "not reversible")
-    return [*ids, END]
+    return [*ids, END_OF_DOCUMENT]
 
 
 def read_documents(path: str, tokenizer: Tokenizer, report: DataReport) -> list[np.ndarray]:
-    """Token ids of each line's text, END included; raises ValueError with file and line."""
+    """Token ids of each line's text, the end of document included; raises ValueError with file and line."""
     documents = []
     for where, record in read_jsonl(path, report):
         try:
@@ -75,7 +75,7 @@ def verify(prefix: str, documents: Sequence[np.ndarray], order: Iterator[int]) -
     count = 0
     for number, source in enumerate(order):
         if number >= len(corpus) or not np.array_equal(corpus.document(number), documents[source]):
-            raise RuntimeError(f"{corpus.bin}: document {number} reads back differently")
+            raise RuntimeError(f"{corpus.bin}: document {number} does not read back as it was written")
         count += 1
     if count != len(corpus):
         raise RuntimeError(f"{corpus.idx}: {len(corpus)} documents where {count} were written")

@@ -14,20 +14,29 @@ from pathlib import Path
 
 import torch
 
-from rwkv_rlhf.checkpoints.adapter_files import AdapterFile, check_base, cold_of, factors_path, hinting, open_adapter
-from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder, to_peft_folder
-from rwkv_rlhf.checkpoints.loading import file_sizes, write_atomic
+from rwkv_rlhf.checkpoints.adapter_files import (
+    AdapterFile,
+    AdapterFlags,
+    check_base,
+    cold_of,
+    factors_path,
+    hinting,
+    open_adapter,
+)
+from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder
+from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
-from rwkv_rlhf.layers.stores import STORES
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.plan import is_state
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.implementations import load
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".safetensors")
-WITH_STATE = ("x052", "x060")  # versions whose time_state the rwkv package reads from the model file
 # what to do about a mismatch of base, checkpoint and flags
 HINTS = {
     "base": "give the right --base_model, or --force 1 to go on",
@@ -56,23 +65,27 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
     parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
-    parser.add_argument("--to_peft", default="", help="write the adapter into this folder as the PEFT library has it")
+    for name, facts in tables.EXPORTS.items():
+        parser.add_argument(f"--to_{name}", default="", help=f"write the adapter into this folder: {facts.help}")
     parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    args = parser.parse_args(words)
+    args: argparse.Namespace = parser.parse_args(words)
+    args.exports = [name for name in tables.EXPORTS if getattr(args, f"to_{name}")]
     wanted = {
-        "base_model": not args.to_peft,
+        "base_model": not args.exports,
         "lora_checkpoint": not args.from_peft,
-        "output": not args.to_peft,
+        "output": not args.exports,
     }
     for name, needed in wanted.items():
         if needed and not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help")
-    if args.quant is not None and args.quant not in STORES:
-        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(STORES)}")
-    if (args.from_peft and args.lora_checkpoint) or (args.to_peft and (args.output or args.from_peft)):
-        raise ValueError("--from_peft goes with --output, --to_peft with --lora_checkpoint: one task at a time")
+    storages = (tables.DENSE, *tables.STORAGES)
+    if args.quant is not None and args.quant not in storages:
+        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(storages)}")
+    if (args.from_peft and args.lora_checkpoint) or (args.exports and (args.output or args.from_peft)):
+        flags = ", ".join(f"--to_{name}" for name in args.exports or tables.EXPORTS)
+        raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
     return args
 
 
@@ -108,9 +121,9 @@ def chosen_device(name: str) -> str:
 
 def opened(args: argparse.Namespace) -> AdapterFile:
     """--lora_checkpoint with what the flags say of it, checked against --base_model. Raises ValueError."""
-    said = {"mode": args.type, "scaling": args.lora_scaling, "alpha": args.lora_alpha, "quant": args.quant}
+    flags = AdapterFlags(args.type, args.lora_scaling, args.lora_alpha, args.quant)
     with hinting(HINTS):
-        file = open_adapter(args.lora_checkpoint, initial_file=args.lora_init, force=args.force, **said)
+        file = open_adapter(args.lora_checkpoint, flags, initial_file=args.lora_init, force=args.force)
         if args.base_model:
             check_base(file.sidecar, args.base_model, force=args.force)
     return file
@@ -141,27 +154,29 @@ def merge(args: argparse.Namespace) -> None:
         raise RuntimeError(
             f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written"
         )
-    write_atomic(merged, output)
+    write_tensors(merged, output)
     layout = shares.of_layout(file.layout)
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
     print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
-    if states and (sizes.version not in WITH_STATE or states != {"time_state"}):
+    if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
         print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")
 
 
 def main(words: Sequence[str]) -> int:
+    """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
     args = parse(words)
-    if args.to_peft:
-        folder = Path(args.to_peft)
-        check_inputs(f"--to_peft {folder}", folder / TENSORS, Path(args.lora_checkpoint))
-        print(to_peft_folder(opened(args), folder, force=args.force))
-    elif args.from_peft:
+    for name in args.exports:
+        facts, folder = tables.EXPORTS[name], Path(getattr(args, f"to_{name}"))
+        for file in facts.files:
+            check_inputs(f"--to_{name} {folder}", folder / file, Path(args.lora_checkpoint))
+        print(load(facts.implementation)(opened(args), folder, force=args.force))
+    if args.from_peft:
         folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
         inputs = (base, sidecar_path(base), folder / TENSORS, folder / CONFIG)
         check_paths(output, *inputs)
         check_inputs(f"--output {output}", sidecar_path(output), *inputs)
         print(from_peft_folder(folder, base, output, args.quant or "none"))
-    else:
+    elif not args.exports:
         merge(args)
     return 0

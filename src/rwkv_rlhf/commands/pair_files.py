@@ -4,16 +4,16 @@ import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rwkv_rlhf.checkpoints.loading import read_tensors
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, pair_records, split_records
 from rwkv_rlhf.data.pairs.save import write_save
+from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.builtin import TEMPLATES, check_template
-from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
-from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("prepare")
@@ -26,20 +26,18 @@ def add_pair_flags(flags: Parser, output: str) -> None:
     flags.add_argument("--input_csv", required=True, help="pairs: .csv, .jsonl or .parquet")
     flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
-    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
+    add_text_flags(flags)
     flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
-    flags.add_argument("--random_seed", type=int, default=MIXED_SEED, help=f"templates and shuffle [{MIXED_SEED}]")
     flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
     flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
-    flags.add_switch("--skip_bad", help="count and skip bad rows instead of stopping")
+    add_seed_and_skip_flags(flags, "seed of the template mixed and of the shuffle")
 
 
 def check_pair_flags(flags: Namespace) -> None:
     """Refuses, before anything slow, what `tokenised` could not read or write."""
     if flags.rlhf_max_corpus_len < 0:
         raise ValueError(f"--rlhf_max_corpus_len {flags.rlhf_max_corpus_len}: must be at least 0")
-    check_template(flags.template)
+    find_templates(flags.template)
     for path in outputs(flags):
         refuse_same_file(flags.input_csv, path, "--output_save")
         check_writable(path)
@@ -73,22 +71,19 @@ def outputs(flags: Namespace) -> list[Path]:
 
 def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExample]], DataReport]:
     """The pairs of --input_csv as the flags say, one list for each file of `outputs`, and what was read."""
-    common = (
-        flags.template,
-        flags.target_pair_count,
-        flags.rlhf_max_corpus_len,
-        flags.random_seed,
-        flags.skip_bad,
-    )
-    shares = shares_of(flags.split)
-    if shares:
-        return split_records(flags.input_csv, tokenizer, shares, *common, drop_ties=flags.drop_ties)
-    pairs, report = pair_records(flags.input_csv, tokenizer, *common, drop_ties=flags.drop_ties)
-    return [pairs], report
+    options = PairOptions(flags.template, flags.rlhf_max_corpus_len, flags.random_seed, flags.skip_bad, flags.drop_ties)
+    tokeniser = PairTokeniser(flags.input_csv, tokenizer, options)
+    if shares := shares_of(flags.split):
+        return tokeniser.parts(shares, flags.target_pair_count), tokeniser.report
+    return [tokeniser.pairs(flags.target_pair_count)], tokeniser.report
 
 
 def write_pairs(
-    flags: Namespace, tokenizer: Tokenizer, parts: Sequence[Sequence[PairExample]], report: DataReport, about: dict
+    flags: Namespace,
+    tokenizer: Tokenizer,
+    parts: Sequence[Sequence[PairExample]],
+    report: DataReport,
+    about: dict[str, Any],
 ) -> None:
     """Writes each part and its sidecar (`about` says what the reference is), and logs the report."""
     about = about | {
@@ -102,13 +97,3 @@ def write_pairs(
     for path, pairs in zip(outputs(flags), parts, strict=True):
         write_save(path, pairs, about)
         log.info("wrote %d pairs to %s", len(pairs), path)
-
-
-def vocabulary_size(model: str, given: int) -> int:
-    """The checkpoint's vocabulary size, or the flag's, or World's; ValueError when checkpoint and flag disagree."""
-    if model in ("", "0"):
-        return given or WORLD_SIZE
-    found = sizes_of(read_tensors(model)).vocab_size
-    if given and given != found:
-        raise ValueError(f"--vocab_size {given}, but {model} has a vocabulary of {found}")
-    return found

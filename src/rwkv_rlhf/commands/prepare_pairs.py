@@ -6,7 +6,8 @@ read, cut and left out is printed; F.save.json beside the output says how it was
 
 from collections.abc import Sequence
 
-from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, vocabulary_size, write_pairs
+from rwkv_rlhf.commands.flag_groups import add_vocabulary_size_flags, vocabulary_size
+from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -14,8 +15,7 @@ from rwkv_rlhf.settings.command_line import Parser
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Tokenise preference pairs for ORPO without running a model.")
-    flags.add_argument("--load_model", default="", help="checkpoint whose vocabulary size is used; it is not run")
-    flags.add_argument("--vocab_size", type=int, default=0, help="vocabulary size if no model is given [65536]")
+    add_vocabulary_size_flags(flags)
     add_pair_flags(flags, "orpotest.save")
     return flags
 

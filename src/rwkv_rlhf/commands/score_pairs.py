@@ -10,14 +10,15 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
+from rwkv_rlhf.commands.flag_groups import add_model_flags
 from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
-from rwkv_rlhf.layers.stores import STORES
-from rwkv_rlhf.precision import NAMES, STRATEGY_HELP
+from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.kept_scores import KeptScores
 from rwkv_rlhf.scoring.reference import reference_key
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("prepare")
@@ -26,10 +27,9 @@ log = logging.getLogger("prepare")
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Tokenise preference pairs and score them with the reference model.")
-    flags.add_argument("--load_model", required=True, help="the reference: the model that training starts from")
-    flags.add_argument("--strategy", default="auto", help=f"{STRATEGY_HELP} [auto]")
+    add_model_flags(flags, "the reference: the model that training starts from", adapter=False)
     packed = "storage of the matrices; train.py uses the scores only with the same --quant_mode [none]"
-    flags.add_argument("--quant_mode", default="none", choices=("none", *STORES), help=packed)
+    flags.add_argument("--quant_mode", default="none", choices=(tables.DENSE, *tables.STORAGES), help=packed)
     add_pair_flags(flags, "trainset.save")
     return flags
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {flags.quant_mode}"
     key = reference_key(model_hash, list(distinct.values()), arithmetic)
     kept = KeptScores(f"{flags.output_save}.part", key)
-    with counted(len(distinct), "reference", shown=True) as done:
+    with progress_bar(len(distinct), "reference", shown=True) as done:
         sums = kept.score(model, list(distinct.values()), progress=done)
     scores = dict(zip(distinct, sums.tolist()))
     scored = [[dataclasses.replace(pair, reference=tuple(scores[id(pair)])) for pair in pairs] for pairs in parts]

@@ -10,24 +10,22 @@ from collections.abc import Sequence
 from itertools import islice
 
 from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
-from rwkv_rlhf.commands.pair_files import vocabulary_size
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.commands.flag_groups import add_vocabulary_size_flags, vocabulary_size
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
-from rwkv_rlhf.data.tokenizer import WORLD_SIZE, load_tokenizer
+from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("sft")
 
 BATCH = 1000  # documents written at a time
-MIXED_SEED = 100
 
 
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Tokenise documents and chats into an .h5 for supervised fine-tuning.")
-    flags.add_argument("--load_model", default="", help="checkpoint whose vocabulary size is used; it is not run")
-    flags.add_argument("--vocab_size", type=int, default=0, help=f"vocabulary size if no model is given [{WORLD_SIZE}]")
+    add_vocabulary_size_flags(flags)
     add_document_flags(flags, "sft.h5")
     return flags
 
@@ -44,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         "template": flags.template,
         "train_on_prompt": int(flags.train_on_prompt),
     }
-    with writing(flags.output_parquet, about) as out, counted(count_lines(files), "documents", True) as done:
+    with writing(flags.output_parquet, about) as out, progress_bar(count_lines(files), "documents", True) as done:
         examples = examples_of(files, flags, tokenizer, report)
         while batch := list(islice(examples, BATCH)):
             out.add(batch)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.settings.command_line import INTERRUPTED, parse
+from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.exit_status import INTERRUPTED
 
 SELF = str(Path(__file__).resolve().parents[1] / "__main__.py")  # what the other processes of a run are started with
 
@@ -20,8 +21,8 @@ def main(argv: Sequence[str]) -> int | None:
 
     from rwkv_rlhf.distributed.launch import launched
 
-    with launched(config, [SELF, "train", *argv]) as config:
-        return None if config is None else ranked(config)
+    with launched(config, [SELF, "train", *argv]) as here:
+        return None if here is None else ranked(here)
 
 
 def ranked(config: Config) -> int | None:
@@ -34,7 +35,8 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.start import start, write_initial
 
     if config.dry_run_shape:
-        return dry_run_shape(config)
+        dry_run_shape(config)
+        return None
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
         write_initial(config, folder)
@@ -46,5 +48,6 @@ def ranked(config: Config) -> int | None:
             print(json.dumps(evaluate(config, folder, ready)))
             return None
         if config.dry_run:
-            return dry_run(config, folder, ready)
+            dry_run(config, folder, ready)
+            return None
         return INTERRUPTED if train(config, folder, ready, point) else None

@@ -6,7 +6,7 @@ token like any other. All token tensors are int64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -86,6 +86,7 @@ class RatedExample(PairExample):
     good: bool = True
 
 
+@dataclass(frozen=True)
 class _Movable:
     def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on `device`, those of batches inside it too."""
@@ -118,24 +119,23 @@ class TextBatch(_Movable):
     top_indices: torch.Tensor | None = None
     top_lse: torch.Tensor | None = None
 
-    def part(self, here: slice) -> Self:
-        """The tokens `here` with their targets; `starts` stay those of the whole."""
+    def chunk(self, span: slice) -> Self:
+        """The tokens `span` with their targets; `starts` stay those of the whole."""
         named = ("tokens", "targets", "top_values", "top_indices", "top_lse")
         found = {name: getattr(self, name) for name in named}
-        return replace(self, **{name: x[here] for name, x in found.items() if x is not None})
+        return replace(self, **{name: x[span] for name, x in found.items() if x is not None})
 
 
 @dataclass(frozen=True)
-class PairBatch(_Movable):
-    """Packed preference pairs: each prompt runs once, its final state is forked to both answers.
+class AnswerBatch(_Movable):
+    """Packed answers: each prompt runs once, its final state is forked to its answers, equally many for each prompt.
 
     Attributes:
         prompts: (P,) every prompt without its last token. prompt_starts: (n+1,); a segment may be empty.
-        answers: (A,) inputs, segments chosen_0, reject_0, chosen_1, ...: the prompt's last token, then the answer
-            without its own last. targets: (A,) the answers. starts: (2n+1,).
-        reference: (n, 2) float32 summed log-probabilities (chosen, reject), or None when any pair lacks them.
-        total: pairs of the whole optimizer step, over micro-batches and ranks.
-        general: general text that the same step learns, or None.
+        answers: (A,) inputs, prompt by prompt: the prompt's last token, then the answer without its own last.
+        targets: (A,) the answers. starts: (S+1,) of S answers.
+        reference: float32 summed log-probabilities of the answers, or None when any is not known.
+        total: prompts of the whole optimizer step, over micro-batches and ranks.
     """
 
     prompts: torch.Tensor
@@ -145,33 +145,50 @@ class PairBatch(_Movable):
     starts: torch.Tensor
     reference: torch.Tensor | None
     total: float
-    general: TextBatch | None = None
+
+    def answers_per_prompt(self) -> int:
+        """How many answers each prompt has."""
+        return (self.starts.numel() - 1) // (self.prompt_starts.numel() - 1)
 
 
 @dataclass(frozen=True)
-class RatedBatch(PairBatch):
-    """As PairBatch, with one answer to each prompt: starts (n+1,), reference (n,).
+class PairBatch(AnswerBatch):
+    """Preference pairs: answers chosen_0, reject_0, chosen_1, ..., starts (2n+1,), reference (n, 2).
+
+    Attributes:
+        general: general text that the same step learns, or None.
+    """
+
+    general: TextBatch | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatedBatch(AnswerBatch):
+    """Single answers that are good or bad: starts (n+1,), reference (n,).
 
     Attributes:
         good: (n,) bool, the label of each answer.
         good_total: good answers of the whole optimizer step (`total`: all of them).
         others: in the first micro-batch of a step, answers to other prompts, for all of this rank's micro-batches.
-        kl: () the divergence estimated from them, once it is known.
+        kl: () KTO's divergence, estimated from them, once it is known.
     """
 
-    good: torch.Tensor | None = None
-    good_total: float = 0.0
-    others: tuple[PairBatch, ...] = ()
+    good: torch.Tensor
+    good_total: float
+    others: tuple[AnswerBatch, ...] = ()
     kl: torch.Tensor | None = None
+
+
+Batch = TextBatch | AnswerBatch
 
 
 def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int64)
 
 
-def _flat(parts: Sequence[Sequence[int]]) -> torch.Tensor:
+def _flat(segments: Sequence[Sequence[int]]) -> torch.Tensor:
     """Lists of ids end to end, (sum of lengths,) int64."""
-    return torch.tensor([number for part in parts for number in part], dtype=torch.int64)
+    return torch.tensor([number for segment in segments for number in segment], dtype=torch.int64)
 
 
 def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> TextBatch:
@@ -185,18 +202,19 @@ def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> T
     targets = np.empty_like(tokens)
     at = 0
     for example, length in zip(examples, lengths):
-        here = slice(at, at + length)
-        tokens[here] = example.tokens[:length]
-        targets[here] = example.tokens[1 : length + 1]
+        segment = slice(at, at + length)
+        tokens[segment] = example.tokens[:length]
+        targets[segment] = example.tokens[1 : length + 1]
         if example.mask is not None:
-            targets[here][~example.mask[1 : length + 1]] = IGNORE
+            targets[segment][~example.mask[1 : length + 1]] = IGNORE
         at += length
     # an all-masked step must not divide by 0; its loss and gradient are 0
     total = float(max(1, sum(e.trained() for e in examples))) if total is None else float(total)
     batch = TextBatch(torch.from_numpy(tokens), torch.from_numpy(targets), _starts(lengths), total)
-    if not examples or any(e.teacher is None for e in examples):
+    teachers = _teachers(examples)
+    if not teachers:
         return batch
-    top = _joined_teacher([e.teacher.rows(0, length) for e, length in zip(examples, lengths)])
+    top = _joined_teacher([teacher.rows(0, length) for teacher, length in zip(teachers, lengths)])
     return replace(
         batch,
         top_values=torch.from_numpy(top.values.astype(np.float32, copy=False)),
@@ -205,12 +223,18 @@ def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> T
     )
 
 
-def _joined_teacher(parts: Sequence[TopK]) -> TopK:
-    known = all(part.lse is not None for part in parts)
+def _teachers(examples: Sequence[TextExample]) -> list[TopK]:
+    """The teacher's rows of each example; [] when any lacks them."""
+    found = [e.teacher for e in examples if e.teacher is not None]
+    return found if len(found) == len(examples) else []
+
+
+def _joined_teacher(teachers: Sequence[TopK]) -> TopK:
+    lse = [teacher.lse for teacher in teachers if teacher.lse is not None]
     return TopK(
-        np.concatenate([part.values for part in parts]),
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.lse for part in parts]) if known else None,
+        np.concatenate([teacher.values for teacher in teachers]),
+        np.concatenate([teacher.indices for teacher in teachers]),
+        np.concatenate(lse) if len(lse) == len(teachers) else None,
     )
 
 
@@ -220,8 +244,8 @@ def glue(examples: Sequence[TextExample]) -> TextExample:
     At a joint the teacher's row after the last token of a document is about the first token of the next.
     """
     tokens = np.concatenate([np.asarray(e.tokens, dtype=np.int64) for e in examples])
-    known = all(e.teacher is not None for e in examples)
-    teacher = _joined_teacher([e.teacher for e in examples]) if known else None
+    teachers = _teachers(examples)
+    teacher = _joined_teacher(teachers) if teachers else None
     if all(e.mask is None for e in examples):
         return TextExample(tokens, None, teacher)
     masks = [np.ones(len(e.tokens), dtype=bool) if e.mask is None else e.mask for e in examples]
@@ -237,32 +261,40 @@ def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> P
     for example in examples:
         if not (example.prompt and example.chosen and example.reject):
             raise ValueError("a preference pair needs a prompt and two answers of at least one token")
-    known = bool(examples) and all(e.reference is not None for e in examples)
     return PairBatch(
-        **_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
-        reference=torch.tensor([e.reference for e in examples], dtype=torch.float32) if known else None,
+        *_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
+        reference=_references(examples),
         total=float(len(examples) if total is None else total),
     )
 
 
-def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
-    """Token tensors of prompts that each run once and of their answers, equally many for each prompt."""
+class _Answers(NamedTuple):
+    """The token tensors of an `AnswerBatch`, its first fields."""
+
+    prompts: torch.Tensor
+    prompt_starts: torch.Tensor
+    answers: torch.Tensor
+    targets: torch.Tensor
+    starts: torch.Tensor
+
+
+def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
+    """Prompts that each run once and their answers, equally many for each prompt."""
     inputs = [[prompt[-1], *answer[:-1]] for prompt, some in zip(prompts, answers) for answer in some]
     targets = [answer for some in answers for answer in some]
-    return {
-        "prompts": _flat([prompt[:-1] for prompt in prompts]),
-        "prompt_starts": _starts([len(prompt) - 1 for prompt in prompts]),
-        "answers": _flat(inputs),
-        "targets": _flat(targets),
-        "starts": _starts([len(answer) for answer in targets]),
-    }
+    return _Answers(
+        prompts=_flat([prompt[:-1] for prompt in prompts]),
+        prompt_starts=_starts([len(prompt) - 1 for prompt in prompts]),
+        answers=_flat(inputs),
+        targets=_flat(targets),
+        starts=_starts([len(answer) for answer in targets]),
+    )
 
 
-def _rated_column(examples: Sequence[RatedExample], column: int) -> torch.Tensor | None:
-    """(n,) float32 reference scores of the answers (column 0) or of those to other prompts (1); None if one lacks."""
-    if any(e.reference is None for e in examples):
-        return None
-    return torch.tensor([e.reference[column] for e in examples], dtype=torch.float32)
+def _references(examples: Sequence[PairExample]) -> torch.Tensor | None:
+    """(n, 2) float32 reference scores of both answers; None if any example lacks them."""
+    known = [e.reference for e in examples if e.reference is not None]
+    return torch.tensor(known, dtype=torch.float32) if known and len(known) == len(examples) else None
 
 
 def pack_rated(
@@ -277,28 +309,31 @@ def pack_rated(
         others: the examples of each micro-batch of the step, whose answers to other prompts go along.
     """
     good = [e.good for e in examples]
-    rest = (
-        PairBatch(
-            **_forked([e.prompt for e in some], [(e.reject,) for e in some]),
-            reference=_rated_column(some, 1),
-            total=float(len(some)),
-        )
-        for some in others
-    )
+    reference = _references(examples)
     return RatedBatch(
-        **_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
-        reference=_rated_column(examples, 0),
+        *_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
+        reference=None if reference is None else reference[:, 0],
         total=float(len(examples) if total is None else total),
         good=torch.tensor(good),
         good_total=float(sum(good) if good_total is None else good_total),
-        others=tuple(rest),
+        others=tuple(map(_to_other_prompts, others)),
     )
 
 
-def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> TextBatch | PairBatch:
+def _to_other_prompts(examples: Sequence[RatedExample]) -> AnswerBatch:
+    """The answers to other prompts that come with rated answers."""
+    reference = _references(examples)
+    return AnswerBatch(
+        *_forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
+        reference=None if reference is None else reference[:, 1],
+        total=float(len(examples)),
+    )
+
+
+def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float | None = None) -> Batch:
     """Packs examples of any kind (one kind at a time)."""
-    if isinstance(examples[0], RatedExample):
-        return pack_rated(examples, total)
-    if isinstance(examples[0], PairExample):
-        return pack_pairs(examples, total)
-    return pack_texts(examples, total)
+    if rated := [e for e in examples if isinstance(e, RatedExample)]:
+        return pack_rated(rated, total)
+    if pairs := [e for e in examples if isinstance(e, PairExample)]:
+        return pack_pairs(pairs, total)
+    return pack_texts([e for e in examples if isinstance(e, TextExample)], total)

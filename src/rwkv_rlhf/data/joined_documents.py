@@ -55,7 +55,7 @@ class JoinedDocuments:
 
     def indices(self, index: int) -> list[int]:
         """Which examples make the sample."""
-        return self._order[self._starts[index] : self._starts[index + 1]].tolist()
+        return [int(i) for i in self._order[self._starts[index] : self._starts[index + 1]]]
 
     def __getitem__(self, index: int) -> list[TextExample]:
         parts = [self.examples[i] for i in self.indices(index)]
@@ -68,8 +68,8 @@ class JoinedDocuments:
         return sum(self.examples.trained(i) for i in self.indices(index))
 
 
-class Growing:
-    """Length of a sample at each optimizer step: from `first` inputs to `last`, in a straight line over `steps` steps.
+class ContextWarmup:
+    """Samples grow from `first` inputs to `last`, in a straight line over the first `steps` optimizer steps.
 
     A function of the step's number alone, so a run that goes on from a save has the length that it would have had.
     """
@@ -78,14 +78,15 @@ class Growing:
         self.first, self.last, self.steps = first, last, steps
 
     def __call__(self, step: int) -> int:
+        """Most inputs of a sample at an optimizer step."""
         return self.first + (self.last - self.first) * min(step, self.steps) // self.steps
 
-    def whole(self, step: int) -> bool:
+    def done(self, step: int) -> bool:
         """Whether samples have their full length from this step on."""
         return step >= self.steps
 
 
-def shortened(sample: Sequence[TextExample], inputs: int) -> list[TextExample]:
+def shorten(sample: Sequence[TextExample], inputs: int) -> list[TextExample]:
     """The first `inputs` inputs of a sample; documents that begin later are left out."""
     kept = []
     for example in sample:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @contextmanager
-def counted(total: int, label: str, shown: bool) -> Iterator[Callable[[int], Any]]:
+def progress_bar(total: int, label: str, shown: bool) -> Iterator[Callable[[int], Any]]:
     """A progress bar over `total` things; gives the function that says how many more are done."""
     from tqdm import tqdm
 

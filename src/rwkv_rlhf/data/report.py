@@ -40,9 +40,9 @@ class DataReport:
     rows: int = 0
     examples: int = 0
     trained: int = 0
-    skipped: Counter = field(default_factory=Counter)
-    truncated: Counter = field(default_factory=Counter)
-    remarked: Counter = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    truncated: Counter[str] = field(default_factory=Counter)
+    remarked: Counter[str] = field(default_factory=Counter)
     lengths: list[int] | np.ndarray = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
@@ -57,6 +57,21 @@ class DataReport:
     def skip(self, reason: str) -> None:
         """Counts a row that is left out for a harmless reason."""
         self.skipped[reason] += 1
+
+    def remark(self, what: str, applies: bool = True) -> None:
+        """Counts a row that is kept although it is odd, if the remark applies."""
+        if applies:
+            self.remarked[what] += 1
+
+    def cut(self, part: str, applies: bool = True) -> None:
+        """Counts a row of which `part` was cut to the cap, if it was."""
+        if applies:
+            self.truncated[part] += 1
+
+    def add_length(self, tokens: int) -> None:
+        """Counts a row that is kept by its tokens."""
+        assert isinstance(self.lengths, list)
+        self.lengths.append(tokens)
 
     def notice(self, sentence: str) -> None:
         """Keeps and logs a sentence, once."""
@@ -87,17 +102,3 @@ class DataReport:
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
         out += [f"  {part} cut in {count} rows" for part, count in self.truncated.items() if count]
         return out + [f"  {count} rows {what}" for what, count in self.remarked.items() if count]
-
-    def as_dict(self) -> dict:
-        """Counts for a log: builtins only."""
-        return {
-            "source": self.source,
-            "rows": self.rows,
-            "examples": self.examples,
-            "trained": self.trained,
-            "skipped": dict(self.skipped),
-            "truncated": dict(self.truncated),
-            "remarked": dict(self.remarked),
-            "longest": self.longest,
-            "notices": list(self.notices),
-        }

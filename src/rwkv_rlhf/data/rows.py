@@ -3,14 +3,24 @@
 import csv
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import check_readable, parse_json, read_bytes
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name
+from rwkv_rlhf.settings.implementations import load
 
-Row = tuple[str, dict]  # where it stands (file:line), and column -> value
+Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
 _BOM = b"\xef\xbb\xbf"
+
+
+class Row(NamedTuple):
+    """Where a row stands (file:line), and its values by column."""
+
+    where: str
+    record: dict[str, Any]
 
 
 def _not_utf8(text: str) -> RowError | None:
@@ -21,8 +31,16 @@ def _not_utf8(text: str) -> RowError | None:
     return None
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
-    """(line where the row starts, cells or what is wrong with them) of each row that is not blank."""
+class _CsvRow(NamedTuple):
+    """The line where a row starts, its cells, and what is wrong with them."""
+
+    line: int
+    cells: list[str]
+    problem: RowError | None
+
+
+def _csv_rows(text: str) -> Iterator[_CsvRow]:
+    """The rows that are not blank."""
     csv.field_size_limit(_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
@@ -35,13 +53,13 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | RowError]]:
             # a quotation mark that nobody closes swallows the rest of the file: say how much
             lost = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
             sentence = f"not readable as CSV ({error}{lost}): is a quotation mark not closed or not doubled?"
-            yield line, RowError(sentence, f"unreadable{lost}")
+            yield _CsvRow(line, [], RowError(sentence, f"unreadable{lost}"))
             continue
         if cells:
-            yield line, cells
+            yield _CsvRow(line, cells, _not_utf8("".join(cells)))
 
 
-def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
+def csv_columns(path: str | os.PathLike[str], cells: list[str]) -> list[str]:
     """Lower-case column names of a header; ValueError when one stands twice."""
     names = [cell.strip().lower() for cell in cells]
     for name in names:
@@ -50,41 +68,39 @@ def csv_columns(path: str | os.PathLike, cells: list[str]) -> list[str]:
     return names
 
 
-def read_csv(path: str | os.PathLike, report: DataReport, columns: tuple[tuple[str, ...], ...]) -> Iterator[Row]:
+def read_csv(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
     """Rows of a CSV file in UTF-8 (a BOM is fine); quoted cells may hold line breaks.
 
     Args:
-        columns: what must be there; each a tuple of names that mean the same.
+        columns: what must be there.
 
     Raises:
         ValueError: a missing column, or (unless the report skips) a row that cannot be read, with file and line.
     """
     text = read_bytes(path).removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
     rows = _csv_rows(text)
-    start, header = next(rows, (1, []))
-    problem = header if isinstance(header, RowError) else _not_utf8("".join(header))
-    if problem:
-        raise ValueError(f"{path}:{start}: {problem}")
-    names = csv_columns(path, header)
+    header = next(rows, _CsvRow(1, [], None))
+    if header.problem:
+        raise ValueError(f"{path}:{header.line}: {header.problem}")
+    names = csv_columns(path, header.cells)
     for choices in columns:
         if not set(choices) & set(names):
             found = f"its columns are {', '.join(names)}" if names else "the file is empty"
-            raise ValueError(f"{path}:{start}: the column {choices[0]} is missing; {found}")
-    for number, (line, cells) in enumerate(rows, 1):
+            raise ValueError(f"{path}:{header.line}: the column {choices[0]} is missing; {found}")
+    for number, (line, cells, problem) in enumerate(rows, 1):
         where = f"{path}:{line} (row {number})"
         report.rows += 1
-        problem = cells if isinstance(cells, RowError) else _not_utf8("".join(cells))
         if not problem and any(cells[len(names) :]):
             sentence = f"{len(cells)} cells, but the header has {len(names)}: is a comma or quotation mark not quoted?"
             problem = RowError(sentence, "too many cells")
         if problem:
             report.bad(where, problem)
         else:
-            yield where, dict(zip(names, cells + [""] * (len(names) - len(cells))))
+            yield Row(where, dict(zip(names, cells + [""] * (len(names) - len(cells)))))
 
 
-def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
-    """Objects of a JSONL file, one a line, blank lines left out; keys in lower case.
+def read_jsonl(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """Objects of a JSONL file, one a line, blank lines left out; keys in lower case. Each has `columns` of its own.
 
     Raises:
         ValueError: a missing file, or (unless the report skips) a line that is no JSON object, with file and line.
@@ -97,12 +113,12 @@ def read_jsonl(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
                 continue
             report.rows += 1
             try:
-                yield f"{path}:{line}", _json_object(raw)
+                yield Row(f"{path}:{line}", _json_object(raw))
             except RowError as error:
                 report.bad(f"{path}:{line}", error)
 
 
-def _json_object(raw: bytes) -> dict:
+def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         value = parse_json(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -114,8 +130,8 @@ def _json_object(raw: bytes) -> dict:
     return {key.strip().lower(): item for key, item in value.items()}
 
 
-def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
-    """Rows of a parquet file; needs pyarrow."""
+def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """Rows of a parquet file, of which any column may have gaps; needs pyarrow."""
     check_readable(path)
     try:
         import pyarrow
@@ -127,6 +143,20 @@ def read_parquet(path: str | os.PathLike, report: DataReport) -> Iterator[Row]:
         for batch in table.iter_batches():
             for record in batch.to_pylist():
                 report.rows += 1
-                yield f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()}
+                yield Row(f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()})
     except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
+    """The rows of a file by its suffix, as CSV if that names no format with rows; `columns` are those it must have."""
+    read: Callable[[str | os.PathLike[str], DataReport, Columns], Iterator[Row]] = read_csv
+    if has_rows(path):
+        read = load(FORMATS[format_of_name(path)].rows)
+    return read(path, report, columns)
+
+
+def has_rows(path: str | os.PathLike[str]) -> bool:
+    """Whether the suffix of a path names a format that is read row by row."""
+    found = format_of_name(path)
+    return bool(found and FORMATS[found].rows)

@@ -8,28 +8,32 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from rwkv_rlhf.data.batch import (
+    Batch,
     PairBatch,
     PairExample,
     RatedBatch,
     RatedExample,
     TextBatch,
     TextExample,
-    pack,
+    pack_pairs,
     pack_rated,
+    pack_texts,
 )
-from rwkv_rlhf.data.joined_documents import Growing, shortened
+from rwkv_rlhf.data.joined_documents import ContextWarmup, shorten
+
+Sample = TextExample | PairExample | list[TextExample]  # a list: documents that run as one row
 
 
 class Examples(Protocol):
-    """Anything with a length, examples by index, and a cheap count of what each trains."""
+    """Anything with a length, samples by index, and a cheap count of what each trains."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> TextExample | PairExample | list[TextExample]: ...
+    def __getitem__(self, index: int, /) -> Sample: ...
     def trained(self, index: int) -> int: ...
 
 
@@ -164,7 +168,7 @@ class Steps:
         examples: what to draw from. order: position -> index.
         micro_bsz, accumulate: samples per micro-batch and micro-batches per step and rank.
         rank, world: this process, of how many.
-        growing: most inputs of a sample at each step (text only); None = samples are never shortened.
+        warmup: most inputs of a sample at each step (text only); None = samples are never shortened.
     """
 
     def __init__(
@@ -175,14 +179,14 @@ class Steps:
         accumulate: int,
         rank: int = 0,
         world: int = 1,
-        growing: Growing | None = None,
+        warmup: ContextWarmup | None = None,
     ):
         for flag, value in (("micro_bsz", micro_bsz), ("accumulate_grad_batches", accumulate)):
             if value < 1:
                 raise ValueError(f"--{flag} {value}: must be at least 1")
         assert 0 <= rank < world
         _at_least_one(len(examples))
-        self.examples, self.order, self.growing = examples, order, growing
+        self.examples, self.order, self.warmup = examples, order, warmup
         self.micro_bsz, self.accumulate, self.rank, self.world = micro_bsz, accumulate, rank, world
         self._total = (-1, 0.0)
 
@@ -200,13 +204,17 @@ class Steps:
         """Indices of the samples in micro-batch k, for messages and replay."""
         return [self.order(position) for position in self._positions(k)]
 
-    def _sample(self, index: int, step: int) -> list[Any]:
-        """The examples of one sample, as long as this step has them."""
-        sample = self.examples[index]
-        parts = sample if isinstance(sample, list) else [sample]
-        if self.growing is None or self.growing.whole(step):
-            return parts
-        return shortened(parts, self.growing(step))
+    def _texts(self, sample: Sample, step: int) -> list[TextExample]:
+        """The documents of a sample of text, as long as this step has them."""
+        assert not isinstance(sample, PairExample)
+        documents = sample if isinstance(sample, list) else [sample]
+        if self.warmup is None or self.warmup.done(step):
+            return documents
+        return shorten(documents, self.warmup(step))
+
+    def _indices_of_step(self, step: int) -> list[int]:
+        first = step * self.samples_per_step
+        return [self.order(position) for position in range(first, first + self.samples_per_step)]
 
     def step_total(self, step: int) -> float:
         """Trained tokens (or pairs) of optimizer step `step`, over micro-batches and ranks; at least 1.
@@ -214,33 +222,35 @@ class Steps:
         Without a trained token the step's loss and gradient are 0, not 0 / 0.
         """
         if self._total[0] != step:
-            indices = [
-                self.order(position)
-                for position in range(step * self.samples_per_step, (step + 1) * self.samples_per_step)
-            ]
-            if self.growing is None or self.growing.whole(step):
+            indices = self._indices_of_step(step)
+            if self.warmup is None or self.warmup.done(step):
                 count = sum(self.examples.trained(index) for index in indices)
             else:
-                count = sum(part.trained() for index in indices for part in self._sample(index, step))
+                count = sum(text.trained() for index in indices for text in self._texts(self.examples[index], step))
             self._total = (step, float(max(1, count)))
         return self._total[1]
 
-    def micro_batch(self, k: int) -> TextBatch | PairBatch:
+    def micro_batch(self, k: int) -> Batch:
         """The k-th micro-batch of this rank, counted from the very start of training."""
         step = k // self.accumulate
-        examples = [part for index in self.indices(k) for part in self._sample(index, step)]
-        if isinstance(examples[0], RatedExample):
-            return self._rated(k, examples)
-        return pack(examples, self.step_total(step))
+        samples, total = [self.examples[index] for index in self.indices(k)], self.step_total(step)
+        if rated := [sample for sample in samples if isinstance(sample, RatedExample)]:
+            return self._rated(k, rated, total)
+        if pairs := [sample for sample in samples if isinstance(sample, PairExample)]:
+            return pack_pairs(pairs, total)
+        return pack_texts([text for sample in samples for text in self._texts(sample, step)], total)
 
-    def _rated(self, k: int, examples: Sequence[RatedExample]) -> RatedBatch:
+    def _rated(self, k: int, rated: Sequence[RatedExample], total: float) -> RatedBatch:
         """Rated answers; the step's first micro-batch carries what the whole step's divergence is estimated from."""
         step, part = divmod(k, self.accumulate)
-        size = self.samples_per_step
-        good = sum(self.examples[self.order(position)].good for position in range(step * size, (step + 1) * size))
+
+        def examples(indices: Sequence[int]) -> list[RatedExample]:
+            found = [self.examples[index] for index in indices]
+            return [example for example in found if isinstance(example, RatedExample)]
+
+        good = sum(1 for example in examples(self._indices_of_step(step)) if example.good)
         mine = range(k, k + self.accumulate) if part == 0 else ()
-        others = [[self.examples[index] for index in self.indices(one)] for one in mine]
-        return pack_rated(examples, self.step_total(step), good, others)
+        return pack_rated(rated, total, good, [examples(self.indices(one)) for one in mine])
 
 
 class MixedSteps:
@@ -260,4 +270,6 @@ class MixedSteps:
 
     def micro_batch(self, k: int) -> PairBatch:
         """The k-th micro-batch: pairs, with text under `general`."""
-        return replace(self.pairs.micro_batch(k), general=self.general.micro_batch(k))
+        pairs, general = self.pairs.micro_batch(k), self.general.micro_batch(k)
+        assert isinstance(pairs, PairBatch) and isinstance(general, TextBatch)
+        return replace(pairs, general=general)

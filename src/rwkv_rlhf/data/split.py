@@ -1,22 +1,31 @@
-"""Held-out examples: a seeded split that keeps pieces of one document and pairs of one prompt on the same side."""
+"""Held-out examples: a seeded split that keeps segments of one document and pairs of one prompt on the same side."""
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from rwkv_rlhf.data.batch import PairExample, TextExample
 from rwkv_rlhf.data.sampler import Examples
+from rwkv_rlhf.data.text.cut_documents import CutDocuments
+
+
+class Grouped(Examples, Protocol):
+    """Examples of which some belong together."""
+
+    def __getitem__(self, index: int, /) -> TextExample | PairExample: ...
+    def group(self, index: int) -> object: ...
 
 
 class Subset:
     """Some of the examples of another collection, in the order of `indices`."""
 
-    def __init__(self, examples: Examples, indices: Sequence[int]):
+    def __init__(self, examples: Grouped, indices: Sequence[int]) -> None:
         self.examples, self.indices = examples, list(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> TextExample | PairExample:
+    def __getitem__(self, index: int, /) -> TextExample | PairExample:
         return self.examples[self.indices[index]]
 
     def __iter__(self) -> Iterator[TextExample | PairExample]:
@@ -28,10 +37,11 @@ class Subset:
 
     def length(self, index: int) -> int:
         """Tokens of an example of text."""
+        assert isinstance(self.examples, CutDocuments)
         return self.examples.length(self.indices[index])
 
 
-def split(examples: Examples, share: float, seed: int) -> tuple[Subset, Subset]:
+def split(examples: Grouped, share: float, seed: int) -> tuple[Subset, Subset]:
     """(training, held out) parts of `examples`, of which about `share` (0 < share < 1) is held out.
 
     Raises ValueError when there is only one group (document or prompt), which cannot be on both sides.

@@ -17,6 +17,7 @@ from typing import Protocol
 from rwkv_rlhf.files import file_hash, read_bytes
 
 WORLD_SIZE = 65536
+END_OF_DOCUMENT = 0  # in every vocabulary; trained like any token
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 
 
@@ -127,12 +128,14 @@ class HuggingFaceTokenizer:
         """
         legal = text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
         with _refusing(f"--vocab_file {self.name} cannot tokenise a text"):
-            return self._inner.encode(legal, add_special_tokens=False).ids
+            ids: list[int] = self._inner.encode(legal, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens included; id 0 (end of document) gives nothing."""
         with _refusing(f"--vocab_file {self.name} cannot write a text"):
-            return self._inner.decode([number for number in ids if number], skip_special_tokens=False)
+            text: str = self._inner.decode([number for number in ids if number], skip_special_tokens=False)
+        return text
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """UTF-8 of `decode`."""

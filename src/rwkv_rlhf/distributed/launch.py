@@ -1,8 +1,8 @@
 """From one command to several processes: who started them, which rank this one is, and how they find each other.
 
-Three ways lead here. torchrun and srun start every process and say so in variables of their own; else the process that
-the user started is the first of its machine and starts the others with the same command. Whichever it was, every
-process then knows the same things about itself (`RankInfo`), and the work begins when all have met.
+torchrun and srun start every process themselves and say so in environment variables. Without them the process that the
+user started is the first of its machine and starts the others with the same command. Either way every process knows the
+same things about itself (`RankInfo`), and the work begins when all of them are connected.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from pytorch_lightning.plugins.environments import ClusterEnvironment, SLURMEnvironment
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Variables = Mapping[str, str]
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
-SPARE = 3.0  # minutes after --timeout until the library that moves the tensors gives up too
+SPARE = 3.0  # minutes after --timeout until the library that moves tensors raises an error too
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types
 
 
@@ -60,8 +62,9 @@ def by_torchrun(variables: Variables) -> RankInfo | None:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(name not in variables for name in needed):
         return None
-    *numbers, address, port = (variables[name] for name in needed)
-    return RankInfo(*map(_number, needed, numbers), address, _number("MASTER_PORT", port), "torchrun")
+    rank, world, local, local_world = (_number(name, variables[name]) for name in needed[:4])
+    port = _number("MASTER_PORT", variables["MASTER_PORT"])
+    return RankInfo(rank, world, local, local_world, variables["MASTER_ADDR"], port, "torchrun")
 
 
 def by_slurm(variables: Variables) -> RankInfo | None:
@@ -74,7 +77,7 @@ def by_slurm(variables: Variables) -> RankInfo | None:
     world = _number("SLURM_NTASKS", tasks)
     nodes = _number("SLURM_NNODES", variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES", "1"))
     if world % nodes:
-        raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine needs equally many")
+        raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine must run equally many")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
     address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
     port = variables.get("MASTER_PORT") or str(
@@ -88,7 +91,7 @@ LAUNCHERS: dict[str, Callable[[Variables], RankInfo | None]] = {"torchrun": by_t
 
 
 def rank_info_of(config: Config, variables: Variables) -> RankInfo:
-    """Where this process stands. Raises ValueError where the launcher's numbers and the flags disagree."""
+    """The rank of this process. Raises ValueError where the launcher's numbers and the flags disagree."""
     for find in LAUNCHERS.values():
         info = find(variables)
         if info is not None:
@@ -130,11 +133,11 @@ def _number(name: str, text: str) -> int:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 class LaunchEnvironment(ClusterEnvironment):
-    """Tells Lightning what `RankInfo` says; the processes are there before it comes."""
+    """Tells Lightning what `RankInfo` says; the processes exist before its trainer does."""
 
     def __init__(self, info: RankInfo) -> None:
         super().__init__()
@@ -142,7 +145,7 @@ class LaunchEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Lightning need not start any."""
+        """True: Lightning starts none."""
         return True
 
     @property
@@ -157,15 +160,15 @@ class LaunchEnvironment(ClusterEnvironment):
 
     @staticmethod
     def detect() -> bool:
-        """Nothing to find out: it is given to the trainer."""
+        """True: this environment is passed to the trainer, not looked for."""
         return True
 
     def world_size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return self.info.world
 
     def set_world_size(self, size: int) -> None:
-        """It is known already."""
+        """Lightning must agree with what is known already."""
         assert size == self.info.world, (size, self.info)
 
     def global_rank(self) -> int:
@@ -173,7 +176,7 @@ class LaunchEnvironment(ClusterEnvironment):
         return self.info.rank
 
     def set_global_rank(self, rank: int) -> None:
-        """It is known already."""
+        """Lightning must agree with what is known already."""
         assert rank == self.info.rank, (rank, self.info)
 
     def local_rank(self) -> int:
@@ -185,8 +188,8 @@ class LaunchEnvironment(ClusterEnvironment):
         return self.info.node
 
 
-def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen]:
-    """The other processes of this machine, by rank: the same command, told their places in torchrun's variables."""
+def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen[bytes]]:
+    """The other processes of this machine, by rank: the same command, with its rank in torchrun's variables."""
     started = {}
     for local in range(1, info.local_world):
         rank = info.rank + local
@@ -209,33 +212,35 @@ def takes_several(config: Config) -> bool:
     return trains(config) and not config.dry_run
 
 
-_here = [RankInfo(0, 1, 0, 1)]  # of this process
+ALONE = RankInfo(0, 1, 0, 1)
+_current: ContextVar[RankInfo] = ContextVar("the rank of this process", default=ALONE)
 
 
-def here() -> LaunchEnvironment:
+def launch_environment() -> LaunchEnvironment:
     """The rank of this process, as Lightning asks for it."""
-    return LaunchEnvironment(_here[-1])
+    return LaunchEnvironment(_current.get())
 
 
 @contextmanager
 def launched(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
-    """Inside the block all processes of the run have met; gives the Config with the numbers that hold here.
+    """Inside the block all processes of the run are connected; gives the Config with the numbers of this machine.
 
     words: the script and its command line, for the processes that have to be started. Gives None to a process that has
-    nothing to do, because the command is not a training run. A rank that fails in the block ends all others, with one
+    nothing to do, because the command is no training run. A rank that fails in the block ends all others, with one
     sentence. Raises ValueError where flags, launcher and machine do not fit together.
     """
-    before = dict(os.environ)
+    before, alone = dict(os.environ), _current.set(_current.get())
     try:
-        with _met_here(config, words) as met:
-            yield met
+        with _connected(config, words) as config_here:
+            yield config_here
     finally:  # DeepSpeed and Lightning leave their variables behind, which processes started later would believe
         os.environ.clear()
         os.environ.update(before)
+        _current.reset(alone)
 
 
 @contextmanager
-def _met_here(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
+def _connected(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
     info = rank_info_of(config, os.environ)
     on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
     os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"  # DeepSpeed would look for itself, and say so
@@ -256,17 +261,17 @@ def _met_here(config: Config, words: Sequence[str]) -> Iterator[Config | None]:
         logging.getLogger().setLevel(logging.WARNING)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"rank {info.rank}: %(message)s"))
-    _here.append(info)
+    _current.set(info)
     others = {} if info.launcher else start_others(info, words)
     parent = info.node * info.local_world if info.local_rank else None
     with Watchdog(info.rank, info.world, others, config.timeout, parent=parent) as watch:
-        _meet(info, backend, config.timeout)
+        _connect(info, backend, config.timeout)
         watch.begin(info.address, info.port)
         yield config
 
 
 def _take_device(config: Config, info: RankInfo) -> str:
-    """Settles on this rank's GPU or share of the cores; returns the backend that moves tensors between ranks."""
+    """Takes this rank's GPU, or its share of the cores; returns the backend that moves tensors between ranks."""
     gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
     if not gpus:
         if "OMP_NUM_THREADS" not in os.environ:
@@ -299,8 +304,8 @@ def interface_towards(address: str) -> str:
     return ""
 
 
-def _meet(info: RankInfo, backend: str, timeout: float) -> None:
-    """Returns when every rank is connected. Raises RuntimeError naming the address when some do not come."""
+def _connect(info: RankInfo, backend: str, timeout: float) -> None:
+    """Returns when every rank is connected. Raises RuntimeError, naming the address, when some do not come."""
     os.environ.update(MASTER_ADDR=info.address, MASTER_PORT=str(info.port))
     try:
         distributed.init_process_group(
@@ -309,5 +314,5 @@ def _meet(info: RankInfo, backend: str, timeout: float) -> None:
         ranks.barrier()
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
-            f"rank {info.rank} did not meet all {info.world} at {info.address} port {info.port}: {error}"
+            f"rank {info.rank} could not connect to all {info.world} ranks at {info.address} port {info.port}: {error}"
         ) from error

@@ -1,7 +1,6 @@
-"""What a process knows of the others that train with it, and the few things that they say to each other.
+"""The processes that train together: their number, this one's rank, and the few collective operations they need.
 
-A rank is the number of a process, the world how many there are. With one process every function here is free and does
-what its name says of one.
+With one process every function here costs nothing and does what its name says of one.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from torch import Tensor, distributed, nn
 Value = TypeVar("Value")
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether more than one process trains."""
-    return world() > 1
+    return world_size() > 1
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes train."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return distributed.get_rank() if several() else 0
+    return distributed.get_rank() if is_distributed() else 0
 
 
 def is_rank_zero() -> bool:
@@ -37,14 +36,14 @@ def is_rank_zero() -> bool:
 
 
 def device() -> torch.device:
-    """Where tensors have to lie that ranks exchange: NCCL takes those of a GPU only."""
-    on_gpu = several() and distributed.get_backend() == distributed.Backend.NCCL
+    """Where tensors must be to be sent between ranks: NCCL takes those of a GPU only."""
+    on_gpu = is_distributed() and distributed.get_backend() == distributed.Backend.NCCL
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
-    """The sum over all ranks of each of `numbers`, of which every rank has equally many."""
-    if not several() or not numbers:
+    """The sum over all ranks of each of `numbers`; every rank passes equally many."""
+    if not is_distributed() or not numbers:
         return list(numbers)
     totals = torch.tensor(list(numbers), dtype=torch.float64, device=device())
     distributed.all_reduce(totals)
@@ -53,7 +52,7 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
 
 def all_reduce_max(number: float) -> float:
     """The largest of the ranks' numbers."""
-    if not several():
+    if not is_distributed():
         return number
     found = torch.tensor(number, dtype=torch.float64, device=device())
     distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
@@ -61,45 +60,48 @@ def all_reduce_max(number: float) -> float:
 
 
 def all_gather(value: Value) -> list[Value]:
-    """What every rank gives, in the order of ranks; plain values and CPU tensors."""
-    if not several():
+    """The `value` of each rank, in the order of ranks; plain values and CPU tensors."""
+    if not is_distributed():
         return [value]
-    found: list[Any] = [None] * world()
+    found: list[Any] = [None] * world_size()
     distributed.all_gather_object(found, value)
     return found
 
 
 def broadcast_from_zero(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on every rank; the others do not call `make`."""
-    if not several():
+    if not is_distributed():
         return make()
-    found = [make() if is_rank_zero() else None]
+    found: list[Any] = [make() if is_rank_zero() else None]
     distributed.broadcast_object_list(found, src=0, device=device())
-    return found[0]
+    value: Value = found[0]
+    return value
 
 
 def barrier() -> None:
-    """Returns when every rank has come here."""
-    if several():
+    """Returns when every rank has called it."""
+    if is_distributed():
         all_reduce_max(0.0)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether the ranks hold parts of the tensors that train (FSDP, DeepSpeed stage 3), so that a forward pass of one
     needs all the others."""
-    return several() and any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+    return is_distributed() and any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
 
 
 @contextmanager
 def full_tensor(parameter: Tensor) -> Iterator[Tensor]:
-    """All of a parameter, of which every rank may hold a part; only inside the block, and on all ranks at once."""
-    if hasattr(parameter, "ds_id") and parameter.ds_status.name != "AVAILABLE":
+    """A whole parameter, of which each rank may hold a part; inside the block only, entered by all ranks together."""
+    status = getattr(parameter, "ds_status", None)  # DeepSpeed's
+    if status is not None and status.name != "AVAILABLE":
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             yield parameter.detach()
     elif hasattr(parameter, "full_tensor"):
-        yield parameter.detach().full_tensor()
+        sharded: Any = parameter.detach()
+        yield sharded.full_tensor()
     else:
         yield parameter.detach()
 
@@ -107,17 +109,17 @@ def full_tensor(parameter: Tensor) -> Iterator[Tensor]:
 def split_over_ranks(work: Callable[[int], Value], count: int, model: nn.Module) -> list[Value]:
     """[work(0), ..., work(count - 1)], each done by one rank and known to all.
 
-    Where the ranks hold parts of the model every rank does all of it, in step with the others.
+    Where each rank holds a part of the model, every rank does all of the work, in step with the others.
     """
-    if not several() or is_sharded(model):
+    if not is_distributed() or is_sharded(model):
         return [work(number) for number in range(count)]
-    parts = all_gather([work(number) for number in range(rank(), count, world())])
-    return [parts[number % world()][number // world()] for number in range(count)]
+    parts = all_gather([work(number) for number in range(rank(), count, world_size())])
+    return [parts[number % world_size()][number // world_size()] for number in range(count)]
 
 
 def broadcast_parameters(tensors: Sequence[Tensor]) -> None:
     """Give every rank the numbers that rank 0 has in `tensors`, in place."""
-    if several():
+    if is_distributed():
         with torch.no_grad():
             for tensor in tensors:
                 sent = tensor.detach().to(device())
@@ -126,7 +128,7 @@ def broadcast_parameters(tensors: Sequence[Tensor]) -> None:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raises ValueError, on every rank alike, when a rank has another `value` (of plain numbers and texts) than rank 0.
+    """Raises ValueError, on every rank alike, when the `value` (plain numbers and texts) of a rank is not rank 0's.
 
     `what` completes the sentence "rank 1 has another ...".
     """

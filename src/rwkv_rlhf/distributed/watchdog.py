@@ -1,7 +1,7 @@
-"""A thread in each rank that notices when another one fails, dies or hangs, and ends this one with the rank's name.
+"""A thread in each rank that notices when another one fails, dies or hangs, and ends this one, naming that rank.
 
 A rank that waits for the others inside a collective operation cannot do that itself: it would wait for ever, or until
-the library gives up with a sentence about sockets. The ranks tell each other, through the store at which they met, what
+the library ends with an error about sockets. The ranks tell each other, through the store at which they met, what
 they are doing (`heartbeat`) and how often that has changed. A rank that fails says so before it ends.
 """
 
@@ -18,13 +18,17 @@ import time
 import traceback
 from collections.abc import Collection
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 from torch import distributed
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rwkv_rlhf.distributed.ranks import barrier
+from rwkv_rlhf.settings.command_line import one_line, spelled, wants_debug
+from rwkv_rlhf.settings.exit_status import exit_status, sentence_of
 
 GRACE = 3.0  # seconds in which a rank may still fail by itself, with a better sentence, after another has
 LOST = 20.0  # seconds without a sign of life after which a rank is suspected, once something has gone wrong
@@ -32,24 +36,16 @@ FAILED = "failed"  # the key under which the first failure is announced
 # words in what the libraries raise when a rank at the other end of a connection is gone
 BROKEN = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "socket", "timed out", "store")
 
-_watchdogs: list[Watchdog] = []  # of this process
+_current: ContextVar[Watchdog | None] = ContextVar("the watchdog of this process", default=None)
 
 
 def heartbeat(what: str) -> None:
     """Says that this rank is about to do `what`: a sign that it does not hang. Before the first one nothing counts as
-    hanging, as nobody knows how long a model takes to load."""
-    for watchdog in _watchdogs:
+    hanging, as nobody knows how long a model takes to load. To be called on the main thread."""
+    watchdog = _current.get()
+    if watchdog is not None:
         watchdog.ticks += 1
         watchdog.what = what
-
-
-def exit_status(error: BaseException) -> int:
-    """The exit status of a program that ends with `error`: 2 for the user's mistakes, 130 for Ctrl+C, else 1."""
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, ValueError | FileNotFoundError | PermissionError) else 1
 
 
 class Watchdog:
@@ -60,20 +56,22 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, world: int, children: dict[int, subprocess.Popen], timeout: float, *, parent: int | None
+        self, rank: int, world: int, children: dict[int, subprocess.Popen[bytes]], timeout: float, *, parent: int | None
     ) -> None:
         self.rank, self.world, self.children, self.limit = rank, world, children, 60 * timeout
         self.pause = max(0.5, world / 32)
         self.ticks, self.what = 0, "starting"
         self.parent, self.started_by = parent, os.getppid()
-        self.heard: dict[int, tuple[float, dict]] = {}  # rank -> when it last gave a sign of life, and what it said
-        self.changed = time.monotonic()  # when the work of any rank last went on
+        self.heard: dict[
+            int, tuple[float, dict[str, Any]]
+        ] = {}  # rank -> when it last gave a sign of life, and what it said
+        self.changed = time.monotonic()  # when any rank last made progress
         self.store: TCPStore | None = None
         self.over = threading.Event()
         self.lock = threading.Lock()  # a store is no place for two threads
 
     def __enter__(self) -> Watchdog:
-        _watchdogs.append(self)
+        self._before = _current.set(self)
         threading.Thread(target=self._run, daemon=True, name="watchdog").start()
         return self
 
@@ -81,19 +79,19 @@ class Watchdog:
         """Connect to the store of the ranks; from now on they hear of each other."""
         with self.lock:
             self.store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=LOST))
-            self._say()
+            self._say(self.store)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _current.reset(self._before)
         if error is None:
-            self._part()
+            self._finish()
         else:
             self._fail(error)
 
-    def _part(self) -> None:
-        """A good end: the first rank, which holds the store, stays until the others need it no more."""
+    def _finish(self) -> None:
+        """A good end: rank 0, which holds the store, stays until the others no longer need it."""
         barrier()
         self.over.set()
-        _watchdogs.clear()
         with self.lock:
             self.store = None
         barrier()
@@ -102,67 +100,69 @@ class Watchdog:
             child.wait()
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others that this rank fails, or let it end with what is known of the rank that failed first."""
+        """Tells the others that this rank fails, unless another rank failed first; then that one is named."""
         status = exit_status(error)
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN):
-            self._wait_for_name()  # somebody else's failure, seen from here
-        self._announce(status, f"rank {self.rank}: {error or type(error).__name__}")
-        if self.rank:  # the first rank speaks for all
-            if "--debug" in sys.argv:
+            self._wait_for_culprit()  # somebody else's failure, seen from here
+        self._announce(status, f"rank {self.rank}: {sentence_of(error)}")
+        if self.rank:  # rank 0 reports for all
+            if wants_debug(sys.argv[1:]):
                 traceback.print_exception(error)
-            self._let_speak()
+            self._wait_for_report()
             self._leave(status)
         self.over.set()
         time.sleep(2 * self.pause + GRACE)  # the store is here: let the others read it
         self._end_children()
 
-    def _wait_for_name(self) -> None:
-        """The thread ends this process as soon as it knows who failed; if nobody says so, somebody is silent."""
+    def _wait_for_culprit(self) -> None:
+        """The thread ends this process once it knows which rank failed; if none says so, one has stopped responding."""
         time.sleep(LOST)
         now = time.monotonic()
         silent = [rank for rank, (when, _) in self.heard.items() if now - when > LOST / 2]
         if silent:
-            self._end(f"{self._names(silent)} does not answer any more", 1, silent)
+            self._end(f"{self._names(silent)} no longer responds", 1, silent)
 
     def _run(self) -> None:
         while not self.over.wait(self.pause):
             failure = None
             try:
-                self._look_for_dead()
+                self._check_deaths()
                 with self.lock:
-                    failure = self._exchange() if self.store is not None else None
+                    failure = self._exchange(self.store) if self.store is not None else None
             except Exception as error:  # the store is gone, and with it the rank that held it
                 if not self.over.wait(GRACE):
-                    self._end(f"rank 0 does not answer any more ({type(error).__name__})", 1, [0])
+                    self._end(f"rank 0 no longer responds ({type(error).__name__})", 1, [0])
                 return
             if failure is not None and not self.over.wait(GRACE):
                 self._end(failure["sentence"], failure["status"])
-            self._look_for_hang()
+            self._check_hang()
 
-    def _say(self) -> None:
+    def _say(self, store: TCPStore) -> None:
+        """Publishes what this rank does."""
         words = {"ticks": self.ticks, "what": self.what, "host": socket.gethostname(), "pid": os.getpid()}
-        self.store.set(f"rank{self.rank}", json.dumps(words | {"time": time.monotonic()}))
+        store.set(f"rank{self.rank}", json.dumps(words | {"time": time.monotonic()}))
 
-    def _exchange(self) -> dict | None:
-        """Say what this rank does, hear the others; returns the first failure that a rank has announced."""
-        self._say()
+    def _exchange(self, store: TCPStore) -> dict[str, Any] | None:
+        """Publishes what this rank does and reads the others; returns the first failure that a rank has announced."""
+        self._say(store)
         names = [f"rank{rank}" for rank in range(self.world)]
-        if not self.store.check(names):
+        if not store.check(names):
             return None
-        for rank, text in enumerate(self.store.multi_get(names)):
+        for rank, text in enumerate(store.multi_get(names)):
             found = json.loads(text)
             last = self.heard.get(rank)
             if last is None or found["time"] != last[1]["time"]:
                 if last is None or found["ticks"] != last[1]["ticks"]:
                     self.changed = time.monotonic()
                 self.heard[rank] = (time.monotonic(), found)
-        return json.loads(self.store.get(FAILED)) if self.store.check([FAILED]) else None
+        failure: dict[str, Any] | None = json.loads(store.get(FAILED)) if store.check([FAILED]) else None
+        return failure
 
-    def _look_for_dead(self) -> None:
-        """End this process when one that it has started died without a word, or the one that started it."""
+    def _check_deaths(self) -> None:
+        """Ends this process when a rank that it started died without a report, or when its own parent died."""
         for rank, child in self.children.items():
-            code = child.poll()
-            if code in (None, 0):
+            code = child.poll() or 0
+            if code == 0:  # it runs, or has ended well
                 continue
             with self.lock:
                 said = self.store is not None and self.store.check([FAILED])
@@ -172,7 +172,7 @@ class Watchdog:
         if self.parent is not None and self.started_by != os.getppid():
             self._end(f"rank {self.parent}, or what started it, has died", 1, [self.parent])
 
-    def _look_for_hang(self) -> None:
+    def _check_hang(self) -> None:
         now = time.monotonic()
         if self.ticks == 0 or now - self.changed < self.limit:
             return
@@ -181,11 +181,10 @@ class Watchdog:
         stopped = [rank for rank, (when, _) in self.heard.items() if now - when > self.limit / 2]
         named = stopped or behind
         if len(named) == self.world:
-            what = f"no rank has gone on for --timeout {self.limit / 60:g} minutes; rank {self.rank} is at: {self.what}"
+            who, doing = "no rank has made progress", f"rank {self.rank} is at: {self.what}"
         else:
-            doing = self.heard[named[0]][1]["what"]
-            what = f"{self._names(named)} has not gone on for --timeout {self.limit / 60:g} minutes; it is at: {doing}"
-        self._end(what, 1, stopped)
+            who, doing = f"{self._names(named)} has made no progress", f"it is at: {self.heard[named[0]][1]['what']}"
+        self._end(f"{who} for --timeout {self.limit / 60:g} minutes; {doing}", 1, stopped)
 
     def _names(self, numbers: list[int]) -> str:
         known = [(rank, self.heard[rank][1]) for rank in numbers[:8]]
@@ -194,22 +193,23 @@ class Watchdog:
     def _announce(self, status: int, sentence: str) -> None:
         with suppress(RuntimeError), self.lock:  # nobody may be left to hear it
             if self.store is not None and not self.store.check([FAILED]):
-                self.store.set(FAILED, json.dumps({"status": status, "sentence": sentence}))
+                found = {"status": status, "sentence": one_line(spelled(sentence))}
+                self.store.set(FAILED, json.dumps(found))
 
     def _end(self, sentence: str, status: int, lost: Collection[int] = ()) -> None:
-        """End this process, whatever its main thread waits for. The first rank that is not `lost` says why."""
+        """Ends this process, whatever its main thread waits for. The first rank that is not `lost` says why."""
         self._announce(status, sentence)
         if self.rank == min(set(range(self.world)) - set(lost), default=self.rank):
             sys.stderr.write(f"error: {sentence}; all ranks are stopped\n")
         if self.rank == 0:
             time.sleep(2 * self.pause + GRACE)
         else:
-            self._let_speak()
+            self._wait_for_report()
         self._end_children()
         self._leave(status)
 
-    def _let_speak(self) -> None:
-        """Stay until the first rank has said why: launchers kill it when another one ends before it."""
+    def _wait_for_report(self) -> None:
+        """Stays until rank 0 has said why: launchers kill it when another rank ends before it."""
         end = time.monotonic() + 4 * (self.pause + GRACE)
         with suppress(RuntimeError), self.lock:  # its end is the end of the store
             while self.store is not None and time.monotonic() < end:
@@ -222,10 +222,10 @@ class Watchdog:
         os._exit(status)
 
     def _end_children(self) -> None:
-        for act in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             end = time.monotonic() + GRACE
             for child in self.children.values():
                 if child.poll() is None:
-                    act(child)
+                    child.send_signal(number)
             while any(child.poll() is None for child in self.children.values()) and time.monotonic() < end:
                 time.sleep(0.05)

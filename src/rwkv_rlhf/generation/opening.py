@@ -1,10 +1,11 @@
-"""A model that answers, for the scripts: strategy words -> device and dtype, checkpoint (and adapter) -> model."""
+"""Opens what a command runs: device and dtype from --strategy, the model from a checkpoint and perhaps an adapter."""
 
 from __future__ import annotations
 
 import logging
 
-from rwkv_rlhf.checkpoints.loading import as_trained, load_model
+from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
+from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.host_memory import keep_pages, return_pages
@@ -28,9 +29,9 @@ def open_model(
 ) -> tuple[RWKV, Tokenizer]:
     """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
 
-    `scaling` (alpha / rank) or `alpha` speak for an adapter without a sidecar; `initial_file` and `cold` are PiSSA's
-    initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the matrices
-    of a model without adapter.
+    `scaling` (alpha / rank) or `alpha` stand in for the sidecar of an adapter that has none; `initial_file` and `cold`
+    are PiSSA's initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the
+    matrices of a model without adapter.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     choice = parse_strategy(strategy)
@@ -38,10 +39,11 @@ def open_model(
         log.info("%s", choice.notice)
     return_pages()
     if adapter:
-        said = {"scaling": scaling, "alpha": alpha, "initial_file": initial_file, "cold": cold}
-        model = load_combined(path, adapter, compute_dtype=choice.dtype, device=choice.device, **said)[0]
+        options, flags = BuildOptions(choice.dtype, device=choice.device), AdapterFlags(scaling=scaling, alpha=alpha)
+        model, _ = load_combined(path, adapter, options, flags, initial_file=initial_file, cold=cold)
     else:
-        model = load_model(path, compute_dtype=choice.dtype, device=choice.device, layout=as_trained(path, quant))[0]
+        layout = as_trained(path, quant)
+        model, _ = load_model(path, BuildOptions(choice.dtype, device=choice.device, layout=layout))
     model.requires_grad_(False).eval()
     if choice.device == "cpu":
         keep_pages()

@@ -1,4 +1,4 @@
-"""The output of reject sampling: CSV or JSONL that grows by whole rows, so that a run killed at any moment goes on.
+"""The output of reject sampling: CSV or JSONL that grows by whole rows, so that a run that was killed goes on with it.
 
 Beside OUT stands OUT.json: which model sampled it and how. A run goes on only with the same.
 """
@@ -12,27 +12,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.files import atomic_write, parse_json, read_bytes
+from rwkv_rlhf.data.pairs.text_pairs import REJECT
+from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, write_json
 
 log = logging.getLogger(__name__)
 
-REJECT = ("reject", "rejected")
 Row = dict[str, Any]  # column -> value, as it stands in the file
 
 
 class CsvRows:
     """Rows under a header; every value is text."""
 
+    framing = Lines(quoted=True)
+
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
 
     def head(self) -> bytes:
         """What an empty file begins with."""
-        return self._text([self.columns])
+        return self._text(self.columns)
 
-    def encode(self, rows: Sequence[Row]) -> bytes:
-        """Whole lines of the file."""
-        return self._text([[row[name] for name in self.columns] for row in rows])
+    def encode(self, row: Row) -> bytes:
+        """A whole line of the file (of a cell with line breaks, several)."""
+        return self._text([row[name] for name in self.columns])
 
     def decode(self, data: bytes) -> list[Row]:
         """Finished rows; ValueError for another header or for what is no CSV."""
@@ -53,25 +55,16 @@ class CsvRows:
         return out
 
     @staticmethod
-    def end(data: bytes) -> int:
-        """Where the last whole row ends: behind the last line break that is not inside quotation marks."""
-        quoted, end = False, 0
-        for place in (i for i, byte in enumerate(data) if byte in b'"\n'):
-            if data[place] == ord('"'):
-                quoted = not quoted
-            elif not quoted:
-                end = place + 1
-        return end
-
-    @staticmethod
-    def _text(rows: Sequence[Sequence[str]]) -> bytes:
+    def _text(cells: Sequence[str]) -> bytes:
         buffer = io.StringIO(newline="")
-        csv.writer(buffer, lineterminator="\n").writerows(rows)
+        csv.writer(buffer, lineterminator="\n").writerow(cells)
         return buffer.getvalue().encode("utf-8", errors="replace")
 
 
 class JsonRows:
     """One JSON object a line."""
+
+    framing = Lines()
 
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = list(columns)
@@ -80,9 +73,9 @@ class JsonRows:
         """What an empty file begins with: nothing."""
         return b""
 
-    def encode(self, rows: Sequence[Row]) -> bytes:
-        """Whole lines of the file."""
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", errors="replace")
+    def encode(self, row: Row) -> bytes:
+        """A whole line of the file."""
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
 
     def decode(self, data: bytes) -> list[Row]:
         """Finished rows; ValueError for what is no JSONL."""
@@ -91,27 +84,24 @@ class JsonRows:
 
     def row(self, values: Row) -> Row:
         """The row as it is read back."""
-        return json.loads(self.encode([values]))
-
-    @staticmethod
-    def end(data: bytes) -> int:
-        """Where the last whole line ends."""
-        return data.rfind(b"\n") + 1
+        row: Row = json.loads(self.encode(values))
+        return row
 
 
 class RejectFile:
-    """The output: finished rows in input order. Only ever appended to, whole rows at a time.
+    """The output: finished rows in input order, whole rows at a time.
 
     Args:
         columns: of the output, one of REJECT among them.
         about: what made the rejects (model, settings), for OUT.json; None = neither written nor checked.
     """
 
-    def __init__(self, path: str | os.PathLike, columns: list[str], about: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], columns: list[str], about: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
         self.about = about
         self.reject = next(name for name in REJECT if name in columns)
-        self.rows = (JsonRows if self.path.suffix.lower() == ".jsonl" else CsvRows)(columns)
+        self.rows = JsonRows(columns) if self.path.suffix.lower() == ".jsonl" else CsvRows(columns)
+        self.log = AppendLog(self.path, self.rows.framing)
 
     @property
     def sidecar(self) -> Path:
@@ -130,8 +120,7 @@ class RejectFile:
         """
         found = self._finished() if self.path.exists() else None
         if not found or (anew and len(found) >= len(inputs)):
-            with atomic_write(self.path) as file:
-                file.write(self.rows.head())
+            self.log.begin(self.rows.head())
             self._sign()
             return 0
         other = "give another --output_csv, or remove it to begin again"
@@ -146,34 +135,30 @@ class RejectFile:
 
     def _finished(self) -> list[Row]:
         """Whole rows of the file; what follows the last of them (a stop in the middle of a write) is cut off."""
-        data = read_bytes(self.path)
-        end = self.rows.end(data)
         try:
-            found = self.rows.decode(data[:end])
+            found = self.rows.decode(b"".join(self.log.records()))
         except (ValueError, csv.Error) as error:
             raise ValueError(
-                f"{self.path} is not a file that goes on here ({error}): give another --output_csv, or remove it"
+                f"{self.path} cannot be continued ({error}): give another --output_csv, or remove it"
             ) from error
-        if end < len(data):
-            log.info("%s: its last row was cut off and is written again", self.path)
-            os.truncate(self.path, end)
+        if self.log.keep():
+            log.info("%s: its last row was cut off; sampling it again", self.path)
         return found
 
     def _sign(self) -> None:
         if self.about is not None:
-            with atomic_write(self.sidecar) as file:
-                file.write((json.dumps(self.about, indent=1, sort_keys=True) + "\n").encode())
+            write_json(self.sidecar, self.about)
 
     def _check_maker(self, other: str) -> None:
         """Raises ValueError when OUT.json names another model or other settings than this run's."""
         if self.about is None:
             return
         try:
-            was = parse_json(read_bytes(self.sidecar)) if self.sidecar.exists() else None
-        except ValueError:
-            was = None
-        if not isinstance(was, dict):
-            log.warning("%s: no %s says which model made it; going on with this one", self.path, self.sidecar.name)
+            was = read_json_object(self.sidecar)
+        except ValueError:  # there is none, or it is no such file
+            log.warning(
+                "%s: no %s says which model made it; assuming that it was this one", self.path, self.sidecar.name
+            )
             self._sign()
             return
         mine = json.loads(json.dumps(self.about))
@@ -181,12 +166,9 @@ class RejectFile:
         if changed:
             some = ", ".join(f"{name} {was.get(name)!s:.16} (now {mine[name]!s:.16})" for name in changed[:3])
             raise ValueError(
-                f"{self.path} is half finished and was begun otherwise: {some}; go on with that, or {other}"
+                f"{self.path} is half finished and was sampled with other settings: {some}; give those, or {other}"
             )
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Adds finished rows and waits until they are on the disk."""
-        with open(self.path, "ab") as file:
-            file.write(self.rows.encode(rows))
-            file.flush()
-            os.fsync(file.fileno())
+        """Adds finished rows, which are on the disk when this returns."""
+        self.log.append(*map(self.rows.encode, rows))

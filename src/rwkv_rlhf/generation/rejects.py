@@ -1,55 +1,42 @@
-"""Answers to turn down: for rows with a prompt and a chosen answer, sample what the model itself would have said.
+"""Rejected answers: for rows with a prompt and a chosen answer, sample what the model itself would have said.
 
 The output grows in input order, each batch flushed to the disk, so a run that was stopped goes on where it ended.
 """
 
+import dataclasses
 import logging
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, RawPair, to_pair
+from rwkv_rlhf.data.conversation import normalise
+from rwkv_rlhf.data.pairs.text_pairs import CHOSEN, PROMPT, REJECT, TextPair, parse_pair
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_csv
-from rwkv_rlhf.data.templates.builtin import Form, draw_form, normalise
-from rwkv_rlhf.generation.reject_file import REJECT, RejectFile
-from rwkv_rlhf.generation.sampling import generate, sequence_seed
+from rwkv_rlhf.data.rows import read_rows
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template
+from rwkv_rlhf.data.templates.template import Template
+from rwkv_rlhf.generation.reject_file import RejectFile
+from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampling import sequence_seed
+from rwkv_rlhf.generation.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
 
-COLUMNS = (("prompt", "question"), ("chosen",))
-TEMPLATE_SEED = 100  # the tradition's, for `mixed`
 WIDEN = 0.2  # each further try of a row may pick from this much more of the distribution
 
 
 @dataclass
 class Task:
-    """One row of the input: its cells by column, the checked pair, and the form in which the model is asked."""
+    """One row of the input: its cells by column, the checked pair, and how the model is asked."""
 
     cells: dict[str, Any]
-    pair: RawPair
-    form: Form
+    pair: TextPair
     reject: Any  # as it stands in the input; pair.reject is its text
-
-
-@dataclass
-class Settings:
-    """How answers are sampled; see `generate`. `tries` counts the first one."""
-
-    temperature: float = 1.0
-    top_p: float = 0.3
-    top_k: int = 0
-    presence: float = 0.0
-    frequency: float = 1.0
-    decay: float = 0.996
-    max_tokens: int = 1000
-    seed: int = 0
-    batch_size: int = 8
-    tries: int = 4
+    template: Template
+    cue: str  # the conversation and the cue for an answer, as training writes them
 
 
 @dataclass
@@ -74,7 +61,7 @@ class Tally:
             speed = f"{self.tokens} tokens in {self.seconds:.1f} s: {rate:.0f} tokens/s"
             out.append(f"{speed}, up to {self.together} answers at once")
         if self.resumed:
-            out.append(f"{self.resumed} rows were there from an earlier run")
+            out.append(f"{self.resumed} rows were kept from an earlier run")
         if self.again:
             out.append(f"{self.again} needed another try (the answer was empty or equal to chosen)")
         if self.unfinished:
@@ -86,7 +73,7 @@ class Tally:
 
 
 def read_tasks(
-    path: str | os.PathLike, template: str, report: DataReport | None = None
+    path: str | os.PathLike[str], template: str, report: DataReport | None = None
 ) -> tuple[list[str], list[Task]]:
     """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
 
@@ -94,23 +81,20 @@ def read_tasks(
     missing column, an empty prompt or chosen, bytes that are not UTF-8.
     """
     report = report or DataReport(str(path))
-    forms = random.Random(TEMPLATE_SEED)
-    suffix = Path(path).suffix.lower()
-    reader = PAIR_ROWS.get(suffix)
-    rows = reader(path, report, False) if reader and suffix != ".csv" else read_csv(path, report, COLUMNS)
+    rng = random.Random(TEMPLATE_SEED)
     tasks: list[Task] = []
     columns: dict[str, None] = {}  # a set that keeps its order
-    for where, cells in rows:
+    for where, cells in read_rows(path, report, (PROMPT, CHOSEN)):
         reject = next((cells[name] for name in REJECT if cells.get(name) is not None), "")
         try:
-            pair = to_pair({**cells, "reject": reject}, where, need_reject=False)
-            form = draw_form(template, forms)
-            form.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
+            pair = parse_pair({**cells, "reject": reject}, where, need_reject=False)
+            drawn = draw_template(template, rng)
+            cue = drawn.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
         except RowError as error:
             report.bad(where, error)
             continue
         columns |= dict.fromkeys(cells)
-        tasks.append(Task(cells, pair, form, reject))
+        tasks.append(Task(cells, pair, reject, drawn, cue))
     if not tasks:
         raise ValueError(f"{path} has no row that could be used" if report.rows else f"{path} has no row")
     if not set(REJECT) & set(columns):
@@ -129,80 +113,77 @@ def batches(tasks: list[Task], begin: int, size: int, overwrite: bool) -> Iterat
             first, wanted = row + 1, []
 
 
-def prompt_ids(tokenizer, task: Task) -> list[int]:
-    """The conversation and the cue for an answer, as training writes them."""
-    return tokenizer.encode(task.form.prompt(task.pair.turns, [task.pair.chosen]))
-
-
 def answer_of(task: Task, text: str) -> str:
     """Sampled text as the text of an answer: without what the cue of the g1 template left open, and without NUL bytes.
 
     The readers take those for a sign of another encoding, and would refuse the file that this goes into.
     """
-    cue = task.form.prompt(task.pair.turns, [task.pair.chosen])
-    if cue.endswith("</think"):
+    if task.cue.endswith("</think"):
         text = text.removeprefix(">")
-    elif cue.endswith("<think"):
+    elif task.cue.endswith("<think"):
         text = "<think" + text
     return normalise(text.replace("\0", ""))
 
 
-def sample_rows(model, tokenizer, tasks: list[Task], rows: list[int], settings: Settings, tally: Tally) -> list[str]:
+def sample_rows(
+    sampler: Sampler, tasks: list[Task], rows: list[int], params: SamplingParams, tries: int, tally: Tally
+) -> list[str]:
     """A reject for each of `rows`, "" where every try was empty or equal to chosen. Seeds depend on the row only."""
+    assert sampler.tokenizer is not None
     answers = dict.fromkeys(rows, "")
-    for attempt in range(settings.tries):
+    for attempt in range(tries):
         left = [row for row in rows if not answers[row]]
         if not left:
             break
+        stops = sorted({tasks[row].template.end or "\n\n" for row in left})
+        wider = min(1.0, params.top_p + WIDEN * attempt)
         begun = time.perf_counter()
-        done = generate(
-            model,
-            [prompt_ids(tokenizer, tasks[row]) for row in left],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=min(1.0, settings.top_p + WIDEN * attempt),
-            top_k=settings.top_k,
-            presence=settings.presence,
-            frequency=settings.frequency,
-            decay=settings.decay,
-            stop_texts=sorted({tasks[row].form.end or "\n\n" for row in left}),
-            seed=[sequence_seed(sequence_seed(settings.seed, row), attempt) for row in left],
-            tokenizer=tokenizer,
+        done = sampler.generate(
+            [sampler.tokenizer.encode(tasks[row].cue) for row in left],
+            dataclasses.replace(params, top_p=wider, stop_texts=tuple(stops)),
+            seeds=[sequence_seed(sequence_seed(params.seed, row), attempt) for row in left],
         )
         tally.seconds += time.perf_counter() - begun
         tally.tokens += sum(len(one.tokens) for one in done)
         tally.together = max(tally.together, len(left))
         for row, one in zip(left, done, strict=True):
             text = answer_of(tasks[row], one.text)
-            if text != tasks[row].pair.chosen:
-                answers[row] = text
-            if answers[row]:
-                tally.again += attempt > 0
-                tally.unfinished += not one.finished
+            if not text or text == tasks[row].pair.chosen:
+                continue
+            answers[row] = text
+            if attempt:
+                tally.again += 1
+            if not one.finished:
+                tally.unfinished += 1
     tally.empty += [row + 1 for row in rows if not answers[row]]
-    tally.sampled += sum(bool(answers[row]) for row in rows)
-    return [answers[row] for row in rows]
+    tally.sampled += sum(1 for text in answers.values() if text)
+    return list(answers.values())
 
 
 def fill(
-    model,
-    tokenizer,
+    sampler: Sampler,
     tasks: list[Task],
     output: RejectFile,
-    settings: Settings,
+    params: SamplingParams,
     *,
+    batch_size: int = 8,
+    tries: int = 4,
     overwrite: bool = False,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int], object] = lambda rows: None,
 ) -> Tally:
     """Writes every row of `tasks` to `output`, sampling the rejects that are missing (all of them with overwrite).
 
-    Goes on behind the rows that `output` already has; progress(rows done so far) is called as rows are written.
+    Goes on behind the rows that `output` already has; progress(rows) is called with how many more are there.
+
+    Args:
+        batch_size: rows sampled together. tries: for an answer that is empty or equal to chosen; each further one
+            may pick from more of the distribution.
     """
     tally = Tally(resumed=output.resume([task.cells for task in tasks], overwrite))
     progress(tally.resumed)
-    for rows, wanted in batches(tasks, tally.resumed, settings.batch_size, overwrite):
-        new = dict(zip(wanted, sample_rows(model, tokenizer, tasks, wanted, settings, tally) if wanted else []))
+    for rows, wanted in batches(tasks, tally.resumed, batch_size, overwrite):
+        new = dict(zip(wanted, sample_rows(sampler, tasks, wanted, params, tries, tally) if wanted else []))
         output.append([output.row(tasks[row].cells, new.get(row, tasks[row].reject)) for row in rows])
         tally.kept += len(rows) - len(wanted)
-        progress(rows.stop)
+        progress(len(rows))
     return tally

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from rwkv_rlhf.plan import SCALED_MODES
-
-UNDROPPED_MODES = ("pissa", "bone")  # as their authors define them
+from rwkv_rlhf.settings import tables
 
 
 class RankError(ValueError):
-    """A rank that the matrix of a layer cannot have; who knows the layer's name adds it."""
+    """A rank that the matrix of a layer cannot have. Whoever knows the name of the layer adds it."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,9 @@ class Adaptation:
     @classmethod
     def make(cls, mode: str, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> Adaptation:
         """From what a profile row says; modes without a scale or dropout ignore it. `rslora`: arXiv 2312.03732."""
-        scaling = alpha / (math.sqrt(rank) if rslora else rank) if mode in SCALED_MODES else 1.0
-        return cls(mode, rank, alpha, scaling, 0.0 if mode in UNDROPPED_MODES else dropout)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = tables.ADAPTERS[mode]
+        scaling = alpha / (math.sqrt(rank) if rslora else rank) if facts.scaled else 1.0
+        return cls(mode, rank, alpha, scaling, dropout if facts.dropout else 0.0)
 
 
 def seeded(seed: int, name: str) -> torch.Generator:

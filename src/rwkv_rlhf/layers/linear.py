@@ -1,11 +1,11 @@
-"""A matrix of the model: how it is stored and how it is applied. Adapters subclass these two classes.
+"""A matrix of the model: how it is stored and how it is applied. Adapters subclass these classes.
 
 Legend: B batch, T tokens, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ from rwkv_rlhf.layers.stores.store import ExactBuffers, Store
 
 @dataclass(frozen=True)
 class StorageSpec:
-    """In what form a matrix is taken: `store` packs it, `dtype` is that of a dense one, `master` that of adapters.
+    """How a matrix is to be stored: packed as `store` says, or dense in `dtype`; adapters' tensors are in `master`.
 
     `generator` draws the adapter's first values. With `share` a dense matrix that already fits is not copied. PiSSA
-    takes its initial factors from `initial` (by the names in its `initial`) or else, with `svd_niter` iterations, anew.
+    takes its initial factors from `initial` (by the names in its `initial`) or else computes them in `svd_niter`
+    iterations.
     """
 
     dtype: torch.dtype
@@ -35,102 +36,114 @@ class StorageSpec:
     initial: Mapping[str, Tensor] | None = None
 
     def dense(self, weight: Tensor) -> nn.Parameter:
-        """`weight` as a frozen parameter in this form."""
-        placed = weight.detach().to(device=self.device, dtype=self.dtype, copy=not self.share)
-        return nn.Parameter(placed, requires_grad=False)
+        """`weight` as a frozen parameter of this dtype on this device."""
+        stored = weight.detach().to(device=self.device, dtype=self.dtype, copy=not self.share)
+        return nn.Parameter(stored, requires_grad=False)
 
 
-class Linear(ExactBuffers):
-    """y = x W^T without bias. `weight` is (out, in), or None when the matrix lives packed in `store`.
+class Matrix(ExactBuffers):
+    """A matrix that takes `in_features` to `out_features`, without bias: what Linear and Embedding share.
 
-    Adapters say which parameters they add (`tensors`; `fast` are those that LoRA+, arXiv 2402.12354, trains at a higher
-    rate) and which buffers outside the state dict they began with and cannot be merged without (`initial`).
+    `weight` is the dense matrix, None while the matrix lives packed in `store`. An `Adapter` adds the parameters
+    `tensors`; the other class attributes are explained there.
     """
 
+    __call__: Callable[..., Tensor]  # PyTorch says Any
     adaptation: Adaptation | None = None
     tensors: tuple[str, ...] = ()
-    fast: tuple[str, ...] = ()
+    factor_b: tuple[str, ...] = ()
     initial: tuple[str, ...] = ()
+    weight: nn.Parameter | None
+    store: Store | None
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.store: Store | None = None
+        self.weight = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
+        self.store = None
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """An (out, in) matrix laid out as `weight` is, and back."""
+        return matrix
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix as `weight` holds it, whether dense or packed."""
+        return torch.Size((self.out_features, self.in_features))
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        """Hold the matrix `weight` (out, in) as `spec` says, frozen. Adapters also start their own tensors."""
-        assert weight.shape == (self.out_features, self.in_features), weight.shape
+        """Hold the matrix `weight` as `spec` says, frozen."""
+        assert weight.shape == self.shape, weight.shape
         store = store_class(spec.store)
         if store is None:
             self.store, self.weight = None, spec.dense(weight)
         else:
             self.store, self.weight = store.pack(weight.detach().to(spec.device)), None
 
-    def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the form that the adapter's own `tensors` of a checkpoint have, where an older program had another."""
+    def on_meta(self, spec: StorageSpec) -> None:
+        """As `load_weight`, on the meta device: dtypes and sizes without numbers."""
+        store = store_class(spec.store)
+        if store is None:
+            self.weight = nn.Parameter(torch.empty(self.shape, dtype=spec.dtype, device="meta"), requires_grad=False)
+        else:
+            self.store, self.weight = store.on_meta(self.shape), None
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The stored matrix as (out, in), without any adapter; unpacked when it is packed."""
+        """The stored matrix in the shape of `weight`, without any adapter; unpacked when it is packed."""
         if self.store is not None:
             return self.store.unpack(dtype or torch.float32)
+        assert self.weight is not None
         return self.weight if dtype is None else self.weight.to(dtype)
 
     def merged(self) -> Tensor:
-        """The matrix that this layer applies, (out, in) float32. The only definition of merging."""
+        """The matrix that this layer applies, float32 in the shape of `weight`. The only definition of merging."""
         return self.dense(torch.float32).detach()
-
-    def base(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out) by the stored matrix alone, computed in x.dtype."""
-        if self.store is None:
-            return F.linear(x, self.weight.to(x.dtype))
-        return self.store.linear(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), computed in x.dtype: a float32 master works with bfloat16 activations."""
-        return self.base(x)
 
     def extra_repr(self) -> str:
         stored = "dense" if self.store is None else self.store.mode
         return f"{self.in_features} -> {self.out_features}, {stored}"
 
 
-class Embedding(ExactBuffers):
-    """Rows of `weight` (V, C) by token number. A table is never packed: only the rows of a batch are read."""
+class Linear(Matrix):
+    """y = x W^T, `weight` (out, in)."""
 
-    adaptation: Adaptation | None = None
-    tensors: tuple[str, ...] = ()
-    fast: tuple[str, ...] = ()
-    initial: tuple[str, ...] = ()
+    def base(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out) by the stored matrix alone, computed in x.dtype."""
+        if self.store is not None:
+            return self.store.linear(x)
+        assert self.weight is not None
+        return F.linear(x, self.weight.to(x.dtype))
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
-        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), computed in x.dtype: a float32 master works with bfloat16 activations."""
+        return self.base(x)
+
+
+class Embedding(Matrix):
+    """Rows of `weight` (V, C) by token number: in_features V, out_features C. It is never packed: only the rows of a
+    batch are read."""
+
+    weight: nn.Parameter
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.in_features, self.out_features))
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        """Hold the table `weight` (V, C) as `spec` says, frozen. Adapters also start their own tensors."""
-        assert weight.shape == (self.num_embeddings, self.embedding_dim), weight.shape
         assert spec.store == "none"
-        self.weight = spec.dense(weight)
-
-    def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
-        """As `Linear.adopt_form`."""
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The table (V, C) without any adapter."""
-        return self.weight if dtype is None else self.weight.to(dtype)
-
-    def merged(self) -> Tensor:
-        """The table that this layer applies, (V, C) float32. The only definition of merging."""
-        return self.dense(torch.float32).detach()
+        super().load_weight(weight, spec)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """tokens (...,) int64 -> (..., C) in `dtype`, or in the table's own; rows are gathered before the cast."""
         rows = F.embedding(tokens, self.weight)
         return rows if dtype is None else rows.to(dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_embeddings} x {self.embedding_dim}"

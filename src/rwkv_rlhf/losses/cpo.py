@@ -10,31 +10,20 @@ means of tokens. Their defaults are alpha = 1 and beta = 0.1.
 Legend: n pairs.
 """
 
-from typing import Any
-
 from torch import Tensor
-from torch.nn import functional as F
 
-from rwkv_rlhf.losses.kinds import Metrics, PairLoss
-from rwkv_rlhf.losses.pairs import PairScores, preference_metrics
+from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores
+from rwkv_rlhf.settings.config import Config
 
 
 class CPO(PairLoss):
-    """Preference loss without a reference + cpo_alpha * CE(chosen).
+    """Preference loss without a reference + cpo_alpha * CE(chosen). Rewards: beta * summed log-probability."""
 
-    Metrics: loss and its parts `cpo` and `ce` (before alpha), and those of `preference_metrics` with the rewards
-    beta * summed log-probability.
-    """
+    term = "cpo"
 
-    settings = ("cpo_alpha", "cpo_beta")
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        return AnswerValues(config.cpo_beta * scores.chosen_sum, config.cpo_beta * scores.reject_sum)
 
-    def __call__(
-        self, scores: PairScores, batch: Any, *, cpo_alpha: float = 1.0, cpo_beta: float = 0.1
-    ) -> tuple[Tensor, Metrics]:
-        """Sum over the pairs; nothing of `batch` is used."""
-        chosen, reject = cpo_beta * scores.chosen_sum, cpo_beta * scores.reject_sum
-        preference = -F.logsigmoid(chosen - reject).sum()
-        entropy = -scores.chosen_mean().sum()
-        value = preference + cpo_alpha * entropy if cpo_alpha else preference
-        metrics = {"loss": value.detach(), "cpo": preference.detach(), "ce": entropy.detach()}
-        return value, metrics | preference_metrics(scores, chosen, reject)
+    def weights(self, config: Config) -> TermWeights:
+        return TermWeights(preference=1.0, ce=config.cpo_alpha)

@@ -16,15 +16,16 @@ Legend: n trained tokens, T tokens, K teacher's logits per token.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.losses.kinds import Metrics, TextLoss
+from rwkv_rlhf.data.batch import IGNORE, TextBatch
+from rwkv_rlhf.losses.kinds import LossValue, TextLoss, token_penalty
 from rwkv_rlhf.losses.orpo import log1mexp
 from rwkv_rlhf.losses.sft import sft
-from rwkv_rlhf.losses.tokens import IGNORE, L2WRAP, TokenScores
+from rwkv_rlhf.losses.tokens import TokenScores
+from rwkv_rlhf.settings.config import Config
 
 NO_REST = -1e-6  # a log-probability above this leaves nothing for the rest that float32 could tell from rounding
 
@@ -82,47 +83,25 @@ def distillation(
 
 
 class Distillation(TextLoss):
-    """Cross-entropy with label smoothing, mixed with the divergence from the teacher.
+    """alpha * cross-entropy with label smoothing + (1 - alpha) * divergence from the teacher that is in the batch.
 
-    Metrics: loss and its parts `ce` (smoothed) and `kl` (the divergence, tau^2 included), and `nll`.
+    Metrics: loss and its parts `ce` (smoothed) and `kd` (tau^2 included), and `nll`.
     """
 
-    needs_teacher = True
-    settings = ("smoothing", "temperature", "alpha", "kd", "kd_tail")
-
-    def __call__(
-        self,
-        scores: tuple[TokenScores, Tensor],
-        batch: Any,
-        *,
-        smoothing: float = 0.0,
-        temperature: float = 2.0,
-        alpha: float = 0.5,
-        kd: str = "forward",
-        kd_tail: bool = False,
-    ) -> tuple[Tensor, Metrics]:
-        """`scores`: of the targets, and (T,K) of the teacher's tokens; the teacher itself is in `batch`."""
-        tokens, picked = scores
-        values, lse = batch.top_values, batch.top_lse
+    def __call__(self, scores: TokenScores, batch: TextBatch, config: Config) -> LossValue:
+        picked, values, lse = scores.gathered, batch.top_values, batch.top_lse
+        assert picked is not None and values is not None, "distillation without a teacher"
         trained = batch.targets != IGNORE
         if not bool(trained.all()):
             picked, values = picked[trained], values[trained]
             lse = None if lse is None else lse[trained]
-        kl = distillation(picked, values, lse, temperature=temperature, kd=kd, tail=kd_tail).sum()
-        ce = sft(tokens, smoothing).sum()
-        value = alpha * ce + (1 - alpha) * kl
-        metrics = {"loss": value, "ce": ce, "kl": kl, "nll": -tokens.logp.sum()}
-        return value, {name: part.detach() for name, part in metrics.items()}
+        kd = distillation(picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail).sum()
+        ce = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
+        value = config.alpha * ce + (1 - config.alpha) * kd
+        metrics = {"loss": value, "ce": ce, "kd": kd, "nll": -scores.logp.sum()}
+        detached = {name: amount.detach() for name, amount in metrics.items()}
+        return LossValue(value, detached).with_l2wrap(token_penalty(scores))
 
-    def at(self, batch: Any) -> Tensor | None:
-        assert batch.top_indices is not None, "distillation without a teacher"
+    def gathered_tokens(self, batch: TextBatch) -> Tensor | None:
+        """The teacher's tokens."""
         return batch.top_indices
-
-    def from_scores(
-        self, scores: tuple[TokenScores, Tensor], batch: Any, *, l2wrap: bool, **settings: Any
-    ) -> tuple[Tensor, Metrics]:
-        value, metrics = self(scores, batch, **settings)
-        if l2wrap:
-            penalty = L2WRAP * scores[0].max_logit.square().sum()
-            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
-        return value, metrics

@@ -18,14 +18,14 @@ Legend: n pairs.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_rlhf.losses.kinds import Metrics, PairLoss
-from rwkv_rlhf.losses.pairs import PairScores, preference_metrics
+from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, log_ratios
+from rwkv_rlhf.settings.config import Config
 
 
 def _logistic(h: Tensor, beta: float) -> Tensor:
@@ -69,34 +69,26 @@ def dpo(h: Tensor, beta: float, variant: str = "sigmoid", label_smoothing: float
 
 
 class DPO(PairLoss):
-    """dpo_alpha * CE(chosen) + preference loss; CE is the mean over the tokens of the pair's chosen answer.
+    """Preference loss + dpo_alpha * CE(chosen). Rewards: beta * (s - b)."""
 
-    Metrics: loss and its parts `dpo` and `ce`, and those of `preference_metrics` with the rewards beta * (s - b).
-    """
+    term = "dpo"
 
-    needs_reference = True
-    settings = ("dpo_beta", "dpo_alpha", "dpo_loss", "dpo_logp", "dpo_label_smoothing")
+    @staticmethod
+    def ratios(scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        """s - b of each answer, in nats: of sums over its tokens, or of means."""
+        ratio = log_ratios(scores, reference)
+        if config.dpo_logp == "mean" or config.dpo_loss == "ipo":
+            chosen_count, reject_count = scores.chosen_count.clamp_min(1), scores.reject_count.clamp_min(1)
+            return AnswerValues(ratio.chosen / chosen_count, ratio.reject / reject_count)
+        return ratio
 
-    def __call__(
-        self,
-        scores: PairScores,
-        batch: Any,
-        *,
-        dpo_beta: float = 0.01,
-        dpo_alpha: float = 0.1,
-        dpo_loss: str = "sigmoid",
-        dpo_logp: str = "sum",
-        dpo_label_smoothing: float = 0.0,
-    ) -> tuple[Tensor, Metrics]:
-        """`batch.reference` (n,2) float32 holds the reference's summed log-probabilities (chosen, reject)."""
-        assert batch.reference is not None, "DPO without reference log-probabilities"
-        chosen = scores.chosen_sum - batch.reference[:, 0]
-        reject = scores.reject_sum - batch.reference[:, 1]
-        if dpo_logp == "mean" or dpo_loss == "ipo":
-            chosen = chosen / scores.chosen_count.clamp_min(1)
-            reject = reject / scores.reject_count.clamp_min(1)
-        preference = dpo(chosen - reject, dpo_beta, dpo_loss, dpo_label_smoothing).sum()
-        entropy = -scores.chosen_mean().sum()
-        value = preference + dpo_alpha * entropy if dpo_alpha else preference
-        metrics = {"loss": value.detach(), "dpo": preference.detach(), "ce": entropy.detach()}
-        return value, metrics | preference_metrics(scores, dpo_beta * chosen, dpo_beta * reject)
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        ratio = self.ratios(scores, reference, config)
+        return AnswerValues(config.dpo_beta * ratio.chosen, config.dpo_beta * ratio.reject)
+
+    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
+        h = self.ratios(scores, reference, config).margin()
+        return dpo(h, config.dpo_beta, config.dpo_loss, config.dpo_label_smoothing)
+
+    def weights(self, config: Config) -> TermWeights:
+        return TermWeights(preference=1.0, ce=config.dpo_alpha or 0.0)

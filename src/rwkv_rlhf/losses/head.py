@@ -3,8 +3,7 @@
 Legend: M rows (trained tokens), C width, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,42 +18,41 @@ class Product:
     """A head that is nothing but x W^T: two matrix products a chunk, and one buffer of logits for all chunks."""
 
     def __init__(
-        self, head: nn.Module, hidden: Tensor, chunk: int, params: Sequence[Tensor], need_hidden: bool
+        self, head: nn.Module, hidden: Tensor, head_chunk: int, params: Sequence[Tensor], need_hidden: bool
     ) -> None:
-        dense = getattr(head, "dense", None)
-        weight = head.weight if dense is None else dense(hidden.dtype)
+        dense: Callable[[torch.dtype], Tensor] | None = getattr(head, "dense", None)
+        weight = head.get_parameter("weight") if dense is None else dense(hidden.dtype)
         self.hidden = hidden
         self.weight = weight.detach().to(hidden.dtype)  # (V,C), in the dtype of the computation as the head itself does
-        self.parts = _parts(hidden, chunk)
-        self.chunk = min(chunk, len(hidden))
+        self.chunks = _chunks(hidden, head_chunk)
+        self.head_chunk = min(head_chunk, len(hidden))
         self.buffer: Tensor | None = None  # made when logits are first asked for
         self.d_hidden = torch.empty_like(hidden) if need_hidden else None
-        self.d_weight = torch.zeros_like(self.weight, dtype=_wide(params[0].dtype)) if params else None
+        # summed over chunks in at least float32
+        self.d_weight = torch.zeros_like(self.weight, dtype=wide_dtype(params[0].dtype)) if params else None
         self.dtype = params[0].dtype if params else None
         self.narrow = hidden.new_empty(min(COLUMNS, len(self.weight)) if params else 0, hidden.shape[1])
 
-    def logits(self, part: slice) -> Tensor:
-        """Logits (rows of `part`, V) in hidden's dtype; valid, and free to be overwritten, until the next call."""
-        rows = self.hidden[part]
+    def logits(self, chunk: slice) -> Tensor:
+        """Logits (rows of `chunk`, V) in hidden's dtype; valid, and free to be overwritten, until the next call."""
+        hidden = self.hidden[chunk]
         if self.buffer is None:
-            self.buffer = self.hidden.new_empty(self.chunk, len(self.weight))
-        return torch.mm(rows, self.weight.t(), out=self.buffer[: len(rows)])
+            self.buffer = self.hidden.new_empty(self.head_chunk, len(self.weight))
+        return torch.mm(hidden, self.weight.t(), out=self.buffer[: len(hidden)])
 
-    def push(self, part: slice, slope: Tensor) -> None:
-        """Take the gradient with respect to the logits of `part`, the last ones asked for."""
+    def push(self, chunk: slice, slope: Tensor) -> None:
+        """Take the gradient with respect to the logits of `chunk`, the last ones asked for."""
         if self.d_hidden is not None:
-            torch.mm(slope, self.weight, out=self.d_hidden[part])
+            torch.mm(slope, self.weight, out=self.d_hidden[chunk])
         if self.d_weight is None:
             return
-        rows = self.hidden[part]
+        hidden = self.hidden[chunk]
         if self.d_weight.dtype == slope.dtype:
-            self.d_weight.addmm_(slope.t(), rows)
+            self.d_weight.addmm_(slope.t(), hidden)
             return
-        for start in range(
-            0, len(self.d_weight), COLUMNS
-        ):  # summed over chunks in float32, one narrow product at a time
+        for start in range(0, len(self.d_weight), COLUMNS):  # one narrow product at a time, widened as it is added
             total = self.d_weight[start : start + COLUMNS]
-            total += torch.mm(slope[:, start : start + COLUMNS].t(), rows, out=self.narrow[: len(total)])
+            total += torch.mm(slope[:, start : start + COLUMNS].t(), hidden, out=self.narrow[: len(total)])
 
     def gradients(self) -> tuple[Tensor | None, list[Tensor]]:
         """d hidden (None if not needed) and the gradient of each parameter in `params`, handed out once."""
@@ -70,31 +68,34 @@ class Module:
     """
 
     def __init__(
-        self, head: nn.Module, hidden: Tensor, chunk: int, params: Sequence[Tensor], need_hidden: bool
+        self, head: nn.Module, hidden: Tensor, head_chunk: int, params: Sequence[Tensor], need_hidden: bool
     ) -> None:
         self.head, self.hidden, self.params = head, hidden, list(params)
-        self.parts = _parts(hidden, max(1, chunk // 2))
+        self.chunks = _chunks(hidden, max(1, head_chunk // 2))
         self.record = bool(need_hidden or self.params)
         self.d_hidden = torch.empty_like(hidden) if need_hidden else None
-        self.d_params = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in self.params]
-        self.rows = self.found = None
+        self.d_params = [torch.zeros_like(p, dtype=wide_dtype(p.dtype)) for p in self.params]
+        self.inputs: Tensor | None = None  # of the newest chunk, a leaf of its graph
+        self.outputs: Tensor | None = None
 
-    def logits(self, part: slice) -> Tensor:
+    def logits(self, chunk: slice) -> Tensor:
         """As `Product.logits`."""
-        self.rows = self.found = None  # before the next chunk exists, not after
+        self.inputs = self.outputs = None  # before the next chunk exists, not after
         with torch.set_grad_enabled(self.record):
-            self.rows = self.hidden[part].detach().requires_grad_(self.d_hidden is not None)
-            self.found = self.head(self.rows)
+            self.inputs = self.hidden[chunk].detach().requires_grad_(self.d_hidden is not None)
+            outputs: Tensor = self.head(self.inputs)
+        self.outputs = outputs
         # A copy: the head may have kept its output for its own backward pass.
-        return self.found.detach().clone() if self.record else self.found
+        return outputs.detach().clone() if self.record else outputs
 
-    def push(self, part: slice, slope: Tensor) -> None:
+    def push(self, chunk: slice, slope: Tensor) -> None:
         """As `Product.push`."""
-        inputs = self.params if self.d_hidden is None else [self.rows, *self.params]
-        found = list(torch.autograd.grad(self.found, inputs, slope, allow_unused=True))
+        assert self.inputs is not None and self.outputs is not None, "no logits were asked for"
+        leaves = self.params if self.d_hidden is None else [self.inputs, *self.params]
+        found = list(torch.autograd.grad(self.outputs, leaves, slope, allow_unused=True))
         if self.d_hidden is not None:
-            rows = found.pop(0)
-            self.d_hidden[part] = 0 if rows is None else rows
+            slope_of_hidden = found.pop(0)
+            self.d_hidden[chunk] = 0 if slope_of_hidden is None else slope_of_hidden
         for total, value in zip(self.d_params, found):
             if value is not None:
                 total += value
@@ -107,10 +108,11 @@ class Module:
 
 
 def open_head(
-    head: nn.Module, hidden: Tensor, chunk: int, params: Sequence[Tensor] = (), need_hidden: bool = False
+    head: nn.Module, hidden: Tensor, head_chunk: int, params: Sequence[Tensor] = (), need_hidden: bool = False
 ) -> Product | Module:
     """Start one run over the rows of `hidden` (M,C); `params` are the head's parameters that need a gradient."""
-    return (Product if is_product(head) else Module)(head, hidden, chunk, params, need_hidden)
+    kind: type[Product] | type[Module] = Product if is_product(head) else Module
+    return kind(head, hidden, head_chunk, params, need_hidden)
 
 
 def is_product(head: nn.Module) -> bool:
@@ -126,33 +128,5 @@ def is_product(head: nn.Module) -> bool:
     return callable(getattr(head, "dense", None)) and callable(getattr(head, "merged", None)) and names <= {"weight"}
 
 
-def random_state(head: nn.Module, hidden: Tensor) -> list[Tensor] | None:
-    """State of the random generators that a dropout in the head would draw from; None if the head cannot draw."""
-    if is_product(head) or not head.training:
-        return None
-    states = [torch.get_rng_state()]
-    if hidden.is_cuda:
-        states.append(torch.cuda.get_rng_state(hidden.device))
-    return states
-
-
-@contextlib.contextmanager
-def replayed(states: list[Tensor] | None, hidden: Tensor) -> Iterator[None]:
-    """Draw again what was drawn after `random_state`, then leave the generators as they were found."""
-    if states is None:
-        yield
-        return
-    with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
-        torch.set_rng_state(states[0])
-        if hidden.is_cuda:
-            torch.cuda.set_rng_state(states[1], hidden.device)
-        yield
-
-
-def _parts(hidden: Tensor, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, len(hidden))) for start in range(0, len(hidden), chunk)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Gradients are summed over chunks in at least float32."""
-    return wide_dtype(dtype)
+def _chunks(hidden: Tensor, head_chunk: int) -> list[slice]:
+    return [slice(start, min(start + head_chunk, len(hidden))) for start in range(0, len(hidden), head_chunk)]

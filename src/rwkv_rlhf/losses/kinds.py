@@ -1,4 +1,4 @@
-"""What every loss has in common: where its scores come from, and the penalty on large logits (L2Wrap).
+"""What every loss has in common: where its scores come from, what it gives, and the penalty on large logits (L2Wrap).
 
 L2Wrap (BlinkDL's RWKV-LM): 0.5e-4 * max_logit^2, averaged over the trained positions. Its gradient is the tradition's,
 1e-4 * max_logit at the largest logit of each position; as a part of the loss it follows accumulation and loss scaling.
@@ -7,105 +7,146 @@ It is a metric of its own and never part of the logged loss.
 Legend: T tokens, n pairs, A answer tokens, C width.
 """
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from rwkv_rlhf.losses.pairs import log_weights, pair_scores, segment_sums
-from rwkv_rlhf.losses.tokens import IGNORE, L2WRAP, TokenScores, gathered_scores, token_scores
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, TextBatch
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, pair_metrics, pair_scores, segment_sums
+from rwkv_rlhf.losses.tokens import L2WRAP, RequiredStats, TokenScores, token_scores
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.tables import LossFacts
 
-Metrics = dict[str, Tensor]
+BatchT = TypeVar("BatchT", bound=TextBatch | AnswerBatch)
 
 
-class Loss:
-    """A loss as the training loop sees it.
+class LossValue(NamedTuple):
+    """What a loss gives of one micro-batch: sums over its trained tokens, pairs or answers, () each.
 
-    Attributes:
-        kind: "text" (sums over trained tokens), "pairs" (sums over pairs) or "rated" (sums over single answers).
-        needs_reference: whether the batch must carry the reference's log-probabilities.
-        needs_teacher: whether the batch must carry a teacher's logits.
-        needs_weights: whether the scores of pairs must carry `log_weight`.
-        l2wrap: whether the penalty on large logits is on unless the user says otherwise.
-        settings: names of the settings that `__call__` takes as keywords.
+    `value` is minimised and differentiable. `metrics` are not; "loss" among them is what is logged as the loss. Names
+    and units stand in `settings/metrics.py`.
     """
 
-    kind: ClassVar[str]
-    needs_reference: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = False
-    needs_weights: ClassVar[bool] = False
-    l2wrap: ClassVar[bool] = False
-    settings: ClassVar[tuple[str, ...]] = ()
+    value: Tensor
+    metrics: dict[str, Tensor]
 
-    def __call__(self, scores: Any, batch: Any, **settings: Any) -> tuple[Tensor, Metrics]:
-        """Scores -> (sum over trained tokens or pairs, detached sums by name; "loss" is what is logged as the loss)."""
-        raise NotImplementedError
+    def per(self, total: float) -> LossValue:
+        """Shares of the means over `total` tokens, pairs or answers."""
+        return LossValue(self.value / total, {name: amount / total for name, amount in self.metrics.items()})
 
-    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
-        """What `token_scores` must find besides log p, as its keywords."""
-        return {"want_max": l2wrap}
+    def with_l2wrap(self, penalty: Tensor | None) -> LossValue:
+        """The penalty joins the objective, but not the metric "loss"; None where L2Wrap is off."""
+        if penalty is None:
+            return self
+        return LossValue(self.value + penalty, self.metrics | {"l2wrap": penalty.detach()})
 
-    def at(self, batch: Any) -> Tensor | None:
-        """Tokens (T,K) whose scores the loss needs too; its scores are then the pair that `gathered_scores` gives."""
+
+class Loss(ABC, Generic[BatchT]):
+    """A loss as the training loop sees it: a sum over the trained tokens, pairs or rated answers of a batch.
+
+    `facts` is its entry of the table; of the settings it reads those that are named there.
+    """
+
+    def __init__(self, facts: LossFacts) -> None:
+        self.facts = facts
+
+    @abstractmethod
+    def __call__(self, scores: TokenScores, batch: BatchT, config: Config) -> LossValue:
+        """The loss of a batch whose tokens have the scores `scores`, with the statistics of `required_stats`."""
+
+    def required_stats(self, config: Config) -> RequiredStats:
+        """What must be known of each token besides log p(target)."""
+        return RequiredStats(max=self.facts.l2wrap if config.l2wrap is None else config.l2wrap)
+
+    def gathered_tokens(self, batch: BatchT) -> Tensor | None:
+        """(T,K) tokens whose scores the loss needs at each position besides the target's."""
         return None
 
-    def from_scores(self, scores: Any, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
-        """As `__call__`, from the scores of all tokens; with `l2wrap` the objective, but not the metric "loss",
-        includes the penalty."""
-        raise NotImplementedError
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues | None:
+        """The implicit reward that the loss gives each answer; None where it knows none, as of text.
 
-    def from_hidden(
-        self, head: nn.Module, hidden: Tensor, batch: Any, *, chunk: int, l2wrap: bool, **settings: Any
-    ) -> tuple[Tensor, Metrics]:
-        """As `from_scores`, from hidden states (T,C) through the chunked head."""
-        scores: Any
-        if (at := self.at(batch)) is not None:
-            scores = gathered_scores(head, hidden, batch.targets, at, chunk=chunk)
-        else:
-            scores = token_scores(
-                head, hidden, batch.targets, chunk=chunk, **self.required_stats(l2wrap=l2wrap, **settings)
-            )
-        return self.from_scores(scores, batch, l2wrap=l2wrap, **settings)
+        `reference` (n,2): the reference's summed log-probabilities of (chosen, reject).
+        """
+        return None
 
-    @staticmethod
-    def penalty(max_logit: Tensor, targets: Tensor, starts: Tensor) -> Tensor:
-        """L2Wrap summed over segments: the mean of each one's trained positions; `starts` are the segments'."""
-        squares = segment_sums(max_logit.square(), starts)
-        counts = segment_sums((targets != IGNORE).to(squares.dtype), starts)
-        return (L2WRAP * squares / counts.clamp_min(1)).sum()
+    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
+        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
+        stats, gather = self.required_stats(config), self.gathered_tokens(batch)
+        scores = token_scores(head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk)
+        return self(scores, batch, config)
 
 
-class TextLoss(Loss):
-    """A sum over the trained tokens of packed text; `__call__` takes `TokenScores`."""
+class TextLoss(Loss[TextBatch]):
+    """A sum over the trained tokens of packed text."""
 
-    kind = "text"
-    l2wrap = True
-
-    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
-        return {"want_mean": settings.get("smoothing", 0) > 0, "want_max": l2wrap}
-
-    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
-        value, metrics = self(scores, batch, **settings)
-        if l2wrap:
-            penalty = L2WRAP * scores.max_logit.square().sum()
-            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
-        return value, metrics
+    def required_stats(self, config: Config) -> RequiredStats:
+        return super().required_stats(config)._replace(mean=bool(config.smoothing))
 
 
-class PairLoss(Loss):
-    """A sum over preference pairs; `__call__` takes `PairScores`. L2Wrap averages over both answers of a pair."""
+class TermWeights(NamedTuple):
+    """Weights of the two terms of a preference loss."""
 
-    kind = "pairs"
+    preference: float
+    ce: float
 
-    def required_stats(self, *, l2wrap: bool, **settings: Any) -> dict[str, bool]:
-        return {"want_max": l2wrap, "want_square": self.needs_weights}
+    def mixed(self, preference: Tensor, entropy: Tensor) -> Tensor:
+        """The weighted sum; a term of weight 0 is left out, so that nothing of it reaches the gradient."""
+        if not self.ce:
+            return self.preference * preference
+        return self.preference * preference + self.ce * entropy
 
-    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
-        pairs = pair_scores(scores.logp, batch.targets, batch.starts)
-        if self.needs_weights:
-            excess = scores.logp.detach() - scores.log_square
-            pairs = pairs._replace(log_weight=log_weights(excess, batch.targets, batch.starts))
-        value, metrics = self(pairs, batch, **settings)
-        if l2wrap:
-            penalty = self.penalty(scores.max_logit, batch.targets, batch.starts[::2])
-            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
-        return value, metrics
+
+class PairLoss(Loss[PairBatch]):
+    """weight * preference loss + weight * CE(chosen), summed over pairs.
+
+    CE(chosen) is the mean negative log-likelihood over the tokens of a pair's chosen answer. Metrics: loss, both terms
+    before their weights (`ce`, and the preference under the name `term`), and those of `pair_metrics`.
+    """
+
+    term: ClassVar[str]
+
+    @abstractmethod
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues: ...
+
+    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
+        """(n,) the preference loss of each pair; unless a loss has its own, -log sigmoid(margin of the rewards)."""
+        return -F.logsigmoid(self.rewards(scores, reference, config).margin())
+
+    @abstractmethod
+    def weights(self, config: Config) -> TermWeights:
+        """How the two terms are mixed."""
+
+    def metrics(self, scores: PairScores, reference: Tensor | None, config: Config) -> dict[str, Tensor]:
+        """What is logged besides the terms, as sums over pairs."""
+        return pair_metrics(scores, self.rewards(scores, reference, config), reference)
+
+    def __call__(self, scores: TokenScores, batch: PairBatch, config: Config) -> LossValue:
+        pairs = pair_scores(scores.logp, batch.targets, batch.starts, scores.log_square)
+        reference = batch.reference if self.facts.reference else None  # a file may hold scores of any model
+        preference = self.preference(pairs, reference, config).sum()
+        entropy = -pairs.chosen_mean.sum()
+        value = self.weights(config).mixed(preference, entropy)
+        metrics = {"loss": value.detach(), self.term: preference.detach(), "ce": entropy.detach()}
+        metrics |= self.metrics(pairs, reference, config)
+        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.starts[::2]))
+
+
+def token_penalty(scores: TokenScores) -> Tensor | None:
+    """L2Wrap summed over tokens; None where the largest logits were not asked for."""
+    return None if scores.max_logit is None else L2WRAP * scores.max_logit.square().sum()
+
+
+def segment_penalty(scores: TokenScores, targets: Tensor, starts: Tensor) -> Tensor | None:
+    """L2Wrap summed over segments, of each the mean over its trained positions; None as for `token_penalty`.
+
+    `starts` are those of the segments: of pairs every second start of an answer, so that both answers are one.
+    """
+    if scores.max_logit is None:
+        return None
+    squares = segment_sums(scores.max_logit.square(), starts)
+    counts = segment_sums((targets != IGNORE).to(squares.dtype), starts)
+    return (L2WRAP * squares / counts.clamp_min(1)).sum()

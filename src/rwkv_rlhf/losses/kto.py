@@ -15,14 +15,16 @@ between 1 and 4/3.
 Legend: n answers.
 """
 
-from typing import Any
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.losses.kinds import Loss, Metrics
-from rwkv_rlhf.losses.pairs import TIE, segment_sums
+from rwkv_rlhf.data.batch import RatedBatch
+from rwkv_rlhf.losses.kinds import Loss, LossValue, segment_penalty
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, ahead, log_ratios, segment_sums
 from rwkv_rlhf.losses.tokens import TokenScores
+from rwkv_rlhf.settings.config import Config
 
 
 def kto(ratio: Tensor, good: Tensor, divergence: Tensor, beta: float, desirable: float, undesirable: float) -> Tensor:
@@ -31,47 +33,48 @@ def kto(ratio: Tensor, good: Tensor, divergence: Tensor, beta: float, desirable:
     return (1 - value) * torch.where(good, desirable, undesirable)
 
 
-class KTO(Loss):
-    """Metrics: loss, `kl` (z), `accuracy` (good answers with r > z and bad ones with r < z; a tie counts one half),
-    `margin` (mean of beta (r - z), with the sign of the label), and the mean rewards beta r of good and bad answers."""
+class KTO(Loss[RatedBatch]):
+    """Metrics: loss and those of `rated_metrics`. Rewards: beta * (s - b)."""
 
-    kind = "rated"
-    needs_reference = True
-    settings = ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight")
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        """Of pairs, which are taken apart to train on; `accuracy` of them then compares both answers of a prompt."""
+        ratio = log_ratios(scores, reference)
+        return AnswerValues(config.kto_beta * ratio.chosen, config.kto_beta * ratio.reject)
 
-    def from_scores(self, scores: TokenScores, batch: Any, *, l2wrap: bool, **settings: Any) -> tuple[Tensor, Metrics]:
-        """Segments of the scores are answers, `batch.starts` (n+1,)."""
-        value, metrics = self(segment_sums(scores.logp, batch.starts), batch, **settings)
-        if l2wrap:
-            penalty = self.penalty(scores.max_logit, batch.targets, batch.starts)
-            value, metrics = value + penalty, metrics | {"l2wrap": penalty.detach()}
-        return value, metrics
+    def __call__(self, scores: TokenScores, batch: RatedBatch, config: Config) -> LossValue:
+        """`batch.kl` is z; `batch.total` and `batch.good_total` count the answers of the optimizer step."""
+        assert batch.reference is not None and batch.kl is not None, "KTO without reference log-probabilities or z"
+        sums = segment_sums(scores.logp, batch.starts)
+        ratio, divergence = sums - batch.reference, batch.kl.detach().to(sums.dtype)
+        weights = config.kto_desirable_weight, config.kto_undesirable_weight
+        value = kto(ratio, batch.good, divergence, config.kto_beta, *weights).sum()
+        metrics = {"loss": value.detach()}
+        metrics |= rated_metrics(
+            sums, batch.reference, batch.good, divergence, config.kto_beta, total=batch.total, good=batch.good_total
+        )
+        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.starts))
 
-    def __call__(
-        self,
-        scores: Tensor,
-        batch: Any,
-        *,
-        kto_beta: float = 0.1,
-        kto_desirable_weight: float = 1.0,
-        kto_undesirable_weight: float = 1.0,
-    ) -> tuple[Tensor, Metrics]:
-        """scores (n,) summed log-probabilities. `batch` has `reference` (n,), `good` (n,) bool, `kl` a scalar, and
-        `good_total`, the good answers of the optimizer step of `total` answers."""
-        assert batch.reference is not None, "KTO without reference log-probabilities"
-        good, ratio = batch.good, scores - batch.reference
-        divergence = batch.kl.detach().to(ratio.dtype)
-        value = kto(ratio, good, divergence, kto_beta, kto_desirable_weight, kto_undesirable_weight).sum()
-        reward = kto_beta * ratio.detach()
-        sign = torch.where(good, 1.0, -1.0).to(reward.dtype)
-        margin = sign * (reward - kto_beta * divergence)
-        right = (margin > 0).to(margin.dtype).masked_fill(margin.abs() < TIE, 0.5)
-        metrics = {"loss": value.detach(), "accuracy": right.sum(), "margin": margin.sum()}
-        metrics["kl"] = divergence * len(good)  # sums over answers, as every metric
-        for name, mask, count in (
-            ("chosen_reward", good, batch.good_total),
-            ("reject_reward", ~good, batch.total - batch.good_total),
-        ):
-            if count:
-                metrics[name] = (reward * mask).sum() * (batch.total / count)
-        return value, metrics
+
+@torch.no_grad()
+def rated_metrics(
+    sums: Tensor, reference: Tensor, is_good: Tensor, divergence: Tensor, beta: float, *, total: float, good: float
+) -> dict[str, Tensor]:
+    """What is logged of rated answers, in training and held out alike; names and units as in `settings/metrics.py`.
+
+    They are sums over the answers, which divided by `total` give means. A mean over good answers only, or over bad ones
+    only, is left out where there are none, and the margins with it.
+
+    sums, reference (n,): summed log-probabilities of the policy and the reference. is_good (n,) bool. divergence (): z.
+    total, good: all answers, and good ones, that the means are over.
+    """
+    reward = beta * (sums - reference)
+    own_side = torch.where(is_good, 1.0, -1.0).to(reward.dtype) * (reward - beta * divergence)
+    found = {"accuracy": ahead(own_side).sum(), "kto_kl": divergence * len(is_good)}
+    for side, mask, count in (("chosen", is_good, good), ("reject", ~is_good, total - good)):
+        if count:
+            found[f"{side}_reward"] = (reward * mask).sum() * (total / count)
+            found[f"{side}_logp"] = (sums * mask).sum() * (total / count)
+    if 0 < good < total:
+        found["reward_margin"] = found["chosen_reward"] - found["reject_reward"]
+        found["logp_margin"] = found["reward_margin"] / beta
+    return found

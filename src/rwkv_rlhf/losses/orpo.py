@@ -10,14 +10,13 @@ Legend: n pairs.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rwkv_rlhf.losses.kinds import Metrics, PairLoss
-from rwkv_rlhf.losses.pairs import PairScores, preference_metrics
+from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores
+from rwkv_rlhf.settings.config import Config
 
 CEILING = -1e-6  # log-probabilities above this would make the odds infinite
 
@@ -34,25 +33,17 @@ def log_odds(score: Tensor) -> Tensor:
 
 
 class ORPO(PairLoss):
-    """CE(chosen) + orpo_alpha * odds-ratio loss; CE is the mean over the tokens of the pair's chosen answer.
+    """CE(chosen) + orpo_alpha * odds-ratio loss. Rewards: log odds, so that `reward_margin` is the log odds ratio."""
 
-    Metrics: loss and its parts `ce` and `odds` (before alpha), and those of `preference_metrics` with log odds as the
-    rewards, so that `margin` is the log odds ratio.
-    """
+    term = "orpo"
 
-    settings = ("orpo_alpha", "orpo_mode")
-
-    def __call__(
-        self, scores: PairScores, batch: Any, *, orpo_alpha: float = 0.01, orpo_mode: str = "mean"
-    ) -> tuple[Tensor, Metrics]:
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
         """Raises ValueError for a mode other than mean and sum."""
-        if orpo_mode not in ("mean", "sum"):
-            raise ValueError(f"--orpo_mode {orpo_mode} is unknown; choose mean or sum")
-        means = scores.chosen_mean(), scores.reject_mean()
-        chosen, reject = means if orpo_mode == "mean" else (scores.chosen_sum, scores.reject_sum)
-        chosen, reject = log_odds(chosen), log_odds(reject)
-        entropy = -means[0].sum()
-        odds = -F.logsigmoid(chosen - reject).sum()
-        value = entropy + orpo_alpha * odds
-        metrics = {"loss": value.detach(), "ce": entropy.detach(), "odds": odds.detach()}
-        return value, metrics | preference_metrics(scores, chosen, reject)
+        if config.orpo_mode not in ("mean", "sum"):
+            raise ValueError(f"--orpo_mode {config.orpo_mode} is unknown; choose mean or sum")
+        if config.orpo_mode == "sum":
+            return AnswerValues(log_odds(scores.chosen_sum), log_odds(scores.reject_sum))
+        return AnswerValues(log_odds(scores.chosen_mean), log_odds(scores.reject_mean))
+
+    def weights(self, config: Config) -> TermWeights:
+        return TermWeights(preference=config.orpo_alpha, ce=1.0)

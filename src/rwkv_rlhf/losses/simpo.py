@@ -10,37 +10,32 @@ gamma = beta / 2 to start from: the defaults are 2.0 and 1.0. (Older RWKV progra
 Legend: n pairs.
 """
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_rlhf.losses.kinds import Metrics, PairLoss
-from rwkv_rlhf.losses.pairs import PairScores, preference_metrics
+from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores
+from rwkv_rlhf.settings.config import Config
+
+
+def simpo(margin: Tensor, *, gamma: float) -> Tensor:
+    """Preference loss (n,) of the margins of rewards (n,)."""
+    return -F.logsigmoid(margin - gamma)
 
 
 class SimPO(PairLoss):
     """Length-normalised preference loss with a target margin, + simpo_alpha * CE(chosen).
 
-    Metrics: loss and its parts `simpo` and `ce` (before alpha), and those of `preference_metrics` with the rewards
-    beta * mean log-probability, so that `margin` is what gamma asks for.
+    Rewards: beta * mean log-probability, so that `reward_margin` is what gamma asks for.
     """
 
-    settings = ("simpo_alpha", "simpo_beta", "simpo_gamma")
+    term = "simpo"
 
-    def __call__(
-        self,
-        scores: PairScores,
-        batch: Any,
-        *,
-        simpo_alpha: float = 0.0,
-        simpo_beta: float = 2.0,
-        simpo_gamma: float = 1.0,
-    ) -> tuple[Tensor, Metrics]:
-        """Sum over the pairs; nothing of `batch` is used."""
-        chosen, reject = simpo_beta * scores.chosen_mean(), simpo_beta * scores.reject_mean()
-        preference = -F.logsigmoid(chosen - reject - simpo_gamma).sum()
-        entropy = -scores.chosen_mean().sum()
-        value = preference + simpo_alpha * entropy if simpo_alpha else preference
-        metrics = {"loss": value.detach(), "simpo": preference.detach(), "ce": entropy.detach()}
-        return value, metrics | preference_metrics(scores, chosen, reject)
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        return AnswerValues(config.simpo_beta * scores.chosen_mean, config.simpo_beta * scores.reject_mean)
+
+    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
+        return simpo(self.rewards(scores, reference, config).margin(), gamma=config.simpo_gamma)
+
+    def weights(self, config: Config) -> TermWeights:
+        return TermWeights(preference=1.0, ce=config.simpo_alpha)

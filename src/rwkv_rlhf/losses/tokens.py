@@ -8,79 +8,97 @@ that each parameter receives its summed gradient once (DDP and ZeRO reject a gra
 Legend: T tokens, M trained tokens, C width, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_rlhf.losses.head import Product, open_head, random_state, replayed
-from rwkv_rlhf.losses.squares import log_squares
+from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
+from rwkv_rlhf.ops.random_state import RandomState, replay
 from rwkv_rlhf.precision import wide_dtype
 
-IGNORE = -100
-CHUNK = 1024
+HEAD_CHUNK = 1024  # rows of logits that exist at a time
 L2WRAP = 0.5e-4
+SQUARE_ROWS = 64  # rows of logits that are widened to float32 at a time: 16 MiB of a World vocabulary
+
+
+class RequiredStats(NamedTuple):
+    """What a loss must know of each position besides log p(target); the fields of `TokenScores` in their order."""
+
+    mean: bool = False
+    max: bool = False
+    square: bool = False  # costs one more product with the head
 
 
 class TokenScores(NamedTuple):
-    """Of each position, float32 (float64 of a float64 model), 0 where the target is IGNORE: log p(target) and, where
-    asked for, the mean over the vocabulary of log p, the largest logit, and log sum_v p(v)^2 (without gradient)."""
+    """Scores of each position, (T,) float32 (float64 of a float64 model), 0 where the target is IGNORE.
 
-    logp: Tensor
-    mean_logp: Tensor | None
-    max_logit: Tensor | None
-    log_square: Tensor | None = None
+    None stands for what was not asked for.
+    """
+
+    logp: Tensor  # log p(target)
+    mean_logp: Tensor | None = None  # the mean over the vocabulary of log p
+    max_logit: Tensor | None = None  # the largest logit
+    log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
+    gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
+
+    def present(self) -> dict[str, Tensor]:
+        """What was asked for, by field."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+LOGP_ONLY = RequiredStats()
 
 
 def token_scores(
     head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
+    stats: RequiredStats = LOGP_ONLY,
     *,
-    chunk: int = CHUNK,
-    want_mean: bool = False,
-    want_max: bool = False,
-    want_square: bool = False,
+    gather: Tensor | None = None,
+    head_chunk: int = HEAD_CHUNK,
 ) -> TokenScores:
-    """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C); differentiable.
+    """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C), and `stats`; differentiable.
 
     Only positions whose target is not IGNORE reach the head; token id 0 is a token like any other. The log-softmax is
     taken in float32 of logits in hidden's dtype. Gradients reach `hidden` and the head's trainable parameters; the
     gradient of `max_logit` goes to the largest logit.
-    Raises ValueError for a target outside the vocabulary or a chunk below 1.
+    `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
+    ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
+    Raises ValueError for a token outside the vocabulary or a chunk below 1.
     """
-    (logp, mean_logp, max_logit), square = _scores(head, hidden, targets, None, chunk, want_square)
-    return TokenScores(logp, mean_logp if want_mean else None, max_logit if want_max else None, square)
-
-
-def gathered_scores(
-    head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor, *, chunk: int = CHUNK
-) -> tuple[TokenScores, Tensor]:
-    """All that `token_scores` gives and, of each position, log p of the K tokens `at` (T,K) int64, in one run.
-
-    The second tensor is (T,K), 0 at ignored positions, differentiable like the scores; rows of `at` there are not
-    looked at. Beside the logits of one chunk it costs K numbers a trained position. Raises as `token_scores`.
-    """
-    assert at.dim() == 2 and at.shape[:1] == targets.shape, (at.shape, targets.shape)
-    (logp, mean_logp, max_logit, picked), _ = _scores(head, hidden, targets, at, chunk)
-    return TokenScores(logp, mean_logp, max_logit), picked
-
-
-def _scores(
-    head: nn.Module, hidden: Tensor, targets: Tensor, at: Tensor | None, chunk: int, want_square: bool = False
-) -> tuple[list[Tensor], Tensor | None]:
-    """What `_Scores` finds, spread over all positions, and log sum_v p(v)^2 if wanted."""
-    rows, trained, wanted = _trained(hidden, targets, chunk)
-    if at is not None and rows is not None:
-        at = at[rows]
+    assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
+    rows, trained, wanted = _trained(hidden, targets, head_chunk)
+    if gather is not None and rows is not None:
+        gather = gather[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
-        found = _Scores.apply(head, chunk, wanted, at, trained, *params)
-        square = log_squares(head, trained, chunk) if want_square else None
-    spread = [_spread(value, rows, targets) for value in found if value is not None]
-    return spread, None if square is None else _spread(square, rows, targets)
+        logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, trained, *params)
+        square = _log_squares(head, trained, head_chunk) if stats.square else None
+
+    def spread(value: Tensor | None) -> Tensor | None:
+        return None if value is None else _spread(value, rows, targets)
+
+    return TokenScores(
+        _spread(logp, rows, targets),
+        mean_logp=spread(mean if stats.mean else None),
+        max_logit=spread(top if stats.max else None),
+        log_square=spread(square),
+        gathered=spread(gathered),
+    )
+
+
+class WeightedNll(NamedTuple):
+    """What `weighted_nll` finds, () each: the sum, and its parts without a gradient."""
+
+    value: Tensor
+    loss: Tensor  # the sum without the penalty
+    nll: Tensor  # sum of weights * -log p
+    l2wrap: Tensor  # the penalty
 
 
 def weighted_nll(
@@ -89,19 +107,17 @@ def weighted_nll(
     targets: Tensor,
     weights: Tensor | None = None,
     *,
-    chunk: int = CHUNK,
+    head_chunk: int = HEAD_CHUNK,
     smoothing: float = 0.0,
     l2wrap_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> WeightedNll:
     """sum_t weights_t * (-(1-smoothing) log p_t - smoothing * mean_k log p_k + l2wrap_weight * max_logit_t^2).
 
     The same value and gradients as `token_scores` and that sum, for 3 instead of 4 matrix products: the gradients are
     formed during the forward pass and scaled by the upstream gradient in the backward pass, which can run only once.
-    `weights` (T,) are constants, 1 if None. `hidden`, `targets`, `chunk` and what is raised: as `token_scores`.
-    Returns (sum, {"loss": sum without the last term, "nll": sum of weights * -log p, "l2wrap": sum of the last term}),
-    the entries of the dict without a gradient.
+    `weights` (T,) are constants, 1 if None. The other arguments and what is raised: as `token_scores`.
     """
-    rows, trained, wanted = _trained(hidden, targets, chunk)
+    rows, trained, wanted = _trained(hidden, targets, head_chunk)
     if weights is None:
         weights = torch.ones_like(wanted, dtype=torch.float32)
     elif rows is not None:
@@ -109,60 +125,71 @@ def weighted_nll(
     params = [p for p in head.parameters() if p.requires_grad]
     learn = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        total, loss, nll, l2wrap = _WeightedNll.apply(
-            head, chunk, smoothing, l2wrap_weight, learn, weights.detach(), wanted, trained, *params
+        found = _WeightedNll.apply(
+            head, head_chunk, smoothing, l2wrap_weight, learn, weights.detach(), wanted, trained, *params
         )
-    return total, {"loss": loss, "nll": nll, "l2wrap": l2wrap}
+    return WeightedNll(*found)
 
 
 class _Scores(torch.autograd.Function):
-    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,), and log p of `at` (M,K)."""
+    """(hidden (M,C), parameters) -> log p(target), mean log p, max logit, each (M,), and log p of `gather` (M,K)."""
 
     @staticmethod
-    def forward(ctx, head, chunk, targets, at, hidden, *params):
-        ctx.head, ctx.chunk, ctx.random = head, chunk, random_state(head, hidden)
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        head_chunk: int,
+        targets: Tensor,
+        gather: Tensor | None,
+        hidden: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        drawn = head.training and not is_product(head)  # an adapter may have a dropout
+        ctx.random = RandomState.now(hidden.device) if drawn else None
+        ctx.head, ctx.head_chunk = head, head_chunk
         ctx.set_materialize_grads(False)
-        wide = _score_dtype(hidden)
+        wide = wide_dtype(hidden.dtype)
         lse, logp, mean_logp, top = (hidden.new_empty(len(hidden), dtype=wide) for _ in range(4))
         argmax = torch.empty_like(targets)
-        picked = None if at is None else hidden.new_empty(at.shape, dtype=wide)
-        run = open_head(head, hidden, chunk)
-        for part in run.parts:
-            logits = run.logits(part)
-            if part.start == 0:
+        gathered = None if gather is None else hidden.new_empty(gather.shape, dtype=wide)
+        run = open_head(head, hidden, head_chunk)
+        for chunk in run.chunks:
+            logits = run.logits(chunk)
+            if chunk.start == 0:
                 check_range(targets, logits.shape[1])
-                if at is not None:
-                    check_range(at, logits.shape[1], "the teacher's token id")
-            stats = row_stats(logits, targets[part], checked=True)
-            lse[part], top[part], argmax[part] = stats.lse, stats.max_logit, stats.argmax
-            logp[part] = stats.target_logit - stats.lse
-            mean_logp[part] = stats.logit_sum / logits.shape[1] - stats.lse
-            if at is not None:
-                picked[part] = logits.gather(1, at[part]).to(wide) - stats.lse[:, None]
+                if gather is not None:
+                    check_range(gather, logits.shape[1], "the teacher's token id")
+            stats = row_stats(logits, targets[chunk], checked=True)
+            lse[chunk], top[chunk], argmax[chunk] = stats.lse, stats.max_logit, stats.argmax
+            logp[chunk] = stats.target_logit - stats.lse
+            mean_logp[chunk] = stats.logit_sum / logits.shape[1] - stats.lse
+            if gather is not None and gathered is not None:
+                gathered[chunk] = logits.gather(1, gather[chunk]).to(wide) - stats.lse[:, None]
         # a single chunk's logits fit in the memory that backward would need for them anyway: a product saved
-        ctx.logits = logits if len(run.parts) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(targets, at, hidden, lse, argmax, *params)
-        return logp, mean_logp, top, picked
+        keep = len(run.chunks) == 1 and isinstance(run, Product) and any(ctx.needs_input_grad)
+        ctx.logits = logits if keep else None
+        ctx.save_for_backward(targets, gather, hidden, lse, argmax, *params)
+        return logp, mean_logp, top, gathered
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
-        targets, at, hidden, lse, argmax, *params = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        targets, gather, hidden, lse, argmax, *params = ctx.saved_tensors
         need_hidden, needed = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
-        *upstream, g_at = upstream
-        slopes = [torch.zeros_like(lse) if g is None else g for g in upstream]
-        with replayed(ctx.random, hidden):
-            run = open_head(ctx.head, hidden, ctx.chunk, [p for p, n in zip(params, needed) if n], need_hidden)
-            for part in run.parts:
+        *of_scores, g_gathered = upstream
+        slopes = [torch.zeros_like(lse) if g is None else g for g in of_scores]
+        with replay(ctx.random):
+            run = open_head(ctx.head, hidden, ctx.head_chunk, [p for p, n in zip(params, needed) if n], need_hidden)
+            for chunk in run.chunks:
                 kept, ctx.logits = ctx.logits, None  # overwritten below: a second backward computes them again
-                logits = run.logits(part) if kept is None else kept
-                g_logp, g_mean, g_max = (g[part] for g in slopes)
-                rows = (targets[part], lse[part], g_logp, g_mean, argmax[part], g_max)
-                if g_at is None:
+                logits = run.logits(chunk) if kept is None else kept
+                g_logp, g_mean, g_max = (g[chunk] for g in slopes)
+                rows = (targets[chunk], lse[chunk], g_logp, g_mean, argmax[chunk], g_max)
+                if g_gathered is None:
                     row_grad_(logits, *rows)
                 else:
-                    _gathered_grad_(logits, *rows, at[part], g_at[part])
-                run.push(part, logits)
+                    _gathered_grad_(logits, *rows, gather[chunk], g_gathered[chunk])
+                run.push(chunk, logits)
         d_hidden, d_params = run.gradients()
         given = iter(d_params)
         return (None, None, None, None, d_hidden, *(next(given) if n else None for n in needed))
@@ -176,56 +203,68 @@ def _gathered_grad_(
     g_mean: Tensor,
     argmax: Tensor,
     g_max: Tensor,
-    at: Tensor,
-    g_at: Tensor,
+    gather: Tensor,
+    g_gathered: Tensor,
 ) -> None:
-    """As `row_grad_`, plus g_at_k * (onehot(at_k) - p) for each of a row's K tokens `at` (n,K).
+    """As `row_grad_`, plus g_k * (onehot(token_k) - p) for each of a row's K tokens `gather` (n,K), g `g_gathered`.
 
     All terms -p come with one coefficient, so that of the K tokens goes through the target's place in `row_grad_`, and
     the target's own entry is then written anew: added and taken off again, it would be lost in bfloat16.
     """
-    total = g_at.sum(1)
+    total = g_gathered.sum(1)
     p_target = (logits.gather(1, targets[:, None])[:, 0].to(lse.dtype) - lse).exp()
     row_grad_(logits, targets, lse, g_logp + total, g_mean, argmax, g_max)
     entry = g_logp - (g_logp + g_mean + total) * p_target + g_mean / logits.shape[1] + g_max * (argmax == targets)
     # not scatter_ and scatter_add_, which widen all of bfloat16 logits on a CPU; the latter has no fixed order on a GPU
-    rows = torch.arange(len(at), device=at.device)
+    rows = torch.arange(len(gather), device=gather.device)
     logits[rows, targets] = entry.to(logits.dtype)
-    logits.index_put_((rows[:, None].expand_as(at), at), g_at.to(logits.dtype), accumulate=True)
+    logits.index_put_((rows[:, None].expand_as(gather), gather), g_gathered.to(logits.dtype), accumulate=True)
 
 
 class _WeightedNll(torch.autograd.Function):
     """As `weighted_nll`, of trained rows only. The gradients for an upstream gradient of 1 wait in ctx.found."""
 
     @staticmethod
-    def forward(ctx, head, chunk, smoothing, l2wrap_weight, learn, weights, targets, hidden, *params):
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        head_chunk: int,
+        smoothing: float,
+        l2wrap_weight: float,
+        learn: bool,
+        weights: Tensor,
+        targets: Tensor,
+        hidden: Tensor,
+        *params: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         need_hidden, needed = learn and ctx.needs_input_grad[7], [learn and n for n in ctx.needs_input_grad[8:]]
-        run = open_head(head, hidden, chunk, [p for p, n in zip(params, needed) if n], need_hidden)
-        weights = weights.to(_score_dtype(hidden))
+        run = open_head(head, hidden, head_chunk, [p for p, n in zip(params, needed) if n], need_hidden)
+        weights = weights.to(wide_dtype(hidden.dtype))
         nll, smooth, wrap = (weights.new_empty(len(hidden)) for _ in range(3))
-        for part in run.parts:
-            logits, w = run.logits(part), weights[part]
-            if part.start == 0:
+        for chunk in run.chunks:
+            logits, w = run.logits(chunk), weights[chunk]
+            if chunk.start == 0:
                 check_range(targets, logits.shape[1])
-            stats = row_stats(logits, targets[part], checked=True)
-            nll[part] = (stats.lse - stats.target_logit) * w
-            smooth[part] = (stats.lse - stats.logit_sum / logits.shape[1]) * w
-            wrap[part] = l2wrap_weight * stats.max_logit.square() * w
+            stats = row_stats(logits, targets[chunk], checked=True)
+            nll[chunk] = (stats.lse - stats.target_logit) * w
+            smooth[chunk] = (stats.lse - stats.logit_sum / logits.shape[1]) * w
+            wrap[chunk] = l2wrap_weight * stats.max_logit.square() * w
             if need_hidden or any(needed):
                 g_max = 2 * l2wrap_weight * stats.max_logit * w
-                row_grad_(logits, targets[part], stats.lse, (smoothing - 1) * w, -smoothing * w, stats.argmax, g_max)
-                run.push(part, logits)
+                row_grad_(logits, targets[chunk], stats.lse, (smoothing - 1) * w, -smoothing * w, stats.argmax, g_max)
+                run.push(chunk, logits)
         d_hidden, d_params = run.gradients()
         given = iter(d_params)
         ctx.found = [d_hidden, *(next(given) if n else None for n in needed)]
         loss = (1 - smoothing) * nll.sum() + smoothing * smooth.sum()
-        total, parts = loss + wrap.sum(), (loss.clone(), nll.sum(), wrap.sum())
+        penalty = wrap.sum()
+        parts = (loss, nll.sum(), penalty)
         ctx.mark_non_differentiable(*parts)
-        return (total, *parts)
+        return (loss + penalty, *parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_):
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         # Handed out, not kept: a tensor that nobody else holds becomes the parameter's .grad without a copy.
         found, ctx.found = ctx.found, None
         if found is None:
@@ -236,16 +275,23 @@ class _WeightedNll(torch.autograd.Function):
         return (None, None, None, None, None, None, None, *found)
 
 
-def _trained(hidden: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Indices of the trained positions (None if that is all of them), and hidden and targets there."""
+class _Trained(NamedTuple):
+    """The trained positions: their indices (M,), None if that is all of them, and hidden and targets there."""
+
+    rows: Tensor | None
+    hidden: Tensor
+    targets: Tensor
+
+
+def _trained(hidden: Tensor, targets: Tensor, head_chunk: int) -> _Trained:
     assert hidden.dim() == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
-    if chunk < 1:
-        raise ValueError(f"the head's chunk is {chunk} rows; it must be at least 1")
+    if head_chunk < 1:
+        raise ValueError(f"the head's chunk is {head_chunk} rows; it must be at least 1")
     keep = targets != IGNORE
     if bool(keep.all()):
-        return None, hidden, targets
+        return _Trained(None, hidden, targets)
     rows = keep.nonzero()[:, 0]
-    return rows, hidden[rows], targets[rows]
+    return _Trained(rows, hidden[rows], targets[rows])
 
 
 def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
@@ -255,5 +301,13 @@ def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:
     return value.new_zeros(len(targets), *value.shape[1:]).index_copy(0, rows, value)
 
 
-def _score_dtype(hidden: Tensor) -> torch.dtype:
-    return wide_dtype(hidden.dtype)
+@torch.no_grad()
+def _log_squares(head: nn.Module, hidden: Tensor, head_chunk: int) -> Tensor:
+    """log sum_v p(v)^2 under softmax(head(hidden)), hidden (M,C) -> (M,), by one more product with the head."""
+    found = torch.empty(len(hidden), dtype=wide_dtype(hidden.dtype), device=hidden.device)
+    run = open_head(head, hidden.detach(), head_chunk)
+    for chunk in run.chunks:
+        blocks = (block.to(found.dtype) for block in run.logits(chunk).split(SQUARE_ROWS))
+        rows = [torch.logsumexp(2 * block, 1) - 2 * torch.logsumexp(block, 1) for block in blocks]
+        found[chunk] = torch.cat(rows)
+    return found

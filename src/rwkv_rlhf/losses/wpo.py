@@ -13,36 +13,43 @@ of the weights is a constant (no gradient) and at most 1, as in the authors' cod
 Legend: n pairs.
 """
 
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from rwkv_rlhf.losses.kinds import Metrics, PairLoss
-from rwkv_rlhf.losses.pairs import PairScores, preference_metrics
+from rwkv_rlhf.losses.kinds import PairLoss, TermWeights
+from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, log_ratios
+from rwkv_rlhf.losses.tokens import RequiredStats
+from rwkv_rlhf.settings.config import Config
+
+
+def pair_weight(scores: PairScores) -> Tensor:
+    """w(y_c) w(y_r) of each pair, (n,), at most 1 and without a gradient."""
+    assert scores.log_weight is not None, "WPO without the weights of pairs"
+    return scores.log_weight.detach().exp().clamp(max=1)
+
+
+def wpo(margin: Tensor, weight: Tensor) -> Tensor:
+    """Preference loss (n,) of the margins of rewards (n,) and the pairs' weights (n,)."""
+    return -(weight * F.logsigmoid(margin))
 
 
 class WPO(PairLoss):
-    """Weighted DPO + wpo_alpha * CE(chosen).
+    """Weighted DPO + wpo_alpha * CE(chosen). Rewards: beta * (s - b). One metric more: `pair_weight`."""
 
-    Metrics: loss and its parts `wpo` and `ce` (before alpha), `weight`, and those of `preference_metrics` with the
-    rewards beta * (s - b).
-    """
+    term = "wpo"
 
-    needs_reference = True
-    needs_weights = True
-    settings = ("wpo_alpha", "wpo_beta")
+    def required_stats(self, config: Config) -> RequiredStats:
+        return super().required_stats(config)._replace(square=True)
 
-    def __call__(
-        self, scores: PairScores, batch: Any, *, wpo_alpha: float = 0.0, wpo_beta: float = 0.01
-    ) -> tuple[Tensor, Metrics]:
-        """`batch.reference` (n,2) float32 holds the reference's summed log-probabilities (chosen, reject)."""
-        assert batch.reference is not None, "WPO without reference log-probabilities"
-        chosen = wpo_beta * (scores.chosen_sum - batch.reference[:, 0])
-        reject = wpo_beta * (scores.reject_sum - batch.reference[:, 1])
-        weight = scores.log_weight.detach().exp().clamp(max=1)
-        preference = -(weight * F.logsigmoid(chosen - reject)).sum()
-        entropy = -scores.chosen_mean().sum()
-        value = preference + wpo_alpha * entropy if wpo_alpha else preference
-        metrics = {"loss": value.detach(), "wpo": preference.detach(), "ce": entropy.detach(), "weight": weight.sum()}
-        return value, metrics | preference_metrics(scores, chosen, reject)
+    def rewards(self, scores: PairScores, reference: Tensor | None, config: Config) -> AnswerValues:
+        ratio = log_ratios(scores, reference)
+        return AnswerValues(config.wpo_beta * ratio.chosen, config.wpo_beta * ratio.reject)
+
+    def preference(self, scores: PairScores, reference: Tensor | None, config: Config) -> Tensor:
+        return wpo(self.rewards(scores, reference, config).margin(), pair_weight(scores))
+
+    def metrics(self, scores: PairScores, reference: Tensor | None, config: Config) -> dict[str, Tensor]:
+        return super().metrics(scores, reference, config) | {"pair_weight": pair_weight(scores).sum()}
+
+    def weights(self, config: Config) -> TermWeights:
+        return TermWeights(preference=1.0, ce=config.wpo_alpha)

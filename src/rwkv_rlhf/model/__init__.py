@@ -1,8 +1,20 @@
-"""RWKV models. `VERSIONS` maps a version to its block class; a new version is a file and a line here."""
+"""RWKV models. `VERSIONS` maps a version to its block class, imported when it is asked for (`tables.VERSIONS`)."""
 
-from rwkv_rlhf.model.rwkv4 import Block as Block4
-from rwkv_rlhf.model.rwkv5 import Block50, Block51, Block52
-from rwkv_rlhf.model.rwkv6 import Block as Block6
-from rwkv_rlhf.model.rwkv7 import Block as Block7
+from __future__ import annotations
 
-VERSIONS = {"x040": Block4, "x050": Block50, "x051": Block51, "x052": Block52, "x060": Block6, "x070": Block7}
+from typing import TYPE_CHECKING
+
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import VersionFacts
+
+if TYPE_CHECKING:
+    from rwkv_rlhf.model.blocks import Block
+
+
+def _block(facts: VersionFacts) -> type[Block]:
+    block: type[Block] = load(facts.block)
+    return block
+
+
+VERSIONS: Implementations[VersionFacts, type[Block]] = Implementations(tables.VERSIONS, _block)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
 from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
@@ -52,22 +53,106 @@ def complement(keep: Tensor) -> Tensor:
     return 1 - keep.to(torch.promote_types(keep.dtype, torch.float32))
 
 
-class GatedChannelMix(nn.Module):
-    """The feed-forward half of a block up to x060: sigmoid(receptance(xr)) * value(relu(key(xk))^2)."""
+class TimeMix(nn.Module):
+    """The attention half of a block. A version says which small tensors and matrices it has, and runs them.
 
-    mixes: tuple[str, str]  # names of the mixing vectors of key and receptance
+    `forward(x, carried, shift, wkv_state, starts, backend)` gives (output (B, T, C), carried, new wkv state). `carried`
+    is what a block hands to the next one beside x: v_first in x070, None in the others.
+    """
+
+    matrices: tuple[str, ...] = ("receptance", "key", "value", "output")
+    receptance: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__()
+        for name, shape in self.vector_shapes(sizes, layer).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        C, A = sizes.n_embd, sizes.dim_att
+        for name in self.matrices:
+            setattr(self, name, Linear(A, C) if name == "output" else Linear(C, A))
+
+    def vector_shapes(self, sizes: Sizes, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the small tensors of block `layer`, by name."""
+        raise NotImplementedError
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        """The tensors of a new block by name, float32. Raises NotImplementedError for versions that nobody makes."""
+        raise NotImplementedError
+
+    def learnt_shape(self) -> tuple[int, ...]:
+        """Shape of the learnt initial state `time_state`; all zeros are no state."""
+        raise NotImplementedError
+
+    def first_state(self, learnt: Tensor | None) -> Tensor:
+        """The recurrence's state of one sequence before any token, float32, from `time_state` if there is one."""
+        raise NotImplementedError
+
+
+class HeadsTimeMix(TimeMix):
+    """Attention with a matrix state (N_value, N_key) for each head and a norm over the outputs of each: x050 on."""
+
+    ln_x: nn.GroupNorm
+
+    def __init__(self, sizes: Sizes, layer: int) -> None:
+        super().__init__(sizes, layer)
+        self.heads, self.head_size = sizes.n_head, sizes.head_size
+        self.ln_x = nn.GroupNorm(self.heads, sizes.dim_att, eps=LN_X_EPS)
+
+    def learnt_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.head_size, self.head_size)
+
+    def first_state(self, learnt: Tensor | None) -> Tensor:
+        return torch.zeros(self.learnt_shape(), device=self.ln_x.weight.device) if learnt is None else learnt
+
+    def split(self, x: Tensor) -> Tensor:
+        """x (B, T, A) -> (B, T, H, N)."""
+        return x.view(*x.shape[:2], self.heads, self.head_size)
+
+
+def attention_of_heads(at: Position) -> dict[str, Tensor]:
+    """Initial values that x052 and x060 have in common."""
+    gains = {"receptance": 1.0, "key": 0.1, "value": 1.0, "output": 0.0, "gate": 0.1}
+    bonus = at.depth * (1 - at.slope()) + 0.1 * at.zigzag()
+    matrices = {f"{name}.weight": at.orthogonal(at.C, at.C, gain) for name, gain in gains.items()}
+    return {"time_faaaa": bonus.view(-1, at.N), **matrices, **at.norm()}
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half of a block: `mixes` names the mixing vectors, one for each input.
+
+    `widening`: its width as a multiple of C in new models, before it is rounded down to a multiple of 32.
+    """
+
+    mixes: tuple[str, ...]
+    widening: float
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         for name in self.mixes:
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, sizes.n_embd)))
+            self.register_parameter(name, nn.Parameter(torch.empty(1, 1, sizes.n_embd)))
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        """The tensors of a new block by name, float32."""
+        raise NotImplementedError
+
+    def shares(self) -> Tensor:
+        """How much of the previous token goes into each input: (M, C)."""
+        return stacked(self, self.mixes)
+
+
+class GatedChannelMix(ChannelMix):
+    """Up to x060: sigmoid(receptance(xr)) * value(relu(key(xk))^2), with the mixing vectors of key and receptance."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         self.key = Linear(sizes.n_embd, sizes.dim_ffn)
         self.receptance = Linear(sizes.n_embd, sizes.n_embd)
         self.value = Linear(sizes.dim_ffn, sizes.n_embd)
-
-    def shares(self) -> Tensor:
-        """How much of the previous token goes into each input: (2, C)."""
-        return stacked(self, self.mixes)
 
     def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -75,16 +160,23 @@ class GatedChannelMix(nn.Module):
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
 
 
+def gated_ffn(at: Position, key_gain: float) -> dict[str, Tensor]:
+    """Initial values of the matrices of a `GatedChannelMix`."""
+    return {
+        "key.weight": at.orthogonal(at.ffn, at.C, key_gain),
+        "receptance.weight": torch.zeros(at.C, at.C),
+        "value.weight": torch.zeros(at.C, at.ffn),
+    }
+
+
 class Block(nn.Module):
     """ln1 -> time mixing -> ln2 -> channel mixing, each added to the residual stream. Block 0 owns ln0.
 
-    A version subclasses this and names its halves. `time_mix(sizes, layer)` is called with (x, carried, shift, wkv
-    state, starts, backend) and gives (output, carried, wkv state); `channel_mix(sizes)` with (x, shift, starts).
-    `carried` is what a block hands to the next one beside x: v_first in x070, None in the others.
+    A version subclasses this and names its halves.
     """
 
-    time_mix: type[nn.Module]
-    channel_mix: type[nn.Module]
+    time_mix: type[TimeMix]
+    channel_mix: type[ChannelMix]
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__()
@@ -98,24 +190,16 @@ class Block(nn.Module):
         self.states = sizes.states
         for name in self.states:
             half, _, leaf = name.partition(".")
-            shape = self.learnt_shape() if leaf == "time_state" else (sizes.n_embd,)
+            shape = self.att.learnt_shape() if leaf == "time_state" else (sizes.n_embd,)
             getattr(self, half).register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
 
-    def learnt_shape(self) -> tuple[int, ...]:
-        """Shape of att.time_state: (H, N_value, N_key). All zeros are no state."""
-        return (self.att.heads, self.att.head_size, self.att.head_size)
-
-    def begin(self, learnt: Tensor | None) -> Tensor:
-        """The recurrence's state of one sequence before any token, from att.time_state if the model has one."""
-        return torch.zeros(self.learnt_shape(), device=self.ln1.weight.device) if learnt is None else learnt
-
-    def initial(self, rows: int, dtype: torch.dtype) -> LayerState:
+    def initial_state(self, rows: int, dtype: torch.dtype) -> LayerState:
         """What `rows` sequences remember before any token, learnt or nothing; shifts in `dtype`."""
-        device, wide = self.ln1.weight.device, wide_dtype(dtype)
-        none = torch.zeros(self.ln1.normalized_shape, device=device)
-        wkv = self.begin(getattr(self.att, "time_state", None)).to(device, wide)
-        shifts = (getattr(half, "shift_state", none).to(device, dtype) for half in (self.att, self.ffn))
-        att_shift, ffn_shift = (shift.expand(rows, -1) for shift in shifts)
+        device = self.ln1.weight.device
+        wkv = self.att.first_state(getattr(self.att, "time_state", None)).to(device, wide_dtype(dtype))
+        nothing = torch.zeros(self.ln1.normalized_shape, device=device)
+        att_shift = getattr(self.att, "shift_state", nothing).to(device, dtype).expand(rows, -1)
+        ffn_shift = getattr(self.ffn, "shift_state", nothing).to(device, dtype).expand(rows, -1)
         return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
     def forward(
@@ -128,7 +212,7 @@ class Block(nn.Module):
         if self.first:
             x = normalise(x, self.ln0)
         if state is None and self.states:
-            state = self.initial(len(x) if starts is None else len(starts) - 1, x.dtype)
+            state = self.initial_state(len(x) if starts is None else len(starts) - 1, x.dtype)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         att_in = normalise(x, self.ln1)
         y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
-from rwkv_rlhf.model.blocks import normalise
+from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
 
@@ -43,9 +43,13 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
 
-    def initial(self, rows: int) -> State:
+    def initial_state(self, rows: int) -> State:
         """What `rows` sequences remember before any token; the same as no state at all."""
-        return State(block.initial(rows, self.compute_dtype) for block in self.blocks)
+        layers = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            layers.append(block.initial_state(rows, self.compute_dtype))
+        return State(tuple(layers))
 
     def forward(
         self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
@@ -63,7 +67,7 @@ class RWKV(nn.Module):
         if starts is not None:
             starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
         carried = None
-        after = State()
+        after = []
         recompute = self.grad_cp and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
@@ -73,4 +77,4 @@ class RWKV(nn.Module):
             else:
                 x, carried, layer_state = block(*arguments)
             after.append(layer_state)
-        return normalise(x, self.ln_out), after
+        return normalise(x, self.ln_out), State(tuple(after))

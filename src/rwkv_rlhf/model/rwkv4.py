@@ -6,12 +6,14 @@ Legend: B batch, T tokens, C width, A attention width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import GatedChannelMix, complement, stacked
+from rwkv_rlhf.model.blocks import GatedChannelMix, complement, gated_ffn, stacked
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
@@ -19,20 +21,40 @@ from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 
 
-class TimeMix(nn.Module):
+class TimeMix(blocks.TimeMix):
     """The attention half of a block."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
-        super().__init__()
-        C, A = sizes.n_embd, sizes.dim_att
-        self.time_decay = nn.Parameter(torch.empty(A))
-        self.time_first = nn.Parameter(torch.empty(A))
-        for name in MIXES:
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
-        self.key = Linear(C, A)
-        self.value = Linear(C, A)
-        self.receptance = Linear(C, A)
-        self.output = Linear(A, C)
+    matrices = ("key", "value", "receptance", "output")
+    time_decay: nn.Parameter
+    time_first: nn.Parameter
+
+    def vector_shapes(self, sizes: Sizes, layer: int) -> dict[str, tuple[int, ...]]:
+        A = sizes.dim_att
+        return {"time_decay": (A,), "time_first": (A,), **dict.fromkeys(MIXES, (1, 1, sizes.n_embd))}
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        C, shares = at.C, at.own_shares()
+        return {
+            "time_decay": -5 + 8 * at.slope() ** (0.7 + 1.3 * at.depth),
+            "time_first": math.log(0.3) + 0.5 * at.zigzag(),
+            **{f"time_mix_{name}": shares[name] for name in "kvr"},
+            "key.weight": torch.zeros(C, C),
+            "value.weight": at.orthogonal(C, C, 1.0),
+            "receptance.weight": torch.zeros(C, C),
+            "output.weight": torch.zeros(C, C),
+        }
+
+    def learnt_shape(self) -> tuple[int, ...]:
+        """(A, 2), the numerator p and the denominator q, which counts as 0 where negative."""
+        return (len(self.time_decay), 2)
+
+    def first_state(self, learnt: Tensor | None) -> Tensor:
+        """The sums of one sequence before any token, (A, 3)."""
+        if learnt is None:
+            return no_sums(len(self.time_decay), self.time_decay.device)
+        p, q = learnt.unbind(-1)
+        return torch.stack([p, q.clamp(min=0), torch.zeros_like(p)], -1)
 
     def forward(
         self,
@@ -51,9 +73,15 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(GatedChannelMix):
-    """The feed-forward half of a block of RWKV-4 and RWKV-5."""
+    """The feed-forward half of a block, of RWKV-5 too but for its width and first values."""
 
     mixes = ("time_mix_k", "time_mix_r")
+    widening = 4.0
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        shares = {f"time_mix_{name}": at.power(at.height) for name in "kr"}
+        return shares | gated_ffn(at, math.sqrt(max(1.0, at.ffn / at.C)))
 
     def shares(self) -> Tensor:
         """How much of the previous token goes into each input: (2, C)."""
@@ -65,14 +93,3 @@ class Block(blocks.Block):
 
     time_mix = TimeMix
     channel_mix = ChannelMix
-
-    def learnt_shape(self) -> tuple[int, ...]:
-        """Shape of att.time_state: (A, 2), the numerator p and the denominator q, which counts as 0 where negative."""
-        return (len(self.att.time_decay), 2)
-
-    def begin(self, learnt: Tensor | None) -> Tensor:
-        """The sums of one sequence before any token, (A, 3)."""
-        if learnt is None:
-            return no_sums(len(self.att.time_decay), self.att.time_decay.device)
-        p, q = learnt.unbind(-1)
-        return torch.stack([p, q.clamp(min=0), torch.zeros_like(p)], -1)

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
-from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import LN_X_EPS, complement, normalise_heads, stacked
-from rwkv_rlhf.model.rwkv4 import ChannelMix
+from rwkv_rlhf.model import blocks, rwkv4
+from rwkv_rlhf.model.blocks import (
+    HeadsTimeMix,
+    attention_of_heads,
+    complement,
+    gated_ffn,
+    normalise_heads,
+    stacked,
+)
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv5 import wkv5
@@ -22,33 +29,25 @@ from rwkv_rlhf.ops.wkv5 import wkv5
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 
 
-class TimeMix(nn.Module):
+class TimeMix(HeadsTimeMix):
     """The attention half of a block of x050: one decay and one bonus per head, no gate."""
 
     mixes: tuple[str, ...] = MIXES
+    by_channel = False  # one decay and one bonus for each head, not for each channel of each head
+    time_decay: nn.Parameter
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
-        super().__init__()
-        C, A, N = sizes.n_embd, sizes.dim_att, sizes.head_size
-        self.head_size, self.heads, self.bonus = N, A // N, sizes.bonus
-        for name in self.mixes:
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
-        self.time_decay = nn.Parameter(torch.empty(self.vector_shape()))
-        setattr(self, self.bonus, nn.Parameter(torch.empty(self.vector_shape())))
-        self.receptance = Linear(C, A)
-        self.key = Linear(C, A)
-        self.value = Linear(C, A)
-        self.output = Linear(A, C)
-        self.ln_x = nn.GroupNorm(self.heads, A, eps=LN_X_EPS)
+        super().__init__(sizes, layer)
+        self.bonus = sizes.bonus
 
-    def vector_shape(self) -> tuple[int, ...]:
-        """Shape of time_decay and of the bonus."""
-        return (self.heads,)
+    def vector_shapes(self, sizes: Sizes, layer: int) -> dict[str, tuple[int, ...]]:
+        shape = (sizes.n_head, sizes.head_size) if self.by_channel else (sizes.n_head,)
+        return {**dict.fromkeys(self.mixes, (1, 1, sizes.n_embd)), "time_decay": shape, sizes.bonus: shape}
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """Raw decay and bonus of the current token, each (H, N)."""
         shape = (self.heads, self.head_size)
-        bonus = getattr(self, self.bonus)
+        bonus: Tensor = getattr(self, self.bonus)
         if self.bonus == "time_first":  # its logarithm
             bonus = bonus.to(torch.promote_types(bonus.dtype, torch.float32)).exp()
         return self.time_decay.view(self.heads, -1).expand(shape), bonus.view(self.heads, -1).expand(shape)
@@ -67,10 +66,8 @@ class TimeMix(nn.Module):
         backend: str,
     ) -> tuple[Tensor, None, Tensor]:
         """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, H, N, N))."""
-        B, T, _ = x.shape
         xk, xv, xr, *rest = token_mix(x, shift, starts, complement(stacked(self, self.mixes)))
-        inputs = (self.receptance(xr), self.key(xk), self.value(xv))
-        r, k, v = (t.view(B, T, self.heads, self.head_size) for t in inputs)
+        r, k, v = self.split(self.receptance(xr)), self.split(self.key(xk)), self.split(self.value(xv))
         y, wkv_state = wkv5(r, k, v, *self.vectors(), wkv_state, starts, backend)
         return self.output(self.gated(normalise_heads(y, self.ln_x), rest)), carried, wkv_state
 
@@ -82,6 +79,7 @@ class GatedTimeMix(TimeMix):
 
     def __init__(self, sizes: Sizes, layer: int) -> None:
         super().__init__(sizes, layer)
+        # after ln_x, unlike in x060: resume points know the tensors by their order
         self.gate = Linear(sizes.n_embd, sizes.dim_att)
 
     def gated(self, y: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -93,9 +91,22 @@ class GatedTimeMix(TimeMix):
 class ChannelTimeMix(GatedTimeMix):
     """x052: the gate, and a decay and a bonus for each channel of each head."""
 
-    def vector_shape(self) -> tuple[int, ...]:
-        """Shape of time_decay and of the bonus."""
-        return (self.heads, self.head_size)
+    by_channel = True
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        shares = {f"time_mix_{name}": share for name, share in at.own_shares().items()}
+        return {**shares, "time_decay": at.slow_decay().view(-1, at.N), **attention_of_heads(at)}
+
+
+class ChannelMix(rwkv4.ChannelMix):
+    """The feed-forward half of a block."""
+
+    widening = 3.5
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        return {f"time_mix_{name}": at.power(at.height) for name in "kr"} | gated_ffn(at, 1.0)
 
 
 class Block50(blocks.Block):

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
-from rwkv_rlhf.model.blocks import LN_X_EPS, GatedChannelMix, low_rank, normalise_heads, stacked
+from rwkv_rlhf.model.blocks import (
+    GatedChannelMix,
+    HeadsTimeMix,
+    attention_of_heads,
+    gated_ffn,
+    low_rank,
+    normalise_heads,
+    stacked,
+)
+from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.wkv6 import wkv6
@@ -20,27 +29,44 @@ from rwkv_rlhf.ops.wkv6 import wkv6
 MIXES = ("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g")
 
 
-class TimeMix(nn.Module):
+class TimeMix(HeadsTimeMix):
     """The attention half of a block."""
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
-        super().__init__()
-        C, A, N, rank = sizes.n_embd, sizes.dim_att, sizes.head_size, sizes.low_rank
-        self.head_size, self.heads = N, A // N
-        for name in ("time_maa_x", *MIXES):
-            setattr(self, name, nn.Parameter(torch.empty(1, 1, C)))
-        self.time_maa_w1 = nn.Parameter(torch.empty(C, len(MIXES) * rank["mix"]))
-        self.time_maa_w2 = nn.Parameter(torch.empty(len(MIXES), rank["mix"], C))
-        self.time_decay = nn.Parameter(torch.empty(1, 1, A))
-        self.time_decay_w1 = nn.Parameter(torch.empty(C, rank["decay"]))
-        self.time_decay_w2 = nn.Parameter(torch.empty(rank["decay"], A))
-        self.time_faaaa = nn.Parameter(torch.empty(self.heads, N))
-        self.receptance = Linear(C, A)
-        self.key = Linear(C, A)
-        self.value = Linear(C, A)
-        self.output = Linear(A, C)
-        self.gate = Linear(C, A)
-        self.ln_x = nn.GroupNorm(self.heads, A, eps=LN_X_EPS)
+    matrices = (*HeadsTimeMix.matrices, "gate")
+    gate: Linear
+    time_maa_x: nn.Parameter
+    time_maa_w1: nn.Parameter
+    time_maa_w2: nn.Parameter
+    time_decay: nn.Parameter
+    time_decay_w1: nn.Parameter
+    time_decay_w2: nn.Parameter
+    time_faaaa: nn.Parameter
+
+    def vector_shapes(self, sizes: Sizes, layer: int) -> dict[str, tuple[int, ...]]:
+        C, A, D, decay = sizes.n_embd, sizes.dim_att, sizes.low_rank["mix"], sizes.low_rank["decay"]
+        return {
+            **dict.fromkeys(("time_maa_x", *MIXES), (1, 1, C)),
+            "time_maa_w1": (C, len(MIXES) * D),
+            "time_maa_w2": (len(MIXES), D, C),
+            "time_decay": (1, 1, A),
+            "time_decay_w1": (C, decay),
+            "time_decay_w2": (decay, A),
+            "time_faaaa": (sizes.n_head, sizes.head_size),
+        }
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        C, D, decay = at.C, 32, 64
+        shares = {"x": at.power(at.height), "w": at.power(at.height), **at.own_shares()}
+        return {
+            **{f"time_maa_{name}": 1.0 - share for name, share in shares.items()},
+            "time_maa_w1": torch.zeros(C, len(MIXES) * D),
+            "time_maa_w2": at.uniform(len(MIXES), D, C),
+            "time_decay": at.slow_decay().view(1, 1, C),
+            "time_decay_w1": torch.zeros(C, decay),
+            "time_decay_w2": at.uniform(decay, C),
+            **attention_of_heads(at),
+        }
 
     def mixed(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> tuple[Tensor, ...]:
         """x (B, T, C) -> inputs of w, k, v, r, g: the share of the previous token is itself computed from a mix."""
@@ -62,12 +88,10 @@ class TimeMix(nn.Module):
         backend: str,
     ) -> tuple[Tensor, None, Tensor]:
         """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, H, N, N))."""
-        B, T, _ = x.shape
         xw, xk, xv, xr, xg = self.mixed(x, shift, starts)
         w = self.time_decay.to(x.dtype) + low_rank(xw, self.time_decay_w1, self.time_decay_w2, torch.tanh)
-        inputs = (self.receptance(xr), self.key(xk), self.value(xv), w)
-        r, k, v, w = (t.view(B, T, self.heads, self.head_size) for t in inputs)
-        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, starts, backend)
+        r, k, v = self.split(self.receptance(xr)), self.split(self.key(xk)), self.split(self.value(xv))
+        y, wkv_state = wkv6(r, k, v, self.split(w), self.time_faaaa, wkv_state, starts, backend)
         y = normalise_heads(y, self.ln_x) * F.silu(self.gate(xg))
         return self.output(y), carried, wkv_state
 
@@ -76,6 +100,11 @@ class ChannelMix(GatedChannelMix):
     """The feed-forward half of a block."""
 
     mixes = ("time_maa_k", "time_maa_r")
+    widening = 3.5
+
+    @staticmethod
+    def initial_values(at: Position) -> dict[str, Tensor]:
+        return {f"time_maa_{name}": 1.0 - at.power(at.height**3) for name in "kr"} | gated_ffn(at, 1.0)
 
 
 class Block(blocks.Block):

@@ -10,33 +10,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rwkv_rlhf.settings import tables
+
 _LAYER = re.compile(r"^blocks\.(\d+)\.")
-
-# The spellings of --my_testing that name each version.
-ALIASES = {
-    "x040": "x040",
-    "r3r4": "x052",
-    "x052": "x052",
-    "x060": "x060",
-    "x070": "x070",
-}
-
-# By what a version is known: tensors that blocks.0.att has, those that it has not, and whether time_decay has a number
-# for each channel of each head (None: not asked).
-SIGNS: dict[str, tuple[set[str], set[str], bool | None]] = {
-    "x040": ({"time_first", "time_mix_k"}, {"ln_x.weight"}, None),
-    "x050": ({"ln_x.weight", "time_mix_k"}, {"gate.weight"}, False),
-    "x051": ({"ln_x.weight", "time_mix_k", "gate.weight"}, set(), False),
-    "x052": ({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}, set(), True),
-    "x060": ({"time_maa_w1"}, set(), None),
-    "x070": ({"r_k", "x_r"}, set(), None),
-}
 
 # Learnt initial states: that of the recurrence, and what the two token shifts see before the first token.
 STATES = ("att.time_state", "att.shift_state", "ffn.shift_state")
-
-# The tensor of blocks.0.att that tells the heads: time_decay is (H,), the others are (H, N). x040 has no heads.
-PER_HEAD = {"x050": "time_decay", "x051": "time_decay", "x052": "time_faaaa", "x060": "time_faaaa", "x070": "r_k"}
 
 # The flag by which the user states each size.
 _FLAGS = {
@@ -88,11 +67,13 @@ def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
     by_channel = "time_decay" in att and max(att["time_decay"][1:], default=1) > 1
     found = [
         version
-        for version, (wanted, unwanted, per_channel) in SIGNS.items()
-        if wanted <= att.keys() and not unwanted & att.keys() and per_channel in (None, by_channel)
+        for version, facts in tables.VERSIONS.items()
+        if facts.has <= att.keys() and not facts.lacks & att.keys() and facts.per_channel in (None, by_channel)
     ]
+    has = {version: tables.VERSIONS[version].has for version in found}
+    found = [version for version in found if not any(has[version] < has[other] for other in found)]
     if len(found) != 1:
-        known = ", ".join(SIGNS)
+        known = ", ".join(tables.VERSIONS)
         raise ValueError(f"not a known RWKV version ({known}): blocks.0.att does not look like any of them")
     return found[0]
 
@@ -105,36 +86,32 @@ def _count_layers(names: Iterable[str]) -> int:
     return len(layers)
 
 
-def _shape(tensors: Mapping[str, torch.Tensor], name: str, dims: int) -> torch.Size:
+def _shape(tensors: Mapping[str, torch.Tensor], name: str, dims: int | None = None) -> torch.Size:
     if name not in tensors:
         raise ValueError(f"not a whole RWKV checkpoint: it has no {name}")
     shape = tensors[name].shape
-    if len(shape) != dims:
+    if dims is not None and len(shape) != dims:
         raise ValueError(f"{name} has shape {tuple(shape)}, expected {dims} dimensions")
     return shape
 
 
-def _low_rank(tensors: Mapping[str, torch.Tensor], version: str, n_layer: int) -> dict[str, int]:
-    if version == "x060":
-        mix = _shape(tensors, "blocks.0.att.time_maa_w1", 2)[1]
-        return {"mix": mix // 5, "decay": _shape(tensors, "blocks.0.att.time_decay_w1", 2)[1]}
-    if version == "x070":
-        ranks = {part: _shape(tensors, f"blocks.0.att.{part}1", 2)[1] for part in ("w", "a", "g")}
-        # layer 0 makes the values that later layers mix in, so only layer 1 is sure to have v1
-        if n_layer > 1:
-            ranks["v"] = _shape(tensors, "blocks.1.att.v1", 2)[1]
-        elif "blocks.0.att.v1" in tensors:
-            ranks["v"] = _shape(tensors, "blocks.0.att.v1", 2)[1]
-        else:
-            ranks["v"] = ranks["a"]
-        return ranks
-    return {}
+def _low_rank(tensors: Mapping[str, torch.Tensor], version: str) -> dict[str, int]:
+    """Inner widths; block 1 is asked too, as block 0 may lack a part (x070's v, of which it is the source)."""
+    ranks = {}
+    for part, names in tables.VERSIONS[version].low_rank.items():
+        places = [f"blocks.{layer}.att.{name}" for name in names for layer in (0, 1)]
+        name = next((name for name in places if name in tensors), places[0])
+        shape = _shape(tensors, name)
+        if len(shape) < 2:
+            raise ValueError(f"{name} has shape {tuple(shape)}, expected a matrix")
+        ranks[part] = shape[1]
+    return ranks
 
 
 def _head_size(tensors: Mapping[str, torch.Tensor], version: str, dim_att: int) -> int:
-    if version not in PER_HEAD:
+    if not tables.VERSIONS[version].heads:
         return 1
-    name = f"blocks.0.att.{PER_HEAD[version]}"
+    name = f"blocks.0.att.{tables.VERSIONS[version].heads}"
     if name.endswith("time_decay"):
         heads = tensors[name].numel()
         size = dim_att // max(1, heads)
@@ -161,7 +138,7 @@ def sizes_of(tensors: Mapping[str, torch.Tensor]) -> Sizes:
     dim_ffn = _shape(tensors, "blocks.0.ffn.key.weight", 2)[0]
     bonus = "time_first" if "blocks.0.att.time_first" in tensors else "time_faaaa"
     head_size = _head_size(tensors, version, dim_att)
-    low_rank = _low_rank(tensors, version, n_layer)
+    low_rank = _low_rank(tensors, version)
     states = states_in(tensors)
     return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus, states)
 
@@ -172,23 +149,23 @@ def states_in(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(state for state in STATES if state in found)
 
 
-def check_flags(sizes: Sizes, **typed: int | str | None) -> None:
-    """Refuse what the user typed where the checkpoint says otherwise.
+def check_flags(sizes: Sizes, **flags: int | str | None) -> None:
+    """Refuse sizes that the user gave where the checkpoint says otherwise.
 
-    `typed` holds fields of `Sizes` by name; None, 0 and "" mean "not given". Raises ValueError naming both values.
+    `flags` holds fields of `Sizes` by name; None, 0 and "" mean "not given". Raises ValueError naming both values.
     """
-    for name, value in typed.items():
+    for name, value in flags.items():
         assert name in _FLAGS, name
         if not value:
             continue
-        if name == "head_size" and sizes.version == "x040":
+        if name == "head_size" and not tables.VERSIONS[sizes.version].heads:
             continue
         found = getattr(sizes, name)
+        given: int | str = value
         if name == "version":
-            wanted = ALIASES.get(str(value).lower())
-            if wanted is None:
-                raise ValueError(f"--my_testing {value}: the known versions are {', '.join(ALIASES)}")
-        else:
-            wanted = value
-        if wanted != found:
+            known = {word: v for v, facts in tables.VERSIONS.items() if facts.new for word in (*facts.spellings, v)}
+            if str(value).lower() not in known:
+                raise ValueError(f"--my_testing {value}: the known versions are {', '.join(known)}")
+            given = known[str(value).lower()]
+        if given != found:
             raise ValueError(f"{_FLAGS[name]} is {value} but the checkpoint has {name} {found}: leave the flag out")

@@ -5,6 +5,8 @@ Legend: B rows (or S packed segments), C width, A attention width, H heads, N he
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,28 +24,57 @@ class LayerState(NamedTuple):
     ffn_shift: Tensor  # (B, C) compute dtype
 
 
-class State(list[LayerState]):
+@dataclass(frozen=True, eq=False)
+class State:
     """One `LayerState` per block; every tensor has one row per sequence (or per packed segment)."""
 
-    def index(self, rows: Tensor) -> State:  # type: ignore[override]
-        """Rows (K,) int64 -> a state of K rows. Repeating a row forks it; gradients of the copies add up."""
-        return State(LayerState(*(part.index_select(0, rows) for part in layer)) for layer in self)
+    layers: tuple[LayerState, ...]
 
-    def detach(self) -> State:
-        """The same values without history."""
-        return State(LayerState(*(part.detach() for part in layer)) for layer in self)
+    def __iter__(self) -> Iterator[LayerState]:
+        return iter(self.layers)
 
-    def joined(self, other: State) -> State:
-        """The rows of this state, then those of `other`."""
-        return State(
-            LayerState(*(torch.cat(parts) for parts in zip(one, two, strict=True)))
-            for one, two in zip(self, other, strict=True)
-        )
+    def __getitem__(self, layer: int) -> LayerState:
+        return self.layers[layer]
 
     @property
     def rows(self) -> int:
         """Number of sequences."""
-        return self[0].wkv.shape[0]
+        return len(self.layers[0].wkv)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, block after block."""
+        return [tensor for layer in self.layers for tensor in layer]
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> State:
+        """The inverse of `tensors`."""
+        each = len(LayerState._fields)
+        return cls(tuple(LayerState(*tensors[at : at + each]) for at in range(0, len(tensors), each)))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> State:
+        """`change` of every tensor."""
+        return State.from_tensors([change(tensor) for tensor in self.tensors()])
+
+    def detach(self) -> State:
+        """The same values without history."""
+        return self.map(torch.Tensor.detach)
+
+    def select(self, rows: Tensor) -> State:
+        """Rows (K,) int64 -> a state of K rows. Repeating a row forks it; gradients of the copies add up."""
+        return self.map(lambda tensor: tensor.index_select(0, rows))
+
+    def row(self, number: int) -> State:
+        """One row, as a view."""
+        return self.map(lambda tensor: tensor[number : number + 1])
+
+    @staticmethod
+    def concatenated(states: Sequence[State]) -> State:
+        """The rows of all `states`, in their order."""
+        return State.from_tensors([torch.cat(parts) for parts in zip(*(s.tensors() for s in states), strict=True)])
+
+    def __add__(self, other: State) -> State:
+        """Sums of the tensors, as gradients of a state add up."""
+        return State.from_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
 
 
 def carry(x: Tensor, last: Tensor | None, starts: Tensor | None) -> Tensor:
@@ -58,5 +89,5 @@ def carry(x: Tensor, last: Tensor | None, starts: Tensor | None) -> Tensor:
     empty = end == begin
     if not bool(empty.any()):
         return rows
-    kept = torch.zeros_like(rows) if last is None else last.to(rows.dtype)
-    return torch.where(empty[:, None].to(x.device, non_blocking=True), kept, rows)
+    before = torch.zeros_like(rows) if last is None else last.to(rows.dtype)
+    return torch.where(empty[:, None].to(x.device, non_blocking=True), before, rows)

@@ -3,10 +3,11 @@
 To add a backend: one function that refuses what it cannot do, and one entry in `BACKENDS`.
 """
 
-import ctypes
 import functools
+import importlib.metadata
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 # A rule answers None (can do it) or why not, from (op, device, dtype, shape).
 Rule = Callable[[str, torch.device, torch.dtype, tuple[int, ...]], str | None]
 HEAD_SIZES = (32, 64, 128)
+OLDEST_TRITON = 3, 6
 
 
 def any_tensor(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -57,14 +59,28 @@ def device_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: 
     return device_library(op, device, dtype, shape)
 
 
-# op -> backend -> rule, the preferred backend first.
+def triton_kernels(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """ops/triton: tensors of a GPU with bfloat16 units, or of a CPU where Triton's interpreter runs."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"no kernel for {dtype}"
+    return _triton_missing() or (_no_interpreter() if device.type == "cpu" else _too_old(device))
+
+
+def triton_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """As `triton_kernels`, for the head sizes that the kernels are tested with (last axis of `shape`)."""
+    if shape[-1] not in HEAD_SIZES:
+        return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
+    return triton_kernels(op, device, dtype, shape)
+
+
+# op -> backend -> rule, the preferred backend first; see `candidates` for Triton's place.
 BACKENDS: dict[str, dict[str, Rule]] = {
-    "wkv4": {"cuda": device_library, "cpu": host_library, "naive": any_tensor},
-    "wkv5": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
-    "wkv6": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
-    "wkv7": {"cuda": device_recurrence, "cpu": host_recurrence, "naive": any_tensor},
-    "elementwise": {"cpu": host_library, "naive": any_tensor},
-    "logprob": {"cpu": host_library, "naive": any_tensor},
+    "wkv4": {"cuda": device_library, "triton": triton_kernels, "cpu": host_library, "naive": any_tensor},
+    "wkv5": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
+    "wkv6": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
+    "wkv7": {"cuda": device_recurrence, "triton": triton_recurrence, "cpu": host_recurrence, "naive": any_tensor},
+    "elementwise": {"triton": triton_kernels, "cpu": host_library, "naive": any_tensor},
+    "logprob": {"triton": triton_kernels, "cpu": host_library, "naive": any_tensor},
 }
 
 
@@ -80,19 +96,67 @@ def choose(
     if wanted not in ("auto", *rules):
         raise ValueError(f"{op} has no backend '{wanted}'; choose one of {', '.join(('auto', *rules))}")
     refusals = []
-    for name, rule in rules.items() if wanted == "auto" else [(wanted, rules[wanted])]:
-        refusal = rule(op, device, dtype, shape)
+    for name in candidates(op, device, dtype) if wanted == "auto" else [wanted]:
+        refusal = rules[name](op, device, dtype, shape)
         if refusal is None:
             return name, "; ".join(refusals)
         refusals.append(f"{name}: {refusal}")
     raise ValueError(f"the backend asked for cannot run {op}: {'; '.join(refusals)}")
 
 
-def kernel(op: str, backend: str, device: torch.device) -> calls.Kernel | ctypes.CDLL:
-    """What runs `op` on a backend other than "naive": a `Kernel` for a recurrence, else C functions. Raises BuildError."""
+def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends of `op` in the order in which "auto" asks them.
+
+    With 16-bit numbers on a GPU Triton comes first: it needs no compiler and its matrix products are the faster way.
+    With float32 the exact kernels do, and Triton replaces them where there is no compiler. On a CPU Triton's
+    interpreter is slower than anything and runs only where it is asked for by name.
+    """
+    names = [name for name in BACKENDS[op] if name != "triton" or device.type != "cpu"]
+    if "triton" in names and dtype in (torch.bfloat16, torch.float16):
+        names.remove("triton")
+        names.insert(0, "triton")
+    return names
+
+
+def kernel(op: str, backend: str, device: torch.device) -> Any:
+    """What runs `op` on a backend other than "naive": a kernel of the recurrence, else C functions. Raises BuildError."""
+    if backend == "triton":
+        from rwkv_rlhf.ops.triton import recurrences  # importing Triton takes a second, and needs it installed
+
+        return recurrences.kernel(op)
     if backend == "cuda":
         return gpu.kernel(op, device)
     return cpu.recurrence(op) if op in calls.LAYOUTS else cpu.library(op)
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why Triton cannot be used on this machine at all."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed (pip install triton; it comes with PyTorch for Linux with CUDA or ROCm)"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old; {'.'.join(map(str, OLDEST_TRITON))} is the oldest that is known to work"
+    return None
+
+
+def _no_interpreter() -> str | None:
+    """Why Triton cannot run on a CPU."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return None
+    return "the tensors are on the CPU, where Triton runs only in its slow interpreter (set TRITON_INTERPRET=1)"
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Why a GPU cannot run Triton's kernels."""
+    if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{device} has compute capability {major}.{minor}, Triton's kernels need 8.0; --wkv_backend cuda runs on it"
 
 
 @functools.cache

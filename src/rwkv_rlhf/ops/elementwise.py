@@ -39,7 +39,7 @@ def token_mix(
         segments = batch if starts is None else starts.shape[0] - 1
         sizes = RowSizes(batch * tokens, width, count, tokens, segments)
         return _kernel(Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts))
-    return _twin(naive.token_mix, (x, last, starts, mixes))
+    return _elsewhere("token_mix", backend, (x, last, starts, mixes))
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
@@ -50,7 +50,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
     if _runs_on_host(v, backend):
         return _kernel(Call("value_gate", _rows(v), 1), (v, v_first, v0.float(), v12))[0]
-    return _twin(naive.value_gate, (v, v_first, v0, v12))
+    return _elsewhere("value_gate", backend, (v, v_first, v0, v12))
 
 
 def delta_keys(
@@ -66,7 +66,7 @@ def delta_keys(
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
     if _runs_on_host(k, backend):
         return _kernel(Call("delta_keys", _rows(k, heads), 3), (k, k_k.float(), k_a.float(), a0.float(), a12))
-    return _twin(naive.delta_keys, (k, k_k, k_a, a0, a12), heads)
+    return _elsewhere("delta_keys", backend, (k, k_k, k_a, a0, a12), heads)
 
 
 def gated_norm(
@@ -92,18 +92,36 @@ def gated_norm(
     if _runs_on_host(y, backend):
         call = Call("gated_norm", _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(eps),))
         return _kernel(call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g))[0]
-    return _twin(naive.gated_norm, (y, r, k, v, r_k, weight, bias, g), eps)
+    return _elsewhere("gated_norm", backend, (y, r, k, v, r_k, weight, bias, g), eps)
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
-    ops = host if _runs_on_host(x, backend) else naive
+    ops = host if _runs_on_host(x, backend) else _device_kernels(x, backend) or naive
     return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
 
 
 def _runs_on_host(x: Tensor, backend: str) -> bool:
     """Whether the C++ kernels take these activations, rather than the plain twins."""
     return choose("elementwise", x.device, x.dtype, tuple(x.shape), backend)[0] == "cpu"
+
+
+def _device_kernels(x: Tensor, backend: str) -> Any:
+    """The module of Triton's kernels if they take these activations, else None."""
+    if choose("elementwise", x.device, x.dtype, tuple(x.shape), backend)[0] != "triton":
+        return None
+    from rwkv_rlhf.ops.triton import elementwise as kernels  # importing Triton takes a second
+
+    return kernels
+
+
+def _elsewhere(name: str, backend: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+    """A group where the C++ kernels do not run: in Triton, or the plain twin."""
+    assert tensors[0] is not None
+    kernels = _device_kernels(tensors[0], backend)
+    if kernels is not None:
+        return kernels.run(name, tensors, settings, _records(*tensors))
+    return _twin(getattr(naive, name), tensors, *settings)
 
 
 def _records(*tensors: Tensor | None) -> bool:

@@ -44,6 +44,10 @@ def row_stats(logits: Tensor, targets: Tensor, backend: str = "auto", *, checked
         return _host_stats(logits, targets)
     if not checked:
         check_range(targets, logits.shape[1])
+    if name == "triton":
+        from rwkv_rlhf.ops.triton import logprob as kernels  # importing Triton takes a second
+
+        return RowStats(*kernels.row_stats(logits, targets))
     wide = wide_dtype(logits.dtype)
     n = logits.shape[0]
     lse, target, total, top = (logits.new_empty(n, dtype=wide) for _ in range(4))
@@ -84,6 +88,10 @@ def row_grad_(
         sizes = (*logits.shape, logits.stride(0))
         cpu.call("logprob", "rwkv_row_grad", logits.dtype, [logits, *vectors], sizes)
         return logits
+    if name == "triton":
+        from rwkv_rlhf.ops.triton import logprob as kernels
+
+        return kernels.row_grad_(logits, targets, lse, g_logp, g_mean, argmax, g_max)
     for part in _blocks(logits):
         block = logits[part].to(lse.dtype)
         block.sub_(lse[part, None]).exp_().mul_(-(g_logp[part] + g_mean[part])[:, None])

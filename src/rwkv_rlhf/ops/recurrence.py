@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_rlhf.ops.backends import choose, kernel
 from rwkv_rlhf.precision import wide_dtype
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # One pass over all tokens: (per-token inputs, vectors, state) -> (y, final state), all in the state's dtype.
 Scan = Callable[[tuple[Tensor, ...], tuple[Tensor, ...], Tensor], tuple[Tensor, Tensor]]
 
@@ -64,7 +64,7 @@ def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:
         wanted = "(batch, tokens, heads, head size)" if dims == 4 else "(batch, tokens, channels)"
         raise ValueError(f"{first_name} must have shape {wanted}, not {tuple(first.shape)}")
     if first.dtype not in DTYPES:
-        raise ValueError(f"{first_name} must be bfloat16, float32 or float64, not {first.dtype}")
+        raise ValueError(f"{first_name} must be bfloat16, float16, float32 or float64, not {first.dtype}")
     for name, x in others:
         if x.shape != first.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but {first_name} has {tuple(first.shape)}")

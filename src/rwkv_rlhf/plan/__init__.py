@@ -7,28 +7,29 @@ plan speaks of names only. `python make_profile.py --help` writes profiles.
 from rwkv_rlhf.plan.from_flags import make_plan, parse_layers, plan_for
 from rwkv_rlhf.plan.profile import COLUMNS, OLD_COLUMNS, read_profile
 from rwkv_rlhf.plan.rows import (
-    MODES,
     PARTS,
-    SCALED_MODES,
     Plan,
+    Rates,
     Row,
     is_matrix,
     is_norm,
+    is_scaled,
     is_small,
     is_state,
     layer_names,
+    row_modes,
 )
 
 __all__ = [
     "COLUMNS",
-    "MODES",
     "OLD_COLUMNS",
     "PARTS",
-    "SCALED_MODES",
     "Plan",
+    "Rates",
     "Row",
     "is_matrix",
     "is_norm",
+    "is_scaled",
     "is_small",
     "is_state",
     "layer_names",
@@ -36,4 +37,5 @@ __all__ = [
     "parse_layers",
     "plan_for",
     "read_profile",
+    "row_modes",
 ]

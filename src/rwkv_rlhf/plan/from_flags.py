@@ -8,7 +8,7 @@ import re
 
 from rwkv_rlhf.plan.profile import read_profile
 from rwkv_rlhf.plan.rows import PARTS, Plan, Row, layer_names
-from rwkv_rlhf.settings.config import ADAPTERS, Config
+from rwkv_rlhf.settings.config import Config, peft_modes
 
 
 def plan_for(config: Config, n_layer: int) -> Plan:
@@ -20,11 +20,19 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     if config.layer_profile:
         plan = read_profile(config.layer_profile, n_layer, own_rates=config.lr_advanced, **rates)
     else:
-        adapter = {"rank": config.lora_r, "alpha": config.lora_alpha, "dropout": config.lora_dropout}
-        plan = make_plan(config.peft, n_layer, parts=config.lora_parts, layers=config.lora_layers, **adapter, **rates)
-    tuned = config.state
-    shifts = ("att.shift_state", "ffn.shift_state") if config.state_shift else ()
-    states = ("att.time_state", *shifts) if tuned else ()
+        plan = make_plan(
+            config.peft,
+            n_layer,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            parts=config.lora_parts,
+            layers=config.lora_layers,
+            **rates,
+        )
+    states: tuple[str, ...] = ()
+    if config.state:
+        states = ("att.time_state", "att.shift_state", "ffn.shift_state") if config.state_shift else ("att.time_state",)
     return dataclasses.replace(plan, states=states, lora_plus=config.lora_plus)
 
 
@@ -47,8 +55,8 @@ def make_plan(
     and head frozen. parts: comma list out of att, ffn, ln, time; layers: blocks that learn, such as "0-3 25-31", the
     others are frozen. Raises ValueError for unknown words and for block numbers that the model does not have.
     """
-    if peft not in ("full", "state", *ADAPTERS):
-        raise ValueError(f"{{peft}} {peft}: must be one of full, state, {', '.join(ADAPTERS)}")
+    if peft not in peft_modes():
+        raise ValueError(f"{{peft}} {peft}: must be one of {', '.join(map(str, peft_modes()))}")
     chosen = parse_layers(layers, n_layer)
     touched = frozenset(word.strip() for word in parts.split(",") if word.strip())
     if not touched <= set(PARTS):

@@ -4,9 +4,10 @@ import csv
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from rwkv_rlhf.plan.rows import MODES, SCALED_MODES, Plan, Row, layer_names
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.plan.rows import Plan, Rates, Row, is_scaled, layer_names, row_modes
+from rwkv_rlhf.settings import tables
 
 COMMON_COLUMNS = ("Layer", "Mode", "Rank", "Alpha", "Dropout")
 COLUMNS = (
@@ -53,7 +54,7 @@ def read_profile(
     """
     lines = read_lines(path)
     seen = check_layers(path, lines, n_layer)
-    rates = (lr_init, lr_final, weight_decay)
+    rates = Rates(lr_init, lr_final, weight_decay)
     return Plan({layer: read_row(seen[layer], rates, own_rates) for layer in layer_names(n_layer)})
 
 
@@ -117,36 +118,54 @@ def check_layers(path: str, lines: list[Line], n_layer: int) -> dict[str, Line]:
     return seen
 
 
-def read_row(line: Line, rates: tuple[float, float, float], own_rates: bool) -> Row:
-    """One line as a Row; rates: lr_init, lr_final, weight_decay of the command line. Raises ValueError."""
+class RowRates(NamedTuple):
+    """The rates of a row, by the names of the fields of `Row`."""
+
+    lr_init: float
+    lr_final: float
+    weight_decay: float
+    state_lr_init: float
+    state_lr_final: float
+
+
+def read_row(line: Line, rates: Rates, own_rates: bool) -> Row:
+    """One line as a Row; `rates` are those of the command line. Raises ValueError."""
     mode = line.cells["Mode"].lower()
-    if mode not in MODES:
-        raise line.wrong("Mode", f"one of {', '.join(MODES)}")
-    adapter = mode in ADAPTERS
+    if mode not in row_modes():
+        raise line.wrong("Mode", f"one of {', '.join(row_modes())}")
+    adapter = mode in tables.ADAPTERS
     rank = line.real("Rank", None if adapter else 0.0, 1.0 if adapter else 0.0, "a whole number >= 1")
     if rank != int(rank):
         raise line.wrong("Rank", "a whole number >= 1")
-    alpha = line.real("Alpha", None if mode in SCALED_MODES else 0.0, legal="a number > 0")
-    if alpha == 0 and mode in SCALED_MODES:
+    alpha = line.real("Alpha", None if is_scaled(mode) else 0.0, legal="a number > 0")
+    if alpha == 0 and is_scaled(mode):
         raise line.wrong("Alpha", "a number > 0")
     dropout = line.real("Dropout", 0.0, legal="a number from 0 to below 1")
     if dropout >= 1 and adapter:
         raise line.wrong("Dropout", "a number from 0 to below 1")
     reject = tuple(part.strip() for part in line.cells.get("RejectParts", "").split(",") if part.strip())
-    found = (*read_rates(line, mode, rates, own_rates), reject, f"{line.path}:{line.number}")
-    return Row(line.cells["Layer"], mode, int(rank), alpha, dropout, *found)
+    return Row(
+        layer=line.cells["Layer"],
+        mode=mode,
+        rank=int(rank),
+        alpha=alpha,
+        dropout=dropout,
+        **read_rates(line, mode, rates, own_rates)._asdict(),
+        reject=reject,
+        where=f"{line.path}:{line.number}",
+    )
 
 
-def read_rates(
-    line: Line, mode: str, rates: tuple[float, float, float], own_rates: bool
-) -> tuple[float, float, float, float, float]:
-    """Weight_lr_init, Weight_lr_final, Weight_decay, State_lr_init, State_lr_final of a line."""
+def read_rates(line: Line, mode: str, rates: Rates, own_rates: bool) -> RowRates:
+    """The rates of a line: its own or, with `own_rates` False and under the older header, those of the command line."""
     if "LRScale" in line.cells:
         scale = line.real("LRScale", 1.0)
-        init, final, decay = rates[0] * scale, rates[1] * scale, rates[2]
-        return init, final, decay, init, final
+        init, final = rates.lr_init * scale, rates.lr_final * scale
+        return RowRates(init, final, rates.weight_decay, init, final)
     unused = 0.0 if mode == "freeze" else None
     init, final = line.real("Weight_lr_init", unused), line.real("Weight_lr_final", unused)
     decay = line.real("Weight_decay", 0.0)
     state_init, state_final = line.real("State_lr_init", init), line.real("State_lr_final", final)
-    return (init, final, decay, state_init, state_final) if own_rates else (*rates, rates[0], rates[1])
+    if own_rates:
+        return RowRates(init, final, decay, state_init, state_final)
+    return RowRates(*rates, rates.lr_init, rates.lr_final)

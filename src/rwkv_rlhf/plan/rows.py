@@ -2,28 +2,19 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
-from rwkv_rlhf.settings.config import ADAPTERS
+from rwkv_rlhf.settings import tables
 
-MODES = ("full", "freeze", *ADAPTERS)
 PARTS = ("att", "ffn", "ln", "time")
-SCALED_MODES = ("lora", "dora")  # those whose update is scaled by Alpha / Rank
 
-# the small tensors of a block, by the last word of their names (RWKV-7; the other versions' all hold "time")
-SMALL_7 = re.compile(r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k")
-ADAPTER_MATRIX = re.compile(r"lora_[AB]|bone|miss")
-# (version, last word of the name) -> multiplier of the learning rate in the tradition
-MULTIPLIERS = {
-    ("x040", "time_decay"): 2.0,
-    ("x040", "time_first"): 3.0,
-    ("x050", "time_decay"): 2.0,
-    ("x050", "time_first"): 3.0,
-    ("x051", "time_decay"): 2.0,
-    ("x051", "time_first"): 3.0,
-    ("x052", "time_decay"): 2.0,
-    ("x060", "time_decay"): 2.0,
-    ("x070", "w0"): 2.0,
-}
+
+class Rates(NamedTuple):
+    """Learning rate at the beginning and at the end of training, and weight decay."""
+
+    lr_init: float
+    lr_final: float
+    weight_decay: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +77,7 @@ class Plan:
         if row.rejects(name):
             return False
         if is_state(name):
-            return name.endswith(self.states) if self.states else False
+            return name.endswith(self.states)
         if row.mode == "full":
             return True
         if row.mode == "freeze" or limited:
@@ -98,24 +89,24 @@ class Plan:
     def adapts(self, linear_name: str) -> Row | None:
         """The row whose adapter the matrix of the module `linear_name` (e.g. `blocks.3.att.key`) gets, or None."""
         row = self.row_of(linear_name)
-        if row.mode not in ADAPTERS or row.rejects(linear_name + ".weight"):
+        if row.mode not in tables.ADAPTERS or row.rejects(linear_name + ".weight"):
             return None
         words = linear_name.split(".")
         if words[0] == "blocks" and words[2] in ("att", "ffn") and words[2] not in self.parts:
             return None
         return row
 
-    def group(self, name: str, version: str, layerwise: bool) -> tuple[float, float, float]:
-        """(lr_init, lr_final, weight_decay) of the trained tensor `name`, adapters' tensors included.
+    def group(self, name: str, version: str, layerwise: bool) -> Rates:
+        """The rates of the trained tensor `name`, adapters' tensors included.
 
         layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
         """
         row = self.row_of(name)
         if is_state(name):
-            return row.state_lr_init, row.state_lr_final, 0.0
-        times = MULTIPLIERS.get((version, name.split(".")[-1]), 1.0) if layerwise else 1.0
+            return Rates(row.state_lr_init, row.state_lr_final, 0.0)
+        times = tables.VERSIONS[version].rates.get(name.split(".")[-1], 1.0) if layerwise else 1.0
         decay = row.weight_decay if is_matrix(name) else 0.0
-        return row.lr_init * times, row.lr_final * times, decay
+        return Rates(row.lr_init * times, row.lr_final * times, decay)
 
 
 def is_state(name: str) -> bool:
@@ -131,13 +122,24 @@ def is_norm(name: str) -> bool:
 def is_small(name: str, version: str) -> bool:
     """Whether `name` is one of the small vectors or low-rank factors of a block."""
     last = name.split(".")[-1]
-    return bool(SMALL_7.fullmatch(last)) if version == "x070" else "time" in last
+    return re.fullmatch(tables.VERSIONS[version].small, last) is not None
 
 
 def is_matrix(name: str) -> bool:
     """Whether `name` is a whole matrix or a factor of an adapter: what weight decay may touch."""
     last = name.split(".")[-1]
-    return (last == "weight" and not is_norm(name)) or bool(ADAPTER_MATRIX.fullmatch(last))
+    own = any(last in facts.decays for facts in tables.ADAPTERS.values())
+    return own or (last == "weight" and not is_norm(name))
+
+
+def row_modes() -> tuple[str, ...]:
+    """The modes that a row of a layer profile may have."""
+    return ("full", "freeze", *tables.ADAPTERS)
+
+
+def is_scaled(mode: str) -> bool:
+    """Whether a row's update is scaled by Alpha / Rank."""
+    return mode in tables.ADAPTERS and tables.ADAPTERS[mode].scaled
 
 
 def layer_names(n_layer: int) -> list[str]:

@@ -6,20 +6,12 @@ import base64
 import html
 import logging
 from pathlib import Path
+from typing import Any
 
 from rwkv_rlhf.reports.metrics import read_records
+from rwkv_rlhf.settings.metrics import panels
 
 log = logging.getLogger(__name__)
-
-# title, the fields drawn in it (train records), the fields drawn as dots (validation records)
-PANELS = (
-    ("loss", ("loss",), ("loss",)),
-    ("preference accuracy", ("pref_percentage",), ("accuracy",)),
-    ("margin of rewards", ("margin",), ()),
-    ("KL to the start model, nats a token", (), ("kl",)),
-    ("learning rate", ("lr",), ()),
-    ("tokens per second", ("tokens_per_s",), ()),
-)
 
 
 def draw_curves(folder: Path) -> Path | None:
@@ -35,23 +27,28 @@ def draw_curves(folder: Path) -> Path | None:
         return None
     if any("accuracy" in record for record in held_out):  # a pair's loss is not the likelihood that is held out
         held_out = [{name: value for name, value in record.items() if name != "loss"} for record in held_out]
-    drawn = {name for record in train for name in record}, {name for record in held_out for name in record}
-    panels = [panel for panel in PANELS if drawn[0] & set(panel[1]) or (not panel[1] and drawn[1] & set(panel[2]))]
-    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
-    for axis, (title, lines, dots) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for name in lines:
-            points = [(r["step"], r[name]) for r in train if r.get(name) is not None]
-            axis.plot(*zip(*points), linewidth=1.2, label="training")
-        for name in dots:
-            points = [(r["step"], r[name]) for r in held_out if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points), "o-", markersize=4, label="held out")
-                axis.legend(frameon=False)
+    logged = {name for record in (*train, *held_out) for name in record}
+    drawn = {title: [name for name in names if name in logged] for title, names in panels().items()}
+    drawn = {title: names for title, names in drawn.items() if names}
+    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
+        for name in names:
+            faint = 1.0 if name == names[0] else 0.3  # a line of single steps behind their running mean
+            draw(axis, train, name, "-", linewidth=1.2, alpha=faint, label=f"{name}, training")
+            draw(axis, held_out, name, "o-", markersize=4, label=f"{name}, held out")
+        axis.legend(frameon=False, fontsize="small")
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     path = folder / "curves.png"
     figure.savefig(path, dpi=110)
     return path
+
+
+def draw(axis: Any, records: list[dict[str, Any]], name: str, form: str, **style: Any) -> None:
+    """One metric over the optimizer steps, where records have it."""
+    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+    if points:
+        axis.plot(*zip(*points), form, **style)
 
 
 def write_report(folder: Path, settings: dict[str, object]) -> None:

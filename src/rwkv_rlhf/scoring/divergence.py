@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.data.batch import PairBatch, PairExample, pack_pairs
+from rwkv_rlhf.data.batch import AnswerBatch, PairExample, pack_pairs
 from rwkv_rlhf.losses.pairs import segment_sums
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.scoring.forward import answer_logp, cut, pair_hidden
-from rwkv_rlhf.scoring.infinite_context import piecewise
+from rwkv_rlhf.scoring.forward import answer_hidden, answer_logp, in_chunks
+from rwkv_rlhf.scoring.infinite_context import run_in_chunks
 
 POSITIONS = 128  # a World vocabulary's float32 log-probabilities of so many are 32 MiB
 TOKENS = 8192  # tokens of the pairs that they are drawn from
@@ -27,9 +27,9 @@ class Divergence:
     Exact at each position: the whole distribution of the reference is kept, up to POSITIONS of them, drawn once.
     """
 
-    def __init__(self, reference: RWKV, pairs: Sequence[PairExample], seed: int, length: int = 0) -> None:
-        """`length`: rows run in pieces of so many tokens; 0 = in one."""
-        self.length = length
+    def __init__(self, reference: RWKV, pairs: Sequence[PairExample], seed: int, chunk: int = 0) -> None:
+        """`chunk`: rows run in chunks of so many tokens; 0 = in one."""
+        self.chunk = chunk
         rng = random.Random(seed)
         order = rng.sample(range(len(pairs)), min(len(pairs), POSITIONS))
         taken: list[PairExample] = []
@@ -52,10 +52,10 @@ class Divergence:
         """(P, V) float32 log-probabilities of the next token."""
         device = next(model.parameters()).device
         batch = self.batch.to(device)
-        if self.length:
-            hidden = piecewise(model, cut(batch, self.length), lambda found, _: (found,))[0]
+        if self.chunk:
+            hidden = run_in_chunks(model, in_chunks(batch, self.chunk), lambda found, _: {"hidden": found})["hidden"]
         else:
-            hidden = pair_hidden(model, batch)
+            hidden = answer_hidden(model, batch)
         return torch.log_softmax(model.head(hidden[self.positions.to(device)]).float(), 1)
 
     def of(self, policy: RWKV) -> float:
@@ -65,12 +65,13 @@ class Divergence:
 
 
 @torch.no_grad()
-def mismatch_ratio(model: RWKV, batches: Sequence[PairBatch], chunk: int, length: int = 0) -> Tensor:
+def mismatch_ratio(model: RWKV, batches: Sequence[AnswerBatch], *, head_chunk: int, chunk: int = 0) -> Tensor:
     """() the mean of log policy - log reference of whole answers put to prompts that they do not belong to: KTO's
     estimate of KL(policy || reference) before it is cut off at 0 (arXiv 2402.01306, section 4.1). `batches` have one
     answer to each prompt."""
     ratios = []
     for batch in batches:
         assert batch.reference is not None, "KTO without reference log-probabilities"
-        ratios.append(segment_sums(answer_logp(model, batch, chunk, length), batch.starts) - batch.reference)
+        logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)
+        ratios.append(segment_sums(logp, batch.starts) - batch.reference)
     return torch.cat(ratios).mean()

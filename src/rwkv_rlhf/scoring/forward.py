@@ -1,5 +1,5 @@
-"""From a batch to per-token scores: packed documents in one pass, pairs with the prompt run once, or all of it piece by
-piece.
+"""From a batch to its loss or its scores: packed documents in one pass, prompts once before their answers, or all of it
+chunk by chunk.
 
 Legend: T tokens of a packed row, n pairs, P prompt tokens, A answer tokens, C width.
 """
@@ -11,114 +11,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.data.batch import PairBatch, TextBatch
+from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
-from rwkv_rlhf.losses import loss_settings, step_loss
-from rwkv_rlhf.losses.kinds import Loss, Metrics
+from rwkv_rlhf.losses.kinds import Loss, LossValue
 from rwkv_rlhf.losses.pairs import PairScores, pair_scores
-from rwkv_rlhf.losses.tokens import TokenScores, token_scores
+from rwkv_rlhf.losses.tokens import LOGP_ONLY, RequiredStats, TokenScores, token_scores
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.scoring.infinite_context import Pieces, piecewise
+from rwkv_rlhf.scoring.infinite_context import EXACT, ChunkedRows, ChunkOptions, run_in_chunks
+from rwkv_rlhf.settings.config import Config
+
+OBJECTIVE = "objective"  # among the numbers of a chunk of text; no metric has this name
 
 
 def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
     if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
-        return model(batch.tokens.new_zeros(1, 1))[0][0][:0]
-    hidden, _ = model(batch.tokens[None], None, batch.starts)
+        return _no_hidden(model, batch.tokens)
+    hidden: Tensor = model(batch.tokens[None], None, batch.starts)[0]
     return hidden[0]
 
 
-def pair_hidden(model: RWKV, batch: PairBatch) -> Tensor:
-    """Prompts run once; each final state is forked to its answers (two, or one of a rated batch) -> hidden (A, C).
+def answer_hidden(model: RWKV, batch: AnswerBatch) -> Tensor:
+    """Prompts run once; each final state is forked to its answers -> hidden (A, C).
 
     The gradient of every answer flows back through the fork into the prompt.
     """
     _, state = model(batch.prompts[None], None, batch.prompt_starts)
     if state is not None:
-        prompts, answers = batch.prompt_starts.numel() - 1, batch.starts.numel() - 1
-        state = state.index(torch.arange(prompts, device=batch.answers.device).repeat_interleave(answers // prompts))
-    hidden, _ = model(batch.answers[None], state, batch.starts)
+        prompts = torch.arange(batch.prompt_starts.numel() - 1, device=batch.answers.device)
+        state = state.select(prompts.repeat_interleave(batch.answers_per_prompt()))
+    hidden: Tensor = model(batch.answers[None], state, batch.starts)[0]
     if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
-        return hidden[0] + model(batch.prompts.new_zeros(1, 1))[0][0][:0].sum()
+        return hidden[0] + _no_hidden(model, batch.prompts).sum()
     return hidden[0]
 
 
-def batch_hidden(model: RWKV, batch: TextBatch | PairBatch) -> Tensor:
+def _no_hidden(model: RWKV, tokens: Tensor) -> Tensor:
+    """Hidden states (0, C) of no token, with the graph of a run."""
+    hidden: Tensor = model(tokens.new_zeros(1, 1))[0]
+    return hidden[0][:0]
+
+
+def batch_hidden(model: RWKV, batch: Batch) -> Tensor:
     """Hidden states of the tokens that `batch.targets` belong to."""
-    return pair_hidden(model, batch) if isinstance(batch, PairBatch) else text_hidden(model, batch)
+    return answer_hidden(model, batch) if isinstance(batch, AnswerBatch) else text_hidden(model, batch)
 
 
-def cut(batch: TextBatch | PairBatch, length: int) -> Pieces:
-    """The rows of a batch in pieces of at most `length` tokens; answers begin from the end of their prompt."""
-    pieces = Pieces(length)
-    if isinstance(batch, PairBatch):
-        ends = pieces.add_row(batch.prompts, batch.prompt_starts, keep=True, scored=False)
-        each = (batch.starts.numel() - 1) // len(ends)  # two answers to a prompt, or one
-        pieces.add_row(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(each)])
+def in_chunks(batch: Batch, chunk: int) -> ChunkedRows:
+    """The rows of a batch in chunks of at most `chunk` tokens; answers begin from the end of their prompt."""
+    rows = ChunkedRows(chunk)
+    if isinstance(batch, AnswerBatch):
+        ends = rows.add(batch.prompts, batch.prompt_starts, keep=True, scored=False)
+        rows.add(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(batch.answers_per_prompt())])
     else:
-        pieces.add_row(batch.tokens, batch.starts)
-    return pieces
+        rows.add(batch.tokens, batch.starts)
+    return rows
 
 
-def long_scores(
-    model: RWKV, batch: PairBatch, length: int, *, chunk: int, required_stats: dict[str, bool], **how: bool
-) -> TokenScores:
-    """`token_scores` of the answers of a batch that runs in pieces of `length` tokens; `how` goes to `piecewise`."""
+def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> LossValue:
+    """The loss of one micro-batch of its kind, a sum over trained tokens, pairs or answers.
 
-    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
-        scores = token_scores(model.head, hidden, batch.targets[here], chunk=chunk, **required_stats)
-        return tuple(x for x in scores if x is not None)
-
-    found = iter(piecewise(model, cut(batch, length), score, **how))
-    logp = next(found)
-    asked = (
-        required_stats.get(name) for name in ("want_mean", "want_max", "want_square")
-    )  # in the order of the fields
-    return TokenScores(logp, *(next(found) if want else None for want in asked))
-
-
-def long_text_loss(
-    model: RWKV, batch: TextBatch, loss: Loss, config: Any, length: int, **how: bool
-) -> tuple[Tensor, Metrics]:
-    """`step_loss` of text that runs in pieces of `length` tokens; a sum over tokens, so one number a piece is kept."""
-    names: list[str] = []
-
-    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
-        value, metrics = step_loss(loss, model.head, hidden, batch.part(here), config)
-        names[:] = metrics
-        return tuple(x[None] for x in (value, *metrics.values()))
-
-    value, *metrics = (x.sum() for x in piecewise(model, cut(batch, length), score, sums=True, **how))
-    return value, {name: x.detach() for name, x in zip(names, metrics, strict=True)}
-
-
-def batch_loss(model: RWKV, batch: TextBatch | PairBatch, loss: Loss, config: Any) -> tuple[Tensor, Metrics]:
-    """(objective, metrics) of one micro-batch, sums over its trained tokens or pairs.
-
-    With `config.chunk` the rows run in pieces of so many tokens, with the gradient of one long pass (or, with
-    `config.bptt` truncated, without any across the cuts).
+    With `config.chunk` the rows run in chunks of so many tokens, with the gradient of one long pass (or, with
+    `config.bptt` truncated, without any across their borders).
     """
-    if not config.chunk or (isinstance(batch, TextBatch) and not len(batch.tokens)):
-        return step_loss(loss, model.head, batch_hidden(model, batch), batch, config)
-    how = {"truncated": config.bptt == "truncated", "offload": config.state_offload}
+    if not config.chunk or not len(batch.targets):
+        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config)
+    how = ChunkOptions(truncated=config.bptt == "truncated", offload=config.state_offload)
     if isinstance(batch, TextBatch):
-        return long_text_loss(model, batch, loss, config, config.chunk, **how)
-    settings = loss_settings(loss, config)
-    scores = long_scores(
-        model, batch, config.chunk, chunk=config.head_chunk, required_stats=loss.required_stats(**settings), **how
-    )
-    return loss.from_scores(scores, batch, **settings)
+        return chunked_text_loss(model, batch, loss, config, how)
+    stats = loss.required_stats(config)
+    scores = chunked_scores(model, batch, config.chunk, stats, how, head_chunk=config.head_chunk)
+    return loss(scores, batch, config)
+
+
+def chunked_text_loss(model: RWKV, batch: TextBatch, loss: Loss[Any], config: Config, how: ChunkOptions) -> LossValue:
+    """`batch_loss` of text in chunks: a sum over tokens, so one number of each chunk is kept."""
+
+    def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
+        value, metrics = loss.from_hidden(model.head, hidden, batch.chunk(span), config)
+        return {name: amount[None] for name, amount in (metrics | {OBJECTIVE: value}).items()}
+
+    found = run_in_chunks(model, in_chunks(batch, config.chunk), score, how._replace(sums=True))
+    totals = {name: amounts.sum() for name, amounts in found.items()}
+    value = totals.pop(OBJECTIVE)
+    return LossValue(value, {name: total.detach() for name, total in totals.items()})
+
+
+def chunked_scores(
+    model: RWKV,
+    batch: AnswerBatch,
+    chunk: int,
+    stats: RequiredStats = LOGP_ONLY,
+    how: ChunkOptions = EXACT,
+    *,
+    head_chunk: int,
+) -> TokenScores:
+    """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
+
+    def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
+        return token_scores(model.head, hidden, batch.targets[span], stats, head_chunk=head_chunk).present()
+
+    return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
 
 @torch.no_grad()
-def answer_logp(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> Tensor:
-    """(A,) log-probabilities of the answers' tokens, without a graph; in pieces of `length` tokens if not 0."""
-    if length:
-        return long_scores(model, batch, length, chunk=chunk, required_stats={}).logp
-    return token_scores(model.head, pair_hidden(model, batch), batch.targets, chunk=chunk).logp
+def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> Tensor:
+    """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
+    if chunk:
+        return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
+    return token_scores(model.head, answer_hidden(model, batch), batch.targets, head_chunk=head_chunk).logp
 
 
-def pair_sums(model: RWKV, batch: PairBatch, chunk: int, length: int = 0) -> PairScores:
+def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:
     """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
-    return pair_scores(answer_logp(model, batch, chunk, length), batch.targets, batch.starts)
+    logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)
+    return pair_scores(logp, batch.targets, batch.starts)

@@ -1,22 +1,22 @@
-"""Context without limit: packed rows run piece by piece, with the gradient of one long forward pass.
+"""Context without limit: packed rows run chunk by chunk, with the gradient of one long forward pass.
 
-Between two pieces only states cross. The forward pass runs without a graph and keeps the state at each cut; the
-backward pass runs the pieces once more, from the last to the first, each with the gradient of the states that it handed
-on. All pieces together are one autograd function whose inputs are the trained parameters, so that each of them gets its
-summed gradient once, as DDP and ZeRO ask for. Memory: one piece's graph, a state for each cut, what the loss asks of
-each piece (one number, or one for each token), and a second buffer of gradients.
+Between two chunks only states cross. The forward pass runs without a graph and keeps the states at the borders; the
+backward pass runs the chunks once more, from the last to the first, each with the gradient of the states that it handed
+on. All chunks together are one autograd function whose inputs are the trained parameters, so that each of them gets its
+summed gradient once, as DDP and ZeRO ask for. Memory: one chunk's graph, a state for each segment that crosses a
+border, what the loss asks of each chunk (one number, or one for each token), and a second buffer of gradients.
 
-A slot is the place where a state is kept; the state of a prompt may be begun from twice, by both answers.
+A slot is the place where a boundary state is kept; that of a prompt may be begun from twice, by both answers.
 
-Legend: T tokens of a packed row, S segments (documents, prompts, answers), t tokens of a piece.
+Legend: T tokens of a packed row, S segments (documents, prompts, answers), t tokens of a chunk.
 """
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,26 +25,42 @@ from torch.autograd.function import once_differentiable
 from rwkv_rlhf.host_memory import own_pages
 from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.model.state import LayerState, State
+from rwkv_rlhf.model.state import State
+from rwkv_rlhf.ops.random_state import RandomState, replay
 
 NEW = -1  # in place of a slot: a segment that begins from the initial state
 
-# (hidden states (t, C) of a piece, which tokens of the scored row they are) -> tensors to be joined along their first
-# axis: numbers for each token (t, ...), or sums over the piece (1,)
-Score = Callable[[Tensor, slice], tuple[Tensor, ...]]
+# (hidden states (t, C) of a chunk, which tokens of the scored row they are) -> tensors by name, to be joined along
+# their first axis: numbers for each token (t, ...), or sums over the chunk (1,)
+Score = Callable[[Tensor, slice], dict[str, Tensor]]
+
+
+class ChunkOptions(NamedTuple):
+    """How rows run in chunks.
+
+    sums: the scores are one number (1,) for all of a chunk. truncated: no gradient crosses a border within a segment
+    (it still reaches a prompt from its answers). offload: boundary states wait in host memory.
+    """
+
+    sums: bool = False
+    truncated: bool = False
+    offload: bool = False
+
+
+EXACT = ChunkOptions()
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive tokens of one packed row, and the segments (or parts of them) that they belong to.
+class Chunk:
+    """Consecutive tokens of one packed row, and the segments that they belong to, wholly or in part.
 
-    `here`: the tokens in the row. `lengths`: tokens of each segment in this piece. `before`: the slot from which each
+    `span`: the tokens in the row. `lengths`: tokens of each segment in this chunk. `before`: the slot from which each
     begins, or NEW. `carries`: whether that is the same segment's own state (not that of a prompt). `after`: the slot
     that keeps the state of each, or NEW for none. `scored`: whether its tokens have scores.
     """
 
     tokens: Tensor  # (t,) int64
-    here: slice
+    span: slice
     lengths: tuple[int, ...]
     before: tuple[int, ...]
     carries: tuple[bool, ...]
@@ -57,17 +73,17 @@ class Piece:
 
 
 @dataclass
-class Pieces:
-    """Packed rows cut into pieces of at most `length` tokens, in the order in which they run."""
+class ChunkedRows:
+    """Packed rows in chunks of at most `chunk_len` tokens, in the order in which they run."""
 
-    length: int
-    pieces: list[Piece] = field(default_factory=list)
+    chunk_len: int
+    chunks: list[Chunk] = field(default_factory=list)
     slots: int = 0
 
-    def add_row(
+    def add(
         self, tokens: Tensor, starts: Tensor, *, begin: Sequence[int] = (), keep: bool = False, scored: bool = True
     ) -> list[int]:
-        """Cut one row of segments `starts` (S+1,); segment s begins from the slot begin[s], NEW if `begin` is empty.
+        """Add one row of segments `starts` (S+1,); segment s begins from the slot begin[s], NEW if `begin` is empty.
 
         Returns for each segment the slot of its final state if `keep`, else NEW. An empty segment hands on the slot
         that it begins from.
@@ -75,19 +91,19 @@ class Pieces:
         edges = starts.tolist()
         last = list(begin) or [NEW] * (len(edges) - 1)  # the slot of each segment's newest state
         inherited = [True] * len(last)  # that state is not of the segment's own tokens
-        for first in range(0, len(tokens), self.length):
-            end = min(first + self.length, len(tokens))
+        for first in range(0, len(tokens), self.chunk_len):
+            end = min(first + self.chunk_len, len(tokens))
             overlap = range(bisect_right(edges, first) - 1, bisect_left(edges, end))
-            rows = [s for s in overlap if edges[s] < edges[s + 1]]
-            before = tuple(last[s] for s in rows)
-            carries = tuple(not inherited[s] for s in rows)
-            for s in rows:
+            inside = [s for s in overlap if edges[s] < edges[s + 1]]
+            before = tuple(last[s] for s in inside)
+            carries = tuple(not inherited[s] for s in inside)
+            for s in inside:
                 goes_on = edges[s + 1] > end or keep
                 last[s] = self._slot() if goes_on else NEW
                 inherited[s] = False
-            lengths = tuple(min(edges[s + 1], end) - max(edges[s], first) for s in rows)
-            after = tuple(last[s] for s in rows)
-            self.pieces.append(Piece(tokens[first:end], slice(first, end), lengths, before, carries, after, scored))
+            lengths = tuple(min(edges[s + 1], end) - max(edges[s], first) for s in inside)
+            after = tuple(last[s] for s in inside)
+            self.chunks.append(Chunk(tokens[first:end], slice(first, end), lengths, before, carries, after, scored))
         return last if keep else [NEW] * len(last)
 
     def _slot(self) -> int:
@@ -95,65 +111,57 @@ class Pieces:
         return self.slots - 1
 
 
-def piecewise(
-    model: RWKV,
-    pieces: Pieces,
-    score: Score,
-    *,
-    sums: bool = False,
-    truncated: bool = False,
-    offload: bool = False,
-) -> tuple[Tensor, ...]:
-    """What `score` says of all scored pieces, in their order, differentiable as if all had run in one pass.
+def run_in_chunks(model: RWKV, rows: ChunkedRows, score: Score, options: ChunkOptions = EXACT) -> dict[str, Tensor]:
+    """What `score` says of all scored chunks, joined in their order, differentiable as if all had run in one pass.
 
-    sums: `score` gives one number (1,) for all of a piece. truncated: no gradient crosses a cut within a segment (it
-    still reaches a prompt from its answers). offload: states at the cuts wait in host memory. The backward pass can run
-    only once.
+    The backward pass can run only once.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    return _Piecewise.apply(_Run(model, pieces, score, sums, truncated, offload), *params)
+    run = _Run(model, rows, score, options)
+    found = _ChunkedPass.apply(run, *run.params)
+    return dict(zip(run.names, found, strict=True))
 
 
 class _Run:
-    """One pass over all pieces and back."""
+    """One pass over all chunks and back."""
 
-    def __init__(self, model: RWKV, pieces: Pieces, score: Score, sums: bool, truncated: bool, offload: bool) -> None:
-        self.model, self.pieces, self.score = model, pieces.pieces, score
-        self.truncated, self.offload = truncated, offload
+    def __init__(self, model: RWKV, rows: ChunkedRows, score: Score, options: ChunkOptions) -> None:
+        self.model, self.chunks, self.score, self.options = model, rows.chunks, score, options
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.device = next(model.parameters()).device
-        self.slots = pieces.slots
-        self.rows = sum(1 if sums else len(piece.tokens) for piece in self.pieces if piece.scored)
+        self.slots = rows.slots
+        self.total = sum(1 if options.sums else len(chunk.tokens) for chunk in self.chunks if chunk.scored)
+        self.names: tuple[str, ...] = ()  # of what `score` gives, known after the first chunk
         self.kept: State | None = None  # one row for each slot
-        drawn = model.training and any(layer.adaptation and layer.adaptation.dropout for _, layer in matrices(model))
-        self.random: list[list[Tensor]] | None = [] if drawn else None
+        self.draws = model.training and any(
+            layer.adaptation and layer.adaptation.dropout for _, layer in matrices(model)
+        )
+        self.random: list[RandomState | None] = []  # before each chunk, where a dropout draws
 
     def forward(self) -> tuple[Tensor, ...]:
-        """Scores of all scored tokens. The state of every cut is kept for `backward`."""
+        """All scores, in the order of `names`. The boundary states are kept for `backward`."""
         joined: tuple[Tensor, ...] = ()
         done = 0
-        for piece in self.pieces:
-            if self.random is not None:
-                self.random.append(generator_states(self.device))
-            scores, states = self._run(piece, {slot: self._kept(slot) for slot in piece.slots()})
+        for chunk in self.chunks:
+            self.random.append(RandomState.now(self.device) if self.draws else None)
+            scores, states = self._run(chunk, {slot: self._kept(slot) for slot in chunk.slots()})
             if scores is not None:
-                joined = joined or tuple(x.new_empty(self.rows, *x.shape[1:]) for x in scores)
-                here = slice(done, done + len(scores[0]))
+                joined = joined or tuple(x.new_empty(self.total, *x.shape[1:]) for x in scores)
+                span = slice(done, done + len(scores[0]))
                 for whole, x in zip(joined, scores, strict=True):
-                    whole[here] = x
-                done = here.stop
-            for row, slot in enumerate(piece.after):
+                    whole[span] = x
+                done = span.stop
+            for row, slot in enumerate(chunk.after):
                 if slot != NEW:
-                    self._keep(slot, _row(states, row))
-        assert done == self.rows, (done, self.rows)
+                    self._keep(slot, states.row(row))
+        assert done == self.total, (done, self.total)
         return joined
 
     def backward(self, upstream: tuple[Tensor | None, ...]) -> list[Tensor | None]:
         """Gradients of the trained parameters from those of the scores."""
         totals: list[Tensor | None] = [None] * len(self.params)
         slopes: dict[int, State] = {}  # slot -> gradient of the state that it keeps
-        end = self.rows
-        for number in range(len(self.pieces) - 1, -1, -1):
+        end = self.total
+        for number in range(len(self.chunks) - 1, -1, -1):
             end = self._back(number, end, upstream, totals, slopes)
         return totals
 
@@ -165,80 +173,87 @@ class _Run:
         totals: list[Tensor | None],
         slopes: dict[int, State],
     ) -> int:
-        """Run one piece again and add its gradients to `totals` and `slopes`; its scores end before row `end`.
+        """Run one chunk again and add its gradients to `totals` and `slopes`; its scores end before `end`.
 
-        Returns the row at which they begin. A function of its own, so that nothing of one piece outlives it.
+        Returns where they begin. A function of its own, so that nothing of one chunk outlives it.
         """
-        piece = self.pieces[number]
-        leaves = {slot: self._leaf(piece, slot) for slot in piece.slots()}
-        with torch.enable_grad(), generators_at(self.random and self.random[number], self.device):
-            scores, states = self._run(piece, leaves)
-            ends = [_tensors(_row(states, row)) for row in range(len(piece.after))]
+        chunk = self.chunks[number]
+        leaves = {slot: self._leaf(chunk, slot) for slot in chunk.slots()}
+        with torch.enable_grad(), replay(self.random[number]):
+            scores, states = self._run(chunk, leaves)
+            ends = [states.row(row).tensors() for row in range(len(chunk.after))]
         begin = end if scores is None else end - len(scores[0])
         reached = []  # (output, its gradient)
         if scores is not None:
             reached += [(x, g[begin:end]) for x, g in zip(scores, upstream, strict=True) if g is not None]
-        for row, slot in enumerate(piece.after):
+        for row, slot in enumerate(chunk.after):
             if slot in slopes:
-                reached += zip(ends[row], _tensors(slopes.pop(slot)), strict=True)
-        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in _tensors(leaf))])
+                reached += zip(ends[row], slopes.pop(slot).tensors(), strict=True)
+        found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in leaf.tensors())])
         for i, p in enumerate(self.params):
             if (grad := next(found)) is not None:
-                totals[i] = torch.zeros_like(p) if totals[i] is None else totals[i]
-                totals[i] += grad
+                total = totals[i]
+                totals[i] = total = torch.zeros_like(p) if total is None else total
+                total += grad
         for slot, leaf in leaves.items():
-            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(_tensors(leaf), found)]
-            if any(x.requires_grad for x in _tensors(leaf)):
-                slopes[slot] = _sum(slopes.get(slot), _state(grads))
+            grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaf.tensors(), found)]
+            if any(x.requires_grad for x in leaf.tensors()):
+                slope = State.from_tensors(grads)
+                slopes[slot] = slopes[slot] + slope if slot in slopes else slope
         return begin
 
-    def _run(self, piece: Piece, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
-        """(scores if the piece has any, states after it), from the states in the slots."""
-        starts = torch.tensor([0, *piece.lengths], device=self.device).cumsum(0)
-        hidden, states = self.model(piece.tokens[None], self._begin(piece, given), starts)
-        return (self.score(hidden[0], piece.here) if piece.scored else None), states
+    def _run(self, chunk: Chunk, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
+        """(scores if the chunk has any, states after it), from the states in the slots."""
+        starts = torch.tensor([0, *chunk.lengths], device=self.device).cumsum(0)
+        hidden, states = self.model(chunk.tokens[None], self._begin(chunk, given), starts)
+        if not chunk.scored:
+            return None, states
+        scores = self.score(hidden[0], chunk.span)
+        self.names = tuple(scores)
+        return tuple(scores.values()), states
 
-    def _begin(self, piece: Piece, given: dict[int, State]) -> State | None:
+    def _begin(self, chunk: Chunk, given: dict[int, State]) -> State | None:
         """One row for each segment: the initial state, or the one in its slot."""
         if not given:
             return None
-        rows, place = None, {}
-        if NEW in piece.before:
-            rows, place[NEW] = self.model.initial(1), 0
-        for slot, state in given.items():
-            place[slot] = 0 if rows is None else rows.rows
-            rows = state if rows is None else rows.joined(state)
-        return rows.index(torch.tensor([place[slot] for slot in piece.before], device=self.device))
+        states = list(given.values())
+        place = {slot: row for row, slot in enumerate(given)}
+        if NEW in chunk.before:
+            place[NEW] = len(states)
+            states.append(self.model.initial_state(1))
+        rows = torch.tensor([place[slot] for slot in chunk.before], device=self.device)
+        return State.concatenated(states).select(rows)
 
-    def _leaf(self, piece: Piece, slot: int) -> State:
-        """The state in a slot, asking for its gradient unless the cut is one that no gradient crosses."""
-        cut = self.truncated and piece.carries[piece.before.index(slot)]
-        return _state([x.detach().requires_grad_(not cut) for x in _tensors(self._kept(slot))])
+    def _leaf(self, chunk: Chunk, slot: int) -> State:
+        """The state in a slot, asking for its gradient unless the border is one that no gradient crosses."""
+        detached = self.options.truncated and chunk.carries[chunk.before.index(slot)]
+        return self._kept(slot).map(lambda x: x.detach().requires_grad_(not detached))
 
     def _keep(self, slot: int, state: State) -> None:
         if self.kept is None:
-            self.kept = _state([self._room(x) for x in _tensors(state)])
-        for place, x in zip(_tensors(self.kept), _tensors(state), strict=True):
+            self.kept = state.map(self._room)
+        for place, x in zip(self.kept.tensors(), state.tensors(), strict=True):
             place[slot] = x[0]
 
     def _room(self, x: Tensor) -> Tensor:
-        """A row like `x` (1, ...) for each slot. In the heap it would part the pieces' room, which then grows."""
+        """A row like `x` (1, ...) for each slot. In the heap it would split the chunks' room, which then grows."""
         shape = (self.slots, *x.shape[1:])
         if self.device.type == "cpu":
             return own_pages(shape, x.dtype)
-        where = {"pin_memory": True} if self.offload else {"device": self.device}
-        return torch.empty(shape, dtype=x.dtype, **where)
+        if self.options.offload:
+            return torch.empty(shape, dtype=x.dtype, pin_memory=True)
+        return torch.empty(shape, dtype=x.dtype, device=self.device)
 
     def _kept(self, slot: int) -> State:
         assert self.kept is not None
-        return _state([x[slot : slot + 1].to(self.device) for x in _tensors(self.kept)])
+        return self.kept.row(slot).map(lambda x: x.to(self.device))
 
 
-class _Piecewise(torch.autograd.Function):
+class _ChunkedPass(torch.autograd.Function):
     """(a run, its trained parameters) -> scores."""
 
     @staticmethod
-    def forward(ctx, run, *params):
+    def forward(ctx: Any, run: _Run, *params: Tensor) -> tuple[Tensor, ...]:
         ctx.run = run
         ctx.set_materialize_grads(False)
         scores = run.forward()
@@ -248,26 +263,10 @@ class _Piecewise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         run, ctx.run = ctx.run, None
-        assert run is not None, "the backward pass of a piecewise run can run only once"
+        assert run is not None, "the backward pass of a run in chunks can run only once"
         return (None, *run.backward(upstream))
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [part for layer in state for part in layer]
-
-
-def _state(tensors: Sequence[Tensor]) -> State:
-    return State(LayerState(*tensors[i : i + 3]) for i in range(0, len(tensors), 3))
-
-
-def _row(states: State, row: int) -> State:
-    return _state([x[row : row + 1] for x in _tensors(states)])
-
-
-def _sum(one: State | None, two: State) -> State:
-    return two if one is None else _state([a + b for a, b in zip(_tensors(one), _tensors(two), strict=True)])
 
 
 def _gradients(reached: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> Iterator[Tensor | None]:
@@ -279,22 +278,3 @@ def _gradients(reached: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> It
     outputs, grads = zip(*reached, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
     return iter([next(found) if x.requires_grad else None for x in inputs])
-
-
-def generator_states(device: torch.device) -> list[Tensor]:
-    """Where the random generators stand that a dropout would draw from."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-@contextlib.contextmanager
-def generators_at(states: list[Tensor] | None, device: torch.device) -> Iterator[None]:
-    """Draw again what was drawn from `states` on, then leave the generators as they were found."""
-    if states is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
-        yield

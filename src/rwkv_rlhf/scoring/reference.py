@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import read_tensors, write_atomic
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.model.rwkv import RWKV
@@ -55,16 +54,16 @@ def reference_scores(
     model_hash: str,
     arithmetic: str,
     folder: Path,
-    chunk: int,
-    progress: Any = None,
-    length: int = 0,
+    head_chunk: int,
+    chunk: int = 0,
+    progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """(n, 2) float32 summed log-probabilities of (chosen, reject) under `model` as it stands.
 
     Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
-    are held (storage, masters, device). With `length` rows run in pieces of so many tokens, as in training.
+    are held (storage, masters, device). With `chunk` rows run in chunks of so many tokens, as in training.
     """
-    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {length}")
+    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {chunk}")
     path = folder / "cache" / f"reference-{key}.pth"
     found = ranks.broadcast_from_zero(lambda: cached_scores(path, len(pairs)))
     if found is not None:
@@ -74,8 +73,8 @@ def reference_scores(
     why = f" (what {path.parent} holds is of another model, data or setting)" if others else ""
     log.info("reference scores of %d pairs: computing%s", len(pairs), why)
     with evaluating(model):
-        sums, _ = score_pairs(model, pairs, chunk, progress, length)
+        sums = score_pairs(model, pairs, head_chunk=head_chunk, chunk=chunk, progress=progress).sums()
     if ranks.is_rank_zero():
         path.parent.mkdir(exist_ok=True)
-        write_atomic({"sums": sums}, path)
+        write_tensors({"sums": sums}, path)
     return sums

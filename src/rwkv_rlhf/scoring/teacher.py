@@ -1,7 +1,7 @@
 """A teacher's largest logits: computed while training runs, or beforehand for a file.
 
-Documents are packed into one row and run together by their recurrent states, a window at a time, so that a row of any
-length costs the memory of one window.
+Documents are packed into one row and run together by their recurrent states, a chunk at a time, so that a row of any
+length costs the memory of one chunk.
 
 Legend: T tokens of a row, S documents in it, M rows asked for, K logits kept of each, C width, V vocabulary.
 """
@@ -15,19 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import as_trained, load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
 from rwkv_rlhf.data.batch import IGNORE, TextBatch
 from rwkv_rlhf.losses.head import open_head
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import row_stats
 from rwkv_rlhf.precision import DTYPES, device_for, wide_dtype
-from rwkv_rlhf.scoring.forward import cut
-from rwkv_rlhf.scoring.infinite_context import piecewise
+from rwkv_rlhf.scoring.forward import in_chunks
+from rwkv_rlhf.scoring.infinite_context import run_in_chunks
 from rwkv_rlhf.settings.config import Config
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4096  # tokens that run together
+CHUNK = 4096  # tokens that run together
 
 
 class TopLogits(NamedTuple):
@@ -40,12 +40,12 @@ class TopLogits(NamedTuple):
 
 
 @torch.no_grad()
-def largest_logits(model: RWKV, hidden: Tensor, k: int, chunk: int) -> TopLogits:
+def largest_logits(model: RWKV, hidden: Tensor, k: int, head_chunk: int) -> TopLogits:
     """The K largest logits of `hidden` (M, C), through the head in chunks of rows."""
     found = []
-    run = open_head(model.head, hidden, chunk)
-    for part in run.parts:
-        logits = run.logits(part)
+    run = open_head(model.head, hidden, head_chunk)
+    for chunk in run.chunks:
+        logits = run.logits(chunk)
         lse = row_stats(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)).lse
         values, indices = logits.topk(k, dim=1)
         found.append((values.to(lse.dtype), indices, lse))
@@ -57,34 +57,36 @@ def largest_logits(model: RWKV, hidden: Tensor, k: int, chunk: int) -> TopLogits
 
 
 @torch.no_grad()
-def top_logits(model: RWKV, batch: TextBatch, k: int, chunk: int, window: int = WINDOW) -> TopLogits:
+def top_logits(model: RWKV, batch: TextBatch, k: int, *, head_chunk: int, chunk: int = CHUNK) -> TopLogits:
     """The K largest logits after each of a batch's tokens (T) whose target is trained, 0 at the others.
 
-    The row runs in windows of so many tokens; documents that cross a border are carried on, so the values are those of
+    The row runs in chunks of `chunk` tokens; documents that cross a border are carried on, so the values are those of
     a single pass to float error.
     """
     trained = batch.targets != IGNORE
     if not len(trained):
-        return largest_logits(model, model.head.weight.new_empty(0, model.sizes.n_embd), k, chunk)
+        return largest_logits(
+            model, torch.empty(0, model.sizes.n_embd, dtype=model.compute_dtype, device=trained.device), k, head_chunk
+        )
 
-    def score(hidden: Tensor, here: slice) -> tuple[Tensor, ...]:
-        rows = trained[here].nonzero()[:, 0]
-        found = largest_logits(model, hidden[rows], k, chunk)
-        return tuple(part.new_zeros(len(hidden), *part.shape[1:]).index_copy_(0, rows, part) for part in found)
+    def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
+        rows = trained[span].nonzero()[:, 0]
+        found = largest_logits(model, hidden[rows], k, head_chunk)._asdict()
+        return {name: x.new_zeros(len(hidden), *x.shape[1:]).index_copy_(0, rows, x) for name, x in found.items()}
 
-    return TopLogits(*piecewise(model, cut(batch, window), score))
+    return TopLogits(**run_in_chunks(model, in_chunks(batch, chunk), score))
 
 
 class Teacher:
     """--teacher_model: a second model, frozen, that gives its opinion of every batch before the student's step."""
 
-    def __init__(self, model: RWKV, k: int, chunk: int) -> None:
-        self.model, self.k, self.chunk = model, k, chunk
+    def __init__(self, model: RWKV, k: int, head_chunk: int) -> None:
+        self.model, self.k, self.head_chunk = model, k, head_chunk
 
     def __call__(self, batch: TextBatch) -> TextBatch:
         """The batch with the teacher's logits at its trained positions, 0 elsewhere."""
-        found = top_logits(self.model, batch, self.k, self.chunk)
-        return dataclasses.replace(batch, **{f"top_{name}": part for name, part in found._asdict().items()})
+        found = top_logits(self.model, batch, self.k, head_chunk=self.head_chunk)
+        return dataclasses.replace(batch, top_values=found.values, top_indices=found.indices, top_lse=found.lse)
 
 
 def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
@@ -93,13 +95,11 @@ def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
     Raises ValueError for a file that is no model, another vocabulary than the student's, or more logits than it has.
     """
     path = config.teacher_model
-    if config.loss != "distillation" or not path:
+    if not config.loss_facts.teacher or not path:
         return None
     model, _ = load_model(
         path,
-        compute_dtype=DTYPES[config.precision],
-        device=device_for(config.accelerator),
-        layout=as_trained(path, "none"),
+        BuildOptions(DTYPES[config.precision], device=device_for(config.accelerator), layout=as_trained(path, "none")),
     )
     found = model.sizes.vocab_size
     if found != vocab_size:

@@ -17,20 +17,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from rwkv_rlhf.settings import config as record
-from rwkv_rlhf.settings.config import PROGRAM, Config
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
-from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, LOSS_FLAGS, WORDS
+from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
+from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
+from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 
 log = logging.getLogger(__name__)
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
 LONGEST = 1000  # characters of a sentence on stderr
-# what an open() or a mkdir() says of a path that the user gave
-PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 class UsageError(ValueError):
@@ -44,9 +44,16 @@ class Parser(argparse.ArgumentParser):
     printing the usage; 0/1 flags may be given bare; `--debug` and `--version` exist in every script.
     """
 
-    def __init__(self, description: str, prog: str | None = None) -> None:
+    def __init__(self, description: str, prog: str | None = None, help: type[argparse.Action] | str = "help") -> None:
         usage = "%(prog)s --flag value ..."
-        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False)
+        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False)
+        if help == "help":
+            self.add_argument("-h", "--help", action="help", help="list every flag and stop")
+        else:
+            text = "list every flag, or explain a group or a flag, and stop"
+            self.add_argument(
+                "-h", "--help", action=help, nargs="?", metavar="GROUP|FLAG", default=argparse.SUPPRESS, help=text
+            )
         version = f"{PROGRAM} {record.PROGRAM_VERSION}"
         self.add_argument("--version", action="version", version=version, help="print the version and stop")
         self.add_switch("--debug", help="show the traceback of an error")
@@ -82,46 +89,50 @@ def truth(text: str) -> bool:
     return TRUTH[text.lower()]
 
 
-def flag_of(name: str) -> str:
-    """The flag, with dashes, that sets the field `name` of Config."""
-    return "--" + FLAG_OF.get(name, name)
-
-
 def spelled(text: str) -> str:
     """`text` with every `{name}` of a setting or a loss replaced by its flag; other braces stay."""
-    known = {*record.settings(), *LOSS_FLAGS, "lora"}
+    known = {*record.settings(), *tables.LOSSES, "lora"}
     return re.sub(r"\{(\w+)\}", lambda m: flag_of(m[1]) if m[1] in known else m[0], text)
 
 
+class TrainHelp(argparse.Action):
+    """`--help` lists every flag in groups; `--help GROUP` and `--help FLAG` explain one of them. Then the run ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if values is None:
+            parser.print_help()
+        else:
+            sys.stdout.write(spelled(explain(values, kinds())) + "\n")
+        parser.exit()
+
+
 def train_parser() -> Parser:
-    """The parser of train.py: one flag per setting, then the old spellings, then the flags without a meaning."""
-    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py")
-    switches = {name for name, kind in kinds().items() if kind is bool}
-    for name, field in record.settings().items():
-        if name == "debug":
-            continue  # every parser has it
-        if name == "loss":
-            for loss in LOSS_FLAGS:
-                add_raw(parser, loss, bare=True, help=f"train with the loss {loss}")
-            continue
-        default = (
-            "" if field.default in (None, "") else f" [{int(field.default) if name in switches else field.default}]"
-        )
-        choices = ", ".join(str(c) for c in field.metadata["choices"] if c != "")
-        text = field.metadata["help"] + (f" ({choices})" if choices else "") + default
-        add_raw(parser, flag_of(name)[2:], bare=name in switches, help=spelled(text).replace("%", "%%"))
-    add_raw(parser, "lora", bare=True, help="the same as --peft lora")
+    """The parser of train.py: one flag per setting, in groups, the old spellings, and the flags without a meaning."""
+    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py", help=TrainHelp)
+    for group, names in record.grouped_settings().items():
+        section = parser.add_argument_group(group, f"{GROUPS[group].help} (--help {group})")
+        for name in names:
+            if name == "loss":
+                for loss in tables.LOSSES:
+                    add_raw(section, loss, bare=True, help=loss_help(loss))
+            elif name != "debug":  # every parser has it
+                text = spelled(short_help(name)).replace("%", "%%")
+                add_raw(section, flag_of(name)[2:], bare=kinds()[name] is bool, help=text)
+    other = parser.add_argument_group("other spellings")
+    add_raw(other, "lora", bare=True, help="the same as --peft lora")
     for alias, name in ALIASES.items():
-        add_raw(parser, alias, bare=False, help=f"the same as {flag_of(name)}")
+        add_raw(other, alias, bare=False, help=f"the same as {flag_of(name)}")
     for old in LEGACY:
-        add_raw(parser, old, bare=True, help=argparse.SUPPRESS)
+        add_raw(other, old, bare=True, help=argparse.SUPPRESS)
     return parser
 
 
-def add_raw(parser: Parser, flag: str, bare: bool, help: str) -> None:
+def add_raw(parser: argparse._ActionsContainer, flag: str, bare: bool, help: str) -> None:
     """Adds a flag whose text is converted later; it is absent from the result unless it was typed."""
-    form = {"nargs": "?", "const": "1"} if bare else {}
-    parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1" if bare else "X", help=help, **form)
+    if bare:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="0/1", nargs="?", const="1", help=help)
+    else:
+        parser.add_argument("--" + flag, default=argparse.SUPPRESS, metavar="X", help=help)
 
 
 def kinds() -> dict[str, type]:
@@ -132,12 +143,23 @@ def kinds() -> dict[str, type]:
 
 def first_type(hint: Any) -> type:
     """`int | None` -> int."""
-    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    found: type = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return found
+
+
+def words_of(flag: str) -> dict[str, Any]:
+    """Words of the command line that stand for another value behind `--flag`."""
+    spellings: dict[str, dict[str, str]] = {
+        "my_testing": {word: name for name, facts in tables.VERSIONS.items() for word in facts.spellings},
+        "optim": {word: name for name, facts in tables.OPTIMIZERS.items() for word in facts.spellings},
+    }
+    words: dict[str, Any] = dict(WORDS.get(flag, {}))
+    return words | spellings.get(flag, {})
 
 
 def convert(flag: str, text: str, kind: type) -> Any:
     """The value that `text` stands for behind `--flag`; raises UsageError."""
-    words = WORDS.get(flag, {})
+    words = words_of(flag)
     if text in words:
         return words[text]
     try:
@@ -162,9 +184,9 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     loss = chosen_loss(typed)
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
-    field_of = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
+    field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
     for flag, text in typed.items():
-        name = field_of.get(flag, flag)
+        name = str(field_of.get(flag, flag))
         value = convert(flag, text, kinds()[name])
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
@@ -174,7 +196,7 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
         values["loss"] = loss
         given.add("loss")
     elif values.get("data_file") and not values.get("pair_file"):
-        values["loss"] = "sft"
+        values["loss"] = tables.PRETRAINING
     choose_plan(values, given, lora)
     config = Config(**values, given=frozenset(given))
     try:
@@ -204,7 +226,7 @@ def legacy_words(typed: dict[str, str]) -> list[str]:
 
 def chosen_loss(typed: dict[str, str]) -> str:
     """Takes the loss flags out of `typed`; the one that is on, or ''."""
-    on = [flag for flag in LOSS_FLAGS if convert(flag, typed.pop(flag, "0"), bool)]
+    on = [flag for flag in tables.LOSSES if convert(flag, typed.pop(flag, "0"), bool)]
     if len(on) > 1:
         raise UsageError(f"{' and '.join(f'--{flag} 1' for flag in on)}: choose one loss")
     return on[0] if on else ""
@@ -228,32 +250,19 @@ def choose_plan(values: dict[str, Any], given: set[str], lora: bool) -> None:
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> NoReturn:
     """Runs a script and leaves with its exit status.
 
-    main: takes the words behind the script's name, returns an exit status or None for 0. The user's mistakes
-    (ValueError, and paths that cannot be opened) give 2 and one sentence on stderr, Ctrl+C gives 130, anything else 1.
-    Under --debug 1 the traceback comes first.
+    main: takes the words behind the script's name, returns an exit status or None for 0. An exception becomes one
+    sentence on stderr and the status that `exit_status` gives; under --debug 1 the traceback comes first.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         status = main(words) or OK
-    except KeyboardInterrupt:
-        status = report_error("stopped by Ctrl+C", words, INTERRUPTED)
-    except PATH_ERRORS as mistake:
-        text = f"{mistake.filename}: {mistake.strerror}" if mistake.filename else str(mistake)
-        status = report_error(text, words, MISTAKE)
-    except ValueError as mistake:
-        status = report_error(str(mistake), words, MISTAKE)
-    except Exception as failure:  # the last resort: a message and a status instead of a traceback
-        status = report_error(f"{type(failure).__name__}: {failure}", words, FAILED)
+    except (Exception, KeyboardInterrupt) as error:  # the last resort: a message and a status instead of a traceback
+        if wants_debug(words):
+            traceback.print_exc()
+        sys.stderr.write(f"error: {one_line(spelled(sentence_of(error)))}\n")
+        status = exit_status(error)
     sys.exit(status)
-
-
-def report_error(text: str, words: Sequence[str], status: int) -> int:
-    """Writes one line to stderr, after the traceback of the current exception if `words` ask for it."""
-    if wants_debug(words):
-        traceback.print_exc()
-    sys.stderr.write(f"error: {one_line(spelled(text))}\n")
-    return status
 
 
 def one_line(text: str) -> str:

@@ -2,38 +2,75 @@
 
 Field names are the clean names; the command line spells a few of them differently (`flags.py`). What must hold between
 two settings is in `constraints.py`, what is parsed but does not work yet in `not_built.py`. In help texts `{name}`
-stands for the flag of that field.
+stands for the flag of that field, `[text]` and `[pairs]` for the formats of files that hold them.
 """
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.formats import FORMATS
+from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
 PROGRAM_VERSION = __version__
 
-VERSIONS = ("x040", "x052", "x060", "x070")
-PAIR_LOSSES = ("dpo", "orpo", "simpo", "cpo", "wpo", "rm")
-LOSSES = ("sft", "dpo", "orpo", "simpo", "cpo", "kto", "wpo", "distillation", "rm", "ppo", "grpo")
-ADAPTERS = ("lora", "pissa", "bone", "dora", "miss")
-PEFTS = ("full", "state", *ADAPTERS)
-DEEPSPEED = tuple(f"deepspeed_stage_{stage}{offload}" for stage in (1, 2, 3) for offload in ("", "_offload"))
-STRATEGIES = ("auto", "ddp", "fsdp", *DEEPSPEED)
+Choices = tuple[str | int, ...]
+
+
+class Group(NamedTuple):
+    """A group of `--help`: it begins with the field `first` and ends where the next one begins."""
+
+    first: str
+    help: str
+
+
+GROUPS = {
+    "model": Group("load_model", "what to start from"),
+    "run": Group("proj_dir", "where results go, which devices, resuming, looking before training"),
+    "length": Group("epoch_steps", "how long to train"),
+    "optimizer": Group("optim", "learning rates and the optimizer's step"),
+    "trained": Group("layer_profile", "what is trained, and how the rest is stored"),
+    "context": Group("ctx_len", "length of samples, infinite context"),
+    "loss": Group("loss", "what is learnt"),
+    "rl": Group("reward_model", "reinforcement learning"),
+    "data": Group("data_file", "what is trained on"),
+    "evaluation": Group("val_file", "held-out data"),
+    "saving": Group("save_dtype", "checkpoints"),
+}
+
+
+def new_versions() -> Choices:
+    """Versions that --my_testing may name: those of which models can be made."""
+    return with_fact(tables.VERSIONS, lambda facts: facts.new)
+
+
+def peft_modes() -> Choices:
+    """What --peft may name."""
+    return ("full", "state", *tables.ADAPTERS)
+
+
+def data_types() -> Choices:
+    """What --data_type may name: the formats that hold text; "" = by the suffix."""
+    found = ((name, facts) for name, facts in FORMATS.items() if "text" in facts.holds)
+    return ("", *(word for name, facts in found for word in (name, *facts.words)))
 
 
 def setting(
     default: Any,
     help: str,
     *,
-    choices: tuple[str | int, ...] = (),
+    choices: Choices | Callable[[], Choices] = (),
     at_least: float | None = None,
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A dataclass field that carries its help text and the values it may take; raises nothing."""
+    """A dataclass field with its help text and the values it may take; choices out of a table are looked up late."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     legal = {key: value for key, value in limits.items() if value is not None}
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **legal})
@@ -53,7 +90,7 @@ class Config:
     load_adapter_pissa_init: str = setting("", "initial factors of a PiSSA {load_adapter}, if they are not beside it")
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised")
     force: bool = setting(False, "go on with an adapter that was trained on another base model")
-    version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=VERSIONS)
+    version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=new_versions)
     n_layer: int = setting(6, "number of blocks (read from the checkpoint if there is one)", at_least=1)
     n_embd: int = setting(512, "width of the model (read from the checkpoint if there is one)", at_least=1)
     vocab_size: int = setting(0, "size of the vocabulary; 0 = read from the checkpoint", at_least=0)
@@ -69,13 +106,11 @@ class Config:
     accelerator: str = setting("auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"))
     devices: int = setting(1, "devices per machine", at_least=1)
     num_nodes: int = setting(1, "machines", at_least=1)
-    strategy: str = setting("auto", "how devices share the work", choices=STRATEGIES)
-    timeout: float = setting(30.0, "minutes after which a process that does not go on is given up", above=0)
+    strategy: str = setting("auto", "how devices share the work", choices=lambda: tuple(tables.STRATEGIES))
+    timeout: float = setting(30.0, "minutes without progress before a process counts as hung", above=0)
     ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
     precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
-    wkv_backend: str = setting(
-        "auto", "kernel of the recurrence", choices=("auto", "naive", "cpu", "cuda", "hip", "triton", "fla")
-    )
+    wkv_backend: str = setting("auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS))
     compile: bool = setting(False, "compile the model with torch.compile")
     enable_progress_bar: bool = setting(True, "show a progress bar")
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
@@ -92,7 +127,7 @@ class Config:
     doctor: bool = setting(False, "examine this machine and stop")
     debug: bool = setting(False, "show the traceback of an error")
 
-    # --- length of training
+    # --- length
     epoch_steps: int = setting(1000, "micro-batches per rank in one mini-epoch", at_least=1)
     epoch_count: int = setting(500, "mini-epochs to train", at_least=1)
     epoch_begin: int = setting(0, "offset of the numbering of checkpoints and of the schedule", at_least=0)
@@ -102,16 +137,14 @@ class Config:
     accumulate_grad_batches: int = setting(1, "micro-batches per optimizer step", at_least=1)
 
     # --- optimizer
-    optim: str = setting(
-        "adamw", "optimizer", choices=("adamw", "adam8bit", "adamw8bit", "lion", "muon", "adopt", "cpu_adam")
-    )
+    optim: str = setting("adamw", "optimizer", choices=lambda: tuple(tables.OPTIMIZERS))
     lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
     lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
     lr_schedule: str = setting("exp", "shape between the two", choices=("exp", "cosine", "linear", "constant"))
     lr_advanced: bool = setting(True, "learning rates from the layer profile; 0 = from {lr_init} and {lr_final}")
     warmup_steps: int = setting(-1, "optimizer steps of warm-up; -1 = none", at_least=-1)
-    beta1: float = setting(0.9, "Adam: decay of the mean", at_least=0, below=1)
-    beta2: float = setting(0.99, "Adam: decay of the square", at_least=0, below=1)
+    beta1: float = setting(0.9, "Adam: decay of the gradient's running mean", at_least=0, below=1)
+    beta2: float = setting(0.99, "Adam: decay of the squared gradient's running mean", at_least=0, below=1)
     adam_eps: float = setting(1e-8, "Adam: epsilon", above=0)
     weight_decay: float = setting(0.0, "decay of matrices (a layer profile has its own)", at_least=0)
     weight_decay_final: float = setting(-1.0, "decay at the end; -1 = constant", at_least=-1)
@@ -119,11 +152,11 @@ class Config:
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
     grad_cp: bool = setting(True, "recompute activations in backward, to save memory")
     dropout: float = setting(0.0, "dropout in the blocks", at_least=0, below=1)
-    max_bad_steps: int = setting(3, "steps with a non-finite loss that are skipped before giving up", at_least=0)
+    max_bad_steps: int = setting(3, "steps with a non-finite loss that are skipped before the run ends", at_least=0)
 
-    # --- what is trained
+    # --- trained
     layer_profile: str = setting("", "CSV with one row per layer: mode, rank, learning rates (layerprofile/README.md)")
-    peft: str = setting("full", "plan for all blocks if there is no layer profile", choices=PEFTS)
+    peft: str = setting("full", "plan for all blocks if there is no layer profile", choices=peft_modes)
     lora_r: int = setting(8, "rank (or Bone's block size) with {peft}", at_least=1)
     lora_alpha: float = setting(32.0, "alpha with {peft}: the update is scaled by alpha / rank", above=0)
     lora_dropout: float = setting(0.01, "dropout before the adapter with {peft}", at_least=0, below=1)
@@ -134,7 +167,7 @@ class Config:
     lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
     svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0)
     quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
-    quant_mode: str = setting("nf4", "storage of frozen matrices", choices=("nf4", "fp4", "int8", "fp8", "none"))
+    quant_mode: str = setting("nf4", "storage of frozen matrices", choices=lambda: (*tables.STORAGES, tables.DENSE))
     state: bool = setting(False, "state tuning: learn the initial state of each block")
     state_output_mode: int = setting(1, "also save the state in a file of its own (0 = no)", choices=(0, 1, 2))
     state_shift: bool = setting(False, "state tuning: learn the token-shift states too")
@@ -149,12 +182,12 @@ class Config:
     ctx_parts: int = setting(1, "chunks that a sample is cut into", at_least=1)
     bptt: str = setting("exact", "gradient across chunks", choices=("exact", "truncated"))
     state_offload: bool = setting(False, "keep boundary states in host memory")
-    infctx_dataset_multiplier: int = setting(1, "documents put together to one sample", at_least=1)
-    reset_state: bool = setting(True, "forget the state at the start of each packed document")
+    infctx_dataset_multiplier: int = setting(1, "documents joined to one sample", at_least=1)
+    reset_state: bool = setting(True, "start each packed document from a fresh state")
     head_chunk: int = setting(1024, "rows of logits that exist at a time", at_least=1)
 
     # --- loss
-    loss: str = setting("", "what is learnt; absent = next tokens of {data_file}", choices=("", *LOSSES))
+    loss: str = setting("", "what is learnt; absent = next tokens of {data_file}", choices=lambda: ("", *tables.LOSSES))
     smoothing: float | None = setting(None, "label smoothing (0.001 with {sft}, {distillation})", at_least=0, below=1)
     l2wrap: bool | None = setting(None, "penalty on large logits; absent = on for text, off for preferences")
     train_on_prompt: bool = setting(False, "chats: train on all turns, not only the assistant's")
@@ -162,7 +195,7 @@ class Config:
     dpo_beta: float = setting(0.01, "DPO: beta", above=0)
     dpo_loss: str = setting("sigmoid", "DPO: variant", choices=("sigmoid", "ipo", "hinge", "robust"))
     dpo_logp: str = setting("sum", "DPO: score of an answer", choices=("sum", "mean"))
-    dpo_label_smoothing: float = setting(0.0, "DPO: share of pairs thought to be swapped", at_least=0, below=0.5)
+    dpo_label_smoothing: float = setting(0.0, "DPO: assumed share of swapped pairs", at_least=0, below=0.5)
     dpo_general_corpus_ratio: float = setting(
         0.0, "DPO: weight of the loss on {data_file}; 0 skips it", at_least=0, at_most=1
     )
@@ -179,17 +212,17 @@ class Config:
     wpo_alpha: float = setting(0.0, "WPO: weight of the chosen answer's cross-entropy", at_least=0)
     wpo_beta: float = setting(0.01, "WPO: beta", above=0)
     reference_model: str = setting("", "model that gives the reference scores; empty = the start model")
-    trust_reference: bool = setting(False, "use the reference scores of the pair file unseen")
+    trust_reference: bool = setting(False, "use the reference scores in the pair file without checking them")
     temperature: float = setting(2.0, "distillation: temperature", above=0)
     top_k: int = setting(100, "distillation: teacher's logits per token (a file knows its own)", at_least=1)
     alpha: float = setting(0.5, "distillation: weight of cross-entropy", at_least=0, at_most=1)
     kd: str = setting("forward", "distillation: divergence", choices=("forward", "reverse", "js"))
-    kd_tail: bool = setting(False, "distillation: one bucket for the mass outside the top k")
-    teacher_model: str = setting("", "distillation: teacher that runs along")
+    kd_tail: bool = setting(False, "distillation: one more outcome for the probability outside the top k")
+    teacher_model: str = setting("", "distillation: teacher model that is asked during training")
     rm_margin: bool = setting(False, "reward model: use the margins of the pair file")
     rm_centring: float = setting(0.0, "reward model: weight that keeps rewards near zero", at_least=0)
 
-    # --- reinforcement learning
+    # --- rl
     reward_model: str = setting("", "reward model of {ppo} or {grpo}")
     reward_funcs: str = setting("", "GRPO: rewards.py:name,name")
     steps: int = setting(20000, "PPO: samples in all", at_least=1)
@@ -198,8 +231,10 @@ class Config:
     ppo_epochs: int = setting(4, "PPO: passes over each rollout", at_least=1)
     init_kl_coef: float = setting(0.2, "PPO: first weight of the KL penalty", at_least=0)
     adap_kl_ctrl: bool = setting(True, "PPO: adapt that weight")
-    target_kl: float = setting(0.1, "PPO: KL per update at which early stopping thinks", above=0)
-    early_stopping: bool = setting(False, "PPO: stop a rollout's passes at 1.5 {target_kl}")
+    target_kl: float = setting(
+        0.1, "PPO: target KL per update; {early_stopping} ends the passes at 1.5 times it", above=0
+    )
+    early_stopping: bool = setting(False, "PPO: end a rollout's passes early when the KL is too large ({target_kl})")
     reward_baseline: float = setting(0.0, "PPO: subtracted from each reward")
     output_max_length: int = setting(128, "PPO: longest answer", at_least=1)
     save_freq: int = setting(0, "PPO: rollouts between two saves; 0 = at the end only", at_least=0)
@@ -210,13 +245,9 @@ class Config:
     grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
 
     # --- data
-    data_file: str = setting("", "text: binidx (path without suffix), .jsonl, .txt, .h5")
-    data_type: str = setting(
-        "",
-        "format of {data_file}; empty = by its suffix",
-        choices=("", "binidx", "jsonl", "txt", "utf-8", "h5", "csv", "save"),
-    )
-    pair_file: str = setting("", "preference pairs (or rated answers): .csv, .jsonl, .parquet, .save, .h5")
+    data_file: str = setting("", "text: [text]")
+    data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
+    pair_file: str = setting("", "preference pairs or rated answers: [pairs]")
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
     template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")
@@ -232,7 +263,7 @@ class Config:
     early_stop: int = setting(0, "mini-epochs without improvement before stopping; 0 = never", at_least=0)
 
     # --- saving
-    save_dtype: str = setting("base", "whole matrices in checkpoints", choices=("base", "fp32"))
+    save_dtype: str = setting("base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"))
     save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"))
     keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0)
 
@@ -243,13 +274,19 @@ class Config:
         if self.dpo_alpha is None:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
         if self.smoothing is None:
-            smooth = self.loss == "distillation" or (self.loss == "sft" and "loss" in self.given)
-            object.__setattr__(self, "smoothing", 0.001 if smooth else 0.0)
+            # next tokens of {data_file} without a word about a loss are pre-training, which is not smoothed
+            typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
+            object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
+
+    @property
+    def loss_facts(self) -> LossFacts:
+        """The table's entry of the loss; without a loss that of pre-training."""
+        return tables.LOSSES[self.loss or tables.PRETRAINING]
 
     @property
     def storage(self) -> str:
         """How frozen matrices are stored: nf4, fp4, int8, fp8 or none."""
-        return self.quant_mode if self.quant else "none"
+        return self.quant_mode if self.quant else tables.DENSE
 
     @property
     def seed(self) -> int:
@@ -269,6 +306,23 @@ class Config:
         return math.ceil(self.ctx_len / self.ctx_parts) if self.state_cp else 0
 
 
-def settings() -> dict[str, dataclasses.Field]:
+def settings() -> dict[str, dataclasses.Field[Any]]:
     """The fields that a user may set, by name, in the order of the help."""
     return {field.name: field for field in dataclasses.fields(Config) if "help" in field.metadata}
+
+
+def choices_of(field: dataclasses.Field[Any]) -> Choices:
+    """The values that a setting may take, () = any."""
+    choices: Choices | Callable[[], Choices] = field.metadata["choices"]
+    return choices() if callable(choices) else choices
+
+
+def grouped_settings() -> dict[str, list[str]]:
+    """Group of the help -> its settings, both in order."""
+    first = {about.first: group for group, about in GROUPS.items()}
+    found: dict[str, list[str]] = {group: [] for group in GROUPS}
+    group = next(iter(GROUPS))
+    for name in settings():
+        group = first.get(name, group)
+        found[group].append(name)
+    return found

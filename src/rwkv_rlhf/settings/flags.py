@@ -6,13 +6,10 @@ Literal tables only; `settings/command_line.py` reads them. All flag names are w
 from typing import NamedTuple
 
 # field of Config -> its flag, where the two differ
-FLAG_OF = {"version": "my_testing", "pair_file": "rlhf_train_file"}
-
-# 0/1 flags that together make the field `loss`
-LOSS_FLAGS = ("sft", "dpo", "orpo", "simpo", "cpo", "kto", "wpo", "distillation", "rm", "ppo", "grpo")
+FLAG_OF: dict[str, str] = {"version": "my_testing", "pair_file": "rlhf_train_file"}
 
 # further spellings of a field
-ALIASES = {
+ALIASES: dict[str, str] = {
     "dpo_train_file": "pair_file",
     "train_data_file": "data_file",
     "head_size_a": "head_size",
@@ -23,15 +20,15 @@ ALIASES = {
     "log_every_n_steps": "log_every",
 }
 
-# flag -> words of the command line that stand for another value of the field
-WORDS = {
+# flag -> words of the command line that stand for another value of the field; versions and optimizers have theirs in
+# `tables.py`
+WORDS: dict[str, dict[str, str | None]] = {
     "load_model": {"0": ""},
-    "my_testing": {"": None, "r3r4": "x052"},
+    "my_testing": {"": None},
     "infctx_truncated_bptt": {"0": "exact", "1": "truncated"},
     "orpo_mode": {"0": "mean", "1": "sum"},
     "precision": {"16": "fp16", "32": "fp32", "64": "fp64", "bf16-true": "bf16", "bf16-mixed": "bf16"},
     "accelerator": {"cuda": "gpu"},
-    "optim": {"": "adamw", "Adam8bit": "adam8bit", "AdamW8bit": "adamw8bit", "AdamW": "adamw", "Lion": "lion"},
 }
 
 
@@ -43,7 +40,7 @@ class Old(NamedTuple):
 
 
 GONE = "that experiment is not part of this program"
-LEGACY = {
+LEGACY: dict[str, Old] = {
     "pre_ffn": Old(("0",), GONE),
     "head_qk": Old(("0",), GONE),
     "my_pos_emb": Old(("0",), GONE),

@@ -4,54 +4,65 @@ A command that asks for one of these stops with exit status 2 and the sentence b
 else in silence. Each sentence says what to use meanwhile, where there is something.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.settings.constraints import say
+from rwkv_rlhf.settings.constraints import ConstraintError, say
 
 
-class Missing(NamedTuple):
-    """A part that is not built: when a run asks for it, and what to say."""
+class NotBuilt(NamedTuple):
+    """A part that is not built: the setting, which of its values ask for it, and what to say."""
 
-    wanted: Callable[[Config], bool]
+    setting: str
+    wanted: Callable[[Any], bool]
     sentence: str
 
 
 NOT_BUILT = (
-    Missing(
-        lambda c: c.loss in ("rm", "ppo", "grpo"),
+    NotBuilt(
+        "loss",
+        lambda loss: bool(loss) and not tables.LOSSES[loss].implementation,
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
-    Missing(
-        lambda c: c.precision == "fp16",
+    NotBuilt(
+        "precision",
+        lambda precision: precision == "fp16",
         "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
     ),
-    Missing(
-        lambda c: c.optim != "adamw",
+    NotBuilt(
+        "optim",
+        lambda optim: not tables.OPTIMIZERS[optim].implementation,
         "{optim=}: this optimizer is not built yet; adamw is",
     ),
-    Missing(
-        lambda c: c.weight_decay_final >= 0,
+    NotBuilt(
+        "weight_decay_final",
+        lambda decay: decay >= 0,
         "{weight_decay_final=}: a schedule of the weight decay is not built yet; leave it -1",
     ),
-    Missing(
-        lambda c: c.dropout > 0,
+    NotBuilt(
+        "dropout",
+        lambda share: share > 0,
         "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
     ),
-    Missing(
-        lambda c: c.wkv_backend not in ("auto", "naive", "cpu", "cuda"),
-        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu and cuda are",
+    NotBuilt(
+        "wkv_backend",
+        lambda backend: not tables.BACKENDS[backend].built,
+        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu, cuda and triton are",
     ),
-    Missing(
-        lambda c: c.compile,
-        "{compile} 1: compiling the model is not built yet; leave it 0",
-    ),
+    NotBuilt("compile", bool, "{compile} 1: compiling the model is not built yet; leave it 0"),
 )
 
 
 def refuse_not_built(config: Config) -> None:
-    """Raises ValueError with the sentence of the first missing part that the run asks for."""
+    """Raises ConstraintError with the sentence of the first missing part that the run asks for."""
     for part in NOT_BUILT:
-        if part.wanted(config):
-            raise ValueError(say(part.sentence, config))
+        if part.wanted(getattr(config, part.setting)):
+            raise ConstraintError(part.setting, say(part.sentence, config))
+
+
+def values_not_built(name: str, values: Iterable[Any]) -> list[Any]:
+    """Which of the `values` that the setting `name` may have are not built yet."""
+    parts = [part for part in NOT_BUILT if part.setting == name]
+    return [value for value in values if any(part.wanted(value) for part in parts)]

@@ -16,6 +16,7 @@ from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
 from rwkv_rlhf.reports.page import write_report
+from rwkv_rlhf.settings.metrics import METRICS
 from rwkv_rlhf.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -23,20 +24,26 @@ log = logging.getLogger(__name__)
 Evaluate = Callable[[], dict[str, Any]]
 
 
-SHOWN = ("loss", "lr", "tokens_per_s", "pref_percentage", "accuracy")
+def shown(record: dict[str, Any]) -> dict[str, str]:
+    """The numbers that a person watches, by their short names: what the table of metrics has one for."""
+    watched = ((metric.short, record[name]) for name, metric in METRICS.items() if metric.short and name in record)
+    return {short: f"{value:.4g}" for short, value in watched}
 
 
-def shown(record: dict[str, Any]) -> str:
-    """The numbers that a person watches."""
-    return ", ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
+def training(module: pl.LightningModule) -> TrainingModule:
+    """The module as these callbacks know it."""
+    assert isinstance(module, TrainingModule)
+    return module
 
 
 class Bar(TQDMProgressBar):
     """Lightning's bar with the numbers of the last optimizer step."""
 
-    def get_metrics(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, str]:
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """What stands to the right of the bar."""
-        return {name: f"{module.last_record[name]:.4g}" for name in SHOWN if name in module.last_record}
+        return dict(shown(training(pl_module).last_record))
 
 
 class Log(pl.Callback):
@@ -56,9 +63,9 @@ class Log(pl.Callback):
         self.epoch_begin = epoch_begin
         self._losses: list[float] = []
 
-    def setup(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to the module's records."""
-        pl_module.listeners.append(self.record)
+        training(pl_module).listeners.append(self.record)
 
     def state_dict(self) -> dict[str, Any]:
         """The losses of the running mini-epoch."""
@@ -75,14 +82,23 @@ class Log(pl.Callback):
             append_json(self.metrics, {"event": "train"} | record)
         if self.spoken and time.monotonic() - self._said >= self.PAUSE:
             self._said = time.monotonic()
-            log.info("step %d: %s", record["step"], shown(record))
+            numbers = ", ".join(f"{name} {value}" for name, value in shown(record).items())
+            log.info("step %d: %s", record["step"], numbers)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the mini-epoch with its mean loss."""
         if self._losses:
             mean = sum(self._losses) / len(self._losses)
-            log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, pl_module.last_record["lr"])
+            rate = training(pl_module).last_record["lr"]
+            log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, rate)
         self._losses.clear()
+
+
+def merit(record: dict[str, Any]) -> tuple[float, ...]:
+    """Held-out figures as something to compare: lower loss is better; of preferences higher accuracy, then margin."""
+    if "accuracy" not in record:
+        return (-record["loss"],)
+    return (record["accuracy"], record.get("reward_margin", record.get("logp_margin", 0.0)))
 
 
 class Validate(pl.Callback):
@@ -106,15 +122,15 @@ class Validate(pl.Callback):
         """Go on comparing; a run that was not validated before has nothing to compare with."""
         self.best, self.waited = state_dict.get("best"), state_dict.get("waited", 0)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
-        """Lower loss is better; for pairs higher accuracy, then higher margin."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score, and save what is better than all before."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
         if ranks.is_rank_zero():
             append_json(self.folder.folder / "metrics.jsonl", record)
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
-        merit = (record["accuracy"], record["margin"]) if "accuracy" in record else (-record["loss"],)
-        if self.best is None or merit > self.best:
-            self.best, self.waited = merit, 0
+        found = merit(record)
+        if self.best is None or found > self.best:
+            self.best, self.waited = found, 0
             self.folder.save("best")
             return
         self.waited += 1
@@ -142,7 +158,7 @@ class Save(pl.Callback):
         """Go on counting them."""
         self.folder.numbered = state_dict["numbered"]
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
@@ -151,7 +167,7 @@ class Save(pl.Callback):
             self.folder.save_numbered(self.epoch_begin + epoch)
             self.report()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
         if isinstance(exception, KeyboardInterrupt | SIGTERMException):
             self.stopped = isinstance(exception, KeyboardInterrupt)
@@ -178,10 +194,10 @@ class WandB(pl.Callback):
             raise ValueError(f"--wandb {project} needs the package wandb: pip install wandb") from error
         self.run = wandb.init(project=project, dir=str(folder), config=settings, name=folder.name)
 
-    def setup(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to the module's records."""
-        pl_module.listeners.append(lambda record: self.run.log(record, step=record["step"]))
+        training(pl_module).listeners.append(lambda record: self.run.log(record, step=record["step"]))
 
-    def teardown(self, trainer: pl.Trainer, pl_module: TrainingModule, stage: str) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the run there too."""
         self.run.finish()

@@ -6,13 +6,14 @@ Legend: T tokens, C width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings.config import Config
@@ -39,10 +40,11 @@ def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
         yield room, train[room], frozen[room]
 
 
+Decode = Callable[[list[int]], str]  # of a tokenizer
 GOOD, BAD = "bold green", "bold red"  # what becomes likelier, and what less likely
 
 
-def coloured(tokens: list[int], trained: list[bool], decode, style: str = GOOD) -> Text:
+def coloured(tokens: list[int], trained: list[bool], decode: Decode, style: str = GOOD) -> Text:
     """The text of `tokens`, what is trained on in `style`, the rest dim."""
     text = Text()
     run: list[int] = []
@@ -54,11 +56,10 @@ def coloured(tokens: list[int], trained: list[bool], decode, style: str = GOOD) 
     return text
 
 
-def pair_sample(batch: PairBatch, decode) -> Iterator[Text]:
+def pair_sample(batch: AnswerBatch, decode: Decode) -> Iterator[Text]:
     """The first prompt of a batch with each of its answers."""
     prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
-    rated = isinstance(batch, RatedBatch)
-    good = [bool(batch.good[0])] if rated else [True, False]
+    good = [bool(batch.good[0])] if isinstance(batch, RatedBatch) else [True, False]
     for answer, likes in enumerate(good):
         targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
         shown = prompt[-SHOWN // 2 :]
@@ -66,7 +67,7 @@ def pair_sample(batch: PairBatch, decode) -> Iterator[Text]:
         yield coloured(shown + targets, trained, decode, GOOD if likes else BAD)
 
 
-def text_sample(batch: TextBatch, decode) -> Text:
+def text_sample(batch: TextBatch, decode: Decode) -> Text:
     """The first document of a batch."""
     end = int(batch.starts[1])
     targets = batch.targets[:end]
@@ -74,16 +75,16 @@ def text_sample(batch: TextBatch, decode) -> Text:
     return coloured([*batch.tokens[:end].tolist(), int(targets[-1].clamp(min=0))], trained, decode)
 
 
-def samples(inputs: Inputs, steps) -> Iterator[Text]:
+def samples(inputs: Inputs, steps: Steps | MixedSteps) -> Iterator[Text]:
     """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text."""
     decode = inputs.tokenizer.decode
     for k in range(SAMPLES):
         batch = steps.micro_batch(k)
-        if not isinstance(batch, PairBatch):
+        if isinstance(batch, TextBatch):
             yield text_sample(batch, decode)
             continue
         yield from pair_sample(batch, decode)
-        if batch.general is not None:
+        if isinstance(batch, PairBatch) and batch.general is not None:
             yield text_sample(batch.general, decode)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.adapter_files import begins_from_matrix, initial_factors, tensors_hash
-from rwkv_rlhf.checkpoints.loading import load_model
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, taken_apart
+from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
+from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
+from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
-from rwkv_rlhf.data.joined_documents import Growing, JoinedDocuments
-from rwkv_rlhf.data.pairs.pairs import Pairs
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
+from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sampler import (
     MagicPrime,
@@ -40,9 +41,11 @@ from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.scoring.divergence import Divergence
-from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_metrics, rated_metrics, score_pairs
+from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import trains_on_text
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -50,12 +53,12 @@ log = logging.getLogger(__name__)
 
 def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[str]:
     """A sentence when the weights of good and bad answers are far from what KTO's paper advises."""
-    good = sum(rated[index].good for index in range(len(rated)))
+    good = sum(isinstance(example, RatedExample) and example.good for example in rated)
     bad = len(rated) - good
     ratio = desirable * good / max(1e-9, undesirable * bad)
     if bad and good and not 0.9 <= ratio <= 1.5:
         yield (
-            f"good answers weigh {ratio:.2g} times as much as bad ones in all; between 1 and 1.33 is advised: set "
+            f"the good answers together weigh {ratio:.2g} times as much as the bad ones; 1 to 1.33 is advised: set "
             f"--kto_desirable_weight {undesirable * bad / good:.3g} or --kto_undesirable_weight "
             f"{desirable * good / bad:.3g}"
         )
@@ -79,7 +82,7 @@ class Inputs:
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
         """Preference pairs or rated answers, as the file has them."""
         c = self.config
-        options = {
+        options: dict[str, Any] = {
             "template": c.template,
             "max_len": c.rlhf_max_corpus_len if cap else 0,
             "ctx_len": c.ctx_len if cap else 0,
@@ -95,15 +98,15 @@ class Inputs:
     def _training_pairs(self, score: bool) -> Pairs:
         """--rlhf_train_file as the loss wants it, with reference scores if it needs them and `score`."""
         c = self.config
-        pairs, kind = self._pairs(c.pair_file, cap=True), LOSSES[c.loss].kind
+        pairs, kind = self._pairs(c.pair_file, cap=True), c.loss_facts.data
         rated = isinstance(pairs[0], RatedExample)
         if kind == "pairs" and rated:
             raise ValueError(f"{c.pair_file} holds single answers with a label: they train with --kto 1 only")
         if kind == "rated":
-            pairs = pairs if rated else taken_apart(pairs)
+            pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
-        if score and LOSSES[c.loss].needs_reference:
+        if score and c.loss_facts.reference:
             return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
         return pairs
 
@@ -124,7 +127,7 @@ class Inputs:
         """The training examples as optimizer steps; pairs with their reference scores if `score`."""
         c = self.config
         examples: Any
-        if LOSSES[c.loss].kind != "text":
+        if c.loss_facts.data != "text":
             examples = self._training_pairs(score)
             order = self._shuffled(len(examples))
         else:
@@ -136,11 +139,11 @@ class Inputs:
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world())
-        if LOSSES[c.loss].kind == "text":
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
+        if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
-        if c.loss != "dpo" or c.dpo_general_corpus_ratio == 0:
+        if not trains_on_text(c):
             return steps
         text = self._training_text()
         self._say_report()
@@ -151,7 +154,7 @@ class Inputs:
         c = self.config
         if text_type(c.data_file, c.data_type) == "binidx":
             return self._corpus()
-        from_file = LOSSES[c.loss].needs_teacher and not c.teacher_model
+        from_file = c.loss_facts.teacher and not c.teacher_model
         texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
         return texts, self._shuffled(len(texts))
 
@@ -174,19 +177,19 @@ class Inputs:
             )
         seed = c.seed if c.random_mode else None
         joined = JoinedDocuments(examples, c.infctx_dataset_multiplier, c.ctx_len, seed, c.reset_state)
-        log.info("%d documents joined to %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
+        log.info("%d documents joined into %d samples of at most %d tokens", len(examples), len(joined), c.ctx_len)
         return joined, self._shuffled(len(joined))
 
-    def _growing(self) -> Growing | None:
+    def _growing(self) -> ContextWarmup | None:
         """--initial_ctx_len: how long samples are at each step."""
         c = self.config
         if not c.initial_ctx_len:
             return None
         log.info(
-            "samples grow from %d to %d tokens in %d steps; what is longer is cut off until then",
+            "samples grow from %d to %d tokens in %d steps; longer ones are cut until then",
             *(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps),
         )
-        return Growing(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
+        return ContextWarmup(c.initial_ctx_len, c.ctx_len, c.ctx_warmup_steps)
 
     def _corpus(self) -> tuple[Any, Order]:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
@@ -215,7 +218,9 @@ class Inputs:
             log.info("reference scores of %d pairs: from %s", len(pairs), pairs.report.source)
             return torch.tensor([pair.reference for pair in pairs], dtype=torch.float32)
         if known:
-            log.info("reference scores in %s are of another model or setting: computed anew", pairs.report.source)
+            log.info(
+                "reference scores in %s belong to another model or setting: computing them again", pairs.report.source
+            )
         return self._computed_reference(pairs)
 
     def _computed_reference(self, pairs: Sequence[PairExample]) -> Tensor:
@@ -228,19 +233,19 @@ class Inputs:
         held = [layout.store, *sorted(layout.packed), "masters", *sorted(layout.trained), str(model.emb.weight.device)]
         if initial := initial_factors(model):  # PiSSA's start model is the packed residual and these
             held.append(tensors_hash(initial))
-        with counted(len(pairs), "reference", c.enable_progress_bar) as done:
+        with progress_bar(len(pairs), "reference", c.enable_progress_bar) as done:
             return reference_scores(
                 model,
                 pairs,
                 model_hash=model_hash,
                 arithmetic=" ".join(held),
                 folder=self.folder,
-                chunk=c.head_chunk,
+                head_chunk=c.head_chunk,
+                chunk=c.chunk,
                 progress=done,
-                length=c.chunk,
             )
 
-    def _same_reference(self, about: dict) -> bool:
+    def _same_reference(self, about: dict[str, Any]) -> bool:
         """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
         model, layout = self.start.model, self.start.report.layout
         storage = layout.store if layout.packed else "none"
@@ -251,13 +256,13 @@ class Inputs:
             and about.get("precision") == self.config.precision
             and about.get("storage", "none") == storage
             and whole  # a file has all matrices in one storage
-            and not begins_from_matrix({how.mode for how in layout.adapted.values()})
+            and not needs_initial_factors(layout.modes)
         )
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
         """--reference_model, for as long as it is needed."""
         model, report = load_model(
-            path, compute_dtype=self.start.model.compute_dtype, device=device_for(self.config.accelerator)
+            path, BuildOptions(self.start.model.compute_dtype, device=device_for(self.config.accelerator))
         )
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(
@@ -276,31 +281,32 @@ class Inputs:
         if self.split_off is not None:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
-            examples = [self.split_off[index] for index in range(len(self.split_off))]
-            known = [pair.reference for pair in examples]
-            if LOSSES[c.loss].needs_reference and None not in known:  # then they were looked at, or computed
-                return self._held_out_pairs(examples, torch.tensor(known))
-            return self._held_out_pairs(examples, self._computed_reference(examples) if reference else None)
+            pairs = [example for example in self.split_off if isinstance(example, PairExample)]
+            known = [pair.reference for pair in pairs]
+            if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
+                return self._held_out_pairs(pairs, torch.tensor(known))
+            return self._held_out_pairs(pairs, self._computed_reference(pairs) if reference else None)
         if not c.val_file:
             return None
         if kind_of(c.val_file) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
-        pairs = self._pairs(c.val_file, cap=False)
-        return self._held_out_pairs(pairs, self.reference(pairs) if reference else None)
+        file = self._pairs(c.val_file, cap=False)
+        return self._held_out_pairs(file, self.reference(file) if reference else None)
 
-    def _held_out_texts(self, texts: Iterable[TextExample]) -> Callable[[], dict[str, Any]]:
+    def _held_out_texts(self, texts: Subset | Texts | H5Texts) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
+            examples = (texts[index] for index in range(len(texts)))  # read anew each time, not kept
+            documents = (example for example in examples if isinstance(example, TextExample))
             with evaluating(self.start.model):
-                return evaluate_text(self.start.model, texts, self.config.head_chunk)
+                return evaluate_text(self.start.model, documents, self.config.head_chunk)
 
         return score
 
     def _held_out_pairs(self, pairs: Sequence[PairExample], base: Tensor | None) -> Callable[[], dict[str, Any]]:
         """Scores against the reference scores `base` (n, 2), and how far the policy went from the reference."""
         c, model = self.config, self.start.model
-        good = torch.tensor([getattr(pair, "good", True) for pair in pairs])
-        rated = isinstance(pairs[0], RatedExample)
-        beta = getattr(c, f"{c.loss}_beta", 1.0)
+        loss = LOSSES[c.loss or tables.PRETRAINING]
+        good = torch.tensor([pair.good for pair in pairs if isinstance(pair, RatedExample)])
         distance: Divergence | None = None
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model
@@ -314,10 +320,10 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(model):
-                sums, counts = score_pairs(model, pairs, c.head_chunk, length=c.chunk)
+                scores = score_pairs(model, pairs, head_chunk=c.head_chunk, chunk=c.chunk)
                 near = {} if distance is None else {"kl": distance.of(model)}
-            if rated:
-                return rated_metrics(sums, counts, good, base, beta) | near
-            return pair_metrics(sums, counts, base, beta) | near
+            if len(good):
+                return rated_figures(scores, good, base, c) | near
+            return pair_figures(scores, base, loss, c) | near
 
         return score

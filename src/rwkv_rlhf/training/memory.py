@@ -13,46 +13,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.checkpoints.loading import block_of
 from rwkv_rlhf.checkpoints.merging import shapes
 from rwkv_rlhf.layers.adapters.pissa import ROWS
 from rwkv_rlhf.layers.placing import Layout, matrices
-from rwkv_rlhf.layers.stores import STORES
-from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import BLOCK_ON_GPU
 from rwkv_rlhf.precision import DTYPES, NAMES
-from rwkv_rlhf.scoring.infinite_context import Pieces
+from rwkv_rlhf.scoring.infinite_context import ChunkedRows
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.start import Start
 
-# What a block keeps of each token for its backward pass: values of the width C, and bytes of each channel that the
-# recurrence keeps in float32 (a state every 64 tokens).
-KEPT = {
-    "x040": (20.1, 0),
-    "x050": (24.6, 4),
-    "x051": (24.6, 4),
-    "x052": (24.6, 4),
-    "x060": (34.4, 4),
-    "x070": (28.6, 8),
-}
 DROPPED = 1.6  # values that an adapter with dropout keeps of each channel of its input: the rest of it, and the mask
 # Of activations and logits, what glibc's heap holds in vain on a CPU; recomputed blocks come and go (measured).
 HOLES = {False: 0.25, True: 1.0}
 PASSING = 12  # gradients of the width C that are under way inside a block
 TWIN = 56  # bytes of each channel while a plain twin is computed again in float32 for its gradient (counted)
-# bytes beside matrix and packed matrix while one is packed: pieces of 2^20 or 2^22 numbers as a few float32 copies
-PACKING = {"nf4": 20 << 20, "fp4": 20 << 20, "int8": 32 << 20, "fp8": 32 << 20}
 
 
 def weights_by_storage(model: nn.Module) -> dict[str, int]:
     """Bytes of everything that stays in memory with the model: by packed storage or dtype, and what trains."""
     found: Counter[str] = Counter()
-    for name, layer in matrices(model):
+    for _, layer in matrices(model):
         if layer.adaptation is not None:
             own = [getattr(layer, part) for part in (*layer.tensors, *layer.initial)]
             found["adapters"] += sum(map(_bytes, own))
-        if getattr(layer, "store", None) is not None:
-            assert name and layer.store.mode in STORES
+        if layer.store is not None:
             found[f"weights {layer.store.mode}"] += layer.store.bytes()
     adapters = {id(getattr(layer, part)) for _, layer in matrices(model) for part in layer.tensors}
     for parameter in model.parameters():
@@ -89,16 +76,17 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
     # the loss gives each gradient once: with chunks there is the sum so far, and what the newest chunk adds
     gradients = 4 * trained * (2 if config.chunk and tokens > here else 1)
     boundary = state * count
-    rows = config.micro_bsz * (3 if LOSSES[config.loss].kind == "pairs" else 1)
+    rows = config.micro_bsz * (3 if config.loss_facts.data == "pairs" else 1)
     parts = weights_by_storage(model) | {
-        "matrix being unpacked": width * max([0, *(_numel(layer) for _, layer in matrices(model) if _packed(layer))]),
+        "matrix being unpacked": width
+        * max([0, *(layer.shape.numel() for _, layer in matrices(model) if layer.store is not None)]),
         "gradients": gradients,
-        "optimizer": 8 * trained,
+        "optimizer": tables.OPTIMIZERS[config.optim].state_bytes * trained,
         "activations": activation_bytes(config, model, here, gpu),
         "states": 4 * state * rows,
         "head": head_bytes(config, model, here, gpu),
     }
-    if config.loss == "distillation":
+    if config.loss_facts.teacher:
         logits = 6 * 4 * tokens * config.top_k  # values, indices (8 bytes), the student's scores and their gradients
         parts["teacher"] = logits + (Path(config.teacher_model).stat().st_size if config.teacher_model else 0)
     host = {"tokens and targets": 16 * tokens}
@@ -114,38 +102,38 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
 def slots(config: Config, tokens: int) -> int:
     """How many states the cuts of a micro-batch of `tokens` tokens keep: of text, or of a third prompt per pair."""
     rows = config.micro_bsz
-    pieces = Pieces(config.chunk)
+    chunked = ChunkedRows(config.chunk)
     each = tokens // rows
-    if LOSSES[config.loss].kind == "text":
-        pieces.add_row(torch.empty(each * rows, device="meta"), torch.arange(rows + 1) * each)
-        return pieces.slots
+    if config.loss_facts.data == "text":
+        chunked.add(torch.empty(each * rows, device="meta"), torch.arange(rows + 1) * each)
+        return chunked.slots
     prompt, answer = each - 2 * (each // 3), each // 3
-    ends = pieces.add_row(torch.empty(prompt * rows, device="meta"), torch.arange(rows + 1) * prompt, keep=True)
+    ends = chunked.add(torch.empty(prompt * rows, device="meta"), torch.arange(rows + 1) * prompt, keep=True)
     begin = [slot for slot in ends for _ in range(2)]
-    pieces.add_row(torch.empty(2 * answer * rows, device="meta"), torch.arange(2 * rows + 1) * answer, begin=begin)
-    return pieces.slots
+    chunked.add(torch.empty(2 * answer * rows, device="meta"), torch.arange(2 * rows + 1) * answer, begin=begin)
+    return chunked.slots
 
 
 def state_bytes(model: RWKV) -> int:
     """Bytes of the state of one sequence."""
-    return sum(part[0].numel() * part.element_size() for layer in model.initial(1) for part in layer)
+    return sum(map(_bytes, model.initial_state(1).tensors()))
 
 
 def block_bytes(model: RWKV, width: int, layer: int) -> int:
     """Bytes that block `layer` keeps for the backward pass, per token, when activations take `width` bytes.
 
-    Counted with saved-tensor hooks with the compiled kernels (tests/test_memory.py counts again): multiples of the
-    width C, what the recurrence keeps in float32, and what adapters keep of their inputs.
+    Counted with saved-tensor hooks with the compiled kernels (tests/training/test_memory.py counts again): multiples of
+    the width C, what the recurrence keeps in float32, and what adapters keep of their inputs.
     """
     sizes = model.sizes
-    values, kept = KEPT[sizes.version]
+    facts = tables.VERSIONS[sizes.version]
     block = model.blocks[layer]
     extra = 0.0
     for _, matrix in matrices(block):
         if matrix.adaptation is not None:
             extra += matrix.in_features * (DROPPED if matrix.adaptation.dropout else 0.0)
-            extra += matrix.out_features if matrix.adaptation.mode == "dora" else 0
-    return int(width * (values * sizes.n_embd + extra) + kept * sizes.dim_att)
+            extra += matrix.out_features * tables.ADAPTERS[matrix.adaptation.mode].output_copies
+    return int(width * (facts.activations * sizes.n_embd + extra) + facts.recurrence_bytes * sizes.dim_att)
 
 
 def activation_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
@@ -176,15 +164,7 @@ def head_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
     logits = min(tokens, config.head_chunk) * head.out_features
     cast = head.weight is not None and head.weight.element_size() != width
     wide = 2 * 4 * min(logits, BLOCK_ON_GPU) if gpu else 0
-    return logits * width + wide + 2 * tokens * head.in_features * width + (_numel(head) * width if cast else 0)
-
-
-def _packed(layer: nn.Module) -> bool:
-    return getattr(layer, "store", None) is not None
-
-
-def _numel(layer: nn.Module) -> int:
-    return layer.store.shape.numel() if _packed(layer) else layer.weight.numel()
+    return logits * width + wide + 2 * tokens * head.in_features * width + (head.shape.numel() * width if cast else 0)
 
 
 def loading_peak(start: Start) -> int:
@@ -195,7 +175,7 @@ def loading_peak(start: Start) -> int:
     file = shapes(start.read())
     blocks: Counter[str] = Counter()
     for name, tensor in file.items():
-        blocks[".".join(name.split(".")[:2])] += _bytes(tensor)
+        blocks[block_of(name)] += _bytes(tensor)
     on_host = start.model.emb.weight.device.type == "cpu"
     held = sum(weights_by_storage(start.model).values()) if on_host else 0
     return held + max(blocks.values()) + working(start.report.layout, file, cold=start.cold is not None)
@@ -206,14 +186,14 @@ def working(layout: Layout, file: Mapping[str, Tensor], *, cold: bool = False) -
     largest = 0
     for name, tensor in file.items():
         layer = name.removesuffix(".weight")
-        mode = layout.adapted[layer].mode if layer in layout.adapted else ""
         need = 0
-        if mode == "pissa":  # the matrix or its residual in float32, and some rows of it in float64, three times
-            need = 4 * tensor.numel() + 3 * 8 * min(ROWS, len(tensor)) * tensor.shape[1]
-        if mode == "dora":  # the norms of its rows
-            need = 4 * tensor.numel()
+        if layer in layout.adapted:
+            facts = tables.ADAPTERS[layout.adapted[layer].mode]
+            need = facts.loading_bytes * tensor.numel()
+            if facts.loading_rows:  # in float64, three times
+                need += 3 * 8 * min(ROWS, len(tensor)) * tensor.shape[1]
         if layer in layout.packed:
-            need = max(need, min(PACKING[layout.store], 20 * tensor.numel()))
+            need = max(need, min(tables.STORAGES[layout.store].packing, 20 * tensor.numel()))
         if cold and tensor.dim() == 2:  # the base's, the update, and their sum
             need += 8 * tensor.numel()
         largest = max(largest, need)

@@ -16,20 +16,22 @@ import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import write_atomic
-from rwkv_rlhf.data.batch import PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.checkpoints.tensor_files import write_tensors
+from rwkv_rlhf.data.batch import Batch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.losses.kinds import Loss
+from rwkv_rlhf.losses.kinds import LossValue
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.scoring.divergence import mismatch_ratio
 from rwkv_rlhf.scoring.evaluation import evaluating
 from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.scoring.teacher import Teacher
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.optimizers import OPTIMIZERS, parameter_groups
+from rwkv_rlhf.settings.implementations import load
+from rwkv_rlhf.training.optimizers import parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
 
@@ -44,15 +46,17 @@ class NonFiniteLoss(RuntimeError):
     """The loss or the gradient is no longer a number."""
 
 
-def tokens_run(batch: TextBatch | PairBatch) -> int:
-    """Tokens that go through the model: prompts once, every answer, and the text beside them."""
-    if not isinstance(batch, PairBatch):
+def tokens_run(batch: Batch) -> int:
+    """Tokens that go through the model: prompts once, every answer, and the text or the answers beside them."""
+    if isinstance(batch, TextBatch):
         return batch.tokens.numel()
-    beside = [*([] if batch.general is None else [batch.general]), *getattr(batch, "others", ())]
-    return batch.prompts.numel() + batch.answers.numel() + sum(map(tokens_run, beside))
+    own = batch.prompts.numel() + batch.answers.numel()
+    if isinstance(batch, PairBatch) and batch.general is not None:
+        return own + tokens_run(batch.general)
+    return own + sum(map(tokens_run, batch.others)) if isinstance(batch, RatedBatch) else own
 
 
-def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
     """Every tensor of a batch by name, those of the text beside pairs as `general.<name>`."""
     found: dict[str, Tensor] = {}
     for field in fields(batch):
@@ -62,6 +66,15 @@ def tensors_of(batch: TextBatch | PairBatch) -> dict[str, Tensor]:
         elif isinstance(value, TextBatch):
             found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(value).items()}
     return found
+
+
+def mixed(preference: LossValue, text: LossValue, rho: float) -> LossValue:
+    """rho * the loss of general text + (1 - rho) * that of the pairs beside it; L2Wrap is mixed as the loss is."""
+    metrics = dict(preference.metrics) | {"general_nll": text.metrics["nll"]}
+    metrics["loss"] = rho * text.metrics["loss"] + (1 - rho) * preference.metrics["loss"]
+    if "l2wrap" in text.metrics:
+        metrics["l2wrap"] = rho * text.metrics["l2wrap"] + (1 - rho) * preference.metrics.get("l2wrap", 0.0)
+    return LossValue(rho * text.value + (1 - rho) * preference.value, metrics)
 
 
 class TrainingModule(pl.LightningModule):
@@ -90,7 +103,7 @@ class TrainingModule(pl.LightningModule):
         self.teacher = teacher  # no torch module, so nothing of it is trained or saved
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
-        self.loss = LOSSES[config.loss]
+        self.loss = LOSSES[config.loss or tables.PRETRAINING]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
         self.last_record: dict[str, Any] = {}
@@ -106,15 +119,21 @@ class TrainingModule(pl.LightningModule):
         """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
         return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
-    def training_step(self, batch: TextBatch | PairBatch, index: int) -> Tensor | None:
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
         number, one of several goes on with it, and the step is left out by all."""
         heartbeat(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
-        if self.teacher is not None:
+        if self.teacher is not None and isinstance(batch, TextBatch):
             batch = self.teacher(batch)
-        value, metrics = self._share(batch)
+        if isinstance(batch, RatedBatch):
+            batch = self._with_kl(batch)
+        share = batch_loss(self.model, batch, self.loss, self.config).per(batch.total)
+        if isinstance(batch, PairBatch) and batch.general is not None:
+            text = batch_loss(self.model, batch.general, LOSSES[tables.PRETRAINING], self.config)
+            share = mixed(share, text.per(batch.general.total), self.config.dpo_general_corpus_ratio)
+        value = share.value
         self._tokens += tokens_run(batch)
-        for name, amount in metrics.items():
+        for name, amount in share.metrics.items():
             self._means[name] += float(amount)
         if not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
@@ -123,40 +142,26 @@ class TrainingModule(pl.LightningModule):
             value = value * math.nan  # in every gradient, so that all ranks see it
         return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
-    def _share(self, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a micro-batch adds to the optimizer step's loss and to the means of its metrics."""
-        if isinstance(batch, RatedBatch):
-            if batch.others:
-                with evaluating(self.model):
-                    ratio = mismatch_ratio(self.model, batch.others, self.config.head_chunk, self.config.chunk)
-                self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)  # over all ranks
-            batch = replace(batch, kl=self._kl)
-        value, metrics = self._per_total(self.loss, batch)
-        general = batch.general if isinstance(batch, PairBatch) else None
-        if general is None:
-            return value, metrics
-        more, parts = self._per_total(LOSSES["sft"], general)
-        rho = self.config.dpo_general_corpus_ratio
-        metrics["loss"] = rho * parts["loss"] + (1 - rho) * metrics["loss"]
-        if "l2wrap" in parts:
-            metrics["l2wrap"] = rho * parts["l2wrap"] + (1 - rho) * metrics.get("l2wrap", 0.0)
-        return rho * more + (1 - rho) * value, metrics | {"general": parts["nll"]}
+    def _with_kl(self, batch: RatedBatch) -> RatedBatch:
+        """With KTO's divergence of the running optimizer step, estimated over all ranks at its first micro-batch."""
+        if batch.others:
+            c = self.config
+            with evaluating(self.model):
+                ratio = mismatch_ratio(self.model, batch.others, head_chunk=c.head_chunk, chunk=c.chunk)
+            self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)
+        return replace(batch, kl=self._kl)
 
-    def _per_total(self, loss: Loss, batch: TextBatch | PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its metrics as shares of the optimizer step's means."""
-        value, metrics = batch_loss(self.model, batch, loss, self.config)
-        return value / batch.total, {name: amount / batch.total for name, amount in metrics.items()}
-
-    def _skip(self, what: str, batch: TextBatch | PairBatch | None = None, index: int = 0) -> None:
+    def _skip(self, what: str, batch: Batch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
         step = self.trainer.global_step
-        self.bad_steps += not self._bad  # further micro-batches belong to the same step
+        if not self._bad:  # further micro-batches belong to the same step
+            self.bad_steps += 1
         self._bad = True
         rows = ""
         if batch is not None:
             whose = f"-rank-{ranks.rank()}" if self.together else ""
             path = self.folder / f"bad-step-{step}-{index}{whose}.pth"
-            write_atomic(tensors_of(batch), path)
+            write_tensors(tensors_of(batch), path)
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
@@ -164,13 +169,15 @@ class TrainingModule(pl.LightningModule):
                 f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
                 "--precision fp32. The checkpoints written so far are intact"
             )
-        log.warning("%s: the step is left out", sentence)
+        log.warning("%s: the step is skipped", sentence)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""
         c = self.config
         groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
-        return OPTIMIZERS[c.optim](groups, (c.beta1, c.beta2), c.adam_eps)
+        make = load(tables.OPTIMIZERS[c.optim].implementation)
+        optimizer: torch.optim.Optimizer = make(groups, (c.beta1, c.beta2), c.adam_eps)
+        return optimizer
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
@@ -196,7 +203,7 @@ class TrainingModule(pl.LightningModule):
         """Start the clock of the first step when everything is loaded."""
         self._clock = time.perf_counter()
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
         """Close the record of an optimizer step when its last micro-batch is done."""
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
@@ -216,12 +223,12 @@ class TrainingModule(pl.LightningModule):
             self._tokens, self._clock = 0, now
             return
         names = sorted(self._means)
-        self._tokens, *sums = ranks.all_reduce_sum([self._tokens, *(self._means[name] for name in names)])
+        tokens, *sums = ranks.all_reduce_sum([self._tokens, *(self._means[name] for name in names)])
         means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
-        record |= {"tokens": int(self._tokens), "tokens_per_s": self._tokens / max(now - self._clock, 1e-9)}
+        record |= {"tokens": int(tokens), "tokens_per_s": tokens / max(now - self._clock, 1e-9)}
         record |= {"grad_norm": self.grad_norm}
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from rwkv_rlhf.settings.config import ADAPTERS, Config
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
 
 # what the CPU's allocators say; the GPU's have a class of their own
@@ -30,7 +31,7 @@ def advice(config: Config) -> list[str]:
     c = config
     size, parts = c.micro_bsz, c.accumulate_grad_batches
     longest = c.ctx_len if trains_on_text(c) or not c.loss else c.rlhf_max_corpus_len
-    frozen = bool(c.layer_profile) or c.peft in ADAPTERS or c.peft == "state"
+    frozen = bool(c.layer_profile) or c.peft in tables.ADAPTERS or c.peft == "state"
     found = (
         (not c.grad_cp, "{grad_cp} 1"),
         (frozen and c.storage == "none", "{quant} 1 {quant_mode} nf4"),
@@ -49,7 +50,7 @@ def advice(config: Config) -> list[str]:
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Inside, running out of memory becomes one OutOfMemory with the three flags that help this run most."""
+    """Inside, running out of memory becomes one OutOfMemory with the three flags that save this run most."""
     try:
         yield
     except Exception as error:
@@ -57,6 +58,6 @@ def explained(config: Config) -> Iterator[None]:
             raise
         flags = ", ".join(advice(config))
         raise OutOfMemory(
-            f"memory is full; what helps this run most: {flags}. The checkpoints and resume points written so far are "
+            f"out of memory. Try, most effective first: {flags}. The checkpoints and resume points written so far are "
             "intact"
         ) from error

@@ -7,7 +7,6 @@ optimizer's update, and signals wait for the end of that.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import signal
@@ -23,9 +22,10 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into, write_atomic
+from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints, explicit_point, last_point, points_in
 from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.metrics import append_json, drop_after
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 METRICS, LOG = "metrics.jsonl", "train_log.txt"
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
+SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins
 PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
 
 
@@ -66,23 +67,25 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
     if not config.resume:
         if points_in(folder / FOLDER) and config.resume_every != NEVER:
             log.warning(
-                "%s holds a resume point of an earlier run, which --resume auto would go on from: this run starts anew "
-                "and replaces it with its own first one",
+                "%s holds a resume point of an earlier run. This run starts from the beginning and will replace it; to "
+                "continue the earlier run instead, add --resume auto",
                 folder / FOLDER,
             )
         return None
     point = last_point(folder / FOLDER) if config.resume == "auto" else explicit_point(Path(config.resume))
     if point is None:
-        log.info("--resume auto: %s holds no resume point, so the run starts anew", folder)
+        log.info("--resume auto: %s holds no resume point, so the run starts from the beginning", folder)
         return None
-    if point.about["world"] != ranks.world():
+    if point.about["world"] != ranks.world_size():
         raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world()} are running: resume with "
-            "as many"
+            f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume "
+            "with as many"
         )
     rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
     if rounds:
-        log.warning("%s changed since %s: the rest is not the same bit for bit", ", ".join(rounds), point.path)
+        log.warning(
+            "%s changed since %s: the rest of the run will not be the same bit for bit", ", ".join(rounds), point.path
+        )
     if point.about["epoch_count"] != config.epoch_count and config.lr_schedule != "constant":
         log.warning(
             "--epoch_count was %d, is %d: the learning rates of the rest are those of the new length",
@@ -108,7 +111,7 @@ def take_weights(model: torch.nn.Module, point: ResumePoint, model_hash: str) ->
         raise ValueError(
             f"{point.path} belongs to a run from another base model ({point.about['base']}): {{load_model}}"
         )
-    copy_into(model, point.read(0)["weights"], checkpoint_tensors(model), point.path)
+    copy_into(checkpoint_tensors(model), point.read(0)["weights"], point.path)
 
 
 class HostCopy:
@@ -161,8 +164,9 @@ class WriteResumePoints(pl.Callback):
         self._agreed = False  # all ranks stop after the same step
         self._leaving = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on from the point, if there is one, and watch out for signals."""
+        assert isinstance(pl_module, TrainingModule)
         self.trainer, self.module = trainer, pl_module
         self.points.join(
             trainer.global_rank, trainer.world_size, ranks.broadcast_from_zero(lambda: secrets.token_hex(4))
@@ -182,8 +186,8 @@ class WriteResumePoints(pl.Callback):
         """Note where the logs of this run begin."""
         begun = self.points.folder / BEGUN
         if self.again and begun.exists():
-            self._drop_lines(json.loads(begun.read_text()))
-        write_atomic(json.dumps(self._log_sizes()), begun)
+            self._drop_lines(read_json_object(begun))
+        write_json(begun, self._log_sizes())
 
     def _drop_lines(self, sizes: dict[str, int]) -> None:
         drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
@@ -197,23 +201,27 @@ class WriteResumePoints(pl.Callback):
             if point.project.resolve() == self.folder.resolve():
                 self._drop_lines(state["logs"])
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
-            log.info("going on from %s: optimizer step %d is done", point.path, state["step"])
+            log.info("resuming from %s: optimizer step %d is done", point.path, state["step"])
         self._skip = 0 if state["over"] else state["done"]
         take_run_state(self.trainer, self.module, state)
         if not state["over"]:  # else its end was dealt with just now
             self.state = state | {"logs": self._log_sizes()}
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: TrainingModule, batch: Any, batch_idx: int) -> None:
-        """The first batch of all stands in the middle of a mini-epoch when the point did."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A point in the middle of a mini-epoch: tell Lightning, at the first batch, what came before it."""
         if self._skip:
             skip_batches(trainer, self._skip)
             self._skip = 0
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: TrainingModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """From here to `step_done` the tensors change: no signal may come between."""
         self._guards = 1
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: TrainingModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Between two micro-batches of a step."""
         if not self._guards:
             self._stop_if_asked()
@@ -227,7 +235,7 @@ class WriteResumePoints(pl.Callback):
         self.background.check()
         self._stop_if_asked()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After the saves of a mini-epoch."""
         with self._guarded():
             self._note(ended=True)
@@ -235,11 +243,11 @@ class WriteResumePoints(pl.Callback):
                 self._write()
         self._stop_if_asked()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: TrainingModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last point must be whole before the run counts as done."""
         self.background.wait()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: TrainingModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stopped or out of memory: what is done stays, unless the tensors were just being changed."""
         self._leaving = True
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException) or is_out_of_memory(exception)
@@ -248,7 +256,7 @@ class WriteResumePoints(pl.Callback):
             if stopped and together and self.state and not self._guards and self.every != NEVER:
                 self.background.wait()
                 self.points.write(self._place(), self._tree())
-                log.info("--resume auto goes on after step %d", self.state["step"])
+                log.info("--resume auto will continue after step %d", self.state["step"])
             else:
                 self.background.wait()
         except (ValueError, RuntimeError, MemoryError) as error:
@@ -309,9 +317,9 @@ class WriteResumePoints(pl.Callback):
 
     def _stop_if_asked(self) -> None:
         number = self._asked
-        if ranks.several():
-            any_of_them = ranks.all_reduce_max({None: 0, signal.SIGTERM: 1, signal.SIGINT: 2}[number])
-            number = self._asked = (None, signal.SIGTERM, signal.SIGINT)[int(any_of_them)]
+        if ranks.is_distributed():
+            asked = SIGNALS.index(None if number is None else signal.Signals(number))
+            number = self._asked = SIGNALS[int(ranks.all_reduce_max(asked))]
         if number is not None:
             self._agreed = True
             raise _exception(number)

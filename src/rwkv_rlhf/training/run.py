@@ -40,6 +40,7 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     inputs = Inputs(config, start, folder)
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
+    assert score is not None, "--eval_only without held-out data"
     if config.load_adapter:
         resume_adapter(config, start)
     result = {"event": "eval"} | score()
@@ -79,7 +80,7 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
 def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
     """Raises ValueError when a save of this run would take the place of a file that it, or its adapters, need later."""
     begin, end = config.epoch_begin, config.epoch_begin + config.epoch_count
-    needed = {
+    needed: dict[str, str | Path | None] = {
         "--load_model": None if continues(config) else start.path,
         "--load_cold_adapter": start.cold,
         "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
@@ -88,12 +89,12 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
     }
     for flag, path in needed.items():
         found = SAVED.match(Path(path).name) if path else None
-        if not found or Path(path).resolve().parent != folder.resolve():
+        if not path or not found or Path(path).resolve().parent != folder.resolve():
             continue
         written = flag == "--load_model" or not found[1].isdigit() or begin <= int(found[1]) < end
         if written:
             raise ValueError(
-                f"{flag} {path} lies in --proj_dir {folder}, and this run would write over it: give another folder, or "
+                f"{flag} {path} is in --proj_dir {folder}, and this run would overwrite it: give another folder, or "
                 "move the file"
             )
 

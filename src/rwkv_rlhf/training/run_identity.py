@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.files import fingerprint
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings.config import Config, settings
 
@@ -25,31 +24,15 @@ FILES = {
     *("load_adapter", "load_adapter_pissa_init", "load_cold_adapter", "layer_profile", "pair_file", "data_file"),
     *("vocab_file", "template", "reference_model", "teacher_model", "reward_model", "val_file"),
 }
-ENDS = 1 << 20  # bytes at the beginning and at the end of a file that tell it from another
-
-
-def mark(path: str) -> str:
-    """What tells a file from another one: its size, and the hash of its first and last MiB; a word that is no file."""
-    parts = [Path(path + suffix) for suffix in ("", ".bin", ".idx")] if path else []
-    found = []
-    for part in parts:
-        if part.is_file():
-            size = part.stat().st_size
-            with open(part, "rb") as file:
-                ends = hashlib.sha256(file.read(ENDS))
-                file.seek(max(0, size - ENDS), os.SEEK_SET)
-                ends.update(file.read(ENDS))
-            found.append(f"{size} bytes, {ends.hexdigest()[:16]}")
-    return "; ".join(found) or path
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """All that decides how the run goes on, as JSON can hold it; files by their content, so that they may move."""
+    """Everything that decides how the run continues, as JSON values; files by their content, so that they may move."""
     found = {}
     for name in settings():
         value = getattr(config, name)
         if name in FILES:
-            found[name] = mark(value)
+            found[name] = fingerprint(value)
         elif name not in FREE:
             found[name] = value
     if not config.early_stop:

@@ -1,4 +1,4 @@
-"""Learning rate by optimizer step (SPEC: warm-up from one fifth, then exponential, cosine, linear or constant)."""
+"""Learning rate by optimizer step: warm-up from one fifth, then exponential, cosine, linear or constant."""
 
 from __future__ import annotations
 
@@ -33,4 +33,4 @@ class Schedule:
             return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if self.kind == "linear" or initial <= 0 or final <= 0:
             return initial + (final - initial) * progress
-        return initial * (final / initial) ** progress
+        return initial * math.pow(final / initial, progress)

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import (
-    begins_from_matrix,
+    AdapterFlags,
     check_base,
     chosen_quant,
     cold_of,
     factors_of,
     hinting,
     layout_of,
-    tensors_hash,
+    needs_initial_factors,
 )
-from rwkv_rlhf.checkpoints.loading import build_model, file_sizes, load_adapter, read_tensors, write_atomic
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import NUMBERED, newest_checkpoint
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, tensors_hash, write_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.host_memory import keep_pages, return_pages
@@ -44,9 +45,9 @@ from rwkv_rlhf.training.optimizers import NOTHING
 log = logging.getLogger(__name__)
 
 HINTS = {
-    "base": "give the right {load_model}, or {force} 1 to go on",
+    "base": "give the right {load_model}, or {force} 1 to continue all the same",
     "factors": "give them with {load_adapter_pissa_init}",
-    "cold": "{load_cold_adapter} must name what was merged below it, or be left out",
+    "cold": "{load_cold_adapter} must name the adapter that was merged into its base, or be left out",
 }
 SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
@@ -66,7 +67,7 @@ def write_initial(config: Config, folder: Path) -> Path:
         config.dim_ffn or None,
     )
     path = folder / "rwkv-init.pth"
-    write_atomic(tensors, path)
+    write_tensors(tensors, path)
     count = sum(tensor.numel() for tensor in tensors.values())
     log.info("%s: %s, %d layers, width %d, %d parameters", path, config.version, config.n_layer, config.n_embd, count)
     return path
@@ -114,7 +115,7 @@ def numbered_from(config: Config, path: Path) -> Config:
     begin = int(found[1]) + 1 if found else 0
     if not (continues(config) and found) or config.epoch_begin >= begin:
         return config
-    log.info("going on from %s: --epoch_begin %d", path, begin)
+    log.info("continuing from %s: --epoch_begin %d", path, begin)
     return dataclasses.replace(config, epoch_begin=begin)
 
 
@@ -140,7 +141,7 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     plan = plan_for(config, sizes.n_layer)
     if continues(config) and plan.modes != {"full"}:
         raise ValueError(
-            "--load_model 0 goes on from whole models of the project folder, and this plan saves parts of one: "
+            "--load_model 0 continues from whole models in the project folder, but this plan saves only parts of one: "
             "give the model with --load_model"
         )
     with hinting(HINTS):
@@ -151,20 +152,22 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
         read = base_reader(path, cold, device_for(config.accelerator), initial_file, force=config.force)
     model, report = build_model(
         shapes(read()),
-        compute_dtype=DTYPES[config.precision],
-        layout=layout,
-        plan=plan,
-        quant=config.storage,
-        limited=config.limited_lora,
-        rslora=config.rslora,
-        svd_niter=config.svd_niter,
-        initial=initial,
-        seed=config.seed,
-        device=device_for(config.accelerator),
+        BuildOptions(
+            DTYPES[config.precision],
+            layout=layout,
+            plan=plan,
+            quant=config.storage,
+            limited=config.limited_lora,
+            rslora=config.rslora,
+            svd_niter=config.svd_niter,
+            initial=initial,
+            seed=config.seed,
+            device=device_for(config.accelerator),
+            grad_cp=config.grad_cp,
+            wkv_backend=config.wkv_backend,
+        ),
         source=path,
         reopen=read,
-        grad_cp=config.grad_cp,
-        wkv_backend=config.wkv_backend,
     )
     if device_for(config.accelerator) == "cpu":
         keep_pages()
@@ -193,12 +196,14 @@ def shape_model(config: Config) -> tuple[RWKV, Report]:
         tensors = initial_tensors(version, layers, width, vocabulary, config.head_size, dim_ffn=config.dim_ffn or None)
     return build_model(
         tensors,
-        compute_dtype=DTYPES[config.precision],
-        plan=plan_for(config, layers),
-        quant=config.storage,
-        limited=config.limited_lora,
-        rslora=config.rslora,
-        device="meta",
+        BuildOptions(
+            DTYPES[config.precision],
+            plan=plan_for(config, layers),
+            quant=config.storage,
+            limited=config.limited_lora,
+            rslora=config.rslora,
+            device="meta",
+        ),
         source="the shape",
     )
 
@@ -213,10 +218,10 @@ def cold_adapter(config: Config) -> Path | None:
 
 def resumed_factors(config: Config, plan: Plan, layout: Layout | None) -> dict[str, Tensor] | None:
     """PiSSA's initial factors of --load_adapter: made anew they would be another base. None when there is no need."""
-    modes = plan.modes if layout is None else {how.mode for how in layout.adapted.values()}
+    modes = plan.modes if layout is None else layout.modes
     sidecar = read_sidecar(config.load_adapter) if config.load_adapter else None
-    other = sidecar is not None and not begins_from_matrix({how.mode for how in sidecar.adapted.values()})
-    if not (config.load_adapter and begins_from_matrix(modes)) or other:  # another kind is refused when it is loaded
+    other = sidecar is not None and not needs_initial_factors({how.mode for how in sidecar.adapted.values()})
+    if not (config.load_adapter and needs_initial_factors(modes)) or other:  # another kind is refused when it is loaded
         if config.load_adapter and config.load_adapter_pissa_init:
             raise ValueError(f"{{load_adapter_pissa_init}} {config.load_adapter_pissa_init}: no layer has mode pissa")
         return None
@@ -246,7 +251,7 @@ def adapter_layout(config: Config) -> Layout | None:
             "--layer_profile, or --peft lora --lora_r R --lora_alpha A, and --quant"
         )
     quant = chosen_quant(sidecar, config.storage if {"quant", "quant_mode"} & config.given else None)
-    return layout_of(read_tensors(config.load_adapter), sidecar, quant=quant)
+    return layout_of(read_tensors(config.load_adapter), sidecar, AdapterFlags(quant=quant))
 
 
 def check_adapter(config: Config, start: Start) -> None:

@@ -20,17 +20,17 @@ NAMES = (PAIRS, "chosentokens", "rejecttokens")
 MEANS = ("chosenprob", "rejectprob")
 
 
-def _column(path: str | os.PathLike, file: Any, name: str) -> np.ndarray:
+def _column(path: str | os.PathLike[str], file: Any, name: str) -> np.ndarray:
     """All entries of a dataset; ValueError unless it holds what its name says."""
     check_column(path, file, name)
     inner = file[name].dtype if name in MEANS else vlen_kind(file[name].dtype)
     if inner is None or np.dtype(inner).kind not in ("f" if name in MEANS else "iu"):
         what = "numbers" if name in MEANS else "variable-length arrays of token ids"
         raise ValueError(f"{path}: `{name}` is no list of {what}")
-    return file[name][:]
+    return np.asarray(file[name][:])
 
 
-def read_pair_h5(path: str | os.PathLike, report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
+def read_pair_h5(path: str | os.PathLike[str], report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
     """Pairs of an .h5; `reference` holds the file's means times the answers' lengths, None where both are 0 or absent.
 
     Raises:

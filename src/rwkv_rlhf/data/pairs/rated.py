@@ -7,39 +7,33 @@ moved, and their reference scores are computed with its own.
 import os
 import random
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
-from rwkv_rlhf.data.pairs.pairs import MIXED_SEED, Pairs, cut_prompt
-from rwkv_rlhf.data.pairs.rows import PAIR_ROWS, answer_of, check_text, prompt_of, with_system
+from rwkv_rlhf.data.conversation import Turn, refuse_nul
+from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
+from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import Row, read_csv
-from rwkv_rlhf.data.templates.builtin import check_template, draw_form
+from rwkv_rlhf.data.rows import has_rows, read_rows
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
-_COLUMNS = (("prompt", "question"), ("completion",), ("label",))
+_COLUMNS = (PROMPT, ("completion",), ("label",))
 
 
-def _rows(path: str | os.PathLike, report: DataReport, checked: bool = True):
-    suffix = Path(path).suffix.lower()
-    if suffix == ".csv":
-        return read_csv(path, report, _COLUMNS if checked else ())
-    return PAIR_ROWS[suffix](path, report, False)
-
-
-def is_rated_record(record: dict) -> bool:
+def is_rated_record(record: dict[str, Any]) -> bool:
     """Whether a row (keys in lower case) is one rated answer."""
     return "completion" in record and "label" in record and "chosen" not in record
 
 
-def is_rated(path: str | os.PathLike) -> bool:
+def is_rated(path: str | os.PathLike[str]) -> bool:
     """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
-    if Path(path).suffix.lower() not in PAIR_ROWS:
+    if not has_rows(path):
         return False
-    looking = DataReport(str(path), skip_bad=True, quiet=True)
-    first: Row | None = next(iter(_rows(path, looking, checked=False)), None)
-    return first is not None and is_rated_record(first[1])
+    first = next(read_rows(path, DataReport(str(path), skip_bad=True, quiet=True)), None)
+    return first is not None and is_rated_record(first.record)
 
 
 def _label(value: object) -> bool:
@@ -52,13 +46,13 @@ def _label(value: object) -> bool:
     return found
 
 
-def _answer(record: dict, template: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
-    before, text = answer_of(record.get("completion"), "completion", True)
-    turns = with_system(record, prompt_of(record) + before)
-    check_text([*turns, ("assistant", text)])
-    good, form = _label(record.get("label")), draw_form(template, rng)
-    prompt, (answer,) = form.written(turns, [text])
-    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(answer), *form.end_ids], [], None, good)
+def _tokenise(record: dict[str, Any], name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
+    answer = parse_answer(record.get("completion"), "completion", True)
+    turns = complete_prompt(parse_prompt(record) + answer.before, record)
+    refuse_nul([*turns, Turn("assistant", answer.text)])
+    good, template = _label(record.get("label")), draw_template(name, rng)
+    prompt, (text,) = template.render(turns, [answer.text])
+    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(text), *template.end_ids], [], None, good)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -93,48 +87,48 @@ def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int
     if not examples:
         raise ValueError(f"{report.source}: holds no usable answer ({report.rows} rows read)")
     rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len)
-    good = sum(example.good for example in examples)
+    good = sum(1 for example in examples if example.good)
     report.notice(f"{report.source}: {good} good and {len(examples) - good} bad answers")
     return rated
 
 
 def open_rated(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     template: str = "world",
     max_len: int = 1024,
     ctx_len: int = 0,
-    seed: int = MIXED_SEED,
+    seed: int = TEMPLATE_SEED,
     skip_bad: bool = False,
 ) -> Pairs:
     """Rated answers of a CSV, JSONL or parquet file with prompt, completion and label (and system, if any).
 
     Arguments and errors as `open_pairs`.
     """
-    check_template(template)
+    find_templates(template)
     report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
     examples, seen = [], set()
-    for where, record in _rows(path, report):
+    for where, record in read_rows(path, report, _COLUMNS):
         try:
-            example = _answer(record, template, rng, tokenizer)
+            example = _tokenise(record, template, rng, tokenizer)
         except RowError as error:
             report.bad(where, error)
             continue
         key = hash((tuple(example.prompt), tuple(example.chosen), example.good))
-        report.remarked["repeat another one"] += key in seen
+        report.remark("repeat another one", key in seen)
         seen.add(key)
         if max_len:
-            report.truncated["prompt"] += len(example.prompt) > max_len
-            report.truncated["completion"] += len(example.chosen) > max_len
+            report.cut("prompt", len(example.prompt) > max_len)
+            report.cut("completion", len(example.chosen) > max_len)
             example = RatedExample(
-                cut_prompt(example.prompt, max_len), example.chosen[:max_len], [], None, example.good
+                cap_prompt(example.prompt, max_len), example.chosen[:max_len], [], None, example.good
             )
         examples.append(example)
     return _finished(examples, report, ctx_len, seed)
 
 
-def taken_apart(pairs: Pairs, seed: int = MIXED_SEED) -> Pairs:
+def unpair(pairs: Pairs, seed: int = TEMPLATE_SEED) -> Pairs:
     """The two answers of each pair as a good and a bad one; reference scores are dropped, they lack a part."""
     halves = []
     for index in range(len(pairs)):

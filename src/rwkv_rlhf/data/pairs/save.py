@@ -11,12 +11,13 @@ import pickle
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.files import atomic_write, check_archive, check_readable, file_hash, parse_json
+from rwkv_rlhf.files import atomic_write, check_archive, check_readable, file_hash, read_json_object
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
 
 NO_REFERENCE = (0.5, 0.5)
@@ -24,7 +25,7 @@ LARGEST = 1e30  # a log-probability; whole numbers of any size compare with it, 
 _GLOBAL = re.compile(r"GLOBAL (\S+)")
 
 
-def _load(path: str | os.PathLike) -> object:
+def _load(path: str | os.PathLike[str]) -> object:
     """What torch.load gives with weights_only; ValueError in one sentence for everything else."""
     check_readable(path)
     check_archive(path)
@@ -72,11 +73,11 @@ def pair_record(value: object, vocab_size: int | None) -> PairExample:
         raise RowError("its log-probabilities are not two finite numbers", "wrong structure")
     if chosen == reject:
         raise RowError("chosen and reject are identical", "identical answers")
-    known = tuple(float(number) for number in reference)
+    known = (float(reference[0]), float(reference[1]))
     return PairExample(prompt, chosen, reject, None if known == NO_REFERENCE else known)
 
 
-def read_save(path: str | os.PathLike, report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
+def read_save(path: str | os.PathLike[str], report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
     """Pairs of a `.save` file; `reference` is None where the file holds the 0.5 placeholders.
 
     Raises:
@@ -96,12 +97,12 @@ def read_save(path: str | os.PathLike, report: DataReport, vocab_size: int | Non
     return pairs
 
 
-def sidecar_path(path: str | os.PathLike) -> str:
+def sidecar_path(path: str | os.PathLike[str]) -> str:
     """F.save.json for F.save."""
     return f"{os.fspath(path)}.json"
 
 
-def write_save(path: str | os.PathLike, pairs: Sequence[PairExample], about: dict) -> None:
+def write_save(path: str | os.PathLike[str], pairs: Sequence[PairExample], about: dict[str, Any]) -> None:
     """Writes F.save and F.save.json, both whole or not at all.
 
     Args:
@@ -134,13 +135,10 @@ def write_save(path: str | os.PathLike, pairs: Sequence[PairExample], about: dic
         side.write((json.dumps(text, indent=1, sort_keys=True) + "\n").encode())
 
 
-def read_sidecar(path: str | os.PathLike) -> dict | None:
+def read_sidecar(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What F.save.json says, or None when it is absent, unreadable, or not of this very F.save (its hash differs)."""
     try:
-        with open(sidecar_path(path), encoding="utf-8") as file:
-            about = parse_json(file.read())
-    except (OSError, ValueError):
+        about = read_json_object(sidecar_path(path))
+    except ValueError:
         return None
-    if not isinstance(about, dict) or about.get("sha256") != file_hash(path):
-        return None
-    return about
+    return about if about.get("sha256") == file_hash(path) else None

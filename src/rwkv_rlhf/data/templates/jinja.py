@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.report import RowError
-from rwkv_rlhf.data.templates.builtin import Form, Turn
+from rwkv_rlhf.data.templates.template import Rendered, Span, Template
 from rwkv_rlhf.files import parse_json, read_bytes
 
 PROBE = "4n5wer"  # an answer whose place in the rendered text shows what the template writes around it
@@ -28,7 +29,7 @@ SECONDS = 20  # that a template may take for one conversation, on a busy machine
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
-class _Process:
+class TemplateProcess:
     """The process that runs templates, started when it is first asked, and one for each process that asks."""
 
     def __init__(self) -> None:
@@ -54,9 +55,14 @@ class _Process:
 def _start() -> "subprocess.Popen[bytes]":
     if importlib.util.find_spec("jinja2") is None:
         raise ValueError("a Jinja --template needs the package jinja2: pip install jinja2")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    program = Path(__file__).with_name("template_process.py")
-    return subprocess.Popen([sys.executable, "-P", str(program)], start_new_session=True, **pipes)
+    program = Path(__file__).with_name("jinja_process.py")
+    return subprocess.Popen(
+        [sys.executable, "-P", str(program)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, str]:
@@ -71,15 +77,19 @@ def _exchange(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict
         parts.append(os.read(child.stdout.fileno(), 1 << 20))
         if not parts[-1]:
             raise EOFError
-    return json.loads(b"".join(parts))
+    answer: dict[str, str] = json.loads(b"".join(parts))
+    return answer
 
 
-_process = _Process()
+@functools.cache
+def template_process() -> TemplateProcess:
+    """The one of this program."""
+    return TemplateProcess()
 
 
 @dataclass(frozen=True)
-class JinjaForm(Form):
-    """A form whose text a chat template writes.
+class JinjaTemplate(Template):
+    """A template whose text Jinja writes.
 
     Attributes:
         source: the template. special: (name, text) of the special tokens.
@@ -88,7 +98,7 @@ class JinjaForm(Form):
     """
 
     assistant: str = "assistant"
-    whole: bool = True
+    whole_conversation: bool = True
     source: str = ""
     special: tuple[tuple[str, str], ...] = ()
 
@@ -96,7 +106,7 @@ class JinjaForm(Form):
         nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
         messages = [{"role": role, "content": text} for role, text in turns]
         values = {"messages": messages, "add_generation_prompt": cue, **nothing, **dict(self.special)}
-        answer = _process.ask(self.source, values)
+        answer = template_process().ask(self.source, values)
         if "text" in answer:
             return answer["text"]
         if "refused" in answer:
@@ -113,31 +123,31 @@ class JinjaForm(Form):
         """Finished turns."""
         return self._render(turns, False)
 
-    def written(self, turns: Sequence[Turn], answers: Sequence[str]) -> tuple[str, list[str]]:
+    def render(self, turns: Sequence[Turn], answers: Sequence[str]) -> Rendered:
         """The prompt, and each answer with its closing mark as the template writes them behind it."""
         prompt = self.prompt(turns)
-        whole = [self.history([*turns, ("assistant", answer)]) for answer in answers]
+        whole = [self.history([*turns, Turn("assistant", answer)]) for answer in answers]
         for text in whole:
             if not text.startswith(prompt):
-                sentence = "the chat template writes a conversation with its answer otherwise than the prompt of it"
+                sentence = "the chat template writes a prompt differently once an answer follows it"
                 raise RowError(sentence, "refused by the template")
-        return prompt, [text[len(prompt) :] for text in whole]
+        return Rendered(prompt, [text[len(prompt) :] for text in whole])
 
-    def pieces(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
-        """As `Form.pieces`; RowError for a template that writes an earlier turn otherwise once more turns follow."""
+    def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
+        """As `Template.spans`; RowError for a template that rewrites earlier turns once more turns follow."""
         said = ""
-        for at, (role, text) in enumerate(turns):
-            if role != "assistant":
+        for at, turn in enumerate(turns):
+            if turn.role != "assistant":
                 continue
-            prompt, (answer,) = self.written(turns[:at], [text])
+            prompt, (answer,) = self.render(turns[:at], [turn.text])
             if not prompt.startswith(said):
                 raise RowError("the chat template rewrites earlier turns of this chat", "refused by the template")
-            yield prompt[len(said) :], False
-            yield answer, True
+            yield Span(prompt[len(said) :], False)
+            yield Span(answer, True)
             said = prompt + answer
         whole = self.history(turns)
-        if turns and turns[-1][0] != "assistant" and whole.startswith(said):
-            yield whole[len(said) :], False
+        if turns and turns[-1].role != "assistant" and whole.startswith(said):
+            yield Span(whole[len(said) :], False)
 
 
 def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -161,8 +171,8 @@ def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...
 
 
 @functools.lru_cache(maxsize=4)
-def load_chat_template(path: str | os.PathLike) -> JinjaForm:
-    """The form that a .jinja file or a tokenizer_config.json describes.
+def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
+    """The template that a .jinja file or a tokenizer_config.json describes.
 
     Raises ValueError, naming --template and the file, for a missing or malformed file and for a template that cannot
     write a question with its answer.
@@ -172,11 +182,11 @@ def load_chat_template(path: str | os.PathLike) -> JinjaForm:
     source, special = _from_config(path, text) if path.suffix.lower() == ".json" else (text, ())
     special = special or tuple((name, "") for name in _SPECIAL)
     try:
-        form = JinjaForm(source=source, special=special)
-        answer = form.written([("user", "Hi")], [PROBE])[1][0]
+        template = JinjaTemplate(source=source, special=special)
+        answer = template.render([Turn("user", "Hi")], [PROBE]).answers[0]
     except ValueError as error:
         raise ValueError(f"--template {path}: {error}") from error
     if PROBE not in answer:
         raise ValueError(f"--template {path} does not write the assistant's text")
     end = answer.split(PROBE)[1].strip()
-    return JinjaForm(source=source, special=special, end=end, end_ids=() if end else (0,))
+    return JinjaTemplate(source=source, special=special, end=end, end_ids=() if end else (0,))

@@ -25,13 +25,13 @@ _CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 _CHECK = 1 << 22  # tokens looked at in one go when ids are checked
 
 
-def corpus_prefix(path: str | os.PathLike) -> Path:
+def corpus_prefix(path: str | os.PathLike[str]) -> Path:
     """PREFIX of PREFIX, PREFIX.bin or PREFIX.idx."""
     path = Path(path)
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
-def is_corpus(path: str | os.PathLike) -> bool:
+def is_corpus(path: str | os.PathLike[str]) -> bool:
     """Whether `path` names a corpus: both files are there."""
     prefix = str(corpus_prefix(path))
     return os.path.isfile(prefix + ".idx") and os.path.isfile(prefix + ".bin")
@@ -49,7 +49,7 @@ class Corpus:
             together, or (when vocab_size is given) an id outside the vocabulary; each names the file.
     """
 
-    def __init__(self, path: str | os.PathLike, vocab_size: int | None = None):
+    def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None):
         self.prefix = corpus_prefix(path)
         self.idx, self.bin = f"{self.prefix}.idx", f"{self.prefix}.bin"
         kind, self.sizes, pointers = _read_index(self.idx)
@@ -69,7 +69,8 @@ class Corpus:
     @cached_property
     def offsets(self) -> np.ndarray:
         """(n,) int64, where each document begins, in tokens."""
-        return np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        starts: np.ndarray = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
+        return starts
 
     def _check(self, kind: np.dtype, pointers: np.ndarray) -> None:
         ends = np.cumsum(self.sizes, dtype=np.int64)
@@ -136,7 +137,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def write_corpus(
-    prefix: str | os.PathLike, documents: Sequence[np.ndarray], order: Iterator[int], vocab_size: int
+    prefix: str | os.PathLike[str], documents: Sequence[np.ndarray], order: Iterator[int], vocab_size: int
 ) -> int:
     """Writes PREFIX.bin and PREFIX.idx: documents[i] for each i of `order`; returns the number of tokens.
 

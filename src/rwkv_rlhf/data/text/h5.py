@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from rwkv_rlhf.data.batch import TextExample, TopK
-from rwkv_rlhf.data.grouping import NOTHING_TRAINED, pieces
-from rwkv_rlhf.data.progress import counted
+from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5_check import check_column
 from rwkv_rlhf.files import atomic_path, check_readable
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
@@ -32,7 +32,7 @@ KINDS = {TOKENS: np.int64, MASK: np.uint8, VALUES: np.float32, INDICES: np.int64
 ENTRIES = 256  # of a dataset that HDF5 allocates at a time
 BLOCK = 64  # documents read at a time where all are read
 NUMBERS = ("vocab_size", "top_k")  # attributes that are read
-KEPT = 1 << 30  # bytes of documents that are kept for the next of their pieces
+KEPT = 1 << 30  # bytes of documents that are kept for the next of their segments
 PAIRS = "prompttokens"  # a dataset that only files of preference pairs have
 
 
@@ -66,7 +66,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def readable_file(path: str | os.PathLike) -> Iterator[Any]:
+def readable_file(path: str | os.PathLike[str]) -> Iterator[Any]:
     """The opened file. Raises ValueError, one sentence, for one that is missing, foreign, truncated or damaged."""
     check_readable(path)
     with _readable(str(path)), _library().File(path, "r", locking="best-effort") as file:
@@ -75,10 +75,11 @@ def readable_file(path: str | os.PathLike) -> Iterator[Any]:
 
 def vlen_kind(dtype: np.dtype) -> np.dtype | None:
     """What variable-length entries consist of, None for entries of another kind."""
-    return _library().check_vlen_dtype(dtype)
+    kind: np.dtype | None = _library().check_vlen_dtype(dtype)
+    return kind
 
 
-def holds_pairs(path: str | os.PathLike) -> bool:
+def holds_pairs(path: str | os.PathLike[str]) -> bool:
     """Whether an .h5 holds preference pairs instead of documents. Raises ValueError as `readable_file`."""
     with readable_file(path) as file:
         return PAIRS in file
@@ -95,7 +96,7 @@ class H5File:
         ValueError: a missing, foreign, truncated or damaged file; a dataset that is missing or of the wrong kind.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = str(path)
         self._file: Any = None
         self._sets: dict[str, Any] = {}  # asking a file for a dataset by name costs more than reading an entry
@@ -159,8 +160,8 @@ class H5File:
                 return max(1, len(self.read(VALUES, index)) // tokens)
         return 1
 
-    def document(self, index: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """(tokens (L,) int64, mask (L,) bool or None = all trained). Raises RowError for what does not fit."""
+    def document(self, index: int, vocab_size: int) -> TextExample:
+        """tokens (L,) int64, mask (L,) bool or None = all trained. Raises RowError for what does not fit."""
         tokens = self.read(TOKENS, index)
         return _checked(tokens, self.read(MASK, index) if MASK in self.names else tokens[:0], vocab_size)
 
@@ -190,12 +191,12 @@ class H5File:
         return TopK(values.reshape(shape), indices.reshape(shape), lse)
 
 
-def _checked(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _checked(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> TextExample:
     """A document as `H5File.document` gives it."""
     check_ids(tokens, vocab_size, "token")
     if len(mask) not in (0, len(tokens)):
         raise RowError(f"{len(tokens)} tokens, but a mask of {len(mask)}", "wrong structure")
-    return tokens, mask.astype(bool) if len(mask) else None
+    return TextExample(tokens, mask.astype(bool) if len(mask) else None)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> None:
@@ -211,55 +212,40 @@ def _number(file: Any, key: str) -> Any:
     return file.attrs[key].item() if found.shape == () and found.dtype.kind in "iufb" else "no number"
 
 
-class H5Texts:
-    """Documents of an .h5 (or their pieces) in file order, each read when it is asked for.
+class H5Texts(CutDocuments):
+    """Documents of an .h5 (or segments of them), each read when it is asked for.
 
     Attributes:
-        report: what was read and left out. k: the teacher's logits per token that examples carry, 0 = none.
-        bounds: (examples, 3) document, begin and end of each example; neighbours of one document share a token.
+        k: the teacher's logits per token that examples carry, 0 = none.
     """
 
     def __init__(
         self, file: H5File, vocab_size: int, ctx_len: int, k: int, report: DataReport, *, ignore_mask: bool, shown: bool
-    ):
-        self.file, self.vocab_size, self.k, self.report = file, vocab_size, k, report
+    ) -> None:
+        super().__init__(ctx_len, report)
+        self.file, self.vocab_size, self.k = file, vocab_size, k
         self.ignore_mask = ignore_mask
-        bounds, counts = [], []
-        with counted(len(file), "reading", shown) as done:
+        with progress_bar(len(file), "reading", shown) as done:
             for number, raw in enumerate(file.raw_documents()):
                 report.rows += 1
                 done(1)
                 try:
-                    tokens, mask = _checked(*raw, vocab_size)
-                    mask = None if ignore_mask else mask
+                    document = _checked(*raw, vocab_size)
                     if k:
-                        file.teacher(number, len(tokens), vocab_size)
+                        file.teacher(number, len(document.tokens), vocab_size)
                 except RowError as error:
                     report.bad(f"{file.path} document {number}", error)
                     continue
-                report.lengths.append(len(tokens))
-                kept = len(bounds)
-                before = None if mask is None else np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-                for at, stop, trained in pieces(0, len(tokens), ctx_len, before):
-                    bounds.append((number, at, stop))
-                    counts.append(trained)
-                if len(bounds) == kept:
-                    report.skip(NOTHING_TRAINED)
-        if not bounds:
-            raise ValueError(f"{report.source}: holds no text to train on ({report.rows} documents read)")
-        self.bounds, self._counts = np.asarray(bounds, dtype=np.int64), np.asarray(counts, dtype=np.int64)
-        report.examples, report.trained = len(bounds), int(self._counts.sum())
+                self._cut(number, 0, len(document.tokens), None if ignore_mask else trained_before(document.mask))
+        self._close()
         self._kept: OrderedDict[int, TextExample] = OrderedDict()
         self._room = KEPT
-
-    def __len__(self) -> int:
-        return len(self.bounds)
 
     def __iter__(self) -> Iterator[TextExample]:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> TextExample:
-        number, begin, end = self.bounds[index].tolist()
+        number, begin, end, _ = self.segments[index].tolist()
         whole = self._kept.get(number) or self._read(number)
         if end - begin < len(whole.tokens):
             self._keep(number, whole)
@@ -271,15 +257,15 @@ class H5Texts:
     def _read(self, number: int) -> TextExample:
         """A document from the file."""
         try:
-            tokens, mask = self.file.document(number, self.vocab_size)
-            mask = None if self.ignore_mask else mask
+            document = self.file.document(number, self.vocab_size)
+            tokens, mask = document.tokens, None if self.ignore_mask else document.mask
             top = self.file.teacher(number, len(tokens), self.vocab_size).largest(self.k) if self.k else None
         except RowError as error:  # it was in order when the file was opened
             raise ValueError(f"{self.file.path} document {number} has changed: {error}") from error
         return TextExample(tokens, mask, top)
 
     def _keep(self, number: int, whole: TextExample) -> None:
-        """For the next of its pieces, as HDF5 reads an entry whole for each; the last asked for, at most KEPT bytes."""
+        """For its next segment, as HDF5 reads an entry whole each time; the last asked for, at most KEPT bytes."""
         if number not in self._kept:
             self._kept[number] = whole
             self._room -= whole.nbytes
@@ -287,21 +273,9 @@ class H5Texts:
         while len(self._kept) > 1 and self._room < 0:
             self._room += self._kept.popitem(last=False)[1].nbytes
 
-    def trained(self, index: int) -> int:
-        """Trained targets of an example."""
-        return int(self._counts[index])
-
-    def length(self, index: int) -> int:
-        """Tokens of an example."""
-        return int(self.bounds[index, 2] - self.bounds[index, 1])
-
-    def group(self, index: int) -> object:
-        """Pieces of one document must not be torn apart by a held-out split."""
-        return int(self.bounds[index, 0])
-
 
 def open_h5(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     vocab_size: int,
     *,
     ctx_len: int = 0,
@@ -314,7 +288,7 @@ def open_h5(
     """Documents of an .h5. The file is read through once, so that what is wrong with it is known before training.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into pieces. 0 = never cut.
+        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
         teacher: examples carry the teacher's logits; top_k: how many of them, 0 = as many as the file has.
         train_on_prompt: ignore the file's masks. shown: show a progress bar.
 
@@ -359,11 +333,13 @@ class H5Writer:
             self.sets[MASK] = self._create(MASK)  # the entries before are empty: all trained
         entries: dict[str, list[np.ndarray]] = {TOKENS: [np.asarray(e.tokens) for e in examples]}
         if self.k:
+            entries |= {VALUES: [], INDICES: [], LSE: []}
             for e in examples:
-                assert e.teacher is not None and e.teacher.values.shape == (len(e.tokens), self.k)
-            entries[VALUES] = [e.teacher.values.reshape(-1) for e in examples]
-            entries[INDICES] = [e.teacher.indices.reshape(-1) for e in examples]
-            entries[LSE] = [e.teacher.lse for e in examples]
+                top = e.teacher
+                assert top is not None and top.lse is not None and top.values.shape == (len(e.tokens), self.k)
+                entries[VALUES].append(top.values.reshape(-1))
+                entries[INDICES].append(top.indices.reshape(-1))
+                entries[LSE].append(top.lse)
         if MASK in self.sets:
             entries[MASK] = [np.empty(0) if e.mask is None else np.asarray(e.mask) for e in examples]
         begin, self.documents = self.documents, self.documents + len(examples)
@@ -384,7 +360,7 @@ class H5Writer:
 
 
 @contextmanager
-def writing(path: str | os.PathLike, about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
+def writing(path: str | os.PathLike[str], about: dict[str, Any], k: int = 0) -> Iterator[H5Writer]:
     """Gives a writer whose file becomes `path` when the block ends well; otherwise `path` stays as it was.
 
     Args:

@@ -18,7 +18,7 @@ _DEFLATE, _SHUFFLE, _FLETCHER = 1, 2, 3
 _HEAP = b"GCOL\x01"
 
 
-def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
+def check_column(path: str | os.PathLike[str], file: Any, name: str) -> None:
     """Raises ValueError unless the dataset `name` of the opened `file` is a list that can be read without harm.
 
     It must stand in this very file and have no more entries, and its entries no more bytes, than the file has. Entries
@@ -37,7 +37,7 @@ def check_column(path: str | os.PathLike, file: Any, name: str) -> None:
     if inner is None or not column.id.get_storage_size():
         return
     if file.userblock_size or column.id.get_create_plist().get_layout() == h5py.h5d.COMPACT:
-        raise ValueError(f"{path}: `{name}` is laid out in a way that is not read here; write it anew with h5py")
+        raise ValueError(f"{path}: `{name}` has a layout that this program does not read; write it again with h5py")
     with open(path, "rb") as raw, mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
         address, length = file.id.get_create_plist().get_sizes()
         entries = _entries(data, column, address)

@@ -1,30 +1,28 @@
-"""Matrices of the model: storages (`stores.STORES`) times adapters (`ADAPTERS`).
+"""Adapters by the names of `tables.ADAPTERS`: their classes, imported when they are asked for.
 
-A new adapter is one file with a subclass of `Linear` (and one of `Embedding`, if tables can have it) and a line here.
+A new adapter is one file with a subclass of `Adapter` and `Linear` (and one of `Adapter` and `Embedding`, if embeddings
+can have it) and an entry there.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
-from rwkv_rlhf.layers.adapters.bone import Bone
-from rwkv_rlhf.layers.adapters.dora import DoRA
-from rwkv_rlhf.layers.adapters.lora import LoRA, LoRAEmbedding
-from rwkv_rlhf.layers.adapters.miss import MiSS
-from rwkv_rlhf.layers.adapters.pissa import PiSSA, PiSSAEmbedding
-from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.layers.adapters.adapter import Adapter
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.implementations import Implementations, load
+from rwkv_rlhf.settings.tables import AdapterFacts
 
 
-class Adapter(NamedTuple):
-    """Classes of one mode. Each has `wrap(layer, adaptation)`, which raises RankError,
-    `rank_of(first tensor)`, `load_weight`, `merged`, `tensors`, `fast` and `initial`."""
+class AdapterClasses(NamedTuple):
+    """The adapter of a matrix, and that of an embedding's table if there is one."""
 
-    linear: type[Linear]
-    embedding: type[Embedding] | None
+    linear: type[Adapter]
+    embedding: type[Adapter] | None
 
 
-ADAPTERS = {
-    "lora": Adapter(LoRA, LoRAEmbedding),
-    "pissa": Adapter(PiSSA, PiSSAEmbedding),
-    "bone": Adapter(Bone, None),
-    "dora": Adapter(DoRA, None),
-    "miss": Adapter(MiSS, None),
-}
+def _classes(facts: AdapterFacts) -> AdapterClasses:
+    return AdapterClasses(load(facts.linear), load(facts.embedding) if facts.embedding else None)
+
+
+ADAPTERS: Implementations[AdapterFacts, AdapterClasses] = Implementations(tables.ADAPTERS, _classes)

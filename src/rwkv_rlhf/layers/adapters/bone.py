@@ -12,11 +12,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.layers.adaptation import Adaptation, RankError
-from rwkv_rlhf.layers.linear import Linear, StorageSpec
+from rwkv_rlhf.layers.adaptation import RankError
+from rwkv_rlhf.layers.adapters.adapter import Adapter
+from rwkv_rlhf.layers.linear import Linear
 
 
-class Bone(Linear):
+class Bone(Adapter, Linear):
     """y = x W'^T with `bone` (in / r, r, r), zero at first. Neither scale nor dropout.
 
     W' is not built: with z_b = Bone_b x_b the outputs of block a are sum_b W_ab (x_b + z_b) + sum_b z_b, that is the
@@ -25,35 +26,26 @@ class Bone(Linear):
     """
 
     tensors = ("bone",)
-
-    def __init__(self, in_features: int, out_features: int, adaptation: Adaptation, device=None, dtype=None) -> None:
-        super().__init__(in_features, out_features, device, dtype)
-        self.adaptation = adaptation
-        rank = adaptation.rank
-        self.bone = nn.Parameter(torch.empty(in_features // rank, rank, rank, device=device))
+    bone: nn.Parameter
 
     @staticmethod
-    def rank_of(bone: Tensor) -> int:
-        """The rank, from the first of `tensors`."""
-        return bone.shape[-1]
+    def rank_of(tensor: Tensor) -> int:
+        return tensor.shape[-1]
 
-    @classmethod
-    def wrap(cls, linear: Linear, adaptation: Adaptation) -> Bone:
-        """An adapter for the shape of `linear`, on the meta device. Raises RankError unless r divides both sides."""
-        rank, sides = adaptation.rank, (linear.out_features, linear.in_features)
+    def check_rank(self) -> None:
+        rank, sides = self.adaptation.rank, self.shape
         if sides[0] % rank or sides[1] % rank:
             raise RankError(
                 f"rank {rank} must divide both sides of the {sides[0]} x {sides[1]} matrix, "
                 f"so it must divide {math.gcd(*sides)}"
             )
-        return cls(linear.in_features, linear.out_features, adaptation, device="meta")
 
-    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        super().load_weight(weight, spec)
-        self.bone = nn.Parameter(torch.zeros(self.bone.shape, device=spec.device, dtype=spec.master))
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        rank = self.adaptation.rank
+        return {"bone": (self.in_features // rank, rank, rank)}
 
     def merged(self) -> Tensor:
-        weight, bone, rank = super().merged(), self.bone.detach().float(), self.adaptation.rank
+        weight, bone, rank = self.dense(torch.float32).detach(), self.bone.detach().float(), self.adaptation.rank
         blocks = weight.view(-1, rank, len(bone), rank)  # a, row of a, b, column of b
         return (blocks + torch.einsum("aibk,bkj->aibj", blocks, bone) + bone.transpose(0, 1)).view(weight.shape)
 
@@ -62,4 +54,5 @@ class Bone(Linear):
         blocks = x.unflatten(-1, (-1, rank))
         z = torch.einsum("...bi,boi->...bo", blocks, self.bone.to(x.dtype))
         y = self.base(x + z.flatten(-2))
-        return (y.unflatten(-1, (-1, rank)) + z.sum(-2).unsqueeze(-2)).flatten(-2)
+        summed: Tensor = y.unflatten(-1, (-1, rank)) + z.sum(-2).unsqueeze(-2)
+        return summed.flatten(-2)

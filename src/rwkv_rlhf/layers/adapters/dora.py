@@ -32,37 +32,39 @@ class DoRA(LoRA):
     An older program has a norm and a length for each column, `lora_M` (1, in): see `per_column`.
     """
 
-    tensors = ("lora_A", "lora_B", "lora_M")
+    tensors = (*LoRA.tensors, "lora_M")
+    lora_M: nn.Parameter
+    squares: Tensor  # |W|^2 of each row, or of each column
 
-    def __init__(self, in_features: int, out_features: int, adaptation: Adaptation, device=None, dtype=None) -> None:
-        super().__init__(in_features, out_features, adaptation, device, dtype)
-        self.lora_M = nn.Parameter(torch.empty(out_features, device=device))
-        self.register_buffer("squares", torch.empty(out_features, device=device), persistent=False)  # |W|^2
-        self._remembered: tuple[tuple, Tensor] | None = None
+    def __init__(self, in_features: int, out_features: int, adaptation: Adaptation) -> None:
+        super().__init__(in_features, out_features, adaptation)
+        self.register_buffer("squares", torch.empty(out_features, device="meta"), persistent=False)
+        self._remembered: tuple[tuple[object, ...], Tensor] | None = None
 
-    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        super().load_weight(weight, spec)
-        self._measure(1)
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        return super().tensor_shapes() | {"lora_M": (self.out_features,)}
+
+    def first_values(self, spec: StorageSpec) -> Mapping[str, Tensor]:
+        return {**super().first_values(spec), "lora_M": self._measure(1, spec.master)}
 
     def adopt_form(self, tensors: Mapping[str, Tensor]) -> None:
         if "lora_M" in tensors and tensors["lora_M"].dim() == 2 and self.by_row:
             self.per_column()
 
     def per_column(self) -> None:
-        """Change, before its tensors are filled, into the variant with one length for each column, `lora_M` (1, in).
+        """Change, before its tensors are loaded, into the variant with one length for each column, `lora_M` (1, in).
 
         V = W + s B A, y = (x * m / (|V| + 1e-6)) V^T with the norms of the columns; no dropout.
         """
-        self._measure(0)
-
-    def _measure(self, dim: int) -> None:
-        """Norms of the frozen matrix along `dim`, and lengths that leave it as it is."""
-        dtype = self.lora_A.dtype
-        self.squares = torch.linalg.vector_norm(self.dense(), dim=dim, dtype=dtype).detach().square_()
-        lengths = self.squares.sqrt()  # as _norms makes them, so that their quotient is exactly 1
-        lengths = lengths if dim else lengths.add_(COLUMN_EXTRA).view(1, -1)
+        lengths = self._measure(0, self.lora_A.dtype)
         self.lora_M = nn.Parameter(lengths, requires_grad=self.lora_M.requires_grad)
+
+    def _measure(self, dim: int, dtype: torch.dtype) -> Tensor:
+        """Measure the frozen matrix along `dim`; returns the lengths that leave it as it is."""
+        self.squares = torch.linalg.vector_norm(self.dense(), dim=dim, dtype=dtype).detach().square_()
         self._remembered = None
+        lengths = self.squares.sqrt()  # as _norms makes them, so that their quotient is exactly 1
+        return lengths if dim else lengths.add_(COLUMN_EXTRA).view(1, -1)
 
     @property
     def by_row(self) -> bool:
@@ -72,7 +74,8 @@ class DoRA(LoRA):
     @torch.no_grad()
     def _norms(self, dtype: torch.dtype, remember: bool) -> Tensor:
         """|V| of each row (out,), or of each column + 1e-6 (1, in), in the dtype of `squares`; products in `dtype`."""
-        a, b = self.lora_A, self.lora_B
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
         key = (dtype, a.device, id(a), a._version, id(b), b._version) if remember else ()
         if remember and self._remembered is not None and self._remembered[0] == key:
             return self._remembered[1]
@@ -112,5 +115,5 @@ class DoRA(LoRA):
         if not (self.training and self.adaptation.dropout):
             return (self.updated(self.base(x), x) * scale).to(x.dtype)
         dropped = F.dropout(x, self.adaptation.dropout)
-        whole, part = self.base(torch.stack([x, dropped]))  # one unpacking for both
+        whole, part = self.base(torch.stack([x, dropped])).unbind()  # one unpacking for both
         return (self.updated(part, dropped) * scale - part + whole).to(x.dtype)

@@ -5,14 +5,15 @@ Legend: r rank, V vocabulary, C width, m x n shape of a matrix.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rwkv_rlhf.layers.adaptation import Adaptation, RankError
-from rwkv_rlhf.layers.adapters.lora import LoRA, LoRAEmbedding, first_factors
-from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
+from rwkv_rlhf.layers.adaptation import RankError
+from rwkv_rlhf.layers.adapters.lora import LoRA, LoRAEmbedding, LowRank
+from rwkv_rlhf.layers.linear import StorageSpec
 from rwkv_rlhf.precision import wide_dtype
 
 OVERSAMPLING = 8  # directions beyond r that the search follows, as Halko et al. advise
@@ -53,73 +54,54 @@ def residual(weight: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor
     return rest
 
 
-def _split(weight: Tensor, rank: int, spec: StorageSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(W - B A, A, B) of (m, n), the factors in the master dtype: those of `spec.initial` or computed.
+class PrincipalFactors(LowRank):
+    """LoRA's factors begun as the principal part B0 A0 of the matrix; R = W - B0 A0 is frozen (and packed).
 
-    A matrix of zeros, as a new RWKV has them, has no principal part, and two factors of zeros would never learn: it
-    begins as LoRA does.
-    """
-    weight = weight.detach().to(spec.device)
-    if spec.initial is None:
-        a, b = principal_factors(weight, rank, spec.svd_niter, spec.generator)
-        if not b.any():
-            a, b = first_factors(weight.shape[1], len(weight), rank, spec)
-    else:
-        a, b = (spec.initial[name] for name in PiSSA.initial)
-        assert a.shape == (rank, weight.shape[1]) and b.shape == (len(weight), rank), (a.shape, b.shape)
-    a, b = (factor.detach().to(device=spec.device, dtype=spec.master) for factor in (a, b))
-    dtype = wide_dtype(spec.dtype)
-    return residual(weight, a, b, dtype), a, b
-
-
-def _unshared(spec: StorageSpec) -> StorageSpec:
-    """The residual is no tensor of the file: where those are used as they lie there, it stays unrounded."""
-    dtype = torch.promote_types(spec.dtype, torch.float32) if spec.share else spec.dtype
-    return replace(spec, share=False, dtype=dtype)
-
-
-def _begin(layer: PiSSA | PiSSAEmbedding, a: Tensor, b: Tensor) -> None:
-    for name, factor in zip(("lora_A", "lora_B"), (a, b)):
-        layer.register_buffer(f"{name}_init", factor, persistent=False)
-        setattr(layer, name, nn.Parameter(factor.clone()))
-
-
-def _check_rank(rank: int, shape: tuple[int, int]) -> None:
-    if rank > min(shape):
-        raise RankError(f"rank {rank} is more than the {shape[0]} x {shape[1]} matrix has: at most {min(shape)}")
-
-
-class PiSSA(LoRA):
-    """y = x R^T + (x A^T) B^T, R = W - B0 A0 frozen (and packed), A0 and B0 the initial factors. No scale, no dropout.
-
-    A0 and B0 are the buffers `lora_A_init` (r, in) and `lora_B_init` (out, r): R, and so the merged matrix, cannot be
-    made again without them.
+    A0 and B0 are kept as the buffers `lora_A_init` (r, in) and `lora_B_init` (out, r): R, and so the merged matrix,
+    cannot be made again without them. No scale, no dropout.
     """
 
     initial = ("lora_A_init", "lora_B_init")
+    lora_A_init: Tensor
+    lora_B_init: Tensor
 
-    @classmethod
-    def wrap(cls, linear: Linear, adaptation: Adaptation) -> PiSSA:
-        _check_rank(adaptation.rank, (linear.out_features, linear.in_features))
-        return super().wrap(linear, adaptation)
+    def check_rank(self) -> None:
+        rank, shape = self.adaptation.rank, self.shape
+        if rank > min(shape):
+            raise RankError(f"rank {rank} is more than the {shape[0]} x {shape[1]} matrix has: at most {min(shape)}")
 
-    def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        rest, a, b = _split(weight, self.adaptation.rank, spec)
-        Linear.load_weight(self, rest, _unshared(spec))
-        _begin(self, a, b)
-
-
-class PiSSAEmbedding(LoRAEmbedding):
-    """Row t of R + (B A)^T, R = W - (B0 A0)^T: as `PiSSA` with the table (V, C) transposed."""
-
-    initial = PiSSA.initial
-
-    @classmethod
-    def wrap(cls, embedding: Embedding, adaptation: Adaptation) -> PiSSAEmbedding:
-        _check_rank(adaptation.rank, (embedding.num_embeddings, embedding.embedding_dim))
-        return super().wrap(embedding, adaptation)
+    def first_values(self, spec: StorageSpec) -> Mapping[str, Tensor]:
+        return {"lora_A": self.lora_A_init.clone(), "lora_B": self.lora_B_init.clone()}
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
-        rest, a, b = _split(weight.t(), self.adaptation.rank, spec)
-        Embedding.load_weight(self, rest.t().contiguous(), _unshared(spec))
-        _begin(self, a, b)
+        weight = self.as_weight(weight.detach().to(spec.device))
+        for name, factor in zip(self.initial, self._factors(weight, spec)):
+            self.register_buffer(name, factor.detach().to(device=spec.device, dtype=spec.master), persistent=False)
+        rest = residual(weight, self.lora_A_init, self.lora_B_init, wide_dtype(spec.dtype))
+        if spec.share:  # the rest is no tensor of the file: where those are used as they lie there, it stays unrounded
+            spec = replace(spec, share=False, dtype=torch.promote_types(spec.dtype, torch.float32))
+        super().load_weight(self.as_weight(rest).contiguous(), spec)
+
+    def _factors(self, weight: Tensor, spec: StorageSpec) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of the matrix (out, in): those of `spec.initial`, or computed.
+
+        A matrix of zeros, as a new RWKV has them, has no principal part, and two factors of zeros would never learn: it
+        begins as LoRA does.
+        """
+        if spec.initial is not None:
+            a, b = (spec.initial[name] for name in self.initial)
+            shapes = self.tensor_shapes()
+            assert a.shape == shapes["lora_A"] and b.shape == shapes["lora_B"], (a.shape, b.shape)
+            return a, b
+        a, b = principal_factors(weight, self.adaptation.rank, spec.svd_niter, spec.generator)
+        if not b.any():
+            a, b = super().first_values(spec).values()
+        return a, b
+
+
+class PiSSA(PrincipalFactors, LoRA):
+    """y = x R^T + (x A^T) B^T."""
+
+
+class PiSSAEmbedding(PrincipalFactors, LoRAEmbedding):
+    """Row t of R + (B A)^T."""

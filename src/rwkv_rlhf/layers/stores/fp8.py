@@ -31,24 +31,22 @@ def row_scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def native_product(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> tuple[bool, str]:
-    """Whether `torch._scaled_mm` multiplies x of `dtype` with an e4m3 matrix of `shape` on `device`, and why (not).
-
-    The sentence is logged by `chosen_product`, once for each device and dtype.
-    """
+def why_dequantised(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> str:
+    """Why `torch._scaled_mm` cannot multiply x of `dtype` with an e4m3 matrix of `shape` on `device`; "" if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return False, f"fp8 matrices are dequantised for each product: {device.type} has no fast fp8 product"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < FIRST_CAPABILITY:
-        found, wanted = (".".join(map(str, pair)) for pair in (capability, FIRST_CAPABILITY))
-        return False, f"fp8 matrices are dequantised for each product: this GPU has capability {found}, not {wanted}"
-    if dtype != torch.bfloat16:
-        return False, f"fp8 matrices are dequantised for each product: the computation is in {dtype}, not bfloat16"
-    if shape[0] % MULTIPLE or shape[1] % MULTIPLE:
-        return False, f"an fp8 matrix of {tuple(shape)} is dequantised: its sides are no multiples of {MULTIPLE}"
-    if refusal := _refusal(device):
-        return False, f"fp8 matrices are dequantised for each product: this GPU refuses their product ({refusal})"
-    return True, "fp8 matrices are multiplied natively; inputs are rounded to fp8 with one scale a token"
+        reason = f"{device.type} has no fast fp8 product"
+    elif (capability := torch.cuda.get_device_capability(device)) < FIRST_CAPABILITY:
+        found, needed = (".".join(map(str, pair)) for pair in (capability, FIRST_CAPABILITY))
+        reason = f"this GPU has capability {found}, not {needed}"
+    elif dtype != torch.bfloat16:
+        reason = f"the computation is in {dtype}, not bfloat16"
+    elif shape[0] % MULTIPLE or shape[1] % MULTIPLE:
+        return f"an fp8 matrix of {tuple(shape)} is dequantised: its sides are no multiples of {MULTIPLE}"
+    elif refusal := _refusal(device):
+        reason = f"this GPU refuses their product ({refusal})"
+    else:
+        return ""
+    return f"fp8 matrices are dequantised for each product: {reason}"
 
 
 @functools.cache
@@ -68,10 +66,10 @@ def _say(sentence: str) -> None:
 
 
 def chosen_product(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> bool:
-    """`native_product`, with its reason logged the first time it is given."""
-    native, sentence = native_product(device, dtype, shape)
-    _say(sentence)
-    return native
+    """Whether to multiply natively. The reason is logged, each sentence once."""
+    why = why_dequantised(device, dtype, shape)
+    _say(why or "fp8 matrices are multiplied natively; inputs are rounded to fp8 with one scale a token")
+    return not why
 
 
 def _small_float16(bits: Tensor) -> Tensor:
@@ -91,11 +89,8 @@ class FP8(Store):
     """
 
     mode = "fp8"
-
-    def __init__(self, shape: torch.Size, packed: Tensor, scale: Tensor) -> None:
-        super().__init__(shape)
-        self.register_buffer("packed", packed, persistent=False)  # (out, in) float8_e4m3fn
-        self.register_buffer("scale", scale, persistent=False)  # (out, 1) float32
+    packed: Tensor  # (out, in) float8_e4m3fn
+    scale: Tensor  # (out, 1) float32
 
     @classmethod
     def pack(cls, weight: Tensor) -> FP8:
@@ -105,12 +100,12 @@ class FP8(Store):
         for begin in range(0, len(weight), step):
             rows = slice(begin, begin + step)
             packed[rows], scale[rows] = row_scaled(weight[rows].detach())
-        return cls(weight.shape, packed, scale)
+        return cls(weight.shape, packed=packed, scale=scale)
 
     @classmethod
     def on_meta(cls, shape: torch.Size) -> FP8:
         packed = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-        return cls(shape, packed, torch.empty((shape[0], 1), dtype=torch.float32, device="meta"))
+        return cls(shape, packed=packed, scale=torch.empty((shape[0], 1), dtype=torch.float32, device="meta"))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.packed.device.type != "cpu":

@@ -26,11 +26,8 @@ class Int8(Store):
     """Blocks of 64 integers from -127 to 127 with one float32 scale each. A block of zeros has scale 0."""
 
     mode = "int8"
-
-    def __init__(self, shape: torch.Size, packed: Tensor, scale: Tensor) -> None:
-        super().__init__(shape)
-        self.register_buffer("packed", packed, persistent=False)  # (blocks, 64) int8, the last block filled with zeros
-        self.register_buffer("scale", scale, persistent=False)  # (blocks, 1) float32
+    packed: Tensor  # (blocks, 64) int8, the last block filled with zeros
+    scale: Tensor  # (blocks, 1) float32
 
     @classmethod
     def pack(cls, weight: Tensor) -> Int8:
@@ -46,13 +43,13 @@ class Int8(Store):
             scale[rows] = largest / LARGEST
             # a block of zeros stays zero, whatever it is divided by
             packed[rows] = part.mul_(LARGEST / largest.clamp_(min=torch.finfo(torch.float32).tiny)).round_()
-        return cls(weight.shape, packed, scale)
+        return cls(weight.shape, packed=packed, scale=scale)
 
     @classmethod
     def on_meta(cls, shape: torch.Size) -> Int8:
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks, BLOCK), dtype=torch.int8, device="meta")
-        return cls(shape, packed, torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
+        return cls(shape, packed=packed, scale=torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         dense = scaled_rows(self.packed, self.scale, dtype)

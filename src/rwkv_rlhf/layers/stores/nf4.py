@@ -33,32 +33,6 @@ def _bitsandbytes() -> ModuleType:
     return functional
 
 
-def pack_4bit(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """(out, in) of any float dtype -> packed (32 blocks, 1) uint8 and absmax (blocks,) float32, mode "nf4" or "fp4".
-
-    The matrix is read as one row of n numbers cut into blocks of 64, as the QLoRA authors do; the last block is filled
-    with zeros. Values are taken in float32, so a matrix packs the same from every dtype that holds it exactly. Raises
-    ValueError with the pip line when bitsandbytes is missing.
-    """
-    functional = _bitsandbytes()
-    flat = weight.detach().contiguous().view(-1)
-    blocks = math.ceil(flat.numel() / BLOCK)
-    packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
-    for begin in range(0, flat.numel(), CHUNK):
-        part = flat[begin : begin + CHUNK].float()
-        part = F.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
-        first = begin // BLOCK
-        if part.device.type == "cpu":
-            rows, largest = _pack_on_cpu(part, mode)
-        else:
-            rows, state = functional.quantize_4bit(part, blocksize=BLOCK, quant_type=mode)
-            largest = state.absmax
-        packed[first * BLOCK // 2 : (first + len(part)) * BLOCK // 2] = rows
-        absmax[first : first + len(part)] = largest
-    return packed, absmax
-
-
 def _pack_on_cpu(part: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     """(blocks, 64) float32 -> (32 blocks, 1) uint8 and (blocks,): bit for bit what `quantize_4bit` gives on a CPU.
 
@@ -93,37 +67,53 @@ def _tables(mode: str) -> tuple[Tensor, Tensor, Tensor]:
     return levels, borders, order.to(torch.uint8)
 
 
-def unpack_4bit(packed: Tensor, absmax: Tensor, shape: torch.Size, mode: str, dtype: torch.dtype) -> Tensor:
-    """The inverse: a dense tensor of `shape` in `dtype` (float64 by way of float32)."""
-    functional = _bitsandbytes()
-    direct = torch.float32 if dtype == torch.float64 else dtype
-    # One block a row: its CPU kernel restarts the blocks at each row and is wrong for rows that are not whole blocks.
-    rows = torch.Size((absmax.numel(), BLOCK))
-    state = functional.QuantState(absmax=absmax, shape=rows, blocksize=BLOCK, quant_type=mode, dtype=direct)
-    dense = functional.dequantize_4bit(packed, state)
-    return dense.view(-1)[: shape.numel()].view(shape).to(dtype)
-
-
 class FourBit(Store):
     """Blocks of 64 values with one float32 scale each, in the 16 levels that `mode` names (arXiv 2305.14314)."""
 
-    def __init__(self, shape: torch.Size, packed: Tensor, absmax: Tensor) -> None:
-        super().__init__(shape)
-        self.register_buffer("packed", packed, persistent=False)  # (32 blocks, 1) uint8
-        self.register_buffer("absmax", absmax, persistent=False)  # (blocks,) float32
+    packed: Tensor  # (32 blocks, 1) uint8
+    absmax: Tensor  # (blocks,) float32
 
     @classmethod
     def pack(cls, weight: Tensor) -> FourBit:
-        return cls(weight.shape, *pack_4bit(weight, cls.mode))
+        """The matrix is read as one row of n numbers cut into blocks of 64, as the QLoRA authors do.
+
+        The last block is filled with zeros. Values are taken in float32, so a matrix packs the same from every dtype
+        that holds it exactly. Raises ValueError with the pip line when bitsandbytes is missing.
+        """
+        functional = _bitsandbytes()
+        flat = weight.detach().contiguous().view(-1)
+        blocks = math.ceil(flat.numel() / BLOCK)
+        packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device=flat.device)
+        absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
+        for begin in range(0, flat.numel(), CHUNK):
+            part = flat[begin : begin + CHUNK].float()
+            part = F.pad(part, (0, -part.numel() % BLOCK)).view(-1, BLOCK)
+            first = begin // BLOCK
+            if part.device.type == "cpu":
+                rows, largest = _pack_on_cpu(part, cls.mode)
+            else:
+                rows, state = functional.quantize_4bit(part, blocksize=BLOCK, quant_type=cls.mode)
+                largest = state.absmax
+            packed[first * BLOCK // 2 : (first + len(part)) * BLOCK // 2] = rows
+            absmax[first : first + len(part)] = largest
+        return cls(weight.shape, packed=packed, absmax=absmax)
 
     @classmethod
     def on_meta(cls, shape: torch.Size) -> FourBit:
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device="meta")
-        return cls(shape, packed, torch.empty(blocks, dtype=torch.float32, device="meta"))
+        return cls(shape, packed=packed, absmax=torch.empty(blocks, dtype=torch.float32, device="meta"))
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return unpack_4bit(self.packed, self.absmax, self.shape, self.mode, dtype)
+        functional = _bitsandbytes()
+        direct = torch.float32 if dtype == torch.float64 else dtype
+        # One block a row: its CPU kernel restarts blocks at each row and is wrong for rows that are not whole blocks.
+        rows = torch.Size((self.absmax.numel(), BLOCK))
+        state = functional.QuantState(
+            absmax=self.absmax, shape=rows, blocksize=BLOCK, quant_type=self.mode, dtype=direct
+        )
+        dense: Tensor = functional.dequantize_4bit(self.packed, state)
+        return dense.view(-1)[: self.shape.numel()].view(self.shape).to(dtype)
 
 
 class NF4(FourBit):

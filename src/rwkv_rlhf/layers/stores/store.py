@@ -1,14 +1,16 @@
-"""What every storage of a frozen matrix can do. The storages themselves are in files of their own (`stores.STORES`)."""
+"""What every storage of a frozen matrix can do. Each storage has a file of its own in this folder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-# numbers that are unpacked at once: products of mixed types make float32 copies of all that a CPU is given
-PIECE, PIECE_ON_GPU = 1 << 20, 1 << 24
+# Numbers that are unpacked at once: products of mixed types make float32 copies of all that a CPU is given.
+PIECE = 1 << 20
+PIECE_ON_GPU = 1 << 24
 
 
 def scaled_rows(
@@ -28,7 +30,7 @@ class ExactBuffers(nn.Module):
     """A module whose own buffers follow moves between devices but no casts: `model.to(bfloat16)`, which trainers do,
     would round block scales, which is another matrix."""
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, old in before.items():
@@ -41,14 +43,16 @@ class ExactBuffers(nn.Module):
 class Store(ExactBuffers):
     """A packed matrix of shape (out, in). It knows nothing of adapters. Its tensors are buffers outside the state dict.
 
-    A new storage is one file with a subclass (`mode`, `pack`, `unpack`) and one line in `stores.STORES`.
+    A new storage is one file with a subclass (`mode`, `pack`, `unpack`) and an entry in `tables.STORAGES`.
     """
 
     mode = ""
 
-    def __init__(self, shape: torch.Size) -> None:
+    def __init__(self, shape: torch.Size, **buffers: Tensor) -> None:
         super().__init__()
         self.shape = shape
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
 
     @classmethod
     def pack(cls, weight: Tensor) -> Store:
@@ -70,7 +74,8 @@ class Store(ExactBuffers):
 
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> x W^T (..., out) in x.dtype. A dense matrix lives only while the product runs."""
-        return _PackedProduct.apply(x, self)
+        y: Tensor = _PackedProduct.apply(x, self)
+        return y
 
     def bytes(self) -> int:
         """Bytes that the packed matrix takes."""
@@ -81,12 +86,12 @@ class _PackedProduct(torch.autograd.Function):
     """x W^T with W unpacked in forward and once more in backward, so that autograd keeps no dense copy alive."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, store: Store) -> Tensor:
+    def forward(ctx: Any, x: Tensor, store: Store) -> Tensor:
         ctx.store = store
         return store.product(x)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
         return upstream @ ctx.store.unpack(upstream.dtype), None

@@ -6,43 +6,25 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import timedelta
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, Strategy
-from torch import Tensor, nn
+from pytorch_lightning.strategies import Strategy
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
-from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.settings.config import DEEPSPEED, Config
-from rwkv_rlhf.training.strategies.deepspeed import Zero, zero
-from rwkv_rlhf.training.strategies.fsdp import fsdp
-
-Maker = Callable[[Config, nn.Module], Strategy | str]
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
+from rwkv_rlhf.training.strategies.deepspeed import Zero
 
 
-def ddp(config: Config, model: nn.Module) -> Strategy | str:
-    """The whole model on each rank. One process needs no strategy."""
-    if not ranks.several():
-        return "auto"
-    ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
-    return DDPStrategy(
-        timeout=timedelta(minutes=config.timeout),
-        init_sync=False,  # all ranks read the same file; what trains was sent above
-        broadcast_buffers=False,  # packed matrices never change
-        gradient_as_bucket_view=True,
-    )
-
-
-STRATEGIES: dict[str, Maker] = {"auto": ddp, "ddp": ddp, "fsdp": fsdp, **dict.fromkeys(DEEPSPEED, zero)}
-
-
-def make_strategy(config: Config, model: nn.Module) -> Strategy | str:
-    """What --strategy names, for Lightning's trainer."""
-    return STRATEGIES[config.strategy](config, model)
+def make_strategy(config: Config, model: RWKV) -> Strategy | str:
+    """What --strategy names (`tables.STRATEGIES`), for Lightning's trainer."""
+    strategy: Strategy | str = load(tables.STRATEGIES[config.strategy].implementation)(config, model)
+    return strategy
 
 
 def clips_itself(trainer: pl.Trainer) -> bool:
@@ -52,6 +34,7 @@ def clips_itself(trainer: pl.Trainer) -> bool:
 
 def norm_of_last_step(trainer: pl.Trainer) -> float:
     """With a strategy that clips itself: the norm before clipping, nan when the step was left out."""
+    assert isinstance(trainer.strategy, Zero)
     return trainer.strategy.gradient_norm
 
 
@@ -65,7 +48,7 @@ def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tens
 def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """(what the optimizer updates on this rank, its state of it), always in the same order: the parameters, or
     DeepSpeed's float32 shares of them. A state is empty before the first step."""
-    optimizer = trainer.optimizers[0]
+    optimizer: Any = trainer.optimizers[0]
     if isinstance(trainer.strategy, Zero):
         shares = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
         return [(share, optimizer.optimizer.state[share]) for share in shares]

@@ -15,9 +15,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.precision.deepspeed import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy, ParallelStrategy
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+from torch import distributed as dist
 
+from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import STATES
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 
 
@@ -35,9 +38,10 @@ class AsItIs(DeepSpeedPrecision):
         """The batch itself."""
         return data
 
-    def backward(self, tensor: Tensor, model: pl.LightningModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def backward(self, tensor: Tensor, model: pl.LightningModule, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]  # as Lightning's own
         """As Lightning's, but the loss is divided by the number of micro-batches once only: Lightning has done it."""
-        model.trainer.model.backward(tensor, scale_wrt_gas=False)
+        engine: Any = model.trainer.model
+        engine.backward(tensor, scale_wrt_gas=False)
 
 
 class Zero(DeepSpeedStrategy):
@@ -52,15 +56,15 @@ class Zero(DeepSpeedStrategy):
         """The processes have met already; one alone meets itself."""
         self.set_world_ranks()
         on_gpu = self.root_device.type == "cuda"
-        if not distributed.is_initialized():
-            distributed.init_process_group(
-                "nccl" if on_gpu else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
             )
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling, for inference only
         self._set_node_environment_variables()
-        deepspeed.init_distributed(distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
         import deepspeed
@@ -85,7 +89,8 @@ class Zero(DeepSpeedStrategy):
     def gradient_norm(self) -> float:
         """The norm of the gradient that the last step was made of, before it was clipped; nan when it left the step
         out because that was not a number."""
-        if self.optimizers[0].overflow:
+        optimizer: Any = self.optimizers[0]  # DeepSpeed's
+        if optimizer.overflow:
             return float("nan")
         return float(self.deepspeed_engine.get_global_grad_norm())
 
@@ -119,16 +124,16 @@ def _lend_shape(parameter: Tensor, gradient: Tensor) -> None:
         parameter.data = gradient.new_empty(1).expand(gradient.shape)
 
 
-def zero(config: Config, model: nn.Module) -> Zero:
+def zero(config: Config, model: RWKV) -> Zero:
     """The strategy that --strategy deepspeed_stage_... names. Raises ValueError when deepspeed is not installed."""
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
         raise ValueError(f"--strategy {config.strategy} needs the package deepspeed: pip install deepspeed") from error
-    stage = int(config.strategy.split("_")[2])
+    facts = tables.STRATEGIES[config.strategy]
     elements = config.ds_bucket_mb * 1_000_000
     settings: dict[str, Any] = {
-        "stage": stage,
+        "stage": facts.stage,
         "memory_efficient_linear": False,  # it would replace torch's own for the whole process
         "stage3_param_persistence_threshold": 2 * model.sizes.n_embd,  # vectors are not worth a message
         "contiguous_gradients": True,
@@ -136,9 +141,9 @@ def zero(config: Config, model: nn.Module) -> Zero:
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
     }
-    if config.strategy.endswith("_offload"):
+    if facts.offload:
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        if stage == 3:
+        if facts.stage == 3:
             settings["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return Zero(
         config={

@@ -26,6 +26,7 @@ class Sharded(ModelParallelStrategy):
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Split the model, then make the optimizer over the parts. Lightning's own wants the module to split itself."""
+        assert self.accelerator is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         self.model_to_device()
         shard(self.lightning_module.model, self.device_mesh["data_parallel"])
@@ -46,9 +47,11 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
 def fsdp(config: Config, model: nn.Module) -> Sharded | str:
     """The strategy of --strategy fsdp; one process has nobody to share with."""
-    if not ranks.several():
+    if not ranks.is_distributed():
         return "auto"
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("head.")):
         raise ValueError("{strategy} fsdp has no backward pass to split where only the head learns; use {strategy} ddp")
     ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
-    return Sharded(data_parallel_size=ranks.world(), tensor_parallel_size=1, timeout=timedelta(minutes=config.timeout))
+    return Sharded(
+        data_parallel_size=ranks.world_size(), tensor_parallel_size=1, timeout=timedelta(minutes=config.timeout)
+    )

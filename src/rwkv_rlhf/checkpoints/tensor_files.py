@@ -1,0 +1,158 @@
+"""Files of named tensors: reading them safely, comparing them, writing them atomically.
+
+A checkpoint is a flat dict of tensors, `.pth` (torch.save) or `.safetensors`. Only tensors are ever read from one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rwkv_rlhf.files import atomic_write, check_archive
+from rwkv_rlhf.layers.adapters import ADAPTERS
+
+WRAPPER = "_forward_module."  # DeepSpeed's prefix in checkpoints of older trainers
+NAMES_SHOWN = 4
+SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
+# Small vectors of the model come in several shapes, but an adapter's lora_M (1, in) is not the (out,) of another kind.
+EXACT = frozenset(part for adapter in ADAPTERS.values() for part in adapter.linear.tensors)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a `.pth` or `.safetensors` file by name, mapped from the disk and not read yet where possible.
+
+    Nothing in the file is executed. Raises ValueError in one sentence for a file that is missing, cut off, damaged,
+    holds other objects than tensors, or is not a dict.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a checkpoint file (.pth or .safetensors)")
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not isinstance(found, dict) or not found:
+        what = "an empty dict" if found == {} else f"a {type(found).__name__}"
+        raise ValueError(f"{path} holds {what}, expected a dict of named tensors")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
+    _check_plain(found, path)
+    return {name.removeprefix(WRAPPER): value.detach() for name, value in found.items()}
+
+
+def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError for tensors that are no weights, and for shapes beyond what the file holds (strides of 0)."""
+    for name, tensor in tensors.items():
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
+        if not plain or tensor.is_complex():
+            raise ValueError(f"{path}: {name!r} is no plain tensor of real numbers")
+    described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    if described > SHARED * size:
+        raise ValueError(f"{path} describes tensors of {described:,} bytes, but has only {size:,}")
+
+
+def _read_pth(path: Path) -> object:
+    zipped = check_archive(path)
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong is said below
+            # only the zip format (torch >= 1.6) can be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)|(?:global|class) `?([\w.]+)", str(error))
+        name = next((group for group in foreign.groups() if group), "") if foreign else ""
+        if name:
+            raise ValueError(f"{path} holds a Python object ({name}), not only tensors: it was not opened") from error
+        raise ValueError(f"{path} is not a checkpoint, or holds other objects than tensors ({size})") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # what torch.load raises for bytes that are no checkpoint depends on where it stumbles
+        raise ValueError(f"{path} is damaged or not a checkpoint ({size})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, short enough for a sentence of ours."""
+    text = str(error).strip().splitlines()
+    return text[0][:160].rstrip(" .:") if text else type(error).__name__
+
+
+def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are equal but for dimensions of 1: files have small vectors as (C,) or (1, 1, C)."""
+    return [n for n in shape if n != 1] == [n for n in other if n != 1]
+
+
+def key_diff(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], optional: frozenset[str] = frozenset()
+) -> str:
+    """What differs between the names and shapes of two dicts, grouped and counted; "" when nothing does.
+
+    Names of `optional` may be missing, and may be there without being expected.
+    """
+    wrong = []
+    for name in expected:
+        if name not in tensors:
+            continue
+        shape, other = tensors[name].shape, expected[name].shape
+        if shape != other and (name.split(".")[-1] in EXACT or not same_shape(shape, other)):
+            wrong.append(f"{name} {tuple(shape)} instead of {tuple(other)}")
+    groups = {
+        "missing": [name for name in expected if name not in tensors and name not in optional],
+        "unexpected": [name for name in tensors if name not in expected and name not in optional],
+        "of the wrong shape": wrong,
+    }
+    sentences = []
+    for group, names in groups.items():
+        if names:
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            sentences.append(f"{len(names)} {group}: {', '.join(names[:NAMES_SHOWN])}{more}")
+    return "; ".join(sentences)
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, whatever the format of the file that holds them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write a `.safetensors` file, or with torch.save one of any other suffix, all or nothing.
+
+    Raises ValueError when it cannot be written; an older file at `path` then stays as it was.
+    """
+    path = Path(path)
+    alone = {name: _alone(tensor) for name, tensor in tensors.items()}
+    try:
+        with atomic_write(path) as file:
+            if path.suffix == ".safetensors":
+                save_file(alone, file.name)
+            else:
+                torch.save(alone, file)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise ValueError(f"{path} cannot be written: {reason}") from error
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """`tensor` with a storage of its own: torch.save writes the whole storage behind a view."""
+    tensor = tensor.detach().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()

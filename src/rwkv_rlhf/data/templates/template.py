@@ -1,0 +1,120 @@
+"""How a conversation becomes text: the names of the speakers, the cue that an answer follows, the mark that ends it.
+
+The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`. Prompt and answer are tokenised apart, so
+training sees the very tokens that sampling continues from.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rwkv_rlhf.data.conversation import Turn
+
+_THINK = "<think>"
+
+
+class Rendered(NamedTuple):
+    """A prompt as text, and the answers as they follow it, with what ends them."""
+
+    prompt: str
+    answers: list[str]
+
+
+class Span(NamedTuple):
+    """A piece of a chat that is tokenised by itself; `answer`: the assistant says it."""
+
+    text: str
+    answer: bool
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to write a conversation.
+
+    Attributes:
+        user, assistant, system: names of the speakers; empty strings for bare text.
+        end: text that closes an answer.
+        end_ids: token ids after that text (plain text has no mark of its own, so it takes the end of document, 0).
+        think: answers follow the g1 models' think or no-think cue.
+        whole_conversation: a turn's text depends on the turns around it, so a conversation must be written as one.
+    """
+
+    user: str = "User"
+    assistant: str = "Assistant"
+    system: str = "System"
+    end: str = "\n\n"
+    end_ids: tuple[int, ...] = ()
+    think: bool = False
+    whole_conversation: bool = False
+
+    def _turn(self, turn: Turn) -> str:
+        name = {"user": self.user, "assistant": self.assistant, "system": self.system}[turn.role]
+        return f"{name}: {turn.text}\n\n" if name else f"{turn.text}\n"
+
+    def history(self, turns: Sequence[Turn]) -> str:
+        """Finished turns, each with its closing mark."""
+        return "".join(map(self._turn, turns))
+
+    def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
+        """The conversation so far and the cue for an answer; `answers` decide g1's think or no-think cue."""
+        if not self.assistant:
+            return "\n".join(turn.text for turn in turns)
+        return self.history(turns) + f"{self.assistant}:" + self._cue(answers)
+
+    def _cue(self, answers: Sequence[str]) -> str:
+        if not self.think:
+            return ""
+        thoughts = [answer.startswith(_THINK) for answer in answers]
+        if all(thoughts):
+            return " <think"
+        return "" if any(thoughts) else " <think>\n</think"
+
+    def _answers(self, answers: Sequence[str]) -> list[str]:
+        if not self.assistant:
+            return [answer + self.end for answer in answers]
+        cue = self._cue(answers)
+        if cue == " <think":
+            return [answer.removeprefix("<think") + self.end for answer in answers]
+        lead = ">\n" if cue else " "
+        return [lead + answer + self.end for answer in answers]
+
+    def render(self, turns: Sequence[Turn], answers: Sequence[str]) -> Rendered:
+        """The prompt, and each of `answers` as it follows it. Raises RowError where a template refuses them."""
+        return Rendered(self.prompt(turns, answers), self._answers(answers))
+
+    def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
+        """A whole chat: everything between two answers is one span."""
+        waiting: list[Turn] = []
+        for turn in turns:
+            if turn.role != "assistant":
+                waiting.append(turn)
+                continue
+            prompt, (answer,) = self.render(waiting, [turn.text])
+            yield Span(prompt, False)
+            yield Span(answer, True)
+            waiting = []
+        if waiting:
+            yield Span(self.history(waiting), False)
+
+
+class Share(NamedTuple):
+    """A template and the share of rows that are written with it."""
+
+    share: float
+    template: Template
+
+
+WORLD = Template()
+PLAIN = Template(user="", assistant="", system="", end="", end_ids=(0,))
+
+# --template -> what rows are written with; their shares sum to 1
+TEMPLATES: dict[str, tuple[Share, ...]] = {
+    "world": (Share(1.0, WORLD),),
+    "mixed": (
+        Share(0.8, WORLD),
+        Share(0.1, Template(user="Question", assistant="Answer")),
+        Share(0.1, Template(user="Input", assistant="Response")),
+    ),
+    "g1": (Share(1.0, Template(think=True)),),
+    "plain": (Share(1.0, PLAIN),),
+}

@@ -1,0 +1,179 @@
+"""The recurrences through Triton, as ops/recurrence.py asks for them: memory, precisions, tile sizes, launches.
+
+T tokens of all rows, C channels, H heads, N head size, S rows (packed segments)
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rwkv_rlhf.ops.triton import channel_state, matrix_state
+from rwkv_rlhf.ops.triton.launch import current, dense, processors
+
+GROUP = 64  # tokens between states that forward keeps for backward
+CHANNELS, CHANNEL_GROUP = 64, 32  # WKV-4: channels of a program, tokens between kept states
+NAMES = {"wkv5": "rkvwu", "wkv6": "rkvwu", "wkv7": "rwkvab"}  # inputs in the order of the public functions
+COARSE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Tiles(NamedTuple):
+    """How a matrix-state kernel is cut: L tokens a chunk, VB value channels a program, and the threads of a program."""
+
+    chunk: int
+    values: int
+    warps: int
+    stages: int = 1
+
+
+def tiles(size: int, programs: int, processors: int) -> Tiles:
+    """Tiles for a head size and a number of rows times heads, on a device of so many processors.
+
+    A chunk of WKV-5 and 6 has 16 tokens, because their decays may be e^-10 and two factors of e^80 must be finite.
+    Value channels are halved, until 32, while two programs do not fall to each processor; 64 is the most of a program.
+    """
+    values = min(size, 64)
+    while values > 32 and programs * (size // values) < 2 * processors:
+        values //= 2
+    return Tiles(chunk=16, values=values, warps=4 if size <= 64 else 8)
+
+
+class Precision(NamedTuple):
+    """Types of the coarse products' operands and ways of the fine products; see products.py."""
+
+    coarse: Any
+    fine: str
+
+
+def precision(dtype: torch.dtype, device: torch.device) -> Precision:
+    """float32 inputs keep float32 accuracy; 16-bit inputs have tf32 products where errors add up.
+
+    AMD has no tf32 on every card: its float32 matrix instructions are exact. In the interpreter, operands are rounded
+    as a GPU of NVIDIA rounds them.
+    """
+    if device.type == "cpu":
+        return Precision(COARSE[dtype], "ieee" if dtype == torch.float32 else "emulated")
+    if torch.version.hip:
+        return Precision(COARSE[dtype], "ieee")
+    return Precision(COARSE[dtype], "tf32x3" if dtype == torch.float32 else "tf32")
+
+
+class MatrixKernel:
+    """WKV-5.2, 6 or 7: `forward` and `backward` as ops/recurrence.py asks for them. The same bits on every run."""
+
+    def __init__(self, op: str, cut: Tiles | None = None) -> None:
+        self.op = op
+        self.cut = cut  # None: chosen by `tiles`
+
+    def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Sequence[int], keep: bool) -> list[Tensor]:
+        """y, the final state, and if `keep` what backward needs. starts: where rows begin among the T tokens, and T."""
+        x, first = self._named(inputs)
+        rows, heads, size = state.shape[:3]
+        cut = self.cut or tiles(size, rows * heads, processors(first.device))
+        edges = torch.tensor(starts).to(first.device, non_blocking=True)
+        y, last = torch.empty_like(first), torch.empty_like(state)
+        kept = state.new_empty(starts[-1] // GROUP + rows if keep else 0, *state.shape[1:])
+        with current(first.device):
+            matrix_state.forward[rows * heads, size // cut.values](
+                *(x.get(name, first) for name in "rwkvabu"),
+                state.contiguous(),
+                edges,
+                y,
+                last,
+                kept,
+                heads,
+                KEEP=keep,
+                **self._constants(size, cut, inputs[0]),
+            )
+        return [y.to(inputs[0].dtype), last, *((kept, edges) if keep else ())]
+
+    def backward(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor, dlast: Tensor) -> list[Tensor]:
+        """Gradients of the inputs, in their dtypes, and of the initial state."""
+        x, first = self._named(inputs)
+        states, edges = kept
+        rows, heads, size = dlast.shape[:3]
+        cut = self.cut or tiles(size, rows * heads, processors(first.device))
+        parts, chunks = size // cut.values, GROUP // cut.chunk
+        programs = rows * heads * parts
+        by_key = first.new_empty if parts == 1 else dlast.new_empty  # parts of a sum are not rounded
+        grads = {name: by_key(parts, *first.shape) for name in x if x[name].dim() == first.dim() and name != "v"}
+        grads |= {name: dlast.new_empty(rows, heads, parts, size) for name in x if x[name].dim() < first.dim()}
+        grads["v"] = torch.empty_like(first)
+        dstate = torch.empty_like(dlast, memory_format=torch.contiguous_format)
+        with current(first.device):
+            matrix_state.backward[rows * heads, parts](
+                *(x.get(name, first) for name in "rwkvabu"),
+                states,
+                edges,
+                dy.to(first.dtype).contiguous(),
+                dlast.contiguous(),
+                *(grads.get(name, dstate) for name in "rwkvabu"),
+                dstate,
+                dlast.new_empty(programs, chunks, cut.values, size),
+                dlast.new_empty(programs, chunks, cut.chunk, cut.chunk),
+                dlast.new_empty(programs, chunks, cut.chunk, cut.values),
+                heads,
+                first.numel(),
+                **self._constants(size, cut, inputs[0]),
+            )
+        found = []
+        for name, given in zip(NAMES[self.op], inputs, strict=True):
+            grad = grads[name]
+            if given.dim() < first.dim():  # a vector: rows, and parts by value channels
+                grad = grad.sum((0, 2))
+            elif name != "v":
+                grad = grad.sum(0) if parts > 1 else grad[0]
+            found.append(grad.to(given.dtype))
+        return [*found, dstate]
+
+    def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs by their letters, contiguous; and r, which every version has."""
+        x = {name: dense(given) for name, given in zip(NAMES[self.op], inputs, strict=True)}
+        return x, x["r"]
+
+    def _constants(self, size: int, cut: Tiles, given: Tensor) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        coarse, fine = precision(given.dtype, given.device)
+        cuts = {"VERSION": int(self.op[-1]), "N": size, "VB": cut.values, "L": cut.chunk, "GROUP": GROUP}
+        return cuts | {"COARSE": coarse, "FINE": fine, "num_warps": cut.warps, "num_stages": cut.stages}
+
+
+class ChannelKernel:
+    """WKV-4: `forward` and `backward` as ops/recurrence.py asks for them. The same bits on every run."""
+
+    CONSTANTS: ClassVar = {"BLOCK": CHANNELS, "GROUP": CHANNEL_GROUP, "num_warps": CHANNELS // 32}
+
+    def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Sequence[int], keep: bool) -> list[Tensor]:
+        """y, the final state, and if `keep` what backward needs. starts: where rows begin among the T tokens, and T."""
+        k, v, w, u = (dense(x) for x in inputs)
+        tokens, channels, rows = starts[-1], k.shape[-1], state.shape[0]
+        state, edges = state.contiguous(), torch.tensor(starts).to(k.device, non_blocking=True)
+        y, last = torch.empty_like(k), torch.empty_like(state)
+        kept = state.new_empty(tokens // CHANNEL_GROUP + rows if keep else 0, channels, 3)
+        grid = rows, triton.cdiv(channels, CHANNELS)
+        with current(k.device):
+            channel_state.forward[grid](k, v, w, u, state, edges, y, last, kept, channels, KEEP=keep, **self.CONSTANTS)
+        return [y.to(inputs[0].dtype), last, *((kept, edges, state, last) if keep else ())]
+
+    def backward(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor, dlast: Tensor) -> list[Tensor]:
+        """Gradients of the inputs, in their dtypes, and of the initial state."""
+        k, v, w, u = (dense(x) for x in inputs)
+        channels, rows = k.shape[-1], dlast.shape[0]
+        states, edges, state, last = kept
+        grid = rows, triton.cdiv(channels, CHANNELS)
+        dk, dv, dstate = torch.empty_like(k), torch.empty_like(v), torch.empty_like(state)
+        dw, du = dlast.new_empty(2, rows, channels)
+        scratch = dlast.new_empty(*grid, CHANNEL_GROUP, 3, CHANNELS)
+        given = k, v, w, u, states, edges, dy.to(k.dtype).contiguous(), state, last, dlast.contiguous()
+        with current(k.device):
+            channel_state.backward[grid](*given, dk, dv, dw, du, dstate, scratch, channels, **self.CONSTANTS)
+        grads = dk, dv, dw.sum(0), du.sum(0)
+        return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
+
+
+def kernel(op: str) -> MatrixKernel | ChannelKernel:
+    """What runs the recurrence `op`."""
+    return ChannelKernel() if op == "wkv4" else MatrixKernel(op)

@@ -1,0 +1,430 @@
+"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, exports, optimizers.
+
+Each table is the only list of its kind. The command line, constraints, plan, memory estimate, sidecars, weight decay,
+exports, curves and the parametrised tests are derived from it, so a new thing is one file and one entry here. No torch:
+`implementation` names the class or function ("module:name", ".losses.sft:SFT" in this package), which
+`implementations.load` imports where it is used.
+
+Legend: r rank, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """A loss as everything but the mathematics knows it.
+
+    data: what one example is: "text" (a document), "pairs" (prompt, chosen, rejected), "rated" (an answer and its
+    label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
+    fields of Config that mean something with this loss only. reference: scores of the start model are needed.
+    general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
+    unless the user says otherwise. smoothing: label smoothing where none is typed.
+    """
+
+    help: str
+    data: str
+    implementation: str = ""
+    settings: tuple[str, ...] = ()
+    reference: bool = False
+    teacher: bool = False
+    general_text: bool = False
+    l2wrap: bool = False
+    smoothing: float = 0.0
+
+
+LOSSES: dict[str, LossFacts] = {
+    "sft": LossFacts(
+        "supervised fine-tuning: next tokens of text and chats", "text", ".losses.sft:SFT", l2wrap=True, smoothing=0.001
+    ),
+    "dpo": LossFacts(
+        "direct preference optimisation and its variants",
+        "pairs",
+        ".losses.dpo:DPO",
+        ("dpo_alpha", "dpo_beta", "dpo_loss", "dpo_logp", "dpo_label_smoothing", "dpo_general_corpus_ratio"),
+        reference=True,
+        general_text=True,
+    ),
+    "orpo": LossFacts(
+        "odds ratio preference optimisation, no reference model",
+        "pairs",
+        ".losses.orpo:ORPO",
+        ("orpo_alpha", "orpo_mode"),
+    ),
+    "simpo": LossFacts(
+        "simple preference optimisation, no reference model",
+        "pairs",
+        ".losses.simpo:SimPO",
+        ("simpo_alpha", "simpo_beta", "simpo_gamma"),
+    ),
+    "cpo": LossFacts(
+        "contrastive preference optimisation, no reference model", "pairs", ".losses.cpo:CPO", ("cpo_alpha", "cpo_beta")
+    ),
+    "kto": LossFacts(
+        "Kahneman-Tversky optimisation of single answers, good or bad",
+        "rated",
+        ".losses.kto:KTO",
+        ("kto_beta", "kto_desirable_weight", "kto_undesirable_weight"),
+        reference=True,
+    ),
+    "wpo": LossFacts(
+        "weighted preference optimisation", "pairs", ".losses.wpo:WPO", ("wpo_alpha", "wpo_beta"), reference=True
+    ),
+    "distillation": LossFacts(
+        "a teacher's largest logits, from a file or live",
+        "text",
+        ".losses.distill:Distillation",
+        ("temperature", "top_k", "alpha", "kd", "kd_tail", "teacher_model"),
+        teacher=True,
+        l2wrap=True,
+        smoothing=0.001,
+    ),
+    "rm": LossFacts("a reward model", "pairs", settings=("rm_margin", "rm_centring")),
+    "ppo": LossFacts(
+        "proximal policy optimisation against a reward model",
+        "prompts",
+        settings=(
+            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "target_kl"),
+            *("early_stopping", "reward_baseline", "output_max_length", "save_freq"),
+        ),
+    ),
+    "grpo": LossFacts(
+        "group relative policy optimisation with reward functions or a reward model",
+        "prompts",
+        settings=(
+            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta"),
+            "reward_funcs",
+        ),
+    ),
+}
+PRETRAINING = "sft"  # the loss of {data_file} alone, without a word about one (and then without smoothing)
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """An adapter of one matrix (`linear`) and, where it has such a form, of the embedding's table (`embedding`).
+
+    tensors: its own parameters, by the last word of their names. sign: the tensor that tells it in a file without a
+    sidecar (the first adapter of the table whose sign is there). decays: those that weight decay may touch. factor_b:
+    those that LoRA+ trains at a higher rate. initial: buffers without which a checkpoint means nothing (PiSSA).
+    scaled: multiplied by alpha / r. dropout: whether its authors have one. profile_rank: rank of a new profile.
+    output_copies: values of each output channel that are kept for the backward pass. loading_bytes: of each number of a
+    matrix while its adapter is made; loading_rows: some rows of it in float64 besides. peft: in the PEFT library.
+    """
+
+    help: str
+    linear: str
+    tensors: tuple[str, ...]
+    sign: str
+    decays: tuple[str, ...]
+    embedding: str = ""
+    factor_b: tuple[str, ...] = ()
+    initial: tuple[str, ...] = ()
+    scaled: bool = False
+    dropout: bool = True
+    profile_rank: int = 16
+    output_copies: int = 0
+    loading_bytes: int = 0
+    loading_rows: bool = False
+    peft: PeftFacts | None = None
+
+
+@dataclass(frozen=True)
+class PeftFacts:
+    """How an adapter is called in the PEFT library: `kind` of its configuration, DoRA by a switch of LoRA's."""
+
+    kind: str
+    use_dora: bool = False
+    difference: bool = False  # exported as the difference to its initial factors, of twice the rank
+
+
+LORA_FACTORS = ("lora_A", "lora_B")
+ADAPTERS: dict[str, AdapterFacts] = {
+    "lora": AdapterFacts(
+        "low-rank update (arXiv 2106.09685)",
+        ".layers.adapters.lora:LoRA",
+        LORA_FACTORS,
+        sign="lora_A",
+        decays=LORA_FACTORS,
+        embedding=".layers.adapters.lora:LoRAEmbedding",
+        factor_b=("lora_B",),
+        scaled=True,
+        peft=PeftFacts("LORA"),
+    ),
+    "pissa": AdapterFacts(
+        "low-rank update that begins as the principal part of the matrix (arXiv 2404.02948)",
+        ".layers.adapters.pissa:PiSSA",
+        LORA_FACTORS,
+        sign="",  # the names are LoRA's: only a sidecar or --type tells it
+        decays=LORA_FACTORS,
+        embedding=".layers.adapters.pissa:PiSSAEmbedding",
+        factor_b=("lora_B",),
+        initial=("lora_A_init", "lora_B_init"),
+        dropout=False,
+        loading_bytes=4,
+        loading_rows=True,
+        peft=PeftFacts("LORA", difference=True),
+    ),
+    "bone": AdapterFacts(
+        "each block of the matrix updated from itself (RWKV-PEFT)",
+        ".layers.adapters.bone:Bone",
+        ("bone",),
+        sign="bone",
+        decays=("bone",),
+        dropout=False,
+        profile_rank=64,
+    ),
+    "dora": AdapterFacts(
+        "low-rank update of the rows' directions, and their lengths (arXiv 2402.09353)",
+        ".layers.adapters.dora:DoRA",
+        (*LORA_FACTORS, "lora_M"),
+        sign="lora_M",
+        decays=LORA_FACTORS,
+        factor_b=("lora_B",),
+        scaled=True,
+        output_copies=1,
+        loading_bytes=4,
+        peft=PeftFacts("LORA", use_dora=True),
+    ),
+    "miss": AdapterFacts(
+        "one strip of r rows repeated across the inputs (arXiv 2409.15371)",
+        ".layers.adapters.miss:MiSS",
+        ("miss",),
+        sign="miss",
+        decays=("miss",),
+        profile_rank=64,
+        peft=PeftFacts("MISS"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StorageFacts:
+    """How a frozen matrix is kept. bytes_per_number and rms_error (of a normal matrix): approximate, for people.
+
+    packing: bytes beside matrix and packed matrix while one is packed.
+    """
+
+    help: str
+    implementation: str
+    bytes_per_number: float
+    rms_error: float
+    packing: int
+    needs: str = ""  # the package that it needs
+
+
+STORAGES: dict[str, StorageFacts] = {
+    "nf4": StorageFacts(
+        "16 levels at the quantiles of a normal distribution, blocks of 64 (arXiv 2305.14314)",
+        ".layers.stores.nf4:NF4",
+        0.5625,
+        0.09,
+        20 << 20,
+        needs="bitsandbytes",
+    ),
+    "fp4": StorageFacts(
+        "4-bit floats, blocks of 64", ".layers.stores.nf4:FP4", 0.5625, 0.12, 20 << 20, needs="bitsandbytes"
+    ),
+    "int8": StorageFacts("8-bit integers, blocks of 64", ".layers.stores.int8:Int8", 1.0625, 0.006, 32 << 20),
+    "fp8": StorageFacts("8-bit floats (e4m3), one scale a row", ".layers.stores.fp8:FP8", 1.0, 0.026, 32 << 20),
+}
+DENSE = "none"  # not packed: a parameter in the compute dtype
+
+
+@dataclass(frozen=True)
+class VersionFacts:
+    """An RWKV version by what tells it, and what depends on it.
+
+    block: its block class. new: models of it can be made from zero. spellings: further
+    words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
+    that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
+    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
+    att whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
+    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
+    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
+    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
+    begins from a learnt time_state in the model's file.
+    """
+
+    help: str
+    block: str
+    has: frozenset[str]
+    lacks: frozenset[str] = frozenset()
+    per_channel: bool | None = None
+    spellings: tuple[str, ...] = ()
+    new: bool = True
+    heads: str = ""
+    low_rank: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    small: str = ".*time.*"
+    rates: Mapping[str, float] = field(default_factory=dict)
+    activations: float = 0.0
+    recurrence_bytes: int = 0
+    starts_from_file: bool = False
+
+
+VERSIONS: dict[str, VersionFacts] = {
+    "x040": VersionFacts(
+        "RWKV-4",
+        ".model.rwkv4:Block",
+        has=frozenset({"time_first", "time_mix_k"}),
+        lacks=frozenset({"ln_x.weight"}),
+        rates={"time_decay": 2.0, "time_first": 3.0},
+        activations=20.1,
+    ),
+    "x050": VersionFacts(
+        "RWKV-5.0",
+        ".model.rwkv5:Block50",
+        has=frozenset({"ln_x.weight", "time_mix_k"}),
+        lacks=frozenset({"gate.weight"}),
+        per_channel=False,
+        new=False,
+        heads="time_decay",
+        rates={"time_decay": 2.0, "time_first": 3.0},
+        activations=24.6,
+        recurrence_bytes=4,
+    ),
+    "x051": VersionFacts(
+        "RWKV-5.1",
+        ".model.rwkv5:Block51",
+        has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight"}),
+        per_channel=False,
+        new=False,
+        heads="time_decay",
+        rates={"time_decay": 2.0, "time_first": 3.0},
+        activations=24.6,
+        recurrence_bytes=4,
+    ),
+    "x052": VersionFacts(
+        "RWKV-5.2",
+        ".model.rwkv5:Block52",
+        has=frozenset({"ln_x.weight", "time_mix_k", "gate.weight", "time_faaaa"}),
+        per_channel=True,
+        spellings=("r3r4",),
+        heads="time_faaaa",
+        rates={"time_decay": 2.0},
+        activations=24.6,
+        recurrence_bytes=4,
+        starts_from_file=True,
+    ),
+    "x060": VersionFacts(
+        "RWKV-6",
+        ".model.rwkv6:Block",
+        has=frozenset({"time_maa_w1"}),
+        heads="time_faaaa",
+        low_rank={"mix": ("time_maa_w2",), "decay": ("time_decay_w1",)},
+        rates={"time_decay": 2.0},
+        activations=34.4,
+        recurrence_bytes=4,
+        starts_from_file=True,
+    ),
+    "x070": VersionFacts(
+        "RWKV-7",
+        ".model.rwkv7:Block",
+        has=frozenset({"r_k", "x_r"}),
+        heads="r_k",
+        low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",)},  # one block alone has no v1
+        small=r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k",
+        rates={"w0": 2.0},
+        activations=28.6,
+        recurrence_bytes=8,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StrategyFacts:
+    """How ranks share the work. implementation: (config, model) -> a Lightning strategy.
+
+    whole_blocks: a block's parameters are put together for its own forward and backward pass only, so nothing that
+    runs several blocks in one backward pass goes with it. stage: of DeepSpeed's ZeRO, 0 = not DeepSpeed.
+    """
+
+    help: str
+    implementation: str
+    whole_blocks: bool = False
+    stage: int = 0
+    offload: bool = False
+
+
+STRATEGIES: dict[str, StrategyFacts] = {
+    "auto": StrategyFacts("one process alone, or ddp", ".training.strategies.ddp:ddp"),
+    "ddp": StrategyFacts("the whole model on every rank", ".training.strategies.ddp:ddp"),
+    "fsdp": StrategyFacts(
+        "what trains, its gradients and the optimizer's state split over the ranks",
+        ".training.strategies.fsdp:fsdp",
+        whole_blocks=True,
+    ),
+    **{
+        f"deepspeed_stage_{stage}{'_offload' if offload else ''}": StrategyFacts(
+            f"DeepSpeed's ZeRO, {what} split over the ranks" + (", in host memory" if offload else ""),
+            ".training.strategies.deepspeed:zero",
+            whole_blocks=stage == 3,
+            stage=stage,
+            offload=offload,
+        )
+        for stage, what in ((1, "optimizer state"), (2, "optimizer state and gradients"), (3, "these and parameters"))
+        for offload in (False, True)
+    },
+}
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """A form for another program. implementation: (adapter, folder, force) -> a sentence. files: what it writes."""
+
+    help: str
+    implementation: str
+    files: tuple[str, ...]
+
+
+EXPORTS: dict[str, ExportFacts] = {
+    "peft": ExportFacts(
+        "as the PEFT library has it",
+        ".checkpoints.exporters.peft:to_peft_folder",
+        ("adapter_model.safetensors", "adapter_config.json"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """implementation: (groups, betas, eps) -> a torch optimizer; "" = parsed, but not built yet. state_bytes: what it
+    keeps of each trained number."""
+
+    help: str
+    implementation: str = ""
+    spellings: tuple[str, ...] = ()
+    state_bytes: int = 8
+
+
+OPTIMIZERS: dict[str, OptimizerFacts] = {
+    "adamw": OptimizerFacts("AdamW", ".training.optimizers:adamw", ("", "AdamW")),
+    "adam8bit": OptimizerFacts("Adam with 8-bit moments", spellings=("Adam8bit",)),
+    "adamw8bit": OptimizerFacts("AdamW with 8-bit moments", spellings=("AdamW8bit",)),
+    "lion": OptimizerFacts("Lion (arXiv 2302.06675)", spellings=("Lion",)),
+    "muon": OptimizerFacts("Muon on matrices, AdamW elsewhere"),
+    "adopt": OptimizerFacts("ADOPT (arXiv 2411.02853)"),
+    "cpu_adam": OptimizerFacts("DeepSpeed's Adam on the host"),
+}
+
+
+@dataclass(frozen=True)
+class BackendFacts:
+    """What runs the recurrences; the rules of each are in ops/backends.py. built: False = parsed only."""
+
+    help: str
+    built: bool = True
+
+
+BACKENDS: dict[str, BackendFacts] = {
+    "auto": BackendFacts("the fastest that can"),
+    "naive": BackendFacts("plain PyTorch loops"),
+    "cpu": BackendFacts("C++ for processors"),
+    "cuda": BackendFacts("CUDA or HIP, exact float32"),
+    "hip": BackendFacts("HIP by name", built=False),
+    "triton": BackendFacts("Triton, chunked tensor-core form"),
+    "fla": BackendFacts("flash-linear-attention", built=False),
+}

@@ -1,0 +1,37 @@
+"""Runs that one process and several make the same steps of."""
+
+STEPS = 3
+
+
+def shared_words(base, vocab_file):
+    return [
+        *("--load_model", base, "--vocab_file", vocab_file, "--accelerator", "cpu", "--precision", "fp32"),
+        *("--quant", 0, "--ctx_len", 128, "--epoch_save", 1, "--random_seed", 3, "--epoch_count", 1),
+        *("--lr_init", "1e-3", "--lr_final", "1e-3"),
+    ]
+
+
+def case(text, pairs, name):
+    """The words of a case and, for one process and for two, those that make the same steps of it."""
+    sft, dpo = ("--sft", 1, "--data_file", text), ("--dpo", 1, "--dpo_beta", 0.1, "--rlhf_train_file", pairs)
+    lora = ("--peft", "lora", "--quant", 1, "--quant_mode", "nf4", "--lora_r", 4, "--lora_dropout", 0)
+    words = {
+        "sft": (*sft, "--val_file", text),
+        "dpo": (*dpo, "--val_file", pairs),
+        "kto": ("--kto", 1, "--rlhf_train_file", pairs, "--kto_beta", 0.1),
+        "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
+        "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
+        "forgetful": (*sft, "--val_file", text),
+        "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
+        "blown": (*sft, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", 0, "--max_bad_steps", 1),
+        "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
+        "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
+    }[name]
+    size, parts = (1, 2) if name == "infctx" else (4, 1) if name == "kto" else (2, 2)
+    shape = ("--micro_bsz", size)
+
+    def of(processes):
+        pieces = 2 * parts // processes
+        return [*words, *shape, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
+
+    return of
