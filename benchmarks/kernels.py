@@ -31,7 +31,7 @@ from benchmarks.chunked import CHUNKED, LENGTH
 from benchmarks.peers import load_peers
 from benchmarks.rates import fma_gflops, gemm_gflops
 from rwkv_rlhf.ops.backends import BACKENDS, choose
-from rwkv_rlhf.ops.build import instruction_set
+from rwkv_rlhf.ops.cpu import instruction_set
 from rwkv_rlhf.ops.judge import RECURRENCES, error, make_inputs
 
 # Floating-point operations forward and backward, for each state element and token (wkv4: channel and token; an

@@ -12,10 +12,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from rwkv_rlhf.ops.build import FLAGS, ISA_FLAGS, compiler, instruction_set
+from rwkv_rlhf.ops.build import FLAGS, ISA_FLAGS, compiler
+from rwkv_rlhf.ops.cpu import instruction_set
 
 LANES = {"AVX512": 16, "AVX2": 8}
 CHAINS, TURNS = 10, 4_000_000  # enough independent sums to hide the latency of one, few enough for the registers
+OPENMP = ("-fopenmp", "-fvisibility=default")
 SOURCE = """
 typedef float vec __attribute__((vector_size({lanes} * 4)));
 extern "C" void multiply_add(int threads, long turns, float* out) {{
@@ -44,8 +46,8 @@ def fma_gflops(threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "rate.cpp"), Path(folder, "rate.so")
         source.write_text(text)
-        flags = (*FLAGS, *ISA_FLAGS.get(instruction_set(), ()))
-        subprocess.run([compiler()[0], *flags, "-shared", str(source), "-o", str(target)], check=True)
+        flags = (*FLAGS, *ISA_FLAGS[instruction_set()])
+        subprocess.run([compiler()[0], *flags, *OPENMP, str(source), "-o", str(target)], check=True)
         run = ctypes.CDLL(str(target)).multiply_add
     out = torch.full((2 + threads,), 0.5)
     best = math.inf

@@ -7,7 +7,7 @@ import pytest
 from rwkv_rlhf.commands import doctor as module
 from rwkv_rlhf.commands.doctor import DISAGREEMENT, doctor
 from rwkv_rlhf.ops import backends as select
-from rwkv_rlhf.ops import build, check, gpu
+from rwkv_rlhf.ops import build, check, cpu
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,7 @@ def short(monkeypatch):
     select._build_failure.cache_clear()
     yield
     select._build_failure.cache_clear()
+    cpu._library.cache_clear()
 
 
 def test_every_compiled_kernel_is_compared(capsys):
@@ -65,7 +66,7 @@ def test_a_missing_compiler_is_explained(monkeypatch, capsys):
         raise build.BuildError("no C++ compiler: 'c++' was not found (install g++ or clang++, or set CXX)")
 
     monkeypatch.setattr(build, "compiler", missing)
-    monkeypatch.setattr(build, "_loaded", {})
+    cpu._library.cache_clear()
     assert doctor() is None
     said = capsys.readouterr().out
     assert "install g++ or clang++" in said and "plain PyTorch, 50 times slower" in said
@@ -91,5 +92,5 @@ def test_a_toolkit_outside_of_the_path_is_found(monkeypatch, tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 99.9'\n")
     nvcc.chmod(0o755)
-    monkeypatch.setattr(gpu.cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(tmp_path))
     assert dict(module.compilers())["nvcc"] == f"Cuda compilation tools, release 99.9 ({nvcc})"

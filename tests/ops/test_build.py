@@ -8,8 +8,7 @@ import time
 import pytest
 import torch
 
-from rwkv_rlhf.ops import backends as select
-from rwkv_rlhf.ops import build
+from rwkv_rlhf.ops import backends, build, cpu
 from rwkv_rlhf.ops.wkv7 import wkv7
 
 GOOD = 'extern "C" int answer() { return 42; }\n'
@@ -25,9 +24,13 @@ def sources(tmp_path, monkeypatch):
     cache.mkdir()
     monkeypatch.setattr(build, "SOURCES", folder)
     monkeypatch.setattr(build, "cache_folder", lambda: cache)
-    select._build_failure.cache_clear()
+    backends._build_failure.cache_clear()
     yield folder
-    select._build_failure.cache_clear()
+    backends._build_failure.cache_clear()
+
+
+def recipe(name="good"):
+    return build.host_recipe(name, "DEFAULT")
 
 
 def small_inputs(dtype=torch.float32):
@@ -58,36 +61,36 @@ def test_missing_compiler_is_named(sources, monkeypatch):
     (sources / "good.cpp").write_text(GOOD)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="no-such-compiler"):
-        build.library("good")
+        cpu.library("good")
 
 
 def test_second_process_reuses_the_binary_and_a_changed_source_does_not(sources):
     (sources / "good.cpp").write_text(GOOD)
-    first = build.binary(build._host_recipe("good"))
+    first = build.binary(recipe())
     stamp = first.stat().st_mtime_ns
-    assert build.binary(build._host_recipe("good")) == first and first.stat().st_mtime_ns == stamp
+    assert build.binary(recipe()) == first and first.stat().st_mtime_ns == stamp
     (sources / "good.cpp").write_text(GOOD.replace("42", "43"))
-    assert build.binary(build._host_recipe("good")) != first
+    assert build.binary(recipe()) != first
 
 
 def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):
     (sources / "good.cpp").write_text(GOOD)
-    binary = build.binary(build._host_recipe("good"))
+    binary = build.binary(recipe())
     binary.unlink()
     (binary.parent / "lock").write_text("left behind")
     began = time.monotonic()
-    assert build.binary(build._host_recipe("good")).is_file()
+    assert build.binary(recipe()).is_file()
     assert time.monotonic() - began < 30
 
 
 def test_lock_held_for_too_long_is_ignored(sources, monkeypatch):
     (sources / "good.cpp").write_text(GOOD)
     monkeypatch.setattr(build, "LOCK_PATIENCE", 0.2)
-    binary = build.binary(build._host_recipe("good"))
+    binary = build.binary(recipe())
     binary.unlink()
     with open(binary.parent / "lock", "w") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        assert build.binary(build._host_recipe("good")).is_file()
+        assert build.binary(recipe()).is_file()
 
 
 @pytest.mark.parametrize("patience", [0.0, 60.0])
@@ -101,20 +104,20 @@ def test_two_processes_that_build_at_once_end_with_one_binary(sources, monkeypat
         if child == 0:
             status = 1
             try:
-                status = 0 if build.binary(build._host_recipe("good")).is_file() else 2
+                status = 0 if build.binary(recipe()).is_file() else 2
             finally:
                 os._exit(status)
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    binary = build.binary(build._host_recipe("good"))
+    binary = build.binary(recipe())
     assert sorted(path.name for path in binary.parent.iterdir()) == sorted(["lock", binary.name])
 
 
 def test_damaged_binary_is_rebuilt(sources):
     (sources / "good.cpp").write_text(GOOD)
-    binary = build.binary(build._host_recipe("good"))
+    binary = build.binary(build.host_recipe("good", cpu.instruction_set()))
     binary.write_bytes(binary.read_bytes()[:200])
-    build.library("good")
+    cpu.library("good")
     assert binary.stat().st_size > 200
 
 
@@ -126,11 +129,11 @@ def test_full_disk_is_a_readable_error(sources, monkeypatch):
 
     monkeypatch.setattr(build, "_compile", no_room)
     with pytest.raises(build.BuildError, match="No space left"):
-        build.library("good")
+        cpu.library("good")
 
 
 def test_read_only_cache_folder_has_a_private_substitute(monkeypatch, tmp_path):
-    monkeypatch.setattr(build.cpp_extension, "get_default_build_root", lambda: "/proc/no-such-folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-such-folder")
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = build.cache_folder()
     assert folder.parent == tmp_path and folder.stat().st_uid == os.getuid()
@@ -150,13 +153,13 @@ def test_first_error_line_of_a_compiler(output, line):
 
 def test_choice_of_backend_says_why_others_were_refused():
     cpu, shape = torch.device("cpu"), (1, 8, 2, 64)
-    name, reason = select.choose("wkv7", cpu, torch.float64, shape)
+    name, reason = backends.choose("wkv7", cpu, torch.float64, shape)
     assert name == "naive" and "float64" in reason
-    name, reason = select.choose("wkv7", cpu, torch.float32, (1, 8, 2, 48))
+    name, reason = backends.choose("wkv7", cpu, torch.float32, (1, 8, 2, 48))
     assert name == "naive" and "48" in reason
-    name, reason = select.choose("wkv7", torch.device("cuda"), torch.float32, shape)
+    name, reason = backends.choose("wkv7", torch.device("cuda"), torch.float32, shape)
     assert name == "naive" and "cuda" in reason
     with pytest.raises(ValueError, match="float64"):
-        select.choose("wkv7", cpu, torch.float64, shape, "cpu")
+        backends.choose("wkv7", cpu, torch.float64, shape, "cpu")
     with pytest.raises(ValueError, match="naive"):
-        select.choose("wkv7", cpu, torch.float32, shape, "fastest")
+        backends.choose("wkv7", cpu, torch.float32, shape, "fastest")

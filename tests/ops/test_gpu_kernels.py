@@ -1,4 +1,4 @@
-"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/harness against the plain loop, and compiled.
+"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/support/kernel_host.py against the plain loop, and compiled.
 
 Errors are RMS(difference) / RMS(reference) against the plain loop in float64, per tensor.
 """
@@ -12,6 +12,7 @@ import torch
 
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.ops import build, gpu
+from rwkv_rlhf.ops.calls import LAYOUTS
 from rwkv_rlhf.ops.judge import RECURRENCES, errors, make_inputs, make_state, results
 from tests import gpu_check
 from tests.support.kernel_host import HarnessKernel as Harness
@@ -19,7 +20,7 @@ from tests.support.kernel_host import Options, as_backend, compiled, functions, 
 
 LIMIT = 3e-6  # float32
 BF16_LIMIT = 5e-3
-OPS = [op for op in RECURRENCES if (gpu.SOURCES / f"{op}.cu").is_file() and op in gpu.LAYOUTS]
+OPS = [op for op in RECURRENCES if (gpu.SOURCES / f"{op}.cu").is_file() and op in LAYOUTS]
 SIZES = [(64, t) for t in (1, 63, 64, 65, 130)] + [(32, t) for t in (2, 65)] + [(128, t) for t in (1, 66)]
 WIDE, NARROW = 1, 1000  # processors: few, so that blocks are large; many, so that they are small
 
@@ -187,6 +188,7 @@ __global__ void kernel(int which, const float* x, bf16* y) {
         case 6: const_cast<float*>(x)[i] = 1.f; break;
     }
 }
+RWKV_PUBLIC int64_t rwkv_interval() { return INTERVAL; }
 RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* n, int, int device, void* stream) {
     const OnDevice here(device);
     launch(kernel, (n[0] + 63) / 64, 64, Stream(stream), int(n[1]), tensor<const float>(x, 0), tensor<bf16>(x, 1));

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from rwkv_rlhf.ops import recurrence
+from rwkv_rlhf.ops import cpu, recurrence
 from rwkv_rlhf.ops.build import BuildError
-from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state
 
 ROOM = 32  # head size of the inputs here
@@ -72,7 +71,7 @@ def test_kernel_keeps_little_for_backward(op):
 def backend_of(op):
     """ "cpu", or a skip where it cannot be built."""
     try:
-        library(op)
+        cpu.library(op)
     except BuildError as error:
         pytest.skip(f"the kernel cannot be built here: {error}")
     return "cpu"
@@ -99,32 +98,34 @@ def test_vectors_of_another_dtype_are_converted_and_receive_their_gradient():
 def test_operator_refuses_offsets_outside_its_memory(op):
     """Called by hand with wrong segment starts the operator must raise, not read foreign memory."""
     backend_of(op)
-    inputs, count = plain_inputs(op, tokens=4, heads=1), len(RECURRENCES[op].tokens)
-    flat = [x.flatten(0, 1) if n < count else x for n, x in enumerate(inputs)]
+    inputs = plain_inputs(op, tokens=4, heads=1)
     for starts in ([0, 5], [0, 3], [1, 4], [0, 4, 2, 4], [0, -1, 4]):
         state = make_state(op, len(starts) - 1, 1, ROOM).detach()
-        with pytest.raises(RuntimeError, match="starts"):
-            library(op).forward(flat, state, torch.tensor(starts), True)
+        with pytest.raises(ValueError, match="starts must rise"):
+            cpu.recurrence(op).forward(inputs, state, starts, True)
 
 
 def test_operator_refuses_tensors_that_do_not_fit(op):
-    """A missing input, one too short, a state of too few rows, an upstream gradient of another dtype."""
+    """A missing input, one too short, a state of too few rows, an upstream gradient of another dtype or shape."""
     backend_of(op)
-    inputs, count = plain_inputs(op, tokens=4, heads=1), len(RECURRENCES[op].tokens)
-    flat = [x.flatten(0, 1) if n < count else x for n, x in enumerate(inputs)]
-    state, starts = make_state(op, 1, 1, ROOM).detach(), torch.tensor([0, 4])
-    run, back = library(op).forward, library(op).backward
-    with pytest.raises(RuntimeError, match="inputs are"):
-        run(flat[:-1], state, starts, True)
-    with pytest.raises(RuntimeError, match="another shape"):
-        run([*flat[:-1], flat[-1][..., :-1]], state, starts, True)
-    with pytest.raises(RuntimeError, match="bad state"):
-        run(flat, state[:0], starts, True)
-    y, last, *kept = run(flat, state, starts, True)
-    with pytest.raises(RuntimeError, match="bad dy"):
-        back(flat, kept, starts, y.double(), last)
-    with pytest.raises(RuntimeError, match="kept nothing"):
-        back(flat, [], starts, y, last)
+    inputs, starts = plain_inputs(op, tokens=4, heads=1), [0, 4]
+    state = make_state(op, 1, 1, ROOM).detach()
+    run, back = cpu.recurrence(op).forward, cpu.recurrence(op).backward
+    with pytest.raises(ValueError, match=f"{len(inputs) - 1} inputs, but it needs {len(inputs)}"):
+        run(inputs[:-1], state, starts, True)
+    with pytest.raises(ValueError, match=f"input {len(inputs) - 1} is"):
+        run([*inputs[:-1], inputs[-1][..., :-1]], state, starts, True)
+    with pytest.raises(ValueError, match="input 1 is"):
+        run([inputs[0], inputs[1].double(), *inputs[2:]], state, starts, True)
+    with pytest.raises(ValueError, match="does not fit 1 rows"):
+        run(inputs, state[:0], starts, True)
+    y, last, *kept = run(inputs, state, starts, True)
+    with pytest.raises(ValueError, match="the gradient of y is"):
+        back(inputs, kept, y.double(), last)
+    with pytest.raises(ValueError, match="the gradient of the final state is"):
+        back(inputs, kept, y, last[..., :-1])
+    with pytest.raises(ValueError, match="kept nothing"):
+        back(inputs, [], y, last)
 
 
 def cut(x):

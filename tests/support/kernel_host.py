@@ -16,8 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import backends as select
-from rwkv_rlhf.ops import gpu
+from rwkv_rlhf.ops import backends, calls, gpu
 from rwkv_rlhf.ops.build import Recipe, compiler, load
 
 HERE = Path(__file__).resolve().parent
@@ -74,11 +73,15 @@ class HarnessKernel(gpu.Kernel):
     def _empty(self, shape, dtype, device):
         return torch.full(tuple(shape), float("nan"), dtype=dtype)
 
+    def _like(self, x):
+        return self._empty(x.shape, x.dtype, x.device)
+
     def _run(self, name, given, filled, sizes, dtype):
         order, warp, processors, roughness, at_end = self.options
         self.functions.harness_options(order, warp, processors, roughness)
         tensors = [None if x is None else Guarded(x, at_end) for x in (*given, *filled)]
-        failure = self._answer(name, [x.address if x else 0 for x in tensors], sizes, dtype, 0, 0)
+        addresses = [x.address if x else 0 for x in tensors]
+        failure = calls.answer(getattr(self.functions, name), addresses, sizes, dtype, 0, None)
         if failure:
             return failure + self._place(failure, tensors)
         for i, (x, guarded) in enumerate(zip((*given, *filled), tensors, strict=True)):
@@ -98,9 +101,8 @@ class HarnessKernel(gpu.Kernel):
 def recipe(source: Path) -> Recipe:
     """How a .cu file is compiled for the CPU."""
     command, version = compiler()
-    headers = [*sorted(gpu.SOURCES.glob("*.h")), HERE / "kernel_host.h"]
     includes = (f"-I{HERE}", f"-I{gpu.SOURCES}")
-    return Recipe(source, headers, (command, *FLAGS, *includes), links=(), depends=(version,), label="harness")
+    return Recipe(source, (command, *FLAGS, *includes), (version,), "harness")
 
 
 @functools.cache
@@ -117,13 +119,13 @@ def harnessed(op: str, options: Options | None = None, source: Path | None = Non
 @contextmanager
 def as_backend(op: str, kernel: gpu.Kernel) -> Iterator[None]:
     """While this lasts, `backend="cuda"` of the op means `kernel`, on tensors of the CPU."""
-    rules, real = select.BACKENDS[op], gpu.kernel
-    select.BACKENDS[op] = {"cuda": select.any_tensor, **{name: rule for name, rule in rules.items() if name != "cuda"}}
+    rules, real = backends.BACKENDS[op], gpu.kernel
+    backends.BACKENDS[op] = {"cuda": backends.any_tensor, **{name: rule for name, rule in rules.items() if name != "cuda"}}
     gpu.kernel = lambda name, device: kernel if name == op else real(name, device)
     try:
         yield
     finally:
-        select.BACKENDS[op], gpu.kernel = rules, real
+        backends.BACKENDS[op], gpu.kernel = rules, real
 
 
 def compiled(recipe: Recipe, target: Path, *flags: str) -> subprocess.CompletedProcess[str]:

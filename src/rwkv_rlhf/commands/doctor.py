@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rwkv_rlhf.ops import build, gpu
+from rwkv_rlhf.ops import build, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, findings
 from rwkv_rlhf.precision import NAMES
 
@@ -54,7 +54,7 @@ def doctor() -> int | None:
 
 def machine() -> Iterator[tuple[str, str]]:
     """Processor, PyTorch and GPUs."""
-    yield "processor", f"{platform.machine()}, {build.instruction_set()}, {torch.get_num_threads()} threads"
+    yield "processor", f"{platform.machine()}, {cpu.instruction_set()}, {torch.get_num_threads()} threads"
     built_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built_for = built_for or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPU only"
     yield "python", f"{platform.python_version()} ({sys.executable})"

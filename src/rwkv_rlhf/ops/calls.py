@@ -73,7 +73,9 @@ class Kernel:
             raise ValueError(f"{self.op}: forward kept nothing for backward")
         if dy.shape != first.shape or dy.dtype != first.dtype:
             raise ValueError(f"{self.op}: the gradient of y is {_about(dy)}, but y is {_about(first)}")
-        intervals = kept[0].shape[0]
+        intervals, *row = kept[0].shape
+        if list(dlast.shape[1:]) != row or dlast.dtype != torch.float32:
+            raise ValueError(f"{self.op}: the gradient of the final state is {_about(dlast)}, which does not fit it")
         whole = len(inputs) - self.partial
         grads = [self._like(x) for x in inputs[:whole]]
         grads += [self._empty((intervals, *x.shape), x.dtype, x.device) for x in inputs[whole:]]
