@@ -23,7 +23,8 @@ struct MixInputs {
           heads(sizes.rows, -1) {
         const int64_t* starts = tensor<const int64_t>(tensors, 3);  // null: all sequences are as long
         for (int64_t i = 0; i < sizes.segments; ++i) {
-            const int64_t begin = starts ? starts[i] : i * sizes.tokens, end = starts ? starts[i + 1] : begin + sizes.tokens;
+            const int64_t begin = starts ? starts[i] : i * sizes.tokens;
+            const int64_t end = starts ? starts[i + 1] : begin + sizes.tokens;
             if (begin < end) heads[begin] = i;
         }
     }
@@ -34,9 +35,13 @@ struct MixInputs {
         const int64_t head = heads[row];
         const float* state = last && head >= 0 ? last + head * width : nullptr;
         if (head < 0)
-            each(width, [&](int64_t c, auto lanes) { store(delta + c, load(before + c, lanes) - load(now + c, lanes)); });
+            each(width, [&](int64_t c, auto lanes) {
+                store(delta + c, load(before + c, lanes) - load(now + c, lanes));
+            });
         else
-            each(width, [&](int64_t c, auto lanes) { store(delta + c, load_if(state, c, lanes) - load(now + c, lanes)); });
+            each(width, [&](int64_t c, auto lanes) {
+                store(delta + c, load_if(state, c, lanes) - load(now + c, lanes));
+            });
     }
 };
 
@@ -122,7 +127,9 @@ RWKV_EXPORT rwkv_token_mix_backward(void* const* x, const int64_t* numbers, int 
                 if (dx && row > begin) {
                     if (!interior) std::fill(to_before, to_before + C, 0.f);
                     T* out = dx + (row - 1) * C;
-                    each(C, [&](int64_t c, auto lanes) { store(out + c, load(waiting + c) + load(to_before + c), lanes); });
+                    each(C, [&](int64_t c, auto lanes) {
+                        store(out + c, load(waiting + c) + load(to_before + c), lanes);
+                    });
                 }
                 std::swap(to_self, waiting);
             }

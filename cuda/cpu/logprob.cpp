@@ -156,8 +156,8 @@ RWKV_EXPORT rwkv_row_grad(void* const* x, const int64_t* numbers, int dtype, int
     return by_dtype(dtype, [&](auto element) {
         auto* logits = tensor<decltype(element)>(x, 0);
         for_rows(threads, sizes.rows, sizes.V, [&](int64_t row) {
-            gradient(logits + row * sizes.stride, sizes.V, lse[row], targets[row], g_logp[row], g_mean[row], argmax[row],
-                     g_max[row]);
+            gradient(logits + row * sizes.stride, sizes.V, lse[row], targets[row], g_logp[row], g_mean[row],
+                     argmax[row], g_max[row]);
         });
     });
 }

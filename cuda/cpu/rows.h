@@ -19,8 +19,8 @@ struct RowSizes {
 
 inline RowSizes row_sizes(const int64_t* x) { return {x[0], x[1], x[2], x[3], x[4]}; }
 
-// Zeroed row buffers of one thread, each on its own cache lines: vectors that straddle two lines cost twice. Whole registers
-// may be written beyond `width`.
+// Zeroed row buffers of one thread, each on its own cache lines: vectors that straddle two lines cost twice. Whole
+// registers may be written beyond `width`.
 class Buffers {
    public:
     Buffers(int64_t count, int64_t width)

@@ -45,7 +45,8 @@ INLINE vec load(const bf16* p) {
     std::memcpy(&x, p, sizeof(x));
 #if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
     typedef int16_t words __attribute__((vector_size(16)));
-    return bit_copy<vec>(bit_copy<uvec>(__builtin_ia32_pmovzxwd256(bit_copy<words>(x))) << 16);  // GCC 12 makes five of it
+    // one instruction, of which GCC 12 makes five
+    return bit_copy<vec>(bit_copy<uvec>(__builtin_ia32_pmovzxwd256(bit_copy<words>(x))) << 16);
 #else
     return bit_copy<vec>(__builtin_convertvector(x, uvec) << 16);
 #endif

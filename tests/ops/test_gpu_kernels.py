@@ -1,4 +1,4 @@
-"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/support/kernel_host.py against the plain loop, and compiled.
+"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/support/kernel_host.py, and compiled.
 
 Errors are RMS(difference) / RMS(reference) against the plain loop in float64, per tensor.
 """

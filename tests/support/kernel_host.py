@@ -120,7 +120,10 @@ def harnessed(op: str, options: Options | None = None, source: Path | None = Non
 def as_backend(op: str, kernel: gpu.Kernel) -> Iterator[None]:
     """While this lasts, `backend="cuda"` of the op means `kernel`, on tensors of the CPU."""
     rules, real = backends.BACKENDS[op], gpu.kernel
-    backends.BACKENDS[op] = {"cuda": backends.any_tensor, **{name: rule for name, rule in rules.items() if name != "cuda"}}
+    backends.BACKENDS[op] = {
+        "cuda": backends.any_tensor,
+        **{name: rule for name, rule in rules.items() if name != "cuda"},
+    }
     gpu.kernel = lambda name, device: kernel if name == op else real(name, device)
     try:
         yield

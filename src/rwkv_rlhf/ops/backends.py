@@ -119,7 +119,10 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def kernel(op: str, backend: str, device: torch.device) -> Any:
-    """What runs `op` on a backend other than "naive": a kernel of the recurrence, else C functions. Raises BuildError."""
+    """What runs `op` on a backend other than "naive": a kernel of the recurrence, else C functions.
+
+    Raises BuildError.
+    """
     if backend == "triton":
         from rwkv_rlhf.ops.triton import recurrences  # importing Triton takes a second, and needs it installed
 

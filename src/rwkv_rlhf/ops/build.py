@@ -1,6 +1,6 @@
-"""Compile kernels on first use and keep the binaries: nothing is compiled or loaded at import, nothing here needs torch.
+"""Compile kernels on first use and keep the binaries: nothing is compiled or loaded at import, nothing needs torch.
 
-ops/cpu.py and ops/gpu.py make recipes; setup.py compiles those of the CPU into the wheel. A binary is kept under the
+ops/cpu.py and ops/gpu.py say what to compile. A binary is kept under the
 user's cache folder, in a folder named by a hash of everything it depends on (sources, flags and with them the
 instruction set or architecture, compiler, machine), so one cache serves every clone, environment and version of torch.
 It is compiled to a temporary name and renamed, so nobody can load half a file. The lock only spares other processes the
@@ -29,7 +29,7 @@ KERNELS = next(
     folder / "cuda" for folder in Path(__file__).resolve().parents[1:] if (folder / "cuda" / "device.h").is_file()
 )
 SOURCES = KERNELS / "cpu"
-PACKAGED = KERNELS / "built"  # what setup.py has put into a wheel
+PACKAGED = KERNELS / "built"  # binaries that came with the package; nothing makes them yet
 LOCK_PATIENCE = 300.0  # seconds
 # Vectors and fused multiply-adds, but none of the flags that let a compiler assume away NaN or infinity. No OpenMP
 # library is linked: cuda/cpu/threads.h finds the one that torch has loaded.
@@ -78,7 +78,10 @@ def load(recipe: Recipe, open_library: Callable[[str], T]) -> T:
 
 
 def binary(recipe: Recipe) -> Path:
-    """Path of the compiled library, compiled now unless a process with the same hash did so before. Raises BuildError."""
+    """Path of the compiled library, compiled now unless a process with the same hash did so before.
+
+    Raises BuildError.
+    """
     (found,) = binaries([recipe])
     if isinstance(found, BuildError):
         raise found
@@ -86,12 +89,10 @@ def binary(recipe: Recipe) -> Path:
 
 
 def binaries(recipes: Sequence[Recipe]) -> list[Path | BuildError]:
-    """`binary` for several recipes: the missing ones are compiled side by side, as many at a time as there are cores."""
+    """`binary` for several recipes: missing ones are compiled side by side, as many at a time as there are cores."""
     found = [_target(recipe) for recipe in recipes]
     missing = [
-        (recipe, target)
-        for recipe, target in zip(recipes, found)
-        if isinstance(target, Path) and not target.is_file()
+        (recipe, target) for recipe, target in zip(recipes, found) if isinstance(target, Path) and not target.is_file()
     ]
     if not missing:
         return found
@@ -107,7 +108,10 @@ def binaries(recipes: Sequence[Recipe]) -> list[Path | BuildError]:
 
 
 def host_recipe(name: str, isa: str) -> Recipe:
-    """How cuda/cpu/<name>.cpp is compiled for an instruction set of `ISA_FLAGS`. Raises BuildError without a compiler."""
+    """How cuda/cpu/<name>.cpp is compiled for an instruction set of `ISA_FLAGS`.
+
+    Raises BuildError without a compiler.
+    """
     command, version = compiler()
     flags = (*FLAGS, *ISA_FLAGS[isa])
     return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), isa.lower())
@@ -175,7 +179,9 @@ def included(source: Path, folders: Sequence[Path] = ()) -> list[Path]:
             continue
         found.append(path)
         for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
-            waiting += [(folder / name).resolve() for folder in (path.parent, *folders) if (folder / name).is_file()][:1]
+            waiting += [(folder / name).resolve() for folder in (path.parent, *folders) if (folder / name).is_file()][
+                :1
+            ]
     return [source, *sorted(found[1:])]
 
 

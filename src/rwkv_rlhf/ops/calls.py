@@ -47,7 +47,9 @@ class Kernel:
     """
 
     scratch: tuple[str, ...] = ()  # float32 tensors that backward works in, by the words of `Layout.kept`
-    partial = 0  # the last inputs whose gradients come as one for each interval, (I, H, N) or (I, C), and are summed here
+    partial = (
+        0  # the last inputs whose gradients come as one for each interval, (I, H, N) or (I, C), and are summed here
+    )
 
     def __init__(self, op: str, functions: ctypes.CDLL) -> None:
         self.op, self.layout, self.functions = op, LAYOUTS[op], functions

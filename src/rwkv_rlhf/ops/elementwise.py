@@ -38,7 +38,9 @@ def token_mix(
             starts = starts.to("cpu", torch.int64)
         segments = batch if starts is None else starts.shape[0] - 1
         sizes = RowSizes(batch * tokens, width, count, tokens, segments)
-        return _kernel(Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts))
+        return _kernel(
+            Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts)
+        )
     return _elsewhere("token_mix", backend, (x, last, starts, mixes))
 
 

@@ -4,7 +4,7 @@ B batch, T tokens, H heads, N head size, S segments
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
