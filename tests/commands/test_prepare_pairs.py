@@ -128,6 +128,8 @@ def test_sampling_says_its_speed(script, words, tmp_path, caplog):
     assert "tokens/s, up to 8 answers at once" in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(390)
 def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
     """SIGKILL in the middle, twice; the same command goes on and ends with the very bytes of an unbroken run."""
     source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(30)])
@@ -193,11 +195,11 @@ def test_reference_scores_survive_a_stop(base_model, vocab_file, pairs_csv, tmp_
     score_pairs.main([*common, str(tmp_path / "whole.save")])
     score, calls = kept_scores.score_pairs, []
 
-    def stopped(*arguments):
+    def stopped(*arguments, **more):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score(*arguments)
+        return score(*arguments, **more)
 
     monkeypatch.setattr(kept_scores, "score_pairs", stopped)
     with pytest.raises(KeyboardInterrupt):

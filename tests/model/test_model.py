@@ -86,6 +86,8 @@ def own_logits(model):
     return [whole, torch.stack(one_by_one)]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("rwkv_package")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_logits_agree_with_the_rwkv_package(version, judged):
     """If this breaks, models trained here behave differently in every other RWKV program."""
