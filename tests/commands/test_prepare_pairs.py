@@ -195,11 +195,11 @@ def test_reference_scores_survive_a_stop(base_model, vocab_file, pairs_csv, tmp_
     score_pairs.main([*common, str(tmp_path / "whole.save")])
     score, calls = kept_scores.score_pairs, []
 
-    def stopped(*arguments):
+    def stopped(*arguments, **more):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return score(*arguments)
+        return score(*arguments, **more)
 
     monkeypatch.setattr(kept_scores, "score_pairs", stopped)
     with pytest.raises(KeyboardInterrupt):

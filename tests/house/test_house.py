@@ -50,8 +50,6 @@ ORDER = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = {"files", "settings", "plan"}  # so that --help and a typing error do not wait for torch
-# of a GPU, in a language of its own that looks like Python: neither types nor calls within
-KERNELS = "triton.jit"
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -59,6 +57,11 @@ def none(broken: Iterable[tuple[Path, int, str]]) -> None:
     """Fails with every place where a rule is broken."""
     lines = [f"{name_of(path)}:{line}: {text}" for path, line, text in broken]
     assert not lines, "\n" + "\n".join(lines)
+
+
+def is_kernel(node: ast.AST) -> bool:
+    """Whether a function is compiled by Triton: it runs on a device, and its values have no Python types."""
+    return "triton.jit" in [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
 
 
 def walk(*groups: list[Path]) -> Iterator[tuple[Path, ast.AST]]:
@@ -83,11 +86,6 @@ def test_files_are_short():
         (path, len(path.read_text().splitlines())) for path in (*SRC, *SCRIPTS, *TESTS, *OTHERS, *NATIVE, *SHELL)
     )
     none((path, length, "too long") for path, length in lengths if length > LONGEST_FILE)
-
-
-def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function is compiled for a GPU."""
-    return any(ast.unparse(decorator).startswith(KERNELS) for decorator in node.decorator_list)
 
 
 def test_functions_are_short():
@@ -262,9 +260,8 @@ def test_public_functions_are_documented():
                     yield path, node.lineno, f"{node.name} has no docstring"
                 methods = node.body if isinstance(node, ast.ClassDef) else [node]
                 for method in methods:
-                    if not isinstance(method, ast.FunctionDef) or method.name.startswith("_") or is_kernel(method):
-                        continue
-                    if not method.returns:
+                    public = isinstance(method, ast.FunctionDef) and not method.name.startswith("_")
+                    if public and not method.returns and not is_kernel(method):
                         yield path, method.lineno, f"{method.name} has no return type"
 
     none(broken())
