@@ -9,7 +9,7 @@ import hashlib
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,13 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rwkv_rlhf.files import atomic_write, check_archive
-from rwkv_rlhf.layers.adapters import ADAPTERS
+from rwkv_rlhf.settings import tables
 
 WRAPPER = "_forward_module."  # DeepSpeed's prefix in checkpoints of older trainers
 NAMES_SHOWN = 4
 SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
-# Small vectors of the model come in several shapes, but an adapter's lora_M (1, in) is not the (out,) of another kind.
-EXACT = frozenset(part for adapter in ADAPTERS.values() for part in adapter.linear.tensors)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -91,11 +89,6 @@ def first_line(error: Exception) -> str:
     return text[0][:160].rstrip(" .:") if text else type(error).__name__
 
 
-def same_shape(shape: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two shapes are equal but for dimensions of 1: files have small vectors as (C,) or (1, 1, C)."""
-    return [n for n in shape if n != 1] == [n for n in other if n != 1]
-
-
 def key_diff(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], optional: frozenset[str] = frozenset()
 ) -> str:
@@ -103,12 +96,15 @@ def key_diff(
 
     Names of `optional` may be missing, and may be there without being expected.
     """
+    # a lora_M (1, in) is not the (out,) of another kind, but small vectors are (C,) in some files, (1, 1, C) in others
+    exact = {part for facts in tables.ADAPTERS.values() for part in facts.tensors}
     wrong = []
     for name in expected:
         if name not in tensors:
             continue
         shape, other = tensors[name].shape, expected[name].shape
-        if shape != other and (name.split(".")[-1] in EXACT or not same_shape(shape, other)):
+        fits = [n for n in shape if n != 1] == [n for n in other if n != 1]
+        if shape != other and (name.split(".")[-1] in exact or not fits):
             wrong.append(f"{name} {tuple(shape)} instead of {tuple(other)}")
     groups = {
         "missing": [name for name in expected if name not in tensors and name not in optional],

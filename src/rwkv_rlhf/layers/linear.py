@@ -55,6 +55,7 @@ class Matrix(ExactBuffers):
     initial: tuple[str, ...] = ()
     weight: nn.Parameter | None
     store: Store | None
+    transposed = False  # whether `weight` is (in, out)
 
     def __init__(
         self,
@@ -71,12 +72,13 @@ class Matrix(ExactBuffers):
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """An (out, in) matrix laid out as `weight` is, and back."""
-        return matrix
+        return matrix.t() if self.transposed else matrix
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the matrix as `weight` holds it, whether dense or packed."""
-        return torch.Size((self.out_features, self.in_features))
+        sides = (self.in_features, self.out_features)
+        return torch.Size(sides if self.transposed else sides[::-1])
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
         """Hold the matrix `weight` as `spec` says, frozen."""
@@ -131,13 +133,7 @@ class Embedding(Matrix):
     batch are read."""
 
     weight: nn.Parameter
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        return matrix.t()
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((self.in_features, self.out_features))
+    transposed = True
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
         assert spec.store == "none"

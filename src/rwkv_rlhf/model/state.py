@@ -55,10 +55,6 @@ class State:
         """`change` of every tensor."""
         return State.from_tensors([change(tensor) for tensor in self.tensors()])
 
-    def detach(self) -> State:
-        """The same values without history."""
-        return self.map(torch.Tensor.detach)
-
     def select(self, rows: Tensor) -> State:
         """Rows (K,) int64 -> a state of K rows. Repeating a row forks it; gradients of the copies add up."""
         return self.map(lambda tensor: tensor.index_select(0, rows))

@@ -26,6 +26,7 @@ class Adapter(Matrix):
     """
 
     adaptation: Adaptation
+    rank_axis = 0  # of the first of `tensors`
 
     def __init__(self, in_features: int, out_features: int, adaptation: Adaptation) -> None:
         """On the meta device, until `load_weight`. Raises RankError when the matrix cannot have this rank."""
@@ -40,10 +41,10 @@ class Adapter(Matrix):
         """An adapter for a matrix of the shape of `layer`. Raises RankError."""
         return cls(layer.in_features, layer.out_features, adaptation)
 
-    @staticmethod
-    def rank_of(tensor: Tensor) -> int:
+    @classmethod
+    def rank_of(cls, tensor: Tensor) -> int:
         """The rank, from the first of `tensors`."""
-        return tensor.shape[0]
+        return tensor.shape[cls.rank_axis]
 
     def check_rank(self) -> None:
         """Raise RankError when the matrix cannot have this rank. Any rank is legal unless a subclass says otherwise."""

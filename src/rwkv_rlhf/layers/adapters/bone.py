@@ -27,10 +27,7 @@ class Bone(Adapter, Linear):
 
     tensors = ("bone",)
     bone: nn.Parameter
-
-    @staticmethod
-    def rank_of(tensor: Tensor) -> int:
-        return tensor.shape[-1]
+    rank_axis = -1
 
     def check_rank(self) -> None:
         rank, sides = self.adaptation.rank, self.shape
