@@ -1,5 +1,5 @@
 // One way to write a GPU kernel for three compilers: nvcc (CUDA), hipcc (AMD) and, for tests, an ordinary C++ compiler
-// with -DRWKV_HOST, where tests/harness/host.h runs blocks and threads on the CPU.
+// with -DRWKV_HOST, where tests/support/kernel_host.h runs blocks and threads on the CPU.
 //
 // How a file cuda/<op>.cu is made (cuda/wkv7.cu is the model):
 //   * `template <...> __global__ void BOUNDS(threads, registers) name(Arguments x)`: the compiler may use as many

@@ -17,8 +17,8 @@
 //     D(1..GROUP) sum_i G S + sum_{s<m} k_s K_s + sum_{t>m} r_t R_t + sum_{s<m<t} D(s+1..t-1) k_s r_t c_st.
 // Nothing is divided by a decay and nothing subtracted, so any decay is exact, 0 too, and a token of r = k = v = 0 and
 // d = 1 changes nothing, which fills the last group. Per token and state element this is 2 + 1/GROUP fused
-// multiply-adds forward and 5 + 3/GROUP backward, where the token by token form has 3 and 8 (KERNELS.md counts 7 with
-// its running difference for d(log d), which rounds off what strong decays leave).
+// multiply-adds forward and 5 + 3/GROUP backward, where the token by token form has 3 and 8 (7 with a
+// running difference for d(log d), which rounds off what strong decays leave).
 //
 // A sweep keeps a tile of S or G in registers over all groups of an interval. Forward has S by [key][value], so that
 // its sums over keys are plain vector sums; backward has S and G by [value][key], where only dv's sums are within

@@ -2,7 +2,7 @@
 
 glibc returns every block above 32 MiB to the kernel when it is freed, and the next step's weights, gradients and logits
 come back page by page, zeroed. Measured on two cores: zeroing 200 MiB takes 125 ms that way and 6 ms in pages that were
-kept (benchmarks/README.md).
+kept (dev/LOG.md).
 
 While a model is loaded it is the other way round: what is dense for a moment leaves holes between the packed matrices
 that stay, and the heap grows to two or three times the model. Blocks of pages of their own leave none. So do tensors

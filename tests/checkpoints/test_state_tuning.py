@@ -101,6 +101,7 @@ def test_a_learnt_state_is_merged_into_the_model(tmp_path, version):
     assert torch.allclose(again(TOKENS)[0], model(TOKENS)[0], atol=1e-6) and not trainable(again)
 
 
+@pytest.mark.slow
 def test_a_merged_state_is_that_of_the_rwkv_package(tmp_path):
     """The package begins from the states of RWKV-5.2 and 6 files: key and value interchanged would be another state."""
     ours, paths = [], []

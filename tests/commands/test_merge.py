@@ -214,6 +214,7 @@ def test_inputs_are_never_overwritten(tmp_path):
     assert before == (base.read_bytes(), checkpoint.read_bytes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v7", [False, True])
 def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, v7):
     """The whole point of merging: every other RWKV program answers as the trained model does."""

@@ -197,6 +197,7 @@ def test_what_the_peft_library_cannot_hold_is_said(tmp_path, caplog):
         merge.main(["--base_model", str(base), "--from_peft", str(tmp_path / "peft"), "--output", str(bone / "x.pth")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("v7", [False, True])
 def test_other_programs_answer_as_the_adapter_did(tmp_path, v7):
     """PiSSA, Bone and DoRA merged into a file that the `rwkv` package runs, with the same greedy answer."""

@@ -1,8 +1,6 @@
 """The preparing scripts as a user runs them: what they write, and how they refuse."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,14 +10,9 @@ from rwkv_rlhf.data.sampler import magic_prime
 from rwkv_rlhf.data.text.binidx import Corpus
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.model.initial import initial_tensors
-from tests.support.source_files import ROOT
+from tests.support.processes import started
 
 CSV = "prompt,chosen,reject\nHi,Hello.,Go away.\nTwo?,2,Three\n"
-
-
-def script(name, *words):
-    """Runs a script in a process of its own, as the shell would."""
-    return subprocess.run([sys.executable, str(ROOT / name), *words], capture_output=True, text=True, check=False)
 
 
 def test_prepare_orpo(tmp_path):
@@ -42,16 +35,15 @@ def test_prepare_orpo(tmp_path):
     assert (tmp_path / "a.save").read_bytes() == (tmp_path / "b.save").read_bytes()
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_status_2_and_leave_files_alone(tmp_path):
     """The script under its other name: one sentence on stderr, no traceback, no file."""
     source = tmp_path / "in.csv"
     source.write_text("prompt,answer,reject\na,b,c\n")
-    done = script(
-        "rlhf_generate_save.py", "--input_csv", str(source), "--output_save", str(tmp_path / "out" / "a.save")
-    )
-    assert done.returncode == 2
-    assert "in.csv:1: the column chosen is missing" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = started("rlhf_generate_save.py", "--input_csv", source, "--output_save", tmp_path / "out" / "a.save")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "in.csv:1: the column chosen is missing" in err and "Traceback" not in err
     assert not list(tmp_path.glob("**/*.save*"))
 
 
@@ -84,13 +76,13 @@ def test_the_vocabulary_comes_from_the_model(tmp_path):
     assert bytes(i - 1 for i in record[0]).endswith(b"Assistant:")
 
 
-def test_make_binidx(tmp_path):
+def test_make_binidx(tmp_path, script, caplog):
     """Documents end with 0, every repeat holds all of them, the prime fits, and the same seed gives the same bytes."""
     texts = [f"text {i}\r\n\r\nwith lines " + "w " * i for i in range(12)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     words = ["--input", str(tmp_path / "in.jsonl"), "--repeats", "3", "--ctx_len", "8"]
-    done = script("make_binidx.py", *words, "--output", str(tmp_path / "c"))
-    assert done.returncode == 0, done.stderr
+    status, out, err = script(make_binidx.main, *words, "--output", tmp_path / "c")
+    assert status == 0, err
     corpus, world = Corpus(tmp_path / "c", 65536), load_tokenizer(65536)
     documents = [corpus.document(i).tolist() for i in range(len(corpus))]
     assert len(documents) == 36
@@ -98,7 +90,7 @@ def test_make_binidx(tmp_path):
     found = [world.decode_bytes(document).decode() for document in documents]
     assert sorted(found[:12]) == sorted(found[12:24]) == sorted(found[24:]) == sorted(texts)
     assert found[:12] != found[12:24]
-    assert f"--magic_prime {magic_prime(len(corpus.tokens), 8)}" in done.stderr + done.stdout
+    assert f"--magic_prime {magic_prime(len(corpus.tokens), 8)}" in err + out + caplog.text
     make_binidx.main([*words, "--output", str(tmp_path / "d.bin")])
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"c{suffix}").read_bytes() == (tmp_path / f"d{suffix}").read_bytes()

@@ -128,6 +128,8 @@ def test_sampling_says_its_speed(script, words, tmp_path, caplog):
     assert "tokens/s, up to 8 answers at once" in caplog.text
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(390)
 def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
     """SIGKILL in the middle, twice; the same command goes on and ends with the very bytes of an unbroken run."""
     source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(30)])

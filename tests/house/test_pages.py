@@ -75,7 +75,7 @@ def mistake(command: Written) -> str:
         if NAMED[command.name] != "train":
             module = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[command.name]}")
             (getattr(module, "parse", None) or module.parser().parse_args)(command.words)
-        elif "..." in command.words:  # an excerpt: its flags exist, its laws cannot be judged
+        elif "..." in command.words:  # an excerpt: its flags exist, its constraints cannot be judged
             train_parser().parse_args([word for word in command.words if word != "..."])
         else:
             parse(command.words)

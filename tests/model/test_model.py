@@ -86,6 +86,8 @@ def own_logits(model):
     return [whole, torch.stack(one_by_one)]
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("rwkv_package")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_logits_agree_with_the_rwkv_package(version, judged):
     """If this breaks, models trained here behave differently in every other RWKV program."""
@@ -152,6 +154,23 @@ def test_forked_state_carries_both_gradients_back(tensors):
     for name, p in model.named_parameters():
         if p.grad is not None:
             assert torch.allclose(forked[name], p.grad, atol=1e-9), name
+
+
+def test_rows_of_a_state_can_be_taken_apart_and_put_together(tensors):
+    """If this breaks, a prompt's state reaches the answer of another prompt, or half of it is lost on the way."""
+    model = build(tensors)
+    tokens = torch.tensor([TOKENS[:4], TOKENS[4:8], TOKENS[8:]])
+    with torch.no_grad():
+        _, state = model(tokens)
+        chosen = State.concatenated([state.row(2), state.row(0)])
+        same = state.select(torch.tensor([2, 0]))
+        (alone, _), (forked, _) = model(torch.tensor([[7]]), state.row(2)), model(torch.tensor([[7], [7]]), chosen)
+    assert (state.rows, chosen.rows, len(state.tensors())) == (3, 2, 9)
+    for one, two, double in zip(chosen.tensors(), same.tensors(), (chosen + same).tensors(), strict=True):
+        assert torch.equal(one, two) and torch.equal(double, 2 * one)
+    again = State.from_tensors(state.tensors())
+    assert all(a.wkv is b.wkv and a.ffn_shift is b.ffn_shift for a, b in zip(again, state))
+    assert torch.allclose(forked[:1], alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("frozen_embedding", [False, True])

@@ -84,7 +84,7 @@ def test_prepare_orpo_and_train_on_the_file(run, pairs_csv, tmp_path, version):
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 4
     for step in steps:
-        assert step["loss"] == pytest.approx(step["ce"] + 0.0004 * step["odds"], rel=1e-5)
+        assert step["loss"] == pytest.approx(step["ce"] + 0.0004 * step["orpo"], rel=1e-5)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -35,6 +35,8 @@ def large(tmp_path_factory):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("mode", "quant"), [("lora", "nf4"), ("pissa", "int8")])
+@pytest.mark.slow
+@pytest.mark.xdist_group("large_model")
 def test_loading_takes_what_the_plan_says(large, mode, quant):
     """If this breaks, a model that fits in memory packed does not get there: its dense form was there first."""
     if not Path("/proc/self/clear_refs").exists():
@@ -90,6 +92,7 @@ def test_the_dry_run_counts_what_a_step_runs(script, base_model, vocab_file, tex
         "--precision bf16 --grad_cp 0 --peft lora --quant_mode nf4",
     ],
 )
+@pytest.mark.slow
 def test_a_step_takes_what_the_plan_says(words):
     """If this breaks, a run that the plan promised to fit dies, or one that fits is never tried. Within 35%."""
     if not Path("/proc/self/clear_refs").exists():
@@ -143,6 +146,7 @@ def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, 
     assert planned == pytest.approx(found, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_shape_is_planned_without_any_file(script):
     """14 billion parameters in nf4 with LoRA: the plan says what 65,536 tokens take, and where the states wait."""
     words = ["--dry_run", 1, "--dry_run_shape", "L61-D4096:V65536", "--peft", "lora", "--ctx_len", 65536, "--infctx", 1]

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_rlhf.ops import build, gpu
-from rwkv_rlhf.ops.check import LIMITS, Finding, findings
+from rwkv_rlhf.ops.check import Finding, findings
 from rwkv_rlhf.precision import NAMES
 
 GIB = 1 << 30
@@ -108,7 +108,7 @@ def table(found: list[Finding]) -> Table:
         right = title in ("error", "limit", "ms", "plain ms")
         out.add_column(title, justify="right" if right else "left", no_wrap=True)
     for f in found:
-        numbers = (f"{f.error:.1e}", f"{LIMITS[f.dtype]:.0e}", f"{f.milliseconds:.2f}", f"{f.plain_milliseconds:.1f}")
+        numbers = (f"{f.error:.1e}", f"{f.limit:.0e}", f"{f.milliseconds:.2f}", f"{f.plain_milliseconds:.1f}")
         verdict = "ok" if f.agrees else "BROKEN" if f.failure else "WRONG"
         out.add_row(f"  {f.case}", f.backend, f.device, NAMES[f.dtype], f.worst, *numbers, verdict)
     return out

@@ -186,9 +186,9 @@ def _starts(lengths: Sequence[int]) -> torch.Tensor:
     return torch.tensor([0, *np.cumsum(lengths, dtype=np.int64).tolist()], dtype=torch.int64)
 
 
-def _flat(parts: Sequence[Sequence[int]]) -> torch.Tensor:
+def _flat(segments: Sequence[Sequence[int]]) -> torch.Tensor:
     """Lists of ids end to end, (sum of lengths,) int64."""
-    return torch.tensor([number for part in parts for number in part], dtype=torch.int64)
+    return torch.tensor([number for segment in segments for number in segment], dtype=torch.int64)
 
 
 def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> TextBatch:
@@ -202,11 +202,11 @@ def pack_texts(examples: Sequence[TextExample], total: float | None = None) -> T
     targets = np.empty_like(tokens)
     at = 0
     for example, length in zip(examples, lengths):
-        here = slice(at, at + length)
-        tokens[here] = example.tokens[:length]
-        targets[here] = example.tokens[1 : length + 1]
+        segment = slice(at, at + length)
+        tokens[segment] = example.tokens[:length]
+        targets[segment] = example.tokens[1 : length + 1]
         if example.mask is not None:
-            targets[here][~example.mask[1 : length + 1]] = IGNORE
+            targets[segment][~example.mask[1 : length + 1]] = IGNORE
         at += length
     # an all-masked step must not divide by 0; its loss and gradient are 0
     total = float(max(1, sum(e.trained() for e in examples))) if total is None else float(total)

@@ -99,7 +99,7 @@ class Distillation(TextLoss):
         ce = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
         value = config.alpha * ce + (1 - config.alpha) * kd
         metrics = {"loss": value, "ce": ce, "kd": kd, "nll": -scores.logp.sum()}
-        detached = {name: part.detach() for name, part in metrics.items()}
+        detached = {name: amount.detach() for name, amount in metrics.items()}
         return LossValue(value, detached).with_l2wrap(token_penalty(scores))
 
     def gathered_tokens(self, batch: TextBatch) -> Tensor | None:

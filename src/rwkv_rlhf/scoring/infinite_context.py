@@ -146,10 +146,10 @@ class _Run:
             scores, states = self._run(chunk, {slot: self._kept(slot) for slot in chunk.slots()})
             if scores is not None:
                 joined = joined or tuple(x.new_empty(self.total, *x.shape[1:]) for x in scores)
-                here = slice(done, done + len(scores[0]))
+                span = slice(done, done + len(scores[0]))
                 for whole, x in zip(joined, scores, strict=True):
-                    whole[here] = x
-                done = here.stop
+                    whole[span] = x
+                done = span.stop
             for row, slot in enumerate(chunk.after):
                 if slot != NEW:
                     self._keep(slot, states.row(row))
@@ -226,8 +226,8 @@ class _Run:
 
     def _leaf(self, chunk: Chunk, slot: int) -> State:
         """The state in a slot, asking for its gradient unless the border is one that no gradient crosses."""
-        cut = self.options.truncated and chunk.carries[chunk.before.index(slot)]
-        return self._kept(slot).map(lambda x: x.detach().requires_grad_(not cut))
+        detached = self.options.truncated and chunk.carries[chunk.before.index(slot)]
+        return self._kept(slot).map(lambda x: x.detach().requires_grad_(not detached))
 
     def _keep(self, slot: int, state: State) -> None:
         if self.kept is None:
@@ -236,7 +236,7 @@ class _Run:
             place[slot] = x[0]
 
     def _room(self, x: Tensor) -> Tensor:
-        """A row like `x` (1, ...) for each slot. In the heap it would part the chunks' room, which then grows."""
+        """A row like `x` (1, ...) for each slot. In the heap it would split the chunks' room, which then grows."""
         shape = (self.slots, *x.shape[1:])
         if self.device.type == "cpu":
             return own_pages(shape, x.dtype)

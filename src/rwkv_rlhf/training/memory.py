@@ -122,8 +122,8 @@ def state_bytes(model: RWKV) -> int:
 def block_bytes(model: RWKV, width: int, layer: int) -> int:
     """Bytes that block `layer` keeps for the backward pass, per token, when activations take `width` bytes.
 
-    Counted with saved-tensor hooks with the compiled kernels (tests/test_memory.py counts again): multiples of the
-    width C, what the recurrence keeps in float32, and what adapters keep of their inputs.
+    Counted with saved-tensor hooks with the compiled kernels (tests/training/test_memory.py counts again): multiples of
+    the width C, what the recurrence keeps in float32, and what adapters keep of their inputs.
     """
     sizes = model.sizes
     facts = tables.VERSIONS[sizes.version]

@@ -1,4 +1,4 @@
-"""Learning rate by optimizer step (SPEC: warm-up from one fifth, then exponential, cosine, linear or constant)."""
+"""Learning rate by optimizer step: warm-up from one fifth, then exponential, cosine, linear or constant."""
 
 from __future__ import annotations
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import train
-from rwkv_rlhf.training.schedule import Schedule
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.source_files import ROOT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
 
 @pytest.fixture
@@ -236,21 +237,6 @@ def test_dry_run_trains_nothing(script, typed, pairs_csv, tmp_path):
     out, _ = go(script, typed, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--dry_run", 1)
     assert "24 examples" in out and "gladly" in out and "optimizer steps" in out
     assert not list((tmp_path / "out").glob("rwkv-*"))
-
-
-@pytest.mark.parametrize(
-    ("step", "rate"), [(0, 0.2e-3), (5, 0.6e-3), (10, 1e-3), (60, (1e-3 * 1e-5) ** 0.5), (110, 1e-5), (500, 1e-5)]
-)
-def test_schedule_by_hand(step, rate):
-    """If this breaks, the learning rate is not the documented one at the ends, in warm-up, or half-way."""
-    assert Schedule(warmup=10, total=110).rate(step, 1e-3, 1e-5) == pytest.approx(rate)
-
-
-@pytest.mark.parametrize(("kind", "half"), [("linear", 0.55e-3), ("cosine", 0.55e-3), ("constant", 1e-3)])
-def test_other_schedules_half_way(kind, half):
-    """If this breaks, --lr_schedule does something else than its name."""
-    assert Schedule(0, 100, kind).rate(50, 1e-3, 1e-4) == pytest.approx(half)
-    assert Schedule(0, 100).rate(50, 1e-3, 0.0) == pytest.approx(0.5e-3)  # an end at 0 is a straight line
 
 
 def test_a_loss_that_is_no_number_ends_in_one_sentence(script, typed, text_jsonl, tmp_path):
