@@ -63,6 +63,8 @@ def triton_kernels(op: str, device: torch.device, dtype: torch.dtype, shape: tup
     """ops/triton: tensors of a GPU with bfloat16 units, or of a CPU where Triton's interpreter runs."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"no kernel for {dtype}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type}"
     return _triton_missing() or (_no_interpreter() if device.type == "cpu" else _too_old(device))
 
 
