@@ -23,7 +23,7 @@
 #include <stdint.h>
 
 #if defined(RWKV_HOST)
-#include "host.h"
+#include "kernel_host.h"
 #elif defined(__HIP__)
 #include <hip/hip_runtime.h>
 #else

@@ -153,6 +153,8 @@ def _no_interpreter() -> str | None:
 @functools.cache
 def _too_old(device: torch.device) -> str | None:
     """Why a GPU cannot run Triton's kernels."""
+    if not torch.cuda.is_available():
+        return "this PyTorch finds no GPU"
     if torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     major, minor = torch.cuda.get_device_capability(device)
