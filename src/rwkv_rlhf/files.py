@@ -18,57 +18,34 @@ ENDS = 1 << 20  # bytes at the beginning and at the end of a file that its finge
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 
 
-def _create(path: Path) -> tuple[Path, BinaryIO]:
-    """Opens a new file beside `path`, under a name that no other process uses."""
+def _create(path: Path) -> Path:
+    """A new empty file beside `path`, under a name that no other process uses."""
     # the number of a process is unique on one machine only, and a folder may be shared by several
     temporary = path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
     if path.is_dir():
         raise ValueError(f"{path}: cannot be written, it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return temporary, open(temporary, "wb")
+        temporary.touch()
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be written ({error.strerror}); name a folder that you may write to"
         ) from error
+    return temporary
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Gives a binary file that becomes `path` when the block ends well; otherwise `path` stays as it was.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives the name of a temporary file that becomes `path` when the block ends well; otherwise `path` stays.
 
-    The bytes go to a temporary file in the same folder (made if it does not exist), are flushed to disk, and renamed.
-    When the block raises, the temporary file is removed.
+    The temporary file is empty and in the same folder (made if it does not exist). It is flushed to disk before it is
+    renamed, and removed when the block raises. HDF5 tells of a full disk in words only, and those count too.
 
     Raises:
         ValueError: the folder cannot be written to, `path` is a folder, or the disk is full.
     """
     path = Path(path)
-    temporary, file = _create(path)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in FULL:
-            raise ValueError(f"{path}: the disk is full; the file was not written") from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `atomic_write`, for libraries that open a file by its name: gives the temporary name to write to.
-
-    Raises ValueError as `atomic_write`; HDF5 tells of a full disk in words only, and those count too.
-    """
-    path = Path(path)
-    temporary, file = _create(path)
-    file.close()
+    temporary = _create(path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -81,6 +58,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """As `atomic_path`, but gives the temporary file opened for writing bytes."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 def sync_folder(folder: Path) -> None:
@@ -99,9 +83,7 @@ def sync_folder(folder: Path) -> None:
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises ValueError at once when `path` could not be written later, so that no long work is lost at its end."""
-    temporary, file = _create(Path(path))
-    file.close()
-    temporary.unlink()
+    _create(Path(path)).unlink()
 
 
 def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: str) -> None:
@@ -113,21 +95,25 @@ def refuse_same_file(source: str | os.PathLike[str], target: str | os.PathLike[s
         raise ValueError(f"{flag} {target} is the input file itself; give another name")
 
 
-def check_readable(path: str | os.PathLike[str]) -> None:
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
     """Raises ValueError with one sentence when a file is missing, a folder, or not readable."""
     try:
-        with open(path, "rb"):
-            return
+        yield
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError with one sentence when a file is missing, a folder, or not readable."""
+    with _reading(path), open(path, "rb"):
+        return
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The whole file; ValueError with one sentence when it is missing, a folder, or not readable."""
-    try:
+    """The whole file; ValueError as `check_readable`."""
+    with _reading(path):
         return Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
@@ -141,26 +127,20 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     for part in (name, f"{name}.bin", f"{name}.idx"):
         if not name or not os.path.isfile(part):
             continue
-        try:
-            with open(part, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(0)
-                digest = hashlib.sha256(file.read(ENDS))
-                file.seek(max(0, size - ENDS))
-                digest.update(file.read(ENDS))
-        except OSError as error:
-            raise ValueError(f"{part}: cannot be read ({error.strerror})") from error
+        with _reading(part), open(part, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest = hashlib.sha256(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            digest.update(file.read(ENDS))
         found.append(f"{size} bytes, {digest.hexdigest()[:16]}")
     return "; ".join(found) or name
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    """SHA-256 of a file's bytes, in hex; ValueError as `check_readable`."""
+    with _reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Framing(Protocol):

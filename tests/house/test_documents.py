@@ -163,6 +163,21 @@ def test_numbers_of_kinds():
     assert {"reward_margin", "logp_margin"} <= METRICS.keys()
 
 
+def test_every_kind_is_on_its_page():
+    """If this breaks, something new can be asked for, and no page says so."""
+    pages = {path: (ROOT / path).read_text(encoding="utf-8") for path in map(name_of, PAGES)}
+    wanted = {f"--{name} 1": "README.md" for name in LOSSES}
+    wanted |= {f"`{name}`": "layerprofile/README.md" for name in (*tables.ADAPTERS, "full", "freeze")}
+    wanted |= {f"{name}": "README.md" for name in tables.STORAGES}
+    wanted |= {f"({name}": "README.md" for name, facts in tables.VERSIONS.items() if facts.new}
+    wanted |= {f"| `{name}` |": "docs/formats.md" for name in FORMATS}
+    wanted |= {f"| `{name}` |": "docs/metrics.md" for name in METRICS}
+    lost = [f"{page}: {what}" for what, page in wanted.items() if what not in pages[page]]
+    assert not lost, "\n" + "\n".join(lost)
+    suffixes = {suffix for facts in FORMATS.values() for suffix in facts.suffixes}
+    assert all(f"`{suffix}`" in pages["docs/formats.md"] for suffix in suffixes)
+
+
 def test_no_file_speaks_of_a_document_that_is_not_here():
     """If this breaks, a reader is sent to a page that he cannot have."""
     files = tracked()

@@ -1,4 +1,4 @@
-"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/support/kernel_host.py, and compiled.
+"""Kernels of cuda/*.cu without a GPU: run on the CPU by tests/support/kernel_host against the plain loop, and compiled.
 
 Errors are RMS(difference) / RMS(reference) against the plain loop in float64, per tensor.
 """
@@ -18,6 +18,8 @@ from tests import gpu_check
 from tests.support.kernel_host import HarnessKernel as Harness
 from tests.support.kernel_host import Options, as_backend, compiled, functions, harnessed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIMIT = 3e-6  # float32
 BF16_LIMIT = 5e-3
 OPS = [op for op in RECURRENCES if (gpu.SOURCES / f"{op}.cu").is_file() and op in LAYOUTS]
@@ -32,15 +34,6 @@ def host_compiler():
         build.compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def doubles(inputs):

@@ -15,6 +15,8 @@ from rwkv_rlhf.ops.build import BuildError
 from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, meaning, results
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIMIT = 2e-6
 
 
@@ -26,15 +28,6 @@ def op(request):
     except BuildError as error:
         pytest.skip(f"the kernel cannot be built here: {error}")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small tensors are slower on several threads, in the plain loop above all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def doubled(inputs, state):

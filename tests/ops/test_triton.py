@@ -13,7 +13,10 @@ from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, results
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, of infinities that are masked
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of infinities that are masked
+]
 
 from rwkv_rlhf.ops.triton import launch  # noqa: E402
 from rwkv_rlhf.ops.triton.recurrences import MatrixKernel, Tiles  # noqa: E402
@@ -26,15 +29,6 @@ CLAMPED = 1e-4  # WKV-5 and 6 cut log decays at -10, which leaves 5e-5 of a stat
 # What tensor cores cost. y, dr, dk, dv: 2.8e-3, da, db: 4e-3, dlogw: 1.6e-3 (KERNELS, accuracy budget), each beside
 # the rounding of the result; states are not rounded.
 HALF = {"da": 4.5e-3, "db": 4.5e-3, "dw": 3e-3}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """numpy and torch on small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -239,6 +233,7 @@ def test_a_triton_that_cannot_serve_is_named(monkeypatch, version, said):
 
 
 def test_an_old_card_is_told_what_it_can_do(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     backends._too_old.cache_clear()
     try:

@@ -298,7 +298,7 @@ def test_going_on_from_the_newest_whole_model(typed, run, text_jsonl, tmp_path, 
     run(*words, "--epoch_count", 1)
     assert caplog.text.count("damaged") == 1
     assert json.loads((folder / "rwkv-final.json").read_text())["base_file"] == "rwkv-0.pth"
-    assert "--resume auto would go on from" in caplog.text  # said to those who forgot it
+    assert "continue the earlier run instead, add --resume auto" in caplog.text  # said to those who forgot it
 
 
 def test_a_path_and_a_fresh_folder(stopped_run, run, tmp_path, caplog):

@@ -205,7 +205,7 @@ def test_truncated_cuts_the_gradient_within_a_segment_only():
     state, total = None, 0
     for begin in range(0, 11, 4):
         here = slice(begin, min(begin + 4, 11))
-        hidden, state = model(batch.tokens[None, here], state and state.detach())
+        hidden, state = model(batch.tokens[None, here], state and state.map(torch.Tensor.detach))
         total = total + sum((x * w[here]).sum() for x, w in zip(score(hidden[0], here).values(), weights, strict=True))
     wanted = gradients(model, total)
     assert all(torch.allclose(truncated[k], wanted[k], atol=1e-10) for k in wanted)

@@ -36,13 +36,6 @@ def host_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple
     return _build_failure(op, "cpu", device)
 
 
-def host_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """As `host_library`, for the head sizes that the kernels are compiled for (last axis of `shape`)."""
-    if shape[-1] not in HEAD_SIZES:
-        return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
-    return host_library(op, device, dtype, shape)
-
-
 def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """The file cuda/<op>.cu: tensors of a GPU in bfloat16 or float32, and a compiler that works."""
     if device.type != "cuda":
@@ -52,26 +45,27 @@ def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tup
     return _build_failure(op, "cuda", device)
 
 
-def device_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """As `device_library`, for the head sizes that the kernels are compiled for (last axis of `shape`)."""
-    if shape[-1] not in HEAD_SIZES:
-        return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
-    return device_library(op, device, dtype, shape)
-
-
 def triton_kernels(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """ops/triton: tensors of a GPU with bfloat16 units, or of a CPU where Triton's interpreter runs."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"no kernel for {dtype}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the tensors are on {device.type}"
     return _triton_missing() or (_no_interpreter() if device.type == "cpu" else _too_old(device))
 
 
-def triton_recurrence(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """As `triton_kernels`, for the head sizes that the kernels are tested with (last axis of `shape`)."""
-    if shape[-1] not in HEAD_SIZES:
-        return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
-    return triton_kernels(op, device, dtype, shape)
+def of_heads(rule: Rule) -> Rule:
+    """`rule`, for the head sizes that the kernels are compiled for and tested with (last axis of `shape`)."""
 
+    def checked(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if shape[-1] not in HEAD_SIZES:
+            return f"head size {shape[-1]} is not one of {HEAD_SIZES}"
+        return rule(op, device, dtype, shape)
+
+    return checked
+
+
+host_recurrence, device_recurrence, triton_recurrence = map(of_heads, (host_library, device_library, triton_kernels))
 
 # op -> backend -> rule, the preferred backend first; see `candidates` for Triton's place.
 BACKENDS: dict[str, dict[str, Rule]] = {

@@ -32,7 +32,8 @@ def token_mix(
     empty segments are legal, their row of `last` is unused and has gradient zero. Returns M tensors (B,T,C).
     """
     _check_mix(x, last, starts, mixes)
-    if _runs_on_host(x, backend):
+    where = _backend(x, backend)
+    if where == "cpu":
         (batch, tokens, width), count = x.shape, mixes.shape[0]
         if starts is not None:
             starts = starts.to("cpu", torch.int64)
@@ -41,7 +42,7 @@ def token_mix(
         return _kernel(
             Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts)
         )
-    return _elsewhere("token_mix", backend, (x, last, starts, mixes))
+    return _elsewhere("token_mix", where, (x, last, starts, mixes))
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
@@ -50,9 +51,10 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     v, v_first, v12 (B,T,C); v0 (C,). Returns (B,T,C).
     """
     _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
-    if _runs_on_host(v, backend):
+    where = _backend(v, backend)
+    if where == "cpu":
         return _kernel(Call("value_gate", _rows(v), 1), (v, v_first, v0.float(), v12))[0]
-    return _elsewhere("value_gate", backend, (v, v_first, v0, v12))
+    return _elsewhere("value_gate", where, (v, v_first, v0, v12))
 
 
 def delta_keys(
@@ -66,9 +68,10 @@ def delta_keys(
     _check("delta_keys", {"k": k, "a12": a12}, {"k_k": k_k, "k_a": k_a, "a0": a0})
     if heads < 1 or k.shape[-1] % heads:
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
-    if _runs_on_host(k, backend):
+    where = _backend(k, backend)
+    if where == "cpu":
         return _kernel(Call("delta_keys", _rows(k, heads), 3), (k, k_k.float(), k_a.float(), a0.float(), a12))
-    return _elsewhere("delta_keys", backend, (k, k_k, k_a, a0, a12), heads)
+    return _elsewhere("delta_keys", where, (k, k_k, k_a, a0, a12), heads)
 
 
 def gated_norm(
@@ -91,39 +94,41 @@ def gated_norm(
         raise ValueError(f"gated_norm: y must be (B,T,H,N) and r_k (H,N), got {_describe(y)} and {_describe(r_k)}")
     rows = {"y": y.flatten(2), "r": r, "k": k, "v": v, "g": g}
     _check("gated_norm", rows, {"weight": weight, "bias": bias})
-    if _runs_on_host(y, backend):
+    where = _backend(y, backend)
+    if where == "cpu":
         call = Call("gated_norm", _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(eps),))
         return _kernel(call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g))[0]
-    return _elsewhere("gated_norm", backend, (y, r, k, v, r_k, weight, bias, g), eps)
+    return _elsewhere("gated_norm", where, (y, r, k, v, r_k, weight, bias, g), eps)
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
-    ops = host if _runs_on_host(x, backend) else _device_kernels(x, backend) or naive
+    ops = _operations(_backend(x, backend))
     return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
 
 
-def _runs_on_host(x: Tensor, backend: str) -> bool:
-    """Whether the C++ kernels take these activations, rather than the plain twins."""
-    return choose("elementwise", x.device, x.dtype, tuple(x.shape), backend)[0] == "cpu"
+def _backend(x: Tensor, wanted: str) -> str:
+    """The name of the backend that takes these activations."""
+    return choose("elementwise", x.device, x.dtype, tuple(x.shape), wanted)[0]
 
 
-def _device_kernels(x: Tensor, backend: str) -> Any:
-    """The module of Triton's kernels if they take these activations, else None."""
-    if choose("elementwise", x.device, x.dtype, tuple(x.shape), backend)[0] != "triton":
-        return None
-    from rwkv_rlhf.ops.triton import elementwise as kernels  # importing Triton takes a second
+def _operations(where: str) -> Any:
+    """What holds the groups of a backend: the module of the C++ kernels, of Triton's, or of the plain twins."""
+    if where == "cpu":
+        return host
+    if where == "triton":
+        from rwkv_rlhf.ops.triton import elementwise as kernels  # importing Triton takes a second
 
-    return kernels
+        return kernels
+    return naive
 
 
-def _elsewhere(name: str, backend: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
     """A group where the C++ kernels do not run: in Triton, or the plain twin."""
-    assert tensors[0] is not None
-    kernels = _device_kernels(tensors[0], backend)
-    if kernels is not None:
-        return kernels.run(name, tensors, settings, _records(*tensors))
-    return _twin(getattr(naive, name), tensors, *settings)
+    ops = _operations(where)
+    if where == "triton":
+        return ops.run(name, tensors, settings, _records(*tensors))
+    return _twin(getattr(ops, name), tensors, *settings)
 
 
 def _records(*tensors: Tensor | None) -> bool:

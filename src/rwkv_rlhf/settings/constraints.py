@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import Config, choices_of, settings
+from rwkv_rlhf.settings.config import Choices, Config, choices_of, new_versions, settings
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
 
@@ -57,6 +57,12 @@ def text_format(config: Config) -> str:
     return format_of_name(config.data_file) or "binidx"
 
 
+def alternatives(values: Choices) -> str:
+    """The values as "a, b or c"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}"
+
+
 CONSTRAINTS = (
     Constraint(
         "shape_needs_dry_run",
@@ -81,7 +87,7 @@ CONSTRAINTS = (
     Constraint(
         "new_model_needs_version",
         lambda c: c.train_stage == 1 and c.version is None,
-        "{train_stage} 1 needs {version}, the RWKV version to make: x040, x052, x060 or x070",
+        "{train_stage} 1 needs {version}, the RWKV version to make: " + alternatives(new_versions()),
     ),
     Constraint(
         "new_model_needs_vocabulary",
@@ -90,7 +96,9 @@ CONSTRAINTS = (
     ),
     Constraint(
         "heads_divide_width",
-        lambda c: c.train_stage == 1 and c.version != "x040" and c.n_embd % c.head_size != 0,
+        lambda c: (
+            c.train_stage == 1 and bool(c.version and tables.VERSIONS[c.version].heads) and c.n_embd % c.head_size != 0
+        ),
         "{n_embd=} is not a multiple of {head_size=}",
     ),
     Constraint(
@@ -242,7 +250,7 @@ CONSTRAINTS = (
     Constraint(
         "known_parts",
         lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
-        "{lora_parts=}: must be a comma list of att, ffn, ln, time",
+        f"{{lora_parts=}}: must be a comma list of {', '.join(PARTS)}",
     ),
 )
 

@@ -35,6 +35,23 @@ def vector(x, channel, real):
     return tl.load(x + channel, mask=real, other=0.0)[None, :]
 
 
+@triton.jit
+def tile_of_channels(rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's tokens (ROWS,) and channels (BLOCK,); their places in memory and which exist, (ROWS, BLOCK)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return row, channel, row[:, None] * C + channel[None, :], (row < rows)[:, None] & (channel < C)[None, :]
+
+
+@triton.jit
+def tile_of_head(rows, C, ROWS: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+    """The channels of this program's head (LANES,), which of them exist, and places and existence, (ROWS, LANES)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * N + tl.arange(0, LANES)
+    real = tl.arange(0, LANES) < N
+    return channel, real, row[:, None] * C + channel[None, :], (row < rows)[:, None] & real[None, :]
+
+
 # ---------------------------------------------------------------- token mix
 
 
@@ -65,10 +82,7 @@ def token_mix(
     BLOCK: tl.constexpr,
 ):
     """out[m] = x + (previous - x) mixes[m]; out (M, rows, C). Grid: (row blocks, channel blocks)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    place = row[:, None] * C + channel[None, :]
+    row, channel, place, inside = tile_of_channels(rows, C, ROWS, BLOCK)
     now = get(x, place, inside)
     change = before(x, last, marks, row, channel, row < rows, C, HAS_LAST) - now
     for m in tl.static_range(M):
@@ -94,11 +108,8 @@ def token_mix_backward(
     BLOCK: tl.constexpr,
 ):
     """dx, dlast and the parts of dmixes (row blocks, M, C), from grads: a tuple of M pointers. Grid as above."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row, channel, place, inside = tile_of_channels(rows, C, ROWS, BLOCK)
     real = channel < C
-    inside = (row < rows)[:, None] & real[None, :]
-    place = row[:, None] * C + channel[None, :]
     change = before(x, last, marks, row, channel, row < rows, C, HAS_LAST) - get(x, place, inside)
     segment = tl.load(marks + row, mask=row < rows, other=0)[:, None]
     later = tl.load(marks + row + 1, mask=row + 1 < rows, other=1)[:, None]  # the last token is before none
@@ -124,10 +135,7 @@ def token_mix_backward(
 @triton.jit
 def value_gate(v, first, v0, v12, out, rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out = v + (first - v) sigmoid(v0 + v12)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    place = row[:, None] * C + channel[None, :]
+    _, channel, place, inside = tile_of_channels(rows, C, ROWS, BLOCK)
     now = get(v, place, inside)
     share = sigmoid(vector(v0, channel, channel < C) + get(v12, place, inside))
     put(out, place, now + (get(first, place, inside) - now) * share, inside)
@@ -138,10 +146,7 @@ def value_gate_backward(
     v, first, v0, v12, grad, dv, dfirst, dv12, dv0, rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """All gradients; dv0 in parts (row blocks, C)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (channel < C)[None, :]
-    place = row[:, None] * C + channel[None, :]
+    _, channel, place, inside = tile_of_channels(rows, C, ROWS, BLOCK)
     d = get(grad, place, inside)
     share = sigmoid(vector(v0, channel, channel < C) + get(v12, place, inside))
     slope = d * (get(first, place, inside) - get(v, place, inside)) * share * (1.0 - share)
@@ -190,11 +195,7 @@ def delta_keys(
     LANES: tl.constexpr,
 ):
     """k (1 + (a - 1) k_a), -kk and kk a with a = sigmoid(a0 + a12) and kk = k k_k of unit length."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * N + tl.arange(0, LANES)
-    real = tl.arange(0, LANES) < N
-    inside = (row < rows)[:, None] & real[None, :]
-    place = row[:, None] * C + channel[None, :]
+    channel, real, place, inside = tile_of_head(rows, C, ROWS, N, LANES)
     key = get(k, place, inside)
     rate = sigmoid(vector(a0, channel, real) + get(a12, place, inside))
     scaled = key * vector(k_k, channel, real)
@@ -226,11 +227,7 @@ def delta_keys_backward(
     LANES: tl.constexpr,
 ):
     """All gradients; those of k_k, k_a, a0 in parts (row blocks, 3, C)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * N + tl.arange(0, LANES)
-    real = tl.arange(0, LANES) < N
-    inside = (row < rows)[:, None] & real[None, :]
-    place = row[:, None] * C + channel[None, :]
+    channel, real, place, inside = tile_of_head(rows, C, ROWS, N, LANES)
     key = get(k, place, inside)
     scale = vector(k_k, channel, real)
     amount = vector(k_a, channel, real)
@@ -273,11 +270,7 @@ def gated_norm(
     LANES: tl.constexpr,
 ):
     """(norm(y) weight + bias + (sum r k r_k) v) g."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * N + tl.arange(0, LANES)
-    real = tl.arange(0, LANES) < N
-    inside = (row < rows)[:, None] & real[None, :]
-    place = row[:, None] * C + channel[None, :]
+    channel, real, place, inside = tile_of_head(rows, C, ROWS, N, LANES)
     head = get(y, place, inside)
     head = tl.where(inside, head - tl.sum(head, axis=1)[:, None] / N, 0.0)
     head *= 1.0 / tl.sqrt(tl.sum(head * head, axis=1)[:, None] / N + EPS)
@@ -312,11 +305,7 @@ def gated_norm_backward(
     LANES: tl.constexpr,
 ):
     """All gradients; those of r_k, weight, bias in parts (row blocks, 3, C)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * N + tl.arange(0, LANES)
-    real = tl.arange(0, LANES) < N
-    inside = (row < rows)[:, None] & real[None, :]
-    place = row[:, None] * C + channel[None, :]
+    channel, real, place, inside = tile_of_head(rows, C, ROWS, N, LANES)
     head = get(y, place, inside)
     head = tl.where(inside, head - tl.sum(head, axis=1)[:, None] / N, 0.0)
     inverse = 1.0 / tl.sqrt(tl.sum(head * head, axis=1)[:, None] / N + EPS)
