@@ -89,7 +89,7 @@ def choose(
     rules = BACKENDS[op]
     if wanted not in ("auto", *rules):
         raise ValueError(f"{op} has no backend '{wanted}'; choose one of {', '.join(('auto', *rules))}")
-    refusals = []
+    refusals: list[str] = []
     for name in candidates(op, device, dtype) if wanted == "auto" else [wanted]:
         refusal = rules[name](op, device, dtype, shape)
         if refusal is None:

@@ -104,7 +104,7 @@ def binaries(recipes: Sequence[Recipe]) -> list[Path | BuildError]:
         failures = dict(zip((target for _, target in missing), pool.map(lambda pair: _build(*pair), missing)))
     if not any(failures.values()):
         logger.info("compiled %s in %.1f s", count, time.monotonic() - began)
-    return [failures.get(target) or target for target in found]
+    return [target if isinstance(target, BuildError) else failures.get(target) or target for target in found]
 
 
 def host_recipe(name: str, isa: str) -> Recipe:

@@ -63,9 +63,10 @@ class Kernel:
         first, layout = inputs[0], self.layout
         self._check(inputs, state, starts)
         places, intervals = self._places(starts, first.device)
-        kept = self._beside(layout.kept, first, state, intervals) if keep else [None] * len(layout.kept)
+        kept = self._beside(layout.kept, first, state, intervals) if keep else []
         results = [self._like(first), self._like(state)]
-        self._call("rwkv_forward", [*inputs, state, places], [*results, *kept], first, state, intervals)
+        filled = [*results, *(kept if keep else itertools.repeat(None, len(layout.kept)))]
+        self._call("rwkv_forward", [*inputs, state, places], filled, first, state, intervals)
         return [*results, *kept, places] if keep else results
 
     def backward(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor, dlast: Tensor) -> list[Tensor]:
@@ -170,8 +171,8 @@ def answer(function: Callable[..., Any], pointers: Sequence[int], sizes: Sequenc
 
 def function(library: ctypes.CDLL, name: str) -> Callable[..., Any]:
     """A C function of cuda/call.h that answers null or the text of an error."""
-    found = getattr(library, name)
-    found.restype = ctypes.c_char_p
+    getattr(library, name).restype = ctypes.c_char_p
+    found: Callable[..., Any] = getattr(library, name)
     return found
 
 

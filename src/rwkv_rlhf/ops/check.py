@@ -83,7 +83,7 @@ def examine(case: Case, backend: str, device: torch.device, dtype: torch.dtype) 
     except RuntimeError as error:  # after a fault on a GPU every further use of it fails, whatever asks
         return about._replace(failure=str(error).strip().partition("\n")[0])
     found = judge.errors(values, case.run(wide, "naive"))
-    worst = max(found, key=found.get)
+    worst = max(found, key=lambda name: found[name])
     return about._replace(worst=worst, error=found[worst], milliseconds=took, plain_milliseconds=plain)
 
 
@@ -128,7 +128,7 @@ POINTWISE: dict[str, tuple[tuple[tuple[int, ...], ...], Callable[..., Tensor | t
     "value_gate": ((X, X, C, X), elementwise.value_gate),
     "delta_keys": (
         (X, C, C, C, X),
-        lambda *inputs, backend: elementwise.delta_keys(*inputs, HEADS, backend),
+        lambda k, k_k, k_a, a0, a12, backend: elementwise.delta_keys(k, k_k, k_a, a0, a12, HEADS, backend),
     ),
     "gated_norm": ((SHAPE, X, X, X, (HEADS, SIZE), C, C, X), elementwise.gated_norm),
     "relu_squared": ((X,), elementwise.relu_squared),

@@ -35,7 +35,9 @@ MAPS = Path("/proc/self/maps")
 class Kernel(calls.Kernel):
     """One recurrence on the CPU."""
 
-    def _run(self, name, given, filled, sizes, dtype):
+    def _run(
+        self, name: str, given: list[Tensor], filled: Sequence[Tensor | None], sizes: Sequence[int], dtype: int
+    ) -> str | None:
         return calls.call(getattr(self.functions, name), [*given, *filled], sizes, dtype, torch.get_num_threads())
 
 

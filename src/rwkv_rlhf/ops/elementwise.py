@@ -54,7 +54,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     where = _backend(v, backend)
     if where == "cpu":
         return _kernel(Call("value_gate", _rows(v), 1), (v, v_first, v0.float(), v12))[0]
-    return _elsewhere("value_gate", where, (v, v_first, v0, v12))
+    return _elsewhere("value_gate", where, (v, v_first, v0, v12))[0]
 
 
 def delta_keys(
@@ -70,8 +70,11 @@ def delta_keys(
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
     where = _backend(k, backend)
     if where == "cpu":
-        return _kernel(Call("delta_keys", _rows(k, heads), 3), (k, k_k.float(), k_a.float(), a0.float(), a12))
-    return _elsewhere("delta_keys", where, (k, k_k, k_a, a0, a12), heads)
+        call = Call("delta_keys", _rows(k, heads), 3)
+        new_k, minus_kk, kk_a = _kernel(call, (k, k_k.float(), k_a.float(), a0.float(), a12))
+    else:
+        new_k, minus_kk, kk_a = _elsewhere("delta_keys", where, (k, k_k, k_a, a0, a12), heads)
+    return new_k, minus_kk, kk_a
 
 
 def gated_norm(
@@ -98,13 +101,14 @@ def gated_norm(
     if where == "cpu":
         call = Call("gated_norm", _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(eps),))
         return _kernel(call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g))[0]
-    return _elsewhere("gated_norm", where, (y, r, k, v, r_k, weight, bias, g), eps)
+    return _elsewhere("gated_norm", where, (y, r, k, v, r_k, weight, bias, g), eps)[0]
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
     ops = _operations(_backend(x, backend))
-    return _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
+    out: Tensor = _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
+    return out
 
 
 def _backend(x: Tensor, wanted: str) -> str:
@@ -123,12 +127,14 @@ def _operations(where: str) -> Any:
     return naive
 
 
-def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> tuple[Tensor, ...]:
     """A group where the C++ kernels do not run: in Triton, or the plain twin."""
     ops = _operations(where)
     if where == "triton":
-        return ops.run(name, tensors, settings, _records(*tensors))
-    return _twin(getattr(ops, name), tensors, *settings)
+        found = ops.run(name, tensors, settings, _records(*tensors))
+    else:
+        found = _twin(getattr(ops, name), tensors, *settings)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _records(*tensors: Tensor | None) -> bool:
@@ -143,7 +149,10 @@ def _rows(x: Tensor, heads: int = 1) -> RowSizes:
 
 def _kernel(call: Call, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     """Run one group of kernels; without gradients straight, which matters when tokens are sampled one by one."""
-    return _Kernel.apply(call, *tensors) if _records(*tensors) else host.forward(call, tensors)
+    if _records(*tensors):
+        outputs: tuple[Tensor, ...] = _Kernel.apply(call, *tensors)
+        return outputs
+    return host.forward(call, tensors)
 
 
 class _Kernel(torch.autograd.Function):
@@ -173,7 +182,9 @@ class _Recomputed(torch.autograd.Function):
     """A plain twin. Only the inputs are saved: its float32 copies would be twice what the kernels keep of a block."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None):
+    def forward(
+        ctx: Any, function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None
+    ) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.function, ctx.settings = function, settings
@@ -201,7 +212,7 @@ class _ReluSquared(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ops: Any) -> Tensor:
-        out = ops.relu_squared(x)
+        out: Tensor = ops.relu_squared(x)
         ctx.save_for_backward(out)
         ctx.ops = ops
         return out

@@ -1,7 +1,7 @@
 """The element-wise groups of RWKV-7 on the CPU: calls of cuda/cpu/elementwise.cpp, with memory for their results."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
 def forward(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The outputs of a group for its inputs: activations of one dtype, the first of them first, and float32 vectors."""
-    given = _dense(tensors)
+    given = cast(list[Tensor], _dense(tensors))  # what may be None is not looked at here
     outs = tuple([torch.empty_like(given[call.like]) for _ in range(call.outputs)])
     cpu.call("elementwise", "rwkv_" + call.name, given[0].dtype, [*given, *outs], call.sizes, *call.settings)
     return outs
@@ -41,8 +41,8 @@ def backward(
     call: Call, grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None], need: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients of the inputs that `need` one, from those of the outputs (None: zero)."""
-    given = _dense(tensors)
-    found = [torch.empty_like(t) if n and t is not None else None for t, n in zip(given, need)]
+    given = cast(list[Tensor], _dense(tensors))
+    found = [torch.empty_like(t) if n else None for t, n in zip(given, need)]
     function, all_tensors = f"rwkv_{call.name}_backward", [*_dense(grads), *given, *found]
     cpu.call("elementwise", function, given[0].dtype, all_tensors, call.sizes, *call.settings)
     return found

@@ -68,7 +68,8 @@ def gated_norm(
     heads, size = y.shape[-2:]
     normed = F.layer_norm(y_, (size,), eps=eps).flatten(-2) * weight_ + bias_
     bonus = ((r_ * k_).unflatten(-1, (heads, size)) * r_k_).sum(-1, keepdim=True)
-    return ((normed + (bonus * v_.unflatten(-1, (heads, size))).flatten(-2)) * g_).to(y.dtype)
+    out: Tensor = (normed + (bonus * v_.unflatten(-1, (heads, size))).flatten(-2)) * g_
+    return out.to(y.dtype)
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -128,6 +128,7 @@ def compiler(name: str) -> str:
 def toolkit_folder(variable: str) -> str | None:
     """CUDA_HOME or ROCM_HOME as torch finds it, which takes a while and needs setuptools."""
     try:
-        return getattr(importlib.import_module("torch.utils.cpp_extension"), variable)
+        home: str | None = getattr(importlib.import_module("torch.utils.cpp_extension"), variable)
     except ImportError:
         return None
+    return home

@@ -117,7 +117,8 @@ def _host_stats(logits: Tensor, targets: Tensor) -> RowStats:
         raise ValueError(f"targets must be int64 on the CPU, not {targets.dtype} on {targets.device}")
     dense = logits if logits.stride(1) == 1 else logits.contiguous()
     lse = torch.empty(len(targets), dtype=torch.float32)
-    found = RowStats(lse, *(torch.empty_like(lse) for _ in range(3)), torch.empty(len(targets), dtype=torch.int64))
+    target_logit, logit_sum, max_logit = (torch.empty_like(lse) for _ in range(3))
+    found = RowStats(lse, target_logit, logit_sum, max_logit, torch.empty(len(targets), dtype=torch.int64))
     tensors, sizes = (dense, targets.contiguous(), *found), (*logits.shape, dense.stride(0))
     try:
         cpu.call("logprob", "rwkv_row_stats", logits.dtype, tensors, sizes)

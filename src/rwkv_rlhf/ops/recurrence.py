@@ -5,6 +5,7 @@ B batch, T tokens, H heads, N head size, S segments
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def recur(
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
         y, last = run.forward((*inputs, *constants), state, edges, False)
         return y, last
-    return _Compiled.apply(run, edges, state, *inputs, *constants)
+    y, last = _Compiled.apply(run, edges, state, *inputs, *constants)
+    return y, last
 
 
 def check_tokens(inputs: dict[str, Tensor], dims: int) -> Tensor:
@@ -123,7 +125,7 @@ class _Compiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, kernel, starts, state, *inputs):
+    def forward(ctx: Any, kernel: Any, starts: list[int], state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         y, last, *kept = kernel.forward(inputs, state, starts, True)
         ctx.save_for_backward(*inputs, *kept)
         ctx.kernel, ctx.count = kernel, len(inputs)
@@ -131,7 +133,7 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dlast):
+    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         *grads, dstate = ctx.kernel.backward(inputs, kept, dy, dlast)
         return (None, None, dstate, *grads)

@@ -30,5 +30,5 @@ def wkv5(
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as a plain loop over tokens: slow, works in float64, and judges every other backend."""
-    w, u = vectors
-    return loop(*inputs, torch.exp(-torch.exp(w)).expand(inputs[0].shape), u, state)
+    (r, k, v), (w, u) = inputs, vectors
+    return loop(r, k, v, torch.exp(-torch.exp(w)).expand(r.shape), u, state)

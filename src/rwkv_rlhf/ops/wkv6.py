@@ -45,8 +45,8 @@ def no_state(r: Tensor) -> Tensor:
 
 def scan(inputs: tuple[Tensor, ...], vectors: tuple[Tensor, ...], state: Tensor) -> tuple[Tensor, Tensor]:
     """WKV-6 as a plain loop over tokens: slow, works in float64, and judges every other backend."""
-    *rkv, w = inputs
-    return loop(*rkv, torch.exp(-torch.exp(w)), vectors[0], state)
+    r, k, v, w = inputs
+    return loop(r, k, v, torch.exp(-torch.exp(w)), vectors[0], state)
 
 
 def loop(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ B batch, T tokens, C width, H heads, N head size, S segments, M mixes
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -16,13 +16,15 @@ from rwkv_rlhf.ops.triton import pointwise
 from rwkv_rlhf.ops.triton.launch import current, dense
 
 ROWS, BLOCK, LINE = 16, 64, 1024  # tokens and channels of a program; numbers of one of relu_squared
-Tensors = Sequence[Tensor | None]
+Tensors = Sequence[Tensor]
+Some = Sequence[Tensor | None]
 
 
-def run(name: str, tensors: tuple[Tensor | None, ...], settings: tuple[int | float, ...], records: bool) -> Any:
-    """The group `name` with the arguments of its plain twin; with `records` its gradients come from Triton too."""
+def run(name: str, tensors: Some, settings: tuple[int | float, ...], records: bool) -> tuple[Tensor, ...]:
+    """The results of group `name` for the arguments of its plain twin; with `records` Triton gives gradients too."""
+    outputs: tuple[Tensor, ...]
     outputs = _Group.apply(name, settings, *tensors) if records else GROUPS[name].forward(tensors, *settings)
-    return outputs if len(outputs) > 1 or name == "token_mix" else outputs[0]
+    return outputs
 
 
 class _Group(torch.autograd.Function):
@@ -33,7 +35,8 @@ class _Group(torch.autograd.Function):
         ctx.set_materialize_grads(True)
         ctx.save_for_backward(*tensors)
         ctx.group, ctx.settings = GROUPS[name], settings
-        return GROUPS[name].forward(tensors, *settings)
+        outputs: tuple[Tensor, ...] = GROUPS[name].forward(tensors, *settings)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -50,7 +53,7 @@ class TokenMix:
     """x, last, starts, mixes -> M tensors."""
 
     @staticmethod
-    def forward(tensors: Tensors) -> tuple[Tensor, ...]:
+    def forward(tensors: Some) -> tuple[Tensor, ...]:
         """Values."""
         x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors)
         out = x.new_empty(len(mixes), *x.shape)
@@ -68,10 +71,11 @@ class TokenMix:
                 ROWS=ROWS,
                 BLOCK=BLOCK,
             )
-        return out.to(tensors[0].dtype).unbind()
+        values: Tensor = out.to(cast(Tensor, tensors[0]).dtype)
+        return values.unbind()
 
     @staticmethod
-    def backward(tensors: Tensors, grads: Sequence[Tensor]) -> Tensors:
+    def backward(tensors: Some, grads: Sequence[Tensor]) -> Some:
         """Gradients; of `last` zeros for empty segments."""
         x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors)
         dx, dlast = torch.empty_like(x), x.new_zeros(0) if last is None else torch.zeros_like(last)
@@ -96,9 +100,9 @@ class TokenMix:
         return dx, None if last is None else dlast, None, parts.sum(0)
 
     @staticmethod
-    def arguments(tensors: Tensors) -> tuple[Any, ...]:
+    def arguments(tensors: Some) -> tuple[Any, ...]:
         """The arguments as the kernels take them."""
-        x, last, starts, mixes = tensors
+        x, last, starts, mixes = cast(tuple[Tensor, Tensor | None, Tensor | None, Tensor], tensors)
         batch, tokens, width = x.shape
         grid = triton.cdiv(batch * tokens, ROWS), triton.cdiv(width, BLOCK)
         marks = beginnings(starts, batch, tokens, x.device)
