@@ -12,6 +12,8 @@
 // The functions allocate nothing that outlives them and return null, or the text of an error.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 
 #define RWKV_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -76,15 +78,24 @@ struct Constant {
     static constexpr int value = VALUE;
 };
 
+// The one head size that is compiled, for a run needs no other, or 0: all of them, as in a wheel.
+#ifndef RWKV_HEAD_SIZE
+#define RWKV_HEAD_SIZE 0
+#endif
+template <int... N>
+struct List {};
+using HeadSizes = std::conditional_t<RWKV_HEAD_SIZE == 0, List<32, 64, 128>, List<RWKV_HEAD_SIZE>>;
+
+template <int... N, typename F>
+const char* dispatch(List<N...>, const Sizes& sizes, int dtype, F&& f) {
+    if (((sizes.size != N) && ...)) return "the kernel was not compiled for this head size";
+    return by_dtype(dtype, [&](auto element) { ((sizes.size == N ? f(Constant<N>{}, element) : void()), ...); });
+}
+
 // f(Constant<N>, a T) for the head size and dtype of a call; null, or why there is no kernel for them.
 template <typename F>
 const char* dispatch(const Sizes& sizes, int dtype, F&& f) {
-    if (sizes.size != 32 && sizes.size != 64 && sizes.size != 128) return "the head size is not one of 32, 64, 128";
-    return by_dtype(dtype, [&](auto element) {
-        if (sizes.size == 32) f(Constant<32>{}, element);
-        if (sizes.size == 64) f(Constant<64>{}, element);
-        if (sizes.size == 128) f(Constant<128>{}, element);
-    });
+    return dispatch(HeadSizes{}, sizes, dtype, f);
 }
 
 }  // namespace rwkv

@@ -11,7 +11,8 @@ import torch
 from rwkv_rlhf.ops import backends, build, cpu
 from rwkv_rlhf.ops.wkv7 import wkv7
 
-GOOD = 'extern "C" int answer() { return 42; }\n'
+EXPORTED = 'extern "C" __attribute__((visibility("default"))) int answer()'
+GOOD = EXPORTED + " { return 42; }\n"
 BROKEN = "int main() { return undeclared_name; }\n"
 
 
@@ -71,6 +72,23 @@ def test_second_process_reuses_the_binary_and_a_changed_source_does_not(sources)
     assert build.binary(recipe()) == first and first.stat().st_mtime_ns == stamp
     (sources / "good.cpp").write_text(GOOD.replace("42", "43"))
     assert build.binary(recipe()) != first
+
+
+def test_a_run_compiles_side_by_side_what_it_needs(sources, caplog):
+    """If this breaks, a first run waits for one kernel after the other, and for head sizes that it does not have."""
+    (sources / "good.cpp").write_text(GOOD)
+    (sources / "sized.cpp").write_text(EXPORTED + " { return RWKV_HEAD_SIZE; }\n")
+    (sources / "bad.cpp").write_text(BROKEN)
+    wanted = [("good", 0), ("sized", 64), ("bad", 0)]
+    with caplog.at_level(logging.INFO):
+        backends.prepare(wanted, torch.device("cpu"), torch.float32)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "3 kernels" in told[0] and "good" in told[0] and "sized" in told[0]
+    caplog.clear()
+    assert cpu.library("good").answer() == 42 and cpu.library("sized", 64).answer() == 64
+    assert not caplog.records  # both were there
+    with pytest.raises(build.BuildError, match="undeclared_name"):
+        cpu.library("bad")
 
 
 def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):

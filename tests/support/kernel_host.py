@@ -124,7 +124,7 @@ def as_backend(op: str, kernel: gpu.Kernel) -> Iterator[None]:
         "cuda": backends.any_tensor,
         **{name: rule for name, rule in rules.items() if name != "cuda"},
     }
-    gpu.kernel = lambda name, device: kernel if name == op else real(name, device)
+    gpu.kernel = lambda name, device, size=0: kernel if name == op else real(name, device, size)
     try:
         yield
     finally:

@@ -61,6 +61,7 @@ class TimeMix(nn.Module):
     """
 
     matrices: tuple[str, ...] = ("receptance", "key", "value", "output")
+    recurrence: str  # its name in ops/backends.py
     receptance: Linear
     key: Linear
     value: Linear

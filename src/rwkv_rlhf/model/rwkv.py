@@ -13,6 +13,7 @@ from rwkv_rlhf.layers.linear import Embedding, Linear
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
+from rwkv_rlhf.ops.backends import prepare
 
 
 class RWKV(nn.Module):
@@ -39,6 +40,8 @@ class RWKV(nn.Module):
         self.wkv_backend = wkv_backend
         self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
         block = VERSIONS[sizes.version]
+        heads = sizes.head_size if sizes.head_size > 1 else 0
+        self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0)]  # not compiled yet
         self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
@@ -61,6 +64,9 @@ class RWKV(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
+        if self._kernels:
+            prepare(self._kernels, tokens.device, self.compute_dtype, self.wkv_backend)
+            self._kernels = []
         x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state

@@ -25,6 +25,7 @@ class TimeMix(blocks.TimeMix):
     """The attention half of a block."""
 
     matrices = ("key", "value", "receptance", "output")
+    recurrence = "wkv4"
     time_decay: nn.Parameter
     time_first: nn.Parameter
 

@@ -32,6 +32,7 @@ MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 class TimeMix(HeadsTimeMix):
     """The attention half of a block of x050: one decay and one bonus per head, no gate."""
 
+    recurrence = "wkv5"
     mixes: tuple[str, ...] = MIXES
     by_channel = False  # one decay and one bonus for each head, not for each channel of each head
     time_decay: nn.Parameter

@@ -33,6 +33,7 @@ class TimeMix(HeadsTimeMix):
     """The attention half of a block."""
 
     matrices = (*HeadsTimeMix.matrices, "gate")
+    recurrence = "wkv6"
     gate: Linear
     time_maa_x: nn.Parameter
     time_maa_w1: nn.Parameter

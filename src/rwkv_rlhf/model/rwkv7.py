@@ -31,6 +31,7 @@ def low_rank_sizes(width: int) -> dict[str, int]:
 class TimeMix(HeadsTimeMix):
     """The attention half of a block."""
 
+    recurrence = "wkv7"
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter

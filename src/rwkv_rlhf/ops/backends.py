@@ -6,7 +6,7 @@ To add a backend: one function that refuses what it cannot do, and one entry in 
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def host_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple
         return f"the tensors are on {device}"
     if dtype not in calls.DTYPES:
         return f"no kernel for {dtype}"
-    return _build_failure(op, "cpu", device)
+    return _build_failure(op, "cpu", device, head_size(op, shape))
 
 
 def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -42,7 +42,7 @@ def device_library(op: str, device: torch.device, dtype: torch.dtype, shape: tup
         return f"the tensors are on {device}"
     if dtype not in calls.DTYPES:
         return f"no kernel for {dtype}"
-    return _build_failure(op, "cuda", device)
+    return _build_failure(op, "cuda", device, head_size(op, shape))
 
 
 def triton_kernels(op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -112,8 +112,19 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return names
 
 
-def kernel(op: str, backend: str, device: torch.device) -> Any:
-    """What runs `op` on a backend other than "naive": a kernel of the recurrence, else C functions.
+def head_size(op: str, shape: Sequence[int]) -> int:
+    """What a kernel of `op` must be compiled for to take tensors of this shape; 0 where there are no heads."""
+    return shape[-1] if op in calls.LAYOUTS and len(shape) == 4 else 0
+
+
+def prepare(kernels: Sequence[tuple[str, int]], device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> None:
+    """Compile side by side what a run will ask for, (op, head size or 0) each, instead of one after the other."""
+    if device.type == "cpu" and wanted in ("auto", "cpu") and dtype in calls.DTYPES:
+        cpu.prepare(kernels)
+
+
+def kernel(op: str, backend: str, device: torch.device, size: int = 0) -> Any:
+    """What runs `op` on a backend other than "naive": a kernel of the recurrence for a head size, else C functions.
 
     Raises BuildError.
     """
@@ -122,8 +133,8 @@ def kernel(op: str, backend: str, device: torch.device) -> Any:
 
         return recurrences.kernel(op)
     if backend == "cuda":
-        return gpu.kernel(op, device)
-    return cpu.recurrence(op) if op in calls.LAYOUTS else cpu.library(op)
+        return gpu.kernel(op, device, size)
+    return cpu.recurrence(op, size) if op in calls.LAYOUTS else cpu.library(op)
 
 
 @functools.cache
@@ -159,10 +170,10 @@ def _too_old(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _build_failure(op: str, backend: str, device: torch.device) -> str | None:
+def _build_failure(op: str, backend: str, device: torch.device, size: int) -> str | None:
     """Why the kernel of `op` cannot be had, warned about once; None if it can."""
     try:
-        kernel(op, backend, device)
+        kernel(op, backend, device, size)
     except BuildError as error:
         logger.warning("%s runs as plain PyTorch, which is much slower: %s", op, error)
         return str(error)

@@ -107,14 +107,20 @@ def binaries(recipes: Sequence[Recipe]) -> list[Path | BuildError]:
     return [target if isinstance(target, BuildError) else failures.get(target) or target for target in found]
 
 
-def host_recipe(name: str, isa: str) -> Recipe:
-    """How cuda/cpu/<name>.cpp is compiled for an instruction set of `ISA_FLAGS`.
+def host_recipe(name: str, isa: str, head_size: int = 0) -> Recipe:
+    """How cuda/cpu/<name>.cpp is compiled for an instruction set of `ISA_FLAGS` and one head size (0: for all).
 
     Raises BuildError without a compiler.
     """
     command, version = compiler()
-    flags = (*FLAGS, *ISA_FLAGS[isa])
-    return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), isa.lower())
+    flags = (*FLAGS, *ISA_FLAGS[isa], *head_size_flags(head_size))
+    label = isa.lower() + f"-n{head_size}" * bool(head_size)
+    return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), label)
+
+
+def head_size_flags(head_size: int) -> tuple[str, ...]:
+    """Leave out the other head sizes: two thirds of the work. 0: leave out none."""
+    return (f"-DRWKV_HEAD_SIZE={head_size}",) if head_size else ()
 
 
 def packaged(name: str, isa: str) -> Path | None:

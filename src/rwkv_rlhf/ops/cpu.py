@@ -4,6 +4,7 @@ A wheel brings them compiled; a clone compiles them on first use (ops/build.py).
 library that torch has loaded, as many as torch.get_num_threads() says.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -59,20 +60,27 @@ def call(
         raise RuntimeError(f"{name}: {failure}")
 
 
-def recurrence(op: str) -> Kernel:
+def recurrence(op: str, head_size: int = 0) -> Kernel:
     """The recurrence `op`. Raises BuildError as `library`."""
-    return _recurrence(op, library(op))
+    return _recurrence(op, library(op, head_size))
 
 
-def library(name: str) -> ctypes.CDLL:
-    """cuda/cpu/<name>.cpp from the wheel, else from the cache, else compiled now.
+def library(name: str, head_size: int = 0) -> ctypes.CDLL:
+    """cuda/cpu/<name>.cpp from the wheel, else from the cache, else compiled now for one head size (0: for all).
 
     Raises BuildError (again on every call: a failed build is not retried within a process).
     """
-    found = _library(name, build.SOURCES)
+    found = _library(name, head_size, build.SOURCES)
     if isinstance(found, BuildError):
         raise found
     return found
+
+
+def prepare(kernels: Sequence[tuple[str, int]]) -> None:
+    """Compile side by side what is missing of (name, head size or 0); why one failed is told to who asks for it."""
+    isa = instruction_set()
+    with contextlib.suppress(BuildError):
+        build.binaries([build.host_recipe(name, isa, n) for name, n in kernels if build.packaged(name, isa) is None])
 
 
 def instruction_set() -> str:
@@ -106,7 +114,7 @@ def _recurrence(op: str, functions: ctypes.CDLL) -> Kernel:
 
 
 @functools.cache
-def _library(name: str, sources: Path) -> ctypes.CDLL | BuildError:
+def _library(name: str, head_size: int, sources: Path) -> ctypes.CDLL | BuildError:
     """An error is a result too; `sources` is part of the key."""
     share_threads()
     isa = instruction_set()
@@ -117,7 +125,7 @@ def _library(name: str, sources: Path) -> ctypes.CDLL | BuildError:
         except OSError as error:
             logger.warning("the compiled kernel %s of this installation does not load: %s", path, error)
     try:
-        return build.load(build.host_recipe(name, isa), ctypes.CDLL)
+        return build.load(build.host_recipe(name, isa, head_size), ctypes.CDLL)
     except BuildError as error:
         return error
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops import calls
-from rwkv_rlhf.ops.build import KERNELS, BuildError, Recipe, load
+from rwkv_rlhf.ops.build import KERNELS, BuildError, Recipe, head_size_flags, load
 
 SOURCES = KERNELS
 # No flag that assumes away NaN or infinity; the static runtime, because torch brings one of another version.
@@ -55,25 +55,26 @@ class Kernel(calls.Kernel):
         return calls.call(getattr(self.functions, name), [*given, *filled], sizes, dtype, device.index, stream)
 
 
-def kernel(op: str, device: torch.device) -> Kernel:
-    """The kernel of `op` for the architecture of `device`, compiled first if no cached binary fits.
+def kernel(op: str, device: torch.device, head_size: int = 0) -> Kernel:
+    """The kernel of `op` for the architecture of `device`, compiled first if no cached binary fits, for one head size.
 
     Raises BuildError (again on every call: a failed build is not retried within a process).
     """
     if not torch.cuda.is_available():
         raise BuildError("this PyTorch finds no GPU")
-    found = _kernel(op, torch.cuda.current_device() if device.index is None else device.index, SOURCES)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    found = _kernel(op, index, head_size, SOURCES)
     if isinstance(found, BuildError):
         raise found
     return found
 
 
 @functools.cache
-def _kernel(op: str, index: int, sources: Path) -> Kernel | BuildError:
+def _kernel(op: str, index: int, head_size: int, sources: Path) -> Kernel | BuildError:
     """An error is a result too; `sources` is part of the key."""
     device = torch.device("cuda", index)
     try:
-        functions = load(recipe(op, device), ctypes.CDLL)
+        functions = load(recipe(op, device, head_size), ctypes.CDLL)
     except BuildError as error:
         return error
     functions.rwkv_probe.restype = ctypes.c_char_p
@@ -83,9 +84,12 @@ def _kernel(op: str, index: int, sources: Path) -> Kernel | BuildError:
     return Kernel(op, functions)
 
 
-def recipe(op: str, device: torch.device) -> Recipe:
-    """How cuda/<op>.cu is compiled for a device that torch can see. Raises BuildError if a compiler is missing."""
-    return (hip_recipe if torch.version.hip else cuda_recipe)(op, architecture(device))
+def recipe(op: str, device: torch.device, head_size: int = 0) -> Recipe:
+    """How cuda/<op>.cu is compiled for a device that torch can see, for one head size (0: for all).
+
+    Raises BuildError if a compiler is missing.
+    """
+    return (hip_recipe if torch.version.hip else cuda_recipe)(op, architecture(device), head_size)
 
 
 def architecture(device: torch.device) -> str:
@@ -95,23 +99,24 @@ def architecture(device: torch.device) -> str:
     return "{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def cuda_recipe(op: str, capability: str) -> Recipe:
+def cuda_recipe(op: str, capability: str, head_size: int = 0) -> Recipe:
     """For an NVIDIA GPU of a compute capability as in "90". Raises BuildError if there is no nvcc."""
     command = compiler("nvcc")
     code = f"arch=compute_{capability},code=sm_{capability}"
-    return _recipe(op, (command,), (*NVCC_FLAGS, "-gencode", code), f"sm_{capability}")
+    return _recipe(op, (command,), (*NVCC_FLAGS, "-gencode", code), f"sm_{capability}", head_size)
 
 
-def hip_recipe(op: str, architecture: str) -> Recipe:
+def hip_recipe(op: str, architecture: str, head_size: int = 0) -> Recipe:
     """For an AMD GPU of an architecture as in "gfx90a". Raises BuildError if there is no hipcc."""
     # With a CUDA toolkit beside it, hipcc would call nvcc.
     command = ("env", "HIP_PLATFORM=amd", compiler("hipcc"))
-    return _recipe(op, command, (*HIPCC_FLAGS, f"--offload-arch={architecture}"), architecture)
+    return _recipe(op, command, (*HIPCC_FLAGS, f"--offload-arch={architecture}"), architecture, head_size)
 
 
-def _recipe(op: str, command: Sequence[str], flags: Sequence[str], label: str) -> Recipe:
+def _recipe(op: str, command: Sequence[str], flags: Sequence[str], label: str, head_size: int) -> Recipe:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    return Recipe(SOURCES / f"{op}.cu", (*command, *flags), (version,), label)
+    label += f"-n{head_size}" * bool(head_size)
+    return Recipe(SOURCES / f"{op}.cu", (*command, *flags, *head_size_flags(head_size)), (version,), label)
 
 
 def compiler(name: str) -> str:
