@@ -184,8 +184,8 @@ RWKV_EXPORT rwkv_forward(void* const* tensors, const int64_t* sizes_, int dtype,
     using namespace rwkv;
     const OnDevice here(device);
     const Sizes sizes = sizes_of(sizes_);
-    const Arguments x{sizes, Places(tensors[5], sizes), tensors[0], tensors[1], tensor<float>(tensors, 2),
-                      tensor<float>(tensors, 3)};
+    const Arguments x{sizes,      Places(tensors[5], sizes), tensors[0],
+                      tensors[1], tensor<float>(tensors, 2), tensor<float>(tensors, 3)};
     const char* refused = by_dtype(dtype, [&](auto element) {
         using T = decltype(element);
         launch(forward<T>, blocks_of(sizes), THREADS, Stream(stream), x, (const float*)tensors[4],
@@ -199,8 +199,8 @@ RWKV_EXPORT rwkv_backward(void* const* tensors, const int64_t* sizes_, int dtype
     using namespace rwkv;
     const OnDevice here(device);
     const Sizes sizes = sizes_of(sizes_);
-    const Arguments x{sizes, Places(tensors[5], sizes), tensors[0], tensors[1], tensor<float>(tensors, 2),
-                      tensor<float>(tensors, 3)};
+    const Arguments x{sizes,      Places(tensors[5], sizes), tensors[0],
+                      tensors[1], tensor<float>(tensors, 2), tensor<float>(tensors, 3)};
     const Gradients to{tensors[8], tensors[9], tensor<float>(tensors, 10), tensor<float>(tensors, 11),
                        tensor<float>(tensors, 12)};
     const char* refused = by_dtype(dtype, [&](auto element) {

@@ -113,8 +113,7 @@ __global__ void BOUNDS((threads<N, OWN>), (OWN < Tile<N>::WHOLE ? 168 : REGISTER
             const Pack<VECTORS> scale = load<VECTORS>(stage.scales[t] + vector);
             const float sum = row_step<N>(S, stage.dots[t], stage.adds[t], stage.decay[t], scale);
             if (writes<VECTORS, 1, LANES>(thread_index()))
-                store(x.out + begin + part + (first + t) * stride + mine,
-                      sum + stage.bonus[t] * stage.scales[t][mine]);
+                store(x.out + begin + part + (first + t) * stride + mine, sum + stage.bonus[t] * stage.scales[t][mine]);
         }
     }
     write(x.state_out + (row * H + head) * N * N);
@@ -266,10 +265,18 @@ const char* forward56(void* const* tensors, const Sizes& sizes, int dtype, int d
         constexpr int N = decltype(size)::value;
         using T = decltype(element);
         using W = std::conditional_t<PER_TOKEN, T, float>;
-        const Sweep<T, W> x{sizes, Places(tensors[6], sizes), tensor<T>(tensors, 0), tensor<T>(tensors, 1),
-                            tensor<T>(tensors, 2), tensor<W>(tensors, 3), PER_TOKEN ? sizes.heads * N : 0,
-                            tensor<float>(tensors, 4), tensor<float>(tensors, 5), tensor<T>(tensors, 7),
-                            tensor<float>(tensors, 8), tensor<float>(tensors, 9)};
+        const Sweep<T, W> x{sizes,
+                            Places(tensors[6], sizes),
+                            tensor<T>(tensors, 0),
+                            tensor<T>(tensors, 1),
+                            tensor<T>(tensors, 2),
+                            tensor<W>(tensors, 3),
+                            PER_TOKEN ? sizes.heads * N : 0,
+                            tensor<float>(tensors, 4),
+                            tensor<float>(tensors, 5),
+                            tensor<T>(tensors, 7),
+                            tensor<float>(tensors, 8),
+                            tensor<float>(tensors, 9)};
         launch_sweep<N, false>(x, device, stream);
     });
     return refused ? refused : here.error();
@@ -293,11 +300,23 @@ const char* backward56(void* const* tensors, const Sizes& sizes, int dtype, int 
         launch_sweep<N, true>(Sweep<T, W>{sizes, places, k, r, dy, w, w_stride, u, tensor<float>(tensors, 8),
                                           tensor<T>(tensors, 11), tensor<float>(tensors, 14), after},
                               device, stream);
-        const Columns<T, W> x{sizes, places, r, k, v, dy, w, w_stride, u, before, after, tensor<T>(tensors, 9),
-                              tensor<T>(tensors, 10), tensor<W>(tensors, 12), tensor<float>(tensors, 13)};
+        const Columns<T, W> x{sizes,
+                              places,
+                              r,
+                              k,
+                              v,
+                              dy,
+                              w,
+                              w_stride,
+                              u,
+                              before,
+                              after,
+                              tensor<T>(tensors, 9),
+                              tensor<T>(tensors, 10),
+                              tensor<W>(tensors, 12),
+                              tensor<float>(tensors, 13)};
         constexpr int WHOLE = Tile<N>::WHOLE;
-        launch(gradients<N, T, W>, sizes.intervals * sizes.heads * (N / WHOLE), threads<N, WHOLE>,
-               Stream(stream), x);
+        launch(gradients<N, T, W>, sizes.intervals * sizes.heads * (N / WHOLE), threads<N, WHOLE>, Stream(stream), x);
     });
     return refused ? refused : here.error();
 }

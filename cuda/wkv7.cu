@@ -37,7 +37,7 @@ struct RowSweep {
     Sizes sizes;
     Places places;
     Pack<VECTORS, const T*> vectors;  // w, A, U, Y, X and u
-    const float* begin;         // M before the first step
+    const float* begin;               // M before the first step
     T* y;
     float *x, *checkpoints, *end;  // x and checkpoints may be null
 };
@@ -45,8 +45,7 @@ struct RowSweep {
 // One block: SLOTS R value rows of one head of one row of the batch. Step s = 0 .. T: forward updates M with token
 // s - 1 and makes x for token s; REVERSE (order of tokens reversed) decays M by token s - 1 and does the rest for s.
 template <int N, int R, bool REVERSE, typename T>
-__global__ void BOUNDS(Tile<N>::THREADS, (R == Tile<N>::R ? WIDE_REGISTERS : REGISTERS))
-    rows(const RowSweep<T> args) {
+__global__ void BOUNDS(Tile<N>::THREADS, (R == Tile<N>::R ? WIDE_REGISTERS : REGISTERS)) rows(const RowSweep<T> args) {
     using Shape = Tile<N>;
     constexpr int PIECE = Shape::PIECE, PARTS = Shape::PARTS, LOW = Shape::LOW;
     constexpr int ROWS = Shape::SLOTS * R, BLOCKS = N / ROWS;
@@ -220,9 +219,9 @@ DEVICE void column_pass(const Roles<T>& in, const ColumnBlock<N>& block, ColumnS
             const int64_t at = block.origin + token * block.stride + thread + (width < N ? block.key : 0);
             return order >= 0 && order < block.tokens && thread < width ? from[at] : missing<Number>(decay);
         };
-        Ahead ahead = {one(in.A, true, N),           one(in.X, false, N),       one(in.U, !REVERSE, N),
-                       one(in.Y, !REVERSE, N),       one(in.w, true, KEYS, true), one(in.x, true, KEYS),
-                       one(in.u, !REVERSE, KEYS),    one(in.first, !REVERSE, KEYS), one(in.second, false, KEYS)};
+        Ahead ahead = {one(in.A, true, N),        one(in.X, false, N),           one(in.U, !REVERSE, N),
+                       one(in.Y, !REVERSE, N),    one(in.w, true, KEYS, true),   one(in.x, true, KEYS),
+                       one(in.u, !REVERSE, KEYS), one(in.first, !REVERSE, KEYS), one(in.second, false, KEYS)};
         if (REVERSE && step == 0) ahead.u = missing<T>(false);  // the G of the last token has its share already
         return ahead;
     };
@@ -353,8 +352,8 @@ RWKV_EXPORT rwkv_backward(void* const* x, const int64_t* numbers, int dtype, int
         sweep.y = out(DV), sweep.x = wide(DSA), sweep.checkpoints = wide(G);
         run_rows<true>(sweep, device, Stream(stream), size);
         launch(columns<N, T>, sizes.intervals * sizes.heads * (N / KEYS), Tile<N>::THREADS, Stream(stream),
-               Columns<T>{sizes,    places,  in(R),   in(W),    in(K),   in(V),   in(A),   in(B),  in(DY), wide(SA),
-                          wide(DSA), wide(S), wide(G), wide(CHANGE), out(DR), out(DW), out(DK), out(DA), out(DB)});
+               Columns<T>{sizes, places, in(R), in(W), in(K), in(V), in(A), in(B), in(DY), wide(SA), wide(DSA), wide(S),
+                          wide(G), wide(CHANGE), out(DR), out(DW), out(DK), out(DA), out(DB)});
     });
     return refused ? refused : here.error();
 }

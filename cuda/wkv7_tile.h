@@ -22,8 +22,7 @@ struct Tile {
     static constexpr int R = N == 32 ? 2 : 4;  // rows of a thread
 
     int slot, first;  // of a thread: its rows are slot * R .., its piece begins at first
-    DEVICE explicit Tile(int thread)
-        : slot(thread / 32 * LOW + thread % LOW), first(thread / LOW % PARTS * 4) {}
+    DEVICE explicit Tile(int thread) : slot(thread / 32 * LOW + thread % LOW), first(thread / LOW % PARTS * 4) {}
 };
 
 // ---------------------------------------------------------------- the stage

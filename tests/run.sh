@@ -11,6 +11,7 @@ tests=(.venv/bin/python -m pytest -n 2 --dist loadgroup -ra)
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/clang-format --dry-run -Werror cuda/*.h cuda/*.cu cuda/cpu/* tests/support/*.h
 if [ "${1:-}" = --fast ]; then
   exec "${tests[@]}" -m "not slow and not gpu" "${@:2}"
 fi

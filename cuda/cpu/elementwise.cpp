@@ -22,9 +22,8 @@ void for_elements(int threads, int64_t n, T* to, const F& f) {
     Chunks((n + BLOCK - 1) / BLOCK).run(threads, BLOCK, [&](int64_t, int64_t begin, int64_t end) {
         const auto inner = f;  // with the pointers that it holds, see `store`
         T* out = to + begin * BLOCK;
-        each(std::min(n, end * BLOCK) - begin * BLOCK, [&](int64_t i, auto lanes) {
-            store(out + i, inner(begin * BLOCK + i, lanes), lanes);
-        });
+        each(std::min(n, end * BLOCK) - begin * BLOCK,
+             [&](int64_t i, auto lanes) { store(out + i, inner(begin * BLOCK + i, lanes), lanes); });
     });
 }
 

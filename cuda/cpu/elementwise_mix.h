@@ -35,13 +35,11 @@ struct MixInputs {
         const int64_t head = heads[row];
         const float* state = last && head >= 0 ? last + head * width : nullptr;
         if (head < 0)
-            each(width, [&](int64_t c, auto lanes) {
-                store(delta + c, load(before + c, lanes) - load(now + c, lanes));
-            });
+            each(width,
+                 [&](int64_t c, auto lanes) { store(delta + c, load(before + c, lanes) - load(now + c, lanes)); });
         else
-            each(width, [&](int64_t c, auto lanes) {
-                store(delta + c, load_if(state, c, lanes) - load(now + c, lanes));
-            });
+            each(width,
+                 [&](int64_t c, auto lanes) { store(delta + c, load_if(state, c, lanes) - load(now + c, lanes)); });
     }
 };
 

@@ -22,15 +22,15 @@ inline RowSizes row_sizes(const int64_t* x) { return {x[0], x[1], x[2], x[3], x[
 // Zeroed row buffers of one thread, each on its own cache lines: vectors that straddle two lines cost twice. Whole
 // registers may be written beyond `width`.
 class Buffers {
-   public:
+  public:
     Buffers(int64_t count, int64_t width)
-        : stride_((width + W - 1) / 16 * 16 + 32), memory_(new(std::align_val_t{64}) float[count * stride_]()) {}
+        : stride_((width + W - 1) / 16 * 16 + 32), memory_(new (std::align_val_t{64}) float[count * stride_]()) {}
     ~Buffers() { operator delete[](memory_, std::align_val_t{64}); }
     Buffers(const Buffers&) = delete;
     Buffers& operator=(const Buffers&) = delete;
     float* operator[](int64_t index) { return memory_ + index * stride_; }
 
-   private:
+  private:
     int64_t stride_;
     float* memory_;
 };
@@ -54,7 +54,7 @@ struct Chunks {
 
 // Per-channel sums over rows: `vectors` sums of `width` channels, one partial per chunk, added in chunk order.
 class ColumnSums {
-   public:
+  public:
     ColumnSums(const Chunks& chunks, int64_t vectors, int64_t width)
         : count_(chunks.count), columns_(vectors * width), partial_(new float[count_ * columns_]) {}
 
@@ -83,7 +83,7 @@ class ColumnSums {
         on_team(width * count_ > 65536 ? static_cast<int>(std::min<int64_t>(threads, blocks)) : 1, add);
     }
 
-   private:
+  private:
     int64_t count_, columns_;
     std::unique_ptr<float[]> partial_;
 };

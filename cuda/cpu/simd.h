@@ -173,15 +173,15 @@ template <int D>
 INLINE void interleave(vec a, vec b, vec& low, vec& high) {
 #define PICK(i) ((((i) / D) & 1) ? W + (i) - D : (i))
 #if defined(__AVX512F__)
-    low = SHUFFLE(a, b, PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7), PICK(8),
-                                  PICK(9), PICK(10), PICK(11), PICK(12), PICK(13), PICK(14), PICK(15));
-    high = SHUFFLE(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5),
-                                   D + PICK(6), D + PICK(7), D + PICK(8), D + PICK(9), D + PICK(10), D + PICK(11),
-                                   D + PICK(12), D + PICK(13), D + PICK(14), D + PICK(15));
+    low = SHUFFLE(a, b, PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7), PICK(8), PICK(9),
+                  PICK(10), PICK(11), PICK(12), PICK(13), PICK(14), PICK(15));
+    high = SHUFFLE(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5), D + PICK(6),
+                   D + PICK(7), D + PICK(8), D + PICK(9), D + PICK(10), D + PICK(11), D + PICK(12), D + PICK(13),
+                   D + PICK(14), D + PICK(15));
 #elif defined(__AVX__)
     low = SHUFFLE(a, b, PICK(0), PICK(1), PICK(2), PICK(3), PICK(4), PICK(5), PICK(6), PICK(7));
-    high = SHUFFLE(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5),
-                                   D + PICK(6), D + PICK(7));
+    high = SHUFFLE(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3), D + PICK(4), D + PICK(5), D + PICK(6),
+                   D + PICK(7));
 #else
     low = SHUFFLE(a, b, PICK(0), PICK(1), PICK(2), PICK(3));
     high = SHUFFLE(a, b, D + PICK(0), D + PICK(1), D + PICK(2), D + PICK(3));

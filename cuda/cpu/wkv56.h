@@ -244,8 +244,8 @@ INLINE void close_interval(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const 
 }
 
 template <int N, typename T, bool PER_TOKEN>
-void backward_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run, const float* checkpoints,
-                  const T* dy, const float* dstate_out, const Grads<T, PER_TOKEN>& out, float* dstate) {
+void backward_run(Interval<N>& m, const Inputs<T, PER_TOKEN>& x, const Run& run, const float* checkpoints, const T* dy,
+                  const float* dstate_out, const Grads<T, PER_TOKEN>& out, float* dstate) {
     constexpr int VECS = std::min(MAX_VECS, N / W);
     open_run(m, x, run);
     std::memcpy(m.G, dstate_out + run.state, sizeof(m.G));
@@ -296,10 +296,9 @@ const char* forward56(void* const* x, const int64_t* numbers, int dtype, int thr
         const int width = values_of_a_task<N>(rows.tasks, threads), parts = N / width;
         for_tasks<Interval<N>>(threads, rows.tasks * parts, [&](int64_t task, Interval<N>& m) {
             const auto with = [&](auto vecs) {
-                forward_run<N, decltype(vecs)::value, T>(m, inputs_of<T, PER_TOKEN>(x), rows.run(task / parts),
-                                                        task % parts * width, width, tensor<float>(x, STATE),
-                                                        tensor<T>(x, Y), tensor<float>(x, LAST),
-                                                        tensor<float>(x, CHECKPOINTS));
+                forward_run<N, decltype(vecs)::value, T>(
+                    m, inputs_of<T, PER_TOKEN>(x), rows.run(task / parts), task % parts * width, width,
+                    tensor<float>(x, STATE), tensor<T>(x, Y), tensor<float>(x, LAST), tensor<float>(x, CHECKPOINTS));
             };
             if (width >= 4 * W && MAX_VECS >= 4)
                 with(Constant<std::min(MAX_VECS, N / W)>{});

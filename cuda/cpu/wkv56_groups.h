@@ -11,8 +11,8 @@ constexpr int GROUPS = INTERVAL / GROUP;
 constexpr int PAIRS = GROUP * (GROUP + 1) / 2;
 constexpr int SLOTS = 16;  // PAIRS, and lanes to fill a register
 static_assert(INTERVAL % GROUP == 0 && PAIRS <= SLOTS && SLOTS % W == 0);
-constexpr int ROWS = 4;                     // of a tile
-constexpr int MAX_VECS = W == 16 ? 4 : 2;   // registers of a row of a tile
+constexpr int ROWS = 4;                    // of a tile
+constexpr int MAX_VECS = W == 16 ? 4 : 2;  // registers of a row of a tile
 
 constexpr int pair(int s, int t) { return t * (t + 1) / 2 + s; }  // of tokens s <= t of a group
 
@@ -43,8 +43,8 @@ struct Interval {
     alignas(64) float A[GROUPS * SLOTS];  // by pair(s, t)
     alignas(64) float c[GROUPS * SLOTS];
     alignas(64) float S[N * N], G[N * N], kept[GROUPS * ROWS * MAX_VECS * W];
-    alignas(64) float log_now[N], d_now[N];     // WKV-5.2: the decay
-    alignas(64) float du[N], dw[N], one[N];     // sums over tokens
+    alignas(64) float log_now[N], d_now[N];  // WKV-5.2: the decay
+    alignas(64) float du[N], dw[N], one[N];  // sums over tokens
 };
 
 // ---------------------------------------------------------------- small sums

@@ -76,8 +76,8 @@ template <int N, int VB>
 
 // One run, for the values [value, value + width) of its head. sa and checkpoints may be null (nothing is kept then).
 template <int N, int VB, typename T>
-void forward_run(const Inputs<T>& x, const Run& run, int value, int width, const float* state, T* y,
-                 float* state_out, float* sa_out, float* checkpoints) {
+void forward_run(const Inputs<T>& x, const Run& run, int value, int width, const float* state, T* y, float* state_out,
+                 float* sa_out, float* checkpoints) {
     alignas(64) float S[N * N], r[BLOCK * N], k[BLOCK * N], b[BLOCK * N], a_next[BLOCK * N], P[N], sa_now[N] = {};
     alignas(64) float v[BLOCK * N], out[BLOCK * N];
     transpose(state + run.state + value * N, N, S, width, width, N);
@@ -126,7 +126,7 @@ struct Interval {
     static constexpr int ROWS = INTERVAL + 2;
     alignas(64) float r[ROWS * N], k[ROWS * N], b[ROWS * N], a_next[ROWS * N];  // rescaled; [0] zero but for a_next
     alignas(64) float P[ROWS * N], inverse[ROWS * N], slope[ROWS * N];
-    alignas(64) float v[ROWS * N], dy[ROWS * N], sa[ROWS * N], dv[ROWS * N];                   // [0] zero
+    alignas(64) float v[ROWS * N], dy[ROWS * N], sa[ROWS * N], dv[ROWS * N];                    // [0] zero
     alignas(64) float dr[ROWS * N], dk[ROWS * N], db[ROWS * N], da[ROWS * N], decay[ROWS * N];  // sums over values
     alignas(64) float S[(INTERVAL / 2 + 1) * RV * N];  // [slot][RV][N]; slot 0: t = 0, slot s: t = 2 s - 1
     alignas(64) float G[N * N], S0[N * N], dsa[RV];
@@ -168,7 +168,7 @@ template <int N>
 template <int N, bool STEP>
 [[gnu::noinline]] void backward_sweep(Interval<N>& m, int row, int t) {
     const int here = t * N, next = (t + 1) * N;
-    const float *S = m.S + (t + !STEP) / 2 * RV * N;
+    const float* S = m.S + (t + !STEP) / 2 * RV * N;
     const float *dy = m.dy + here + row, *v = m.v + here + row, *sa = m.sa + here + row;
     float* G = m.G + row * N;
     vec dv_part[RV], dsa_part[RV];
@@ -269,9 +269,8 @@ void close_interval(const Interval<N>& m, const Run& run, int64_t first, int n, 
 }
 
 template <int N, typename T>
-void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, const float* sa,
-                  const float* checkpoints, const T* dy, const float* dstate_out, const std::array<T*, 6>& out,
-                  float* dstate) {
+void backward_run(Interval<N>& m, const Inputs<T>& x, const Run& run, const float* sa, const float* checkpoints,
+                  const T* dy, const float* dstate_out, const std::array<T*, 6>& out, float* dstate) {
     std::memcpy(m.G, dstate_out + run.state, sizeof(m.G));
     for (int64_t first = (run.tokens - 1) / INTERVAL * INTERVAL; run.tokens && first >= 0; first -= INTERVAL) {
         const int n = std::min<int64_t>(INTERVAL, run.tokens - first);
@@ -326,10 +325,9 @@ RWKV_EXPORT rwkv_forward(void* const* x, const int64_t* numbers, int dtype, int 
         const int width = values_of_a_task<N>(rows.tasks, threads), parts = N / width;
         for_tasks<Nothing>(threads, rows.tasks * parts, [&](int64_t task, Nothing&) {
             const auto with = [&](auto vb) {
-                forward_run<N, decltype(vb)::value, T>(inputs_of<T>(x), rows.run(task / parts), task % parts * width,
-                                                      width, tensor<float>(x, STATE), tensor<T>(x, Y),
-                                                      tensor<float>(x, LAST), tensor<float>(x, SA),
-                                                      tensor<float>(x, CHECKPOINTS));
+                forward_run<N, decltype(vb)::value, T>(
+                    inputs_of<T>(x), rows.run(task / parts), task % parts * width, width, tensor<float>(x, STATE),
+                    tensor<T>(x, Y), tensor<float>(x, LAST), tensor<float>(x, SA), tensor<float>(x, CHECKPOINTS));
             };
             if (width >= 4 * W && MAX_VB >= 4)
                 with(Constant<std::min(4, N / W)>{});

@@ -6,9 +6,9 @@
 namespace rwkv {
 namespace {
 
-constexpr int BLOCK = 16;     // tokens that share one origin of the cumulative decay
+constexpr int BLOCK = 16;  // tokens that share one origin of the cumulative decay
 static_assert(INTERVAL % BLOCK == 0);
-constexpr int RV = 32;        // value rows that backward handles together; a multiple of W
+constexpr int RV = 32;                   // value rows that backward handles together; a multiple of W
 constexpr int MAX_VB = W == 16 ? 4 : 2;  // registers of values per forward sweep
 constexpr int KB = W == 16 ? 2 : 1;      // registers of keys per backward sweep
 

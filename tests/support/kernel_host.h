@@ -3,7 +3,8 @@
 // shuffles only. What a GPU would leave undefined is an error or a NaN here:
 //   * a barrier that some threads of the block, or a shuffle that some threads of the warp, do not reach;
 //   * shared memory is NaN when a block starts, and lies directly before a page that must not be touched;
-//   * an access outside of every tensor, if the caller put the tensors between such pages (tests/support/kernel_host.py);
+//   * an access outside of every tensor, if the caller put the tensors between such pages
+//   (tests/support/kernel_host.py);
 //   * with another options.order, blocks and fibers run in another order: a missing barrier changes the result.
 #pragma once
 
