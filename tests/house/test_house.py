@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import kinds, train_parser
-from rwkv_rlhf.settings.config import settings
+from rwkv_rlhf.settings.config import OnResume, settings
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 from tests.support.source_files import (
     NATIVE,
@@ -50,6 +50,7 @@ ORDER = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = {"files", "settings", "plan"}  # so that --help and a typing error do not wait for torch
+SAME = OnResume.SAME
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -268,13 +269,16 @@ def test_public_functions_are_documented():
 
 
 def flag_lines() -> list[str]:
-    """Each flag with its type and default, as tests/flags.txt holds them."""
+    """Each flag as tests/flags.txt holds it: type, default, and what a resumed run may do with it (nothing: SAME)."""
     fields = settings()
     types = {name: kind.__name__ for name, kind in kinds().items()}
     lines = []
     for flag in train_parser().known_flags():
-        name = {"my_testing": "version", "rlhf_train_file": "pair_file"}.get(flag[2:], flag[2:])
-        lines.append(f"{flag} {types[name]} {fields[name].default!r}" if name in fields else flag)
+        name = {"my_testing": "version", "rlhf_train_file": "pair_file", "version": ""}.get(flag[2:], flag[2:])
+        if name in fields:
+            resume = fields[name].metadata["resume"]
+            flag += f" {types[name]} {fields[name].default!r}" + (f" {resume.name}" if resume is not SAME else "")
+        lines.append(flag)
     return sorted(lines)
 
 
