@@ -165,6 +165,15 @@ def test_no_test_imports_a_test():
     )
 
 
+def test_tests_say_what_they_guard():
+    """Who sees a test fail must learn from it what is broken for a user, and whether it may be changed."""
+    none(
+        (path, node.lineno, f"{node.name} has no docstring")
+        for path, node in walk(TESTS)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
+    )
+
+
 def test_programs_are_files():
     """A program in a string is neither linted nor found by who renames what it uses."""
 
