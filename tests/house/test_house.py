@@ -165,6 +165,13 @@ def test_no_test_imports_a_test():
     )
 
 
+def test_every_test_folder_names_a_room():
+    """Who changes a room finds its tests in the folder of the same name."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS if path.name.startswith("test_")}
+    strange = {folder for folder in folders - {Path("house"), Path("runs")} if not (PACKAGE / folder).is_dir()}
+    assert not strange, sorted(map(str, strange))
+
+
 def test_tests_say_what_they_guard():
     """Who sees a test fail must learn from it what is broken for a user, and whether it may be changed."""
     none(
