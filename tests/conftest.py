@@ -16,6 +16,14 @@ from tests.support.files import VOCAB
 from tests.support.models import any_initial_tensors
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests of a GPU are not chosen where there is none; pytest counts them as deselected."""
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """A test draws the same numbers whichever ran before it."""

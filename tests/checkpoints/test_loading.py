@@ -107,6 +107,7 @@ def test_bad_files_are_refused_in_one_sentence_and_nothing_is_executed(tmp_path)
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_both_formats_read_back_what_was_written(tmp_path, suffix):
+    """If this breaks, a checkpoint that was saved has other numbers, or other names, when it is read."""
     path = tmp_path / f"m{suffix}"
     tensors = {**tiny(), "view": torch.arange(12.0).view(3, 4).t()[1:3]}
     write_tensors(tensors, path)
@@ -146,6 +147,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
 
 
 def test_sizes_are_read_from_the_tensors():
+    """If this breaks, a user must type sizes that the file holds, or gets a model of another shape."""
     sizes = sizes_of(initial_tensors("x070", 3, 128, 50, 64, 0))
     assert (sizes.version, sizes.n_layer, sizes.n_embd, sizes.vocab_size) == ("x070", 3, 128, 50)
     assert (sizes.head_size, sizes.dim_att, sizes.dim_ffn, sizes.n_head) == (64, 128, 512, 2)
@@ -312,6 +314,7 @@ def test_a_sidecar_reads_back_as_it_was_written(tmp_path):
 
 
 def test_a_checkpoint_without_or_with_a_broken_sidecar(tmp_path):
+    """If this breaks, a damaged sidecar is taken for none and an adapter is merged with guessed settings."""
     assert read_sidecar(tmp_path / "rwkv-0.pth") is None
     for text in ("{", "[]", '{"format": 1}', '{"format": 1, "adapted": {"a": {"rnk": 1}}, "packed": [], "plan": []}'):
         (tmp_path / "rwkv-0.json").write_text(text)

@@ -36,6 +36,8 @@ LORA = ["0,lora,4,32,0,1e-4,1e-5,0,0,0,", "1,lora,4,32,0,1e-4,1e-5,0,0,0,"]
 
 
 def test_a_rank_that_does_not_divide(refused, typed, text_jsonl, profile):
+    """If this breaks, a rank that cannot be ends in a shape error of a tensor instead of naming the row and the
+    flag."""
     path = profile(LORA[0], "1,bone,24,0,0,1e-4,1e-5,0,0,0,")
     data = [*typed, "--data_file", text_jsonl]
     said = (f"{path}:4: column Rank: '24'", "blocks.1.att.", "must divide both sides", "it must divide 64")
@@ -47,11 +49,13 @@ def test_a_rank_that_does_not_divide(refused, typed, text_jsonl, profile):
 
 
 def test_a_profile_that_trains_nothing(refused, typed, text_jsonl, profile):
+    """If this breaks, a run takes its hours and nothing has learnt."""
     path = profile("0,freeze,0,0,0,0,0,0,0,0,", "1,freeze,0,0,0,0,0,0,0,0,")
     refused([*typed, "--data_file", text_jsonl, "--layer_profile", path], "trains nothing", "other than freeze")
 
 
 def test_an_adapter_of_another_base(refused, script, typed, adapter, base_model, text_jsonl, tmp_path):
+    """If this breaks, an adapter goes on over weights that it was not trained for."""
     tensors = {name: tensor + 0.001 for name, tensor in torch.load(base_model, weights_only=True).items()}
     other = tmp_path / "other.pth"
     torch.save(tensors, other)
@@ -78,6 +82,7 @@ def test_another_base_is_refused_before_the_references(refused, typed, adapter, 
 
 
 def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, text_jsonl, profile):
+    """If this breaks, parts of an adapter are left out in silence, or read as another kind."""
     data = [*typed, "--data_file", text_jsonl, "--load_adapter", adapter]
     path = profile(LORA[0], "1,freeze,0,0,0,0,0,0,0,0,")
     refused([*data, "--layer_profile", path], "is not an adapter of this model and plan", "unexpected: blocks.1.")
@@ -91,6 +96,7 @@ def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, tex
 
 
 def test_a_merge_over_its_own_input(refused, adapter, base_model):
+    """If this breaks, a merge destroys the only copy of a model or an adapter."""
     words = ["--base_model", base_model, "--lora_checkpoint", adapter]
     for output in (adapter, adapter.with_suffix(".json"), base_model):
         refused([*words, "--output", output], "--output", main=merge.main)
@@ -119,6 +125,7 @@ def test_what_an_adapter_needs_is_not_overwritten_either(refused, script, typed,
 
 
 def test_an_unknown_storage(refused, typed, adapter, base_model, text_jsonl, tmp_path):
+    """If this breaks, a misspelt storage is not told with the legal ones."""
     words = [*typed, "--data_file", text_jsonl, "--peft", "lora", "--quant", 1, "--quant_mode", "int3"]
     refused(words, "--quant_mode int3: must be one of nf4, fp4, int8, fp8, none")
     merging = ["--base_model", base_model, "--lora_checkpoint", adapter, "--output", tmp_path / "m.pth"]
@@ -151,6 +158,7 @@ def test_fp8_without_its_hardware_is_one_sentence(script, typed, text_jsonl, tmp
     ],
 )
 def test_settings_without_an_effect(refused, typed, text_jsonl, words, said):
+    """If this breaks, a flag that does nothing here is taken without a word."""
     refused([*typed, "--data_file", text_jsonl, *words], said)
 
 

@@ -11,17 +11,20 @@ from tests.support.files import write_csv
 
 
 def test_a_csv_without_chosen(refused, typed, tmp_path):
+    """If this breaks, a missing column is not named."""
     file = write_csv(tmp_path / "pairs.csv", [["a", "b"]], ["prompt", "reject"])
     refused([*typed, "--dpo", 1, "--rlhf_train_file", file], file, "chosen")
 
 
 def test_an_empty_answer_in_row_7(refused, typed, tmp_path):
+    """If this breaks, an empty answer is trained on, or a user must search for its line."""
     rows = [[f"q{n}", "yes" if n != 7 else "", "no"] for n in range(1, 10)]
     file = write_csv(tmp_path / "pairs.csv", rows)
     refused([*typed, "--orpo", 1, "--rlhf_train_file", file], f"{file}:8", "chosen", "empty")
 
 
 def test_a_profile_with_11_rows_for_12_layers(refused, typed, tmp_path, pairs_csv, base_model):
+    """If this breaks, a layer that the profile forgot trains, or stays out, by guess."""
     tensors = torch.load(base_model, weights_only=True)
     deep = {name: value for name, value in tensors.items() if not name.startswith("blocks.1.")}
     for layer in range(1, 12):
@@ -36,6 +39,7 @@ def test_a_profile_with_11_rows_for_12_layers(refused, typed, tmp_path, pairs_cs
 
 
 def test_an_unknown_flag_names_the_nearest(refused, typed):
+    """If this breaks, a misspelt flag is ignored and its default used."""
     refused([*typed, "--mico_bsz", 4], "--mico_bsz", "--micro_bsz")
 
 
@@ -49,6 +53,7 @@ def broken_checkpoints(tmp_path, base_model):
 
 @pytest.mark.parametrize("name", ["missing.pth", "cut.pth", "other.pth", "words.pth"])
 def test_a_checkpoint_that_is_none(refused, typed, tmp_path, pairs_csv, base_model, name):
+    """If this breaks, a file that is cut off or of another kind ends in a traceback of the reader."""
     said = broken_checkpoints(tmp_path, base_model)[name]
     words = [*typed, "--load_model", tmp_path / name, "--dpo", 1, "--rlhf_train_file", pairs_csv]
     refused(words, tmp_path / name, said)
@@ -67,6 +72,7 @@ class Foreign:
 
 
 def test_a_save_that_holds_code(refused, typed, tmp_path, monkeypatch):
+    """If this breaks, opening somebody's pair file runs their program."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "evil.save"
     torch.save([([1], [2], [3], 0.5, Foreign())], file)
@@ -75,6 +81,7 @@ def test_a_save_that_holds_code(refused, typed, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_holds_code(refused, typed, tmp_path, pairs_csv, monkeypatch):
+    """If this breaks, opening somebody's model runs their program."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "evil.pth"
     torch.save({"emb.weight": Foreign()}, file)
@@ -87,6 +94,7 @@ def test_a_checkpoint_that_holds_code(refused, typed, tmp_path, pairs_csv, monke
 
 
 def test_a_folder_that_cannot_be_written(refused, typed, tmp_path, pairs_csv):
+    """If this breaks, a run notices at its first save that it cannot save."""
     (tmp_path / "a file").write_text("in the way")
     folder = tmp_path / "a file" / "out"
     refused([*typed, "--proj_dir", folder, "--dpo", 1, "--rlhf_train_file", pairs_csv], "--proj_dir", folder)
@@ -106,12 +114,14 @@ def test_a_folder_that_cannot_be_written(refused, typed, tmp_path, pairs_csv):
     ],
 )
 def test_flags_that_cannot_be(refused, typed, pairs_csv, words, said):
+    """If this breaks, values that cannot be are found out late, or by a traceback."""
     if words[0] == "--accelerator" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     refused([*typed, "--dpo", 1, "--rlhf_train_file", pairs_csv, *words], *said)
 
 
 def test_an_adapter_of_another_plan(refused, script, typed, tmp_path, pairs_csv):
+    """If this breaks, an adapter of another rank is loaded in part."""
     run = [*typed, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--peft", "lora", "--proj_dir", tmp_path / "first"]
     status, _, err = script(train.main, *run)
     assert status == 0, err

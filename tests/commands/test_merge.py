@@ -119,6 +119,8 @@ def test_checkpoints_of_older_programs_merge_with_flags(tmp_path):
 
 
 def test_flags_that_contradict_the_sidecar_are_refused_with_both_values(tmp_path):
+    """If this breaks, a typed scaling overrules the one that was trained with, or the user does not see which is
+    which."""
     base, checkpoint = train(tmp_path, plan=make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5))
     run_merge(base, checkpoint, tmp_path / "m.pth", "--lora_scaling", "2.0", "--type", "lora", "--quant", "none")
     for words, sentence in (
@@ -189,6 +191,7 @@ def test_factors_that_were_held_are_merged_too(tmp_path):
 
 
 def test_an_adapter_of_other_layers_is_refused_by_name(tmp_path):
+    """If this breaks, an adapter of a deeper model is merged as far as it fits."""
     base, checkpoint = train(tmp_path, sidecar=False)
     short = {name: tensor for name, tensor in read_tensors(base).items() if not name.startswith("blocks.1.")}
     write_tensors(short, tmp_path / "short.pth")

@@ -155,6 +155,7 @@ def test_a_filter_merges_some_layers_and_weighs_others(tmp_path, capsys, mode):
     ],
 )
 def test_filters_that_mean_nothing_are_refused(text, sentence):
+    """If this breaks, a mistyped share merges another amount than the user meant."""
     with pytest.raises(ValueError, match=sentence):
         parse_merge_shares(text, 2)
 
@@ -176,6 +177,7 @@ def test_adapters_go_to_the_peft_library_and_back(tmp_path, capsys, mode):
 
 
 def test_what_the_peft_library_cannot_hold_is_said(tmp_path, caplog):
+    """If this breaks, trained tensors are lost in an export without a word."""
     base, checkpoint, _ = trained(tmp_path, "lora")
     words = ["--base_model", str(base), "--lora_checkpoint", str(checkpoint)]
     merge.main([*words, "--to_peft", str(tmp_path / "peft")])

@@ -13,6 +13,7 @@ from rwkv_rlhf.data.text.binidx import write_corpus
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.settings.formats import FORMATS
+from tests.support.files import jsonl
 
 PAIR = {"prompt": "Hi", "chosen": "Hello.", "reject": "Go away."}
 IDS = ("User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n")
@@ -78,3 +79,15 @@ def test_text_of_every_format(name, tmp_path):
     assert (batch.tokens.tolist(), batch.targets.tolist()) == (ids[:-1], ids[1:])
     assert IGNORE not in batch.targets.tolist()
     assert batch.starts.tolist() == [0, len(ids) - 1]
+
+
+def test_what_a_file_holds(tmp_path):
+    """train.py and --val_file take any format: a .jsonl tells by its first row."""
+    assert FORMATS["jsonl"].holds == ("text", "pairs", "rated")
+    assert FORMATS["csv"].holds == ("pairs", "rated") and FORMATS["save"].holds == ("pairs",)
+    assert kind_of("a.csv") == kind_of("a.save") == "pairs"
+    assert kind_of("a.txt") == kind_of("corpus", "binidx") == "text"
+    assert kind_of(jsonl(tmp_path / "a.jsonl", {"text": "x"})) == "text"
+    assert kind_of(jsonl(tmp_path / "b.jsonl", {"Question": "x", "chosen": "y", "rejected": "z"})) == "pairs"
+    with pytest.raises(ValueError, match="no text that can be read"):
+        kind_of("a.docx")

@@ -10,11 +10,6 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 from rwkv_rlhf.data.tokenizer import load_tokenizer, world_vocabulary_file
 
 
-@pytest.fixture(scope="module")
-def world():
-    return load_tokenizer(65536)
-
-
 def test_ids_are_those_of_the_released_models(world):
     """Another id for `User` or the blank line would train a model on a language of its own."""
     assert [world.encode(text) for text in ("\n\n", "User", ":")] == [[261], [24281], [59]]

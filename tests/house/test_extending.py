@@ -25,6 +25,7 @@ from rwkv_rlhf.reports.page import draw_curves
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.callbacks import shown
+from rwkv_rlhf.training.run_identity import differences, identity
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.recipes import follow, recipes, write
 from tests.support.source_files import ROOT
@@ -116,6 +117,9 @@ def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     """Flags, data, reference, training, held out, chunks: all from its entry."""
     assert "anchored preference optimisation" in explained("apo") and "--apo_beta" in explained("apo")
     assert "range:    > 0" in explained("apo_beta") and "only with: --apo 1" in explained("apo_beta")
+    assert "resumed:  the same value" in explained("apo_beta")  # and is part of a run's identity:
+    one, two = (identity(parse(["--doctor", "1", "--apo_beta", value])) for value in ("0.5", "0.7"))
+    assert differences(one, two) == (["{apo_beta} was 0.5, is 0.7"], [])
     assert "--apo 1 needs --rlhf_train_file" in refused("--load_model M --apo 1")
     assert "--dpo 1 and --apo 1: choose one loss" in refused(
         f"--load_model M --apo 1 --dpo 1 --rlhf_train_file {pairs_csv}"

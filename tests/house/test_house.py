@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import kinds, train_parser
-from rwkv_rlhf.settings.config import settings
+from rwkv_rlhf.settings.config import OnResume, settings
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 from tests.support.source_files import (
     NATIVE,
@@ -50,6 +50,7 @@ ORDER = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
 NO_TORCH = {"files", "settings", "plan"}  # so that --help and a typing error do not wait for torch
+SAME = OnResume.SAME
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -164,6 +165,22 @@ def test_no_test_imports_a_test():
     )
 
 
+def test_every_test_folder_names_a_room():
+    """Who changes a room finds its tests in the folder of the same name."""
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS if path.name.startswith("test_")}
+    strange = {folder for folder in folders - {Path("house"), Path("runs")} if not (PACKAGE / folder).is_dir()}
+    assert not strange, sorted(map(str, strange))
+
+
+def test_tests_say_what_they_guard():
+    """Who sees a test fail must learn from it what is broken for a user, and whether it may be changed."""
+    none(
+        (path, node.lineno, f"{node.name} has no docstring")
+        for path, node in walk(TESTS)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and not ast.get_docstring(node)
+    )
+
+
 def test_programs_are_files():
     """A program in a string is neither linted nor found by who renames what it uses."""
 
@@ -268,13 +285,16 @@ def test_public_functions_are_documented():
 
 
 def flag_lines() -> list[str]:
-    """Each flag with its type and default, as tests/flags.txt holds them."""
+    """Each flag as tests/flags.txt holds it: type, default, and what a resumed run may do with it (nothing: SAME)."""
     fields = settings()
     types = {name: kind.__name__ for name, kind in kinds().items()}
     lines = []
     for flag in train_parser().known_flags():
-        name = {"my_testing": "version", "rlhf_train_file": "pair_file"}.get(flag[2:], flag[2:])
-        lines.append(f"{flag} {types[name]} {fields[name].default!r}" if name in fields else flag)
+        name = {"my_testing": "version", "rlhf_train_file": "pair_file", "version": ""}.get(flag[2:], flag[2:])
+        if name in fields:
+            resume = fields[name].metadata["resume"]
+            flag += f" {types[name]} {fields[name].default!r}" + (f" {resume.name}" if resume is not SAME else "")
+        lines.append(flag)
     return sorted(lines)
 
 

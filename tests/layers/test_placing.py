@@ -47,6 +47,7 @@ def test_a_plan_decides_what_trains_what_is_packed_and_in_which_dtype():
 
 
 def test_full_rows_are_never_packed():
+    """If this breaks, matrices that shall train are quantised and cannot."""
     pytest.importorskip("bitsandbytes")
     plan = make_plan("full", 2, lr_init=1e-4, lr_final=1e-5)
     model, report = build_model(tiny(), BuildOptions(torch.bfloat16, plan=plan, quant="nf4"))
@@ -54,6 +55,7 @@ def test_full_rows_are_never_packed():
 
 
 def test_limited_lora_trains_adapters_only():
+    """If this breaks, --limited_lora 1 changes more of the model than it says."""
     model, _ = build_model(tiny(), BuildOptions(torch.float32, plan=lora_plan(), limited=True))
     assert all("lora_" in name for name in trainable(model))
 
@@ -110,6 +112,7 @@ MODELS = [*((v, "lora") for v in VERSIONS), *(("x070", m) for m in ADAPTERS if m
 @stores
 @pytest.mark.parametrize("version, mode", MODELS)
 def test_an_adapted_model_starts_as_the_plain_one_and_all_that_trains_gets_a_gradient(version, mode, store):
+    """If this breaks, training begins from another model than the base, or a part that shall learn does not."""
     if store in ("nf4", "fp4"):
         pytest.importorskip("bitsandbytes")
     tensors, tokens = tiny(version), torch.arange(24).view(2, 12)

@@ -244,5 +244,6 @@ def test_missing_bitsandbytes_is_one_sentence_with_the_way_out(store, monkeypatc
 
 
 def test_an_unknown_storage_names_the_legal_ones():
+    """If this breaks, a sidecar of a newer program ends in a KeyError."""
     with pytest.raises(ValueError, match=r"storage int3 .*none, nf4, fp4, int8, fp8"):
         store_class("int3")

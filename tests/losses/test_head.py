@@ -28,6 +28,7 @@ def full_scores(head, hidden, targets):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_scores_and_gradients_equal_full_logits(kind, chunk):
+    """If this breaks, --head_chunk changes what is learnt."""
     head, hidden = HEADS[kind](), hidden_states()
     mix = torch.randn(3, len(TARGETS), dtype=torch.float64)
     found = token_scores(head, hidden, TARGETS, BOTH, head_chunk=chunk)
@@ -61,6 +62,7 @@ def test_gradients_formed_in_forward_equal_recomputed_ones(kind, chunk):
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])
 def test_gradcheck_of_scores(kind):
+    """If this breaks, the gradients are not those of the scores: finite differences say so."""
     head, hidden = HEADS[kind](), hidden_states()
     params = [p for p in head.parameters() if p.requires_grad]
 
@@ -72,6 +74,7 @@ def test_gradcheck_of_scores(kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_frozen_head_and_frozen_hidden_states_get_no_gradient(kind):
+    """If this breaks, a frozen head learns, or memory is spent on gradients that nobody uses."""
     for run in (lambda *a: token_scores(*a).logp.sum(), lambda *a: weighted_nll(*a).value):
         head, hidden = HEADS[kind]().requires_grad_(False), hidden_states()
         run(head, hidden, TARGETS).backward()
@@ -98,6 +101,7 @@ def test_each_parameter_receives_its_gradient_once(run):
 
 
 def test_ignored_positions_do_not_reach_the_head():
+    """If this breaks, prompts cost a row of logits for each token, or count in a loss."""
     head, seen = plain(), []
     head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     hidden = hidden_states()
@@ -145,6 +149,7 @@ def test_dropout_is_replayed_in_the_backward_pass():
 
 
 def test_bfloat16_hidden_states_give_float32_scores_and_float32_master_gradients():
+    """If this breaks, losses and the masters' gradients are rounded to three digits."""
     head, hidden = LowRankHead(torch.float32), hidden_states(torch.bfloat16)
     scores = token_scores(head, hidden, TARGETS, BOTH)
     truth = full_scores(lambda x: head(x).double(), hidden, TARGETS)
@@ -168,6 +173,7 @@ def test_weight_gradient_is_summed_over_chunks_in_float32():
 
 
 def test_second_backward_through_weighted_nll_is_refused():
+    """If this breaks, a second backward pass gives a gradient of what is no longer kept."""
     head, hidden = plain(), hidden_states()
     total = weighted_nll(head, hidden, TARGETS).value
     total.backward(retain_graph=True)
@@ -212,6 +218,7 @@ def test_heads_of_the_model(store, adapter):
 
 
 def test_mistakes_are_named():
+    """If this breaks, a token outside the vocabulary is an index error somewhere in the head."""
     with pytest.raises(ValueError, match="token id 13 is outside the model's vocabulary of 13"):
         token_scores(plain(), hidden_states(), TARGETS.clone().fill_(V))
     with pytest.raises(ValueError, match="chunk is 0"):

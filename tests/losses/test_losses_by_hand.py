@@ -146,6 +146,7 @@ def test_long_answers_are_summed_in_float32():
 
 
 def test_pair_scores_keep_answers_apart():
+    """If this breaks, tokens of one answer count for its neighbour."""
     logp = torch.tensor([-1.0, 0.0, -2.0, -4.0, -8.0, -16.0, -32.0], requires_grad=True)
     targets = torch.tensor([5, IGNORE, 0, 1, 1, 2, 0])
     scores = pair_scores(logp, targets, torch.tensor([0, 3, 4, 6, 7]))
@@ -179,6 +180,7 @@ def test_float16_gradients_profit_from_the_loss_scale():
 
 
 def test_mistakes_are_named():
+    """If this breaks, a value that makes no loss is not told with its flag."""
     h = torch.zeros(2)
     for arguments, flag in (((0.1, "sigmoyd"), "--dpo_loss"), ((0.0,), "--dpo_beta")):
         with pytest.raises(ValueError, match=flag):

@@ -250,6 +250,7 @@ def test_initial_values_are_the_traditions(version):
 
 
 def test_initial_values_of_x070():
+    """If this breaks, models made here begin elsewhere than RWKV-LM's, and learn worse."""
     tensors = initial_tensors("x070", 2, 64, 200, 32, seed=3)
     assert float(tensors["blocks.0.att.w0"][0, 0, 0]) == pytest.approx(-6 + 0.5 - 2.5)
     assert float(tensors["blocks.1.att.w0"][0, 0, -1]) == pytest.approx(0 + 0.5 + 2.5)
@@ -274,6 +275,7 @@ def test_initial_values_of_x060():
 
 
 def test_initial_values_of_x052():
+    """If this breaks, models made here begin elsewhere than RWKV-LM's, and learn worse."""
     tensors = initial_tensors("x052", 2, 64, 200, 32, seed=3)
     decay, bonus = tensors["blocks.1.att.time_decay"], tensors["blocks.1.att.time_faaaa"]
     assert decay.shape == bonus.shape == (2, 32)
@@ -286,6 +288,7 @@ def test_initial_values_of_x052():
 
 
 def test_initial_values_of_x040():
+    """If this breaks, models made here begin elsewhere than RWKV-LM's, and learn worse."""
     tensors = initial_tensors("x040", 2, 64, 200, seed=3)
     assert tensors["blocks.1.att.time_decay"][[0, -1]].tolist() == pytest.approx([-5, 3])
     first = torch.tensor(0.3).log().item()

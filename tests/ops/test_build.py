@@ -40,6 +40,7 @@ def small_inputs(dtype=torch.float32):
 
 
 def test_failed_build_runs_as_plain_pytorch_with_one_warning(sources, caplog):
+    """If this breaks, a broken compiler ends a run, fills the log, or slows it down without a word."""
     (sources / "wkv7.cpp").write_text(BROKEN)
     inputs = small_inputs()
     with caplog.at_level(logging.WARNING):
@@ -53,12 +54,14 @@ def test_failed_build_runs_as_plain_pytorch_with_one_warning(sources, caplog):
 
 
 def test_forced_kernel_that_cannot_be_built_is_an_error_with_the_reason(sources):
+    """If this breaks, --wkv_backend cpu runs as something else."""
     (sources / "wkv7.cpp").write_text(BROKEN)
     with pytest.raises(ValueError, match="undeclared_name"):
         wkv7(*small_inputs(), backend="cpu")
 
 
 def test_missing_compiler_is_named(sources, monkeypatch):
+    """If this breaks, a user does not hear what to install."""
     (sources / "good.cpp").write_text(GOOD)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(build.BuildError, match="no-such-compiler"):
@@ -66,6 +69,7 @@ def test_missing_compiler_is_named(sources, monkeypatch):
 
 
 def test_second_process_reuses_the_binary_and_a_changed_source_does_not(sources):
+    """If this breaks, every start compiles, or an old kernel runs after an update."""
     (sources / "good.cpp").write_text(GOOD)
     first = build.binary(recipe())
     stamp = first.stat().st_mtime_ns
@@ -92,6 +96,7 @@ def test_a_run_compiles_side_by_side_what_it_needs(sources, caplog):
 
 
 def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):
+    """If this breaks, a killed run keeps every later one waiting."""
     (sources / "good.cpp").write_text(GOOD)
     binary = build.binary(recipe())
     binary.unlink()
@@ -102,6 +107,7 @@ def test_lock_left_by_a_dead_process_does_not_stop_the_build(sources):
 
 
 def test_lock_held_for_too_long_is_ignored(sources, monkeypatch):
+    """If this breaks, a process that hangs keeps every other one waiting."""
     (sources / "good.cpp").write_text(GOOD)
     monkeypatch.setattr(build, "LOCK_PATIENCE", 0.2)
     binary = build.binary(recipe())
@@ -132,6 +138,7 @@ def test_two_processes_that_build_at_once_end_with_one_binary(sources, monkeypat
 
 
 def test_damaged_binary_is_rebuilt(sources):
+    """If this breaks, a kernel that was cut off by a full disk crashes every later run."""
     (sources / "good.cpp").write_text(GOOD)
     binary = build.binary(build.host_recipe("good", cpu.instruction_set()))
     binary.write_bytes(binary.read_bytes()[:200])
@@ -140,6 +147,7 @@ def test_damaged_binary_is_rebuilt(sources):
 
 
 def test_full_disk_is_a_readable_error(sources, monkeypatch):
+    """If this breaks, a full disk is a traceback of the compiler's caller."""
     (sources / "good.cpp").write_text(GOOD)
 
     def no_room(*args):
@@ -151,6 +159,7 @@ def test_full_disk_is_a_readable_error(sources, monkeypatch):
 
 
 def test_read_only_cache_folder_has_a_private_substitute(monkeypatch, tmp_path):
+    """If this breaks, a user without a writable home cannot use kernels, or loads those of another user."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/no-such-folder")
     monkeypatch.setattr(build.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = build.cache_folder()
@@ -166,10 +175,12 @@ def test_read_only_cache_folder_has_a_private_substitute(monkeypatch, tmp_path):
     ],
 )
 def test_first_error_line_of_a_compiler(output, line):
+    """If this breaks, a warning shows pages of a compiler's output, or not the line that matters."""
     assert build.first_error(output) == line
 
 
 def test_choice_of_backend_says_why_others_were_refused():
+    """If this breaks, a slow run does not say why it is slow."""
     cpu, shape = torch.device("cpu"), (1, 8, 2, 64)
     name, reason = backends.choose("wkv7", cpu, torch.float64, shape)
     assert name == "naive" and "float64" in reason

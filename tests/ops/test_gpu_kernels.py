@@ -14,9 +14,9 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.ops import build, gpu
 from rwkv_rlhf.ops.calls import LAYOUTS
 from rwkv_rlhf.ops.judge import RECURRENCES, errors, make_inputs, make_state, results
-from tests import gpu_check
 from tests.support.kernel_host import HarnessKernel as Harness
 from tests.support.kernel_host import Options, as_backend, compiled, functions, harnessed
+from tests.support.version_step import step_errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,22 +124,14 @@ def test_extreme_decays_stay_exact(op, w):
     assert_below(judged(op, inputs, state, roughness=1)[1], 2e-5)
 
 
-def test_the_check_for_gpus_runs_every_version(monkeypatch):
-    """If this breaks, tests/gpu.sh stops half way on the machine that somebody rented for it."""
-    monkeypatch.setattr(gpu_check, "STEP_LIMITS", {torch.float32: 1e-4})
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_step_of_every_version_runs_through_the_kernels(version):
+    """If this breaks, training on a GPU learns something else than on a CPU, or not at all."""
     with contextlib.ExitStack() as stack:
         for op in RECURRENCES:
             stack.enter_context(as_backend(op, harnessed(op, Options(processors=NARROW))))
-        rows = list(gpu_check.steps(torch.device("cpu")))
-    assert [row["what"] for row in rows] == [f"step of {version}" for version in VERSIONS]
-    assert all(row["agrees"] for row in rows), rows
-
-
-def test_the_check_for_gpus_goes_on_after_a_failure():
-    """A kernel that does not run is a row that says why; what else was found is not lost."""
-    rows = [*gpu_check.steps(torch.device("cpu"))]
-    assert len(rows) == 2 * len(VERSIONS) and not any(row["agrees"] for row in rows)
-    assert all("the tensors are on cpu" in row["worst"] for row in rows)
+        found = step_errors(version, torch.device("cpu"), torch.float32, "cuda")
+    assert_below(found, 1e-4)
 
 
 # ---------------------------------------------------------------- does the harness see what it should

@@ -83,6 +83,7 @@ def backend_of(op):
 
 
 def test_state_of_another_dtype_is_converted_and_receives_its_gradient(op):
+    """If this breaks, a learnt state in bf16 is refused or does not learn."""
     inputs = make_inputs(op, (1, 4, 1, ROOM))
     state = make_state(op, 1, 1, ROOM, torch.bfloat16)
     y, last = RECURRENCES[op].function(*inputs, state=state)
@@ -148,6 +149,7 @@ def cut(x):
     ],
 )
 def test_wrong_input_is_named(op, which, change, message):
+    """If this breaks, an argument that does not fit reads memory that is not its own, or is an error without a name."""
     inputs = plain_inputs(op)
     inputs[which] = change(inputs[which])
     with pytest.raises(ValueError, match=message.format(name=RECURRENCES[op].names[which])):
@@ -164,6 +166,7 @@ def test_wrong_input_is_named(op, which, change, message):
     ],
 )
 def test_wrong_vector_is_named(op, change, message):
+    """If this breaks, a vector that does not fit reads memory that is not its own."""
     *inputs, u = plain_inputs(op)
     with pytest.raises(ValueError, match=message):
         RECURRENCES[op].function(*inputs, change(u))
@@ -179,11 +182,13 @@ def test_wrong_vector_is_named(op, change, message):
     ],
 )
 def test_wrong_starts_are_named(op, starts, message):
+    """If this breaks, damaged starts of a packed row write outside of it."""
     with pytest.raises(ValueError, match=message):
         RECURRENCES[op].function(*plain_inputs(op), starts=starts)
 
 
 def test_wrong_state_or_backend_is_named(op):
+    """If this breaks, a state that does not fit is read as one, or a backend's name that is none is taken."""
     run, inputs, state = RECURRENCES[op].function, plain_inputs(op), make_state(op, 1, 2, ROOM).detach()
     with pytest.raises(ValueError, match="state has shape"):
         run(*inputs, state=state[..., :-1])
@@ -196,5 +201,6 @@ def test_wrong_state_or_backend_is_named(op):
 
 
 def test_packed_rows_need_batch_size_one(op):
+    """If this breaks, starts are applied to the first of several rows."""
     with pytest.raises(ValueError, match="starts needs packed rows"):
         RECURRENCES[op].function(*plain_inputs(op, batch=2), starts=torch.tensor([0, 3]))

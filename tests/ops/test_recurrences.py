@@ -168,6 +168,7 @@ def test_carried_state_equals_one_long_pass(op, cut):
 
 
 def test_no_tokens_at_all_returns_the_state_and_its_gradient(op):
+    """If this breaks, an empty segment of a packed row loses the state that it carries."""
     inputs, state = make_inputs(op, (2, 0, 1, 32)), make_state(op, 2, 1, 32)
     y, last = RECURRENCES[op].function(*inputs, state=state, backend="cpu")
     weight = torch.randn(last.shape)

@@ -91,6 +91,7 @@ def test_packed_rows(op):
 @pytest.mark.parametrize("op", ["wkv5", "wkv6", "wkv7"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_stay_within_the_budget_of_tensor_cores(op, dtype):
+    """If this breaks, bf16 training on a GPU learns from gradients with errors of percents."""
     inputs, state = make_inputs(op, (1, 70, 2, 32), dtype), make_state(op, 1, 2, 32)
     values = run(op, inputs, state)
     rounded = {"y", *(f"d{name}" for name in RECURRENCES[op].tokens)}
@@ -187,6 +188,7 @@ def test_large_keys_of_rwkv4_do_not_overflow(high):
 
 @pytest.mark.parametrize("op", list(RECURRENCES))
 def test_no_tokens_at_all_returns_the_state_and_its_gradient(op):
+    """If this breaks, an empty segment of a packed row loses the state that it carries."""
     inputs, state = make_inputs(op, (2, 0, 1, 32)), make_state(op, 2, 1, 32)
     y, last = RECURRENCES[op].function(*inputs, state=state, backend="triton")
     weight = torch.randn(last.shape)
@@ -212,6 +214,7 @@ def refusal(monkeypatch, interpreted=False, **facts):
 
 
 def test_refusals_are_one_sentence(monkeypatch):
+    """If this breaks, --wkv_backend triton fails inside Triton instead of saying what is missing."""
     assert "TRITON_INTERPRET=1" in refusal(monkeypatch)
     assert "head size 96 is not one of" in refusal(monkeypatch, True, size=96)
     assert "no kernel for torch.float64" in refusal(monkeypatch, True, dtype=torch.float64)
@@ -219,6 +222,8 @@ def test_refusals_are_one_sentence(monkeypatch):
 
 @pytest.mark.parametrize(("version", "said"), [("3.2.0", "Triton 3.2.0 is too old; 3.6 is"), (None, "not installed")])
 def test_a_triton_that_cannot_serve_is_named(monkeypatch, version, said):
+    """If this breaks, a missing or old Triton is a traceback."""
+
     def found(name):
         if version is None:
             raise backends.importlib.metadata.PackageNotFoundError(name)
@@ -233,6 +238,7 @@ def test_a_triton_that_cannot_serve_is_named(monkeypatch, version, said):
 
 
 def test_an_old_card_is_told_what_it_can_do(monkeypatch):
+    """If this breaks, the owner of an older card does not hear of the backend that runs there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     backends._too_old.cache_clear()
@@ -244,6 +250,7 @@ def test_an_old_card_is_told_what_it_can_do(monkeypatch):
 
 
 def test_auto_asks_triton_first_for_16_bit_numbers_on_a_gpu_only():
+    """If this breaks, float32 runs lose exactness, or CPU runs crawl in Triton's interpreter."""
     gpu = torch.device("cuda", 0)
     assert backends.candidates("wkv7", gpu, torch.bfloat16) == ["triton", "cuda", "cpu", "naive"]
     assert backends.candidates("wkv7", gpu, torch.float32) == ["cuda", "triton", "cpu", "naive"]
@@ -359,6 +366,7 @@ def test_rows_of_logits_equal_the_plain_twin(monkeypatch, dtype):
 
 
 def test_a_diverged_row_of_logits_shows():
+    """If this breaks, a diverged model logs a finite loss."""
     logits = noise(2, 100)
     logits[0, 70] = float("nan")
     stats = logprob.row_stats(logits, torch.tensor([0, 1]), "triton")

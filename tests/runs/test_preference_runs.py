@@ -13,6 +13,7 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.dry_run import BAD, GOOD, pair_sample
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.start import start
+from tests.support.by_hand import answer_logps
 from tests.support.files import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -100,13 +101,33 @@ def test_kto_on_rated_answers_ignores_accumulation(go, rated_csv):
 
 
 @pytest.mark.parametrize("loss", ["simpo", "kto"])
-def test_a_split_off_share_is_measured_against_the_start_model(go, pairs_csv, loss):
-    """If this breaks, --val_split tells less than --val_file, or a prompt stands on both sides."""
-    records, _ = go("out", f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--val_split", 0.25, *LEARNING)
+def test_a_split_off_share_is_measured_against_the_start_model(go, typed, base_model, pairs_csv, tmp_path, loss):
+    """If this breaks, --val_split scores other answers than those it held out, by another model than the trained one,
+    or a prompt stands on both sides. Every number is worked out from the two files."""
+    words = [f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--val_split", 0.25, *LEARNING]
+    records, _ = go("out", *words)
     (held_out,) = of(records, "val")
-    names = {"accuracy", "logp_margin", "reward_margin", "chosen_reward", "reject_reward"}
-    assert held_out["kl"] > 0 and names <= set(held_out)
-    assert held_out.get("pairs", held_out.get("answers")) == (6 if loss == "simpo" else 12)
+    config = parse([str(word) for word in (*typed, *words)])
+    inputs = Inputs(config, start(config, tmp_path), tmp_path)
+    trained, held = inputs.training(score=False).examples, inputs.split_off
+    assert not {tuple(one.prompt) for one in trained} & {tuple(one.prompt) for one in held}
+    assert len(held) == held_out["pairs" if loss == "simpo" else "answers"] == (6 if loss == "simpo" else 12)
+    policy = answer_logps(held, base_model, tmp_path / "out" / "rwkv-0.pth")
+    gained = policy - answer_logps(held, base_model)
+    if loss == "simpo":
+        rewards = 2.0 * policy / torch.tensor([[len(one.chosen), len(one.reject)] for one in held])
+        (chosen, reject), gains = rewards.mean(0), gained.mean(0)
+        assert held_out["accuracy"] == pytest.approx(float((rewards[:, 0] > rewards[:, 1]).double().mean()))
+    else:
+        good = torch.tensor([one.good for one in held])
+        gains = torch.stack([gained[good, 0].mean(), gained[~good, 0].mean()])
+        chosen, reject = 0.1 * gains
+    want = {"chosen_reward": chosen, "reject_reward": reject, "reward_margin": chosen - reject}
+    want |= {"logp_margin": gains[0] - gains[1]}
+    assert {name: held_out[name] for name in want} == pytest.approx(
+        {name: float(value) for name, value in want.items()}, rel=1e-3, abs=1e-4
+    )
+    assert held_out["logp_margin"] > 0.1
 
 
 def test_no_answer_is_matched_with_its_own_prompt(typed, rated_csv, tmp_path):

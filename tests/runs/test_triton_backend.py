@@ -51,6 +51,7 @@ def test_three_steps_are_those_of_the_cpu_kernels(script, words, tmp_path, versi
 
 
 def test_without_the_interpreter_a_cpu_is_one_sentence(script, words, tmp_path, monkeypatch):
+    """If this breaks, --wkv_backend triton on a CPU is a traceback of Triton."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     run = (*words("x070"), "--proj_dir", tmp_path / "out", "--wkv_backend", "triton")
     status, _, err = script(train.main, *run)

@@ -66,6 +66,7 @@ def compare(model, whole, chunked, limit):
 @pytest.mark.parametrize("length", [1, 5, 7, 100])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_packed_documents_in_chunks_equal_one_pass(version, length):
+    """If this breaks, --infctx 1 learns something else than one pass over the same documents."""
     model = build(random_tensors(version, n_layer=2), torch.float64)
     batch = texts(8, 1, 2, 14, 3)
     score = scorer(model, batch.targets)
@@ -213,6 +214,7 @@ def test_truncated_cuts_the_gradient_within_a_segment_only():
 
 
 def test_states_wait_in_host_memory_unchanged():
+    """If this breaks, --state_offload 1 changes what is learnt."""
     model = build(random_tensors("x070", n_layer=2), torch.float64)
     batch = pairs()
     score = scorer(model, batch.targets)

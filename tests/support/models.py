@@ -1,4 +1,4 @@
-"""Fresh models of every version. Nothing but PyTorch is needed: tests/gpu_check.py runs where there is nothing else."""
+"""Fresh models of every version. Nothing but PyTorch is needed: tests/ops/test_on_gpu.py runs where little else is."""
 
 import torch
 

@@ -41,6 +41,8 @@ def doctor() -> int | None:
     ran = [finding for finding in found if not finding.refusal]
     if ran:
         console.print(table(ran))
+    if any(finding.backend == "cpu" for finding in ran):
+        console.print(f"  CPU kernels {origin()}", markup=False)
     for case, reason in refusals(found):
         console.print(f"  {case}: {reason}", markup=False)
     wrong = [finding for finding in found if not finding.agrees]
@@ -75,7 +77,10 @@ def compilers() -> Iterator[tuple[str, str]]:
         command, version = build.compiler()
         yield "C++", f"{version} ({command})"
     except build.BuildError as error:
-        yield "C++", f"{error}. Until then the kernels run as plain PyTorch, 50 times slower and more"
+        here = cpu.instruction_set()
+        missing = [name for name in build.host_kernels() if build.packaged(name, here) is None]
+        slow = "Until then the kernels run as plain PyTorch, 50 times slower and more"
+        yield "C++", f"{error}. {slow if missing else 'The installation brings the kernels and needs none'}"
     for name, purpose in (("nvcc", "NVIDIA"), ("hipcc", "AMD")):
         try:
             path = gpu.compiler(name)
@@ -112,6 +117,14 @@ def table(found: list[Finding]) -> Table:
         verdict = "ok" if f.agrees else "BROKEN" if f.failure else "WRONG"
         out.add_row(f"  {f.case}", f.backend, f.device, NAMES[f.dtype], f.worst, *numbers, verdict)
     return out
+
+
+def origin() -> str:
+    """Where the CPU kernels that ran come from, in words."""
+    isa = cpu.instruction_set()
+    if all(build.packaged(name, isa) for name in build.host_kernels()):
+        return f"for {isa} from the installation"
+    return f"for {isa} compiled on this machine"
 
 
 def refusals(found: list[Finding]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import functools
 import logging
-import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,9 +84,7 @@ def prepare(kernels: Sequence[tuple[str, int]]) -> None:
 
 def instruction_set() -> str:
     """The widest of `build.ISA_FLAGS` that this processor has and torch uses too (ATEN_CPU_CAPABILITY lowers it)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "DEFAULT"
-    sets = list(build.ISA_FLAGS)
+    sets = build.instruction_sets()
     capability = torch.backends.cpu.get_cpu_capability()
     used = sets.index(capability if capability in sets else "DEFAULT")
     flags = processor_flags()

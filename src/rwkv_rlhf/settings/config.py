@@ -8,6 +8,7 @@ stands for the flag of that field, `[text]` and `[pairs]` for the formats of fil
 import dataclasses
 import math
 from collections.abc import Callable
+from enum import Enum
 from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
@@ -20,6 +21,22 @@ PROGRAM = "RWKV-LM-RLHF"
 PROGRAM_VERSION = __version__
 
 Choices = tuple[str | int, ...]
+
+
+class OnResume(Enum):
+    """What a setting is to a run that goes on from a resume point (training/run_identity.py)."""
+
+    SAME = "the same value"  # decides how training goes on
+    FILE = "a file of the same content, here or elsewhere"
+    ROUNDS = "any value; the rest is as good, not the same bits"  # the same mathematics in another order
+    ROUNDS_IF_EXACT = "with {bptt} exact any value (the rest is as good, not the same bits), otherwise the same one"
+    MAY_CHANGE = (
+        "any value"  # never reaches the weights, or is checked otherwise: sizes by the base, ranks by the point
+    )
+
+
+FILE, ROUNDS, ROUNDS_IF_EXACT = OnResume.FILE, OnResume.ROUNDS, OnResume.ROUNDS_IF_EXACT
+MAY_CHANGE = OnResume.MAY_CHANGE
 
 
 class Group(NamedTuple):
@@ -69,11 +86,15 @@ def setting(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    resume: OnResume = OnResume.SAME,
 ) -> Any:
-    """A dataclass field with its help text and the values it may take; choices out of a table are looked up late."""
+    """A dataclass field with its help text and the values it may take; choices out of a table are looked up late.
+
+    `resume` says whether a resumed run may change it. Who forgets it gets the strict answer: no.
+    """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     legal = {key: value for key, value in limits.items() if value is not None}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **legal})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "resume": resume, **legal})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,53 +106,78 @@ class Config:
     """
 
     # --- model
-    load_model: str = setting("", "checkpoint to start from (.pth or .safetensors); 0 = none (with {train_stage} 1, 3)")
-    load_adapter: str = setting("", "adapter checkpoint to continue from, or to evaluate with")
-    load_adapter_pissa_init: str = setting("", "initial factors of a PiSSA {load_adapter}, if they are not beside it")
-    load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised")
+    load_model: str = setting(
+        "", "checkpoint to start from (.pth or .safetensors); 0 = none (with {train_stage} 1, 3)", resume=MAY_CHANGE
+    )
+    load_adapter: str = setting("", "adapter checkpoint to continue from, or to evaluate with", resume=FILE)
+    load_adapter_pissa_init: str = setting(
+        "", "initial factors of a PiSSA {load_adapter}, if they are not beside it", resume=FILE
+    )
+    load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised", resume=FILE)
     force: bool = setting(False, "go on with an adapter that was trained on another base model")
-    version: str | None = setting(None, "RWKV version; absent = read from the checkpoint", choices=new_versions)
-    n_layer: int = setting(6, "number of blocks (read from the checkpoint if there is one)", at_least=1)
-    n_embd: int = setting(512, "width of the model (read from the checkpoint if there is one)", at_least=1)
-    vocab_size: int = setting(0, "size of the vocabulary; 0 = read from the checkpoint", at_least=0)
-    head_size: int = setting(64, "channels per head (read from the checkpoint if there is one)", at_least=1)
-    dim_att: int = setting(0, "width of attention; 0 = n_embd", at_least=0)
-    dim_ffn: int = setting(0, "width of the feed-forward part; 0 = what the version uses", at_least=0)
+    version: str | None = setting(
+        None, "RWKV version; absent = read from the checkpoint", choices=new_versions, resume=MAY_CHANGE
+    )
+    n_layer: int = setting(
+        6, "number of blocks (read from the checkpoint if there is one)", at_least=1, resume=MAY_CHANGE
+    )
+    n_embd: int = setting(
+        512, "width of the model (read from the checkpoint if there is one)", at_least=1, resume=MAY_CHANGE
+    )
+    vocab_size: int = setting(0, "size of the vocabulary; 0 = read from the checkpoint", at_least=0, resume=MAY_CHANGE)
+    head_size: int = setting(
+        64, "channels per head (read from the checkpoint if there is one)", at_least=1, resume=MAY_CHANGE
+    )
+    dim_att: int = setting(0, "width of attention; 0 = n_embd", at_least=0, resume=MAY_CHANGE)
+    dim_ffn: int = setting(
+        0, "width of the feed-forward part; 0 = what the version uses", at_least=0, resume=MAY_CHANGE
+    )
     train_stage: int = setting(0, "0 train; 1 write rwkv-init.pth and stop; 3 go on from the newest", choices=(0, 1, 3))
     random_seed: int = setting(-1, "seed of all that is random; -1 = seed 0, so that runs repeat", at_least=-1)
 
     # --- run
-    proj_dir: str = setting("out", "folder for checkpoints, logs and reports")
-    wandb: str = setting("", "project name at Weights & Biases; empty = off")
-    accelerator: str = setting("auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"))
-    devices: int = setting(1, "devices per machine", at_least=1)
-    num_nodes: int = setting(1, "machines", at_least=1)
+    proj_dir: str = setting("out", "folder for checkpoints, logs and reports", resume=MAY_CHANGE)
+    wandb: str = setting("", "project name at Weights & Biases; empty = off", resume=MAY_CHANGE)
+    accelerator: str = setting(
+        "auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"), resume=MAY_CHANGE
+    )
+    devices: int = setting(1, "devices per machine", at_least=1, resume=MAY_CHANGE)
+    num_nodes: int = setting(1, "machines", at_least=1, resume=MAY_CHANGE)
     strategy: str = setting("auto", "how devices share the work", choices=lambda: tuple(tables.STRATEGIES))
-    timeout: float = setting(30.0, "minutes without progress before a process counts as hung", above=0)
-    ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1)
+    timeout: float = setting(
+        30.0, "minutes without progress before a process counts as hung", above=0, resume=MAY_CHANGE
+    )
+    ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1, resume=ROUNDS)
     precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
-    wkv_backend: str = setting("auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS))
-    compile: bool = setting(False, "compile the model with torch.compile")
-    enable_progress_bar: bool = setting(True, "show a progress bar")
-    log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1)
+    wkv_backend: str = setting(
+        "auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS), resume=ROUNDS
+    )
+    compile: bool = setting(False, "compile the model with torch.compile", resume=ROUNDS)
+    enable_progress_bar: bool = setting(True, "show a progress bar", resume=MAY_CHANGE)
+    log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1, resume=MAY_CHANGE)
     resume: str = setting(
-        "", "continue a stopped run exactly: auto (from {proj_dir}, if there is anything) or a path; empty = off"
+        "",
+        "continue a stopped run exactly: auto (from {proj_dir}, if there is anything) or a path; empty = off",
+        resume=MAY_CHANGE,
     )
     resume_every: int = setting(
-        100, "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none", at_least=-1
+        100,
+        "optimizer steps between two resume points, beside those at saves; 0 = only there, -1 = none",
+        at_least=-1,
+        resume=MAY_CHANGE,
     )
-    dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop")
+    dry_run: bool = setting(False, "print the plan (data, memory, steps) and stop", resume=MAY_CHANGE)
     dry_run_shape: str = setting(
         "", "{dry_run} 1: only the memory of a model like L61-D4096 or L61-D4096:V65536, no file"
     )
-    doctor: bool = setting(False, "examine this machine and stop")
-    debug: bool = setting(False, "show the traceback of an error")
+    doctor: bool = setting(False, "examine this machine and stop", resume=MAY_CHANGE)
+    debug: bool = setting(False, "show the traceback of an error", resume=MAY_CHANGE)
 
     # --- length
     epoch_steps: int = setting(1000, "micro-batches per rank in one mini-epoch", at_least=1)
-    epoch_count: int = setting(500, "mini-epochs to train", at_least=1)
+    epoch_count: int = setting(500, "mini-epochs to train", at_least=1, resume=MAY_CHANGE)
     epoch_begin: int = setting(0, "offset of the numbering of checkpoints and of the schedule", at_least=0)
-    epoch_save: int = setting(5, "mini-epochs between two saves", at_least=1)
+    epoch_save: int = setting(5, "mini-epochs between two saves", at_least=1, resume=MAY_CHANGE)
     my_exit_tokens: int = setting(0, "tokens after which pre-training stops; 0 = no limit", at_least=0)
     micro_bsz: int = setting(1, "rows per micro-batch and device", at_least=1)
     accumulate_grad_batches: int = setting(1, "micro-batches per optimizer step", at_least=1)
@@ -150,12 +196,16 @@ class Config:
     weight_decay_final: float = setting(-1.0, "decay at the end; -1 = constant", at_least=-1)
     layerwise_lr: bool = setting(True, "the tradition's learning-rate multipliers (time_decay, w0: x2; time_first: x3)")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
-    grad_cp: bool = setting(True, "recompute activations in backward, to save memory")
+    grad_cp: bool = setting(True, "recompute activations in backward, to save memory", resume=MAY_CHANGE)
     dropout: float = setting(0.0, "dropout in the blocks", at_least=0, below=1)
-    max_bad_steps: int = setting(3, "steps with a non-finite loss that are skipped before the run ends", at_least=0)
+    max_bad_steps: int = setting(
+        3, "steps with a non-finite loss that are skipped before the run ends", at_least=0, resume=MAY_CHANGE
+    )
 
     # --- trained
-    layer_profile: str = setting("", "CSV with one row per layer: mode, rank, learning rates (layerprofile/README.md)")
+    layer_profile: str = setting(
+        "", "CSV with one row per layer: mode, rank, learning rates (layerprofile/README.md)", resume=FILE
+    )
     peft: str = setting("full", "plan for all blocks if there is no layer profile", choices=peft_modes)
     lora_r: int = setting(8, "rank (or Bone's block size) with {peft}", at_least=1)
     lora_alpha: float = setting(32.0, "alpha with {peft}: the update is scaled by alpha / rank", above=0)
@@ -165,26 +215,30 @@ class Config:
     limited_lora: bool = setting(False, "train the adapters only, no LayerNorms or small vectors")
     rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
     lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
-    svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0)
+    svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0, resume=MAY_CHANGE)
     quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
     quant_mode: str = setting("nf4", "storage of frozen matrices", choices=lambda: (*tables.STORAGES, tables.DENSE))
     state: bool = setting(False, "state tuning: learn the initial state of each block")
-    state_output_mode: int = setting(1, "also save the state in a file of its own (0 = no)", choices=(0, 1, 2))
+    state_output_mode: int = setting(
+        1, "also save the state in a file of its own (0 = no)", choices=(0, 1, 2), resume=MAY_CHANGE
+    )
     state_shift: bool = setting(False, "state tuning: learn the token-shift states too")
 
     # --- context
     ctx_len: int = setting(2048, "longest sample, in tokens", at_least=1)
     initial_ctx_len: int = setting(0, "length at the first step, growing to {ctx_len}; 0 = off", at_least=0)
     ctx_warmup_steps: int = setting(1, "optimizer steps in which the length grows", at_least=1)
-    infctx: bool = setting(False, "infinite context: run the model in chunks of {chunk_ctx}")
-    chunk_ctx: int = setting(512, "tokens per chunk with {infctx}; 0 = the whole sample", at_least=0)
-    state_cp: bool = setting(False, "infinite context in {ctx_parts} chunks")
-    ctx_parts: int = setting(1, "chunks that a sample is cut into", at_least=1)
+    infctx: bool = setting(False, "infinite context: run the model in chunks of {chunk_ctx}", resume=ROUNDS_IF_EXACT)
+    chunk_ctx: int = setting(
+        512, "tokens per chunk with {infctx}; 0 = the whole sample", at_least=0, resume=ROUNDS_IF_EXACT
+    )
+    state_cp: bool = setting(False, "infinite context in {ctx_parts} chunks", resume=ROUNDS_IF_EXACT)
+    ctx_parts: int = setting(1, "chunks that a sample is cut into", at_least=1, resume=ROUNDS_IF_EXACT)
     bptt: str = setting("exact", "gradient across chunks", choices=("exact", "truncated"))
-    state_offload: bool = setting(False, "keep boundary states in host memory")
+    state_offload: bool = setting(False, "keep boundary states in host memory", resume=MAY_CHANGE)
     infctx_dataset_multiplier: int = setting(1, "documents joined to one sample", at_least=1)
     reset_state: bool = setting(True, "start each packed document from a fresh state")
-    head_chunk: int = setting(1024, "rows of logits that exist at a time", at_least=1)
+    head_chunk: int = setting(1024, "rows of logits that exist at a time", at_least=1, resume=ROUNDS)
 
     # --- loss
     loss: str = setting("", "what is learnt; absent = next tokens of {data_file}", choices=lambda: ("", *tables.LOSSES))
@@ -211,19 +265,19 @@ class Config:
     kto_undesirable_weight: float = setting(1.0, "KTO: weight of bad answers", at_least=0)
     wpo_alpha: float = setting(0.0, "WPO: weight of the chosen answer's cross-entropy", at_least=0)
     wpo_beta: float = setting(0.01, "WPO: beta", above=0)
-    reference_model: str = setting("", "model that gives the reference scores; empty = the start model")
+    reference_model: str = setting("", "model that gives the reference scores; empty = the start model", resume=FILE)
     trust_reference: bool = setting(False, "use the reference scores in the pair file without checking them")
     temperature: float = setting(2.0, "distillation: temperature", above=0)
     top_k: int = setting(100, "distillation: teacher's logits per token (a file knows its own)", at_least=1)
     alpha: float = setting(0.5, "distillation: weight of cross-entropy", at_least=0, at_most=1)
     kd: str = setting("forward", "distillation: divergence", choices=("forward", "reverse", "js"))
     kd_tail: bool = setting(False, "distillation: one more outcome for the probability outside the top k")
-    teacher_model: str = setting("", "distillation: teacher model that is asked during training")
+    teacher_model: str = setting("", "distillation: teacher model that is asked during training", resume=FILE)
     rm_margin: bool = setting(False, "reward model: use the margins of the pair file")
     rm_centring: float = setting(0.0, "reward model: weight that keeps rewards near zero", at_least=0)
 
     # --- rl
-    reward_model: str = setting("", "reward model of {ppo} or {grpo}")
+    reward_model: str = setting("", "reward model of {ppo} or {grpo}", resume=FILE)
     reward_funcs: str = setting("", "GRPO: rewards.py:name,name")
     steps: int = setting(20000, "PPO: samples in all", at_least=1)
     batch_size: int = setting(32, "PPO: samples per rollout", at_least=1)
@@ -245,27 +299,29 @@ class Config:
     grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
 
     # --- data
-    data_file: str = setting("", "text: [text]")
+    data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    pair_file: str = setting("", "preference pairs or rated answers: [pairs]")
+    pair_file: str = setting("", "preference pairs or rated answers: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
-    vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World")
-    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file")
+    vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
+    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file", resume=FILE)
     random_mode: bool = setting(True, "text in random order; 0 = as in the file")
     magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
     drop_ties: bool = setting(False, "leave out pairs whose answers have the same score (score_chosen, score_rejected)")
     skip_bad: bool = setting(False, "count and skip bad rows instead of stopping")
 
     # --- evaluation
-    val_file: str = setting("", "held-out text or pairs")
+    val_file: str = setting("", "held-out text or pairs", resume=FILE)
     val_split: float = setting(0.0, "share of the training file that is held out", at_least=0, below=1)
-    eval_only: bool = setting(False, "score {val_file} and stop")
+    eval_only: bool = setting(False, "score {val_file} and stop", resume=MAY_CHANGE)
     early_stop: int = setting(0, "mini-epochs without improvement before stopping; 0 = never", at_least=0)
 
     # --- saving
-    save_dtype: str = setting("base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"))
-    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"))
-    keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0)
+    save_dtype: str = setting(
+        "base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"), resume=MAY_CHANGE
+    )
+    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"), resume=MAY_CHANGE)
+    keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0, resume=MAY_CHANGE)
 
     given: frozenset[str] = frozenset()
 

@@ -182,4 +182,5 @@ def _explain_setting(name: str, kind: type) -> str:
         lines += [f"  {MISSING.strip(' ()')}"]
     losses = [loss for loss, facts in tables.LOSSES.items() if name in facts.settings]
     lines += [f"  only with: {', '.join(f'--{loss} 1' for loss in losses)}"] if losses else []
+    lines += [f"  resumed:  {field.metadata['resume'].value}"]
     return "\n".join([*lines, f"  example:  {example_of(name, kind)}"])

@@ -7,33 +7,17 @@ from typing import Any
 
 from rwkv_rlhf.files import fingerprint
 from rwkv_rlhf.precision import device_for
-from rwkv_rlhf.settings.config import Config, settings
-
-# what these say never reaches the weights, or the checkpoint says it too
-FREE = {
-    *("proj_dir", "wandb", "enable_progress_bar", "log_every", "resume", "resume_every", "dry_run", "doctor", "debug"),
-    *("devices", "num_nodes", "timeout"),  # a point knows how many processes wrote it
-    *("epoch_count", "epoch_save", "keep", "save_dtype", "save_format", "state_output_mode", "max_bad_steps"),
-    *("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn"),
-    *("load_model", "accelerator", "state_offload", "grad_cp", "svd_niter", "eval_only"),
-}
-# the same mathematics in another order: the rest is as good, not the same bits
-ROUNDING = {"head_chunk", "wkv_backend", "compile", "ds_bucket_mb"}
-CHUNKS = {"infctx", "chunk_ctx", "state_cp", "ctx_parts"}  # the same with --bptt exact only
-FILES = {
-    *("load_adapter", "load_adapter_pissa_init", "load_cold_adapter", "layer_profile", "pair_file", "data_file"),
-    *("vocab_file", "template", "reference_model", "teacher_model", "reward_model", "val_file"),
-}
+from rwkv_rlhf.settings.config import Config, OnResume, settings
 
 
 def identity(config: Config) -> dict[str, Any]:
     """Everything that decides how the run continues, as JSON values; files by their content, so that they may move."""
     found = {}
-    for name in settings():
-        value = getattr(config, name)
-        if name in FILES:
+    for name, field in settings().items():
+        value, resume = getattr(config, name), field.metadata["resume"]
+        if resume is OnResume.FILE:
             found[name] = fingerprint(value)
-        elif name not in FREE:
+        elif resume is not OnResume.MAY_CHANGE:
             found[name] = value
     if not config.early_stop:
         del found["val_file"]  # it is looked at and changes nothing
@@ -46,20 +30,21 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], li
 
     A setting that one of them does not know has its default there.
     """
-    defaults = {name: field.default for name, field in settings().items()}
+    known = settings()
+    exact = was.get("bptt") == now.get("bptt") == "exact"
     wrong, rounds = [], []
     for name in sorted(was.keys() | now.keys()):
-        old, new = was.get(name, defaults.get(name)), now.get(name, defaults.get(name))
+        default = known[name].default if name in known else None
+        old, new = was.get(name, default), now.get(name, default)
         if old == new:
             continue
-        if name in ROUNDING or (name in CHUNKS and was.get("bptt") == now.get("bptt") == "exact"):
+        resume = known[name].metadata["resume"] if name in known else OnResume.SAME
+        if resume is OnResume.ROUNDS or (resume is OnResume.ROUNDS_IF_EXACT and exact):
             rounds.append(f"{{{name}}}")
-        elif name in FILES:
+        elif resume is OnResume.FILE:
             wrong.append(f"{{{name}}} is another file")
         else:
-            wrong.append(
-                f"{{{name}}} was {_word(old)}, is {_word(new)}" if name in defaults else f"{name}: {old}, {new}"
-            )
+            wrong.append(f"{{{name}}} was {_word(old)}, is {_word(new)}" if name in known else f"{name}: {old}, {new}")
     return wrong, rounds
 
 

@@ -1,20 +1,10 @@
 """Text documents and chats: which tokens are there, which are trained, and how long documents are cut."""
 
-import numpy as np
 import pytest
 
-from rwkv_rlhf.data import kind_of
 from rwkv_rlhf.data.batch import IGNORE, pack_texts
-from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.documents import open_text
-from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.settings.formats import FORMATS
 from tests.support.files import CHAT, jsonl
-
-
-@pytest.fixture(scope="module")
-def world():
-    return load_tokenizer(65536)
 
 
 def trained_text(example, world):
@@ -111,30 +101,3 @@ def test_text_files(tmp_path, world):
         open_text(tmp_path / "b.txt", world)
     with pytest.raises(ValueError, match="--data_type md is no text that can be read; one of jsonl, txt, binidx"):
         open_text(tmp_path / "a.txt", world, data_type="md")
-
-
-def test_what_a_file_holds(tmp_path):
-    """train.py and --val_file take any format: a .jsonl tells by its first row."""
-    assert FORMATS["jsonl"].holds == ("text", "pairs", "rated")
-    assert FORMATS["csv"].holds == ("pairs", "rated") and FORMATS["save"].holds == ("pairs",)
-    assert kind_of("a.csv") == kind_of("a.save") == "pairs"
-    assert kind_of("a.txt") == kind_of("corpus", "binidx") == "text"
-    assert kind_of(jsonl(tmp_path / "a.jsonl", {"text": "x"})) == "text"
-    assert kind_of(jsonl(tmp_path / "b.jsonl", {"Question": "x", "chosen": "y", "rejected": "z"})) == "pairs"
-    with pytest.raises(ValueError, match="no text that can be read"):
-        kind_of("a.docx")
-
-
-def test_held_out_split_keeps_documents_whole(tmp_path, world):
-    """Pieces of one document on both sides would make validation a memory test."""
-    records = [{"text": f"{i} one two three four five six seven"} for i in range(10)]
-    texts = open_text(jsonl(tmp_path / "a.jsonl", *records), world, ctx_len=3)
-    train, held = split(texts, 0.2, seed=1)
-    assert sorted(train.indices + held.indices) == list(range(len(texts)))
-    groups = [{texts.group(i) for i in part.indices} for part in (train, held)]
-    assert not groups[0] & groups[1]
-    assert len(groups[1]) == 2
-    assert np.array_equal(held[0].tokens, texts[held.indices[0]].tokens)
-    assert split(texts, 0.2, seed=1)[1].indices == held.indices
-    with pytest.raises(ValueError, match="--val_split"):
-        split(open_text(jsonl(tmp_path / "b.jsonl", records[0]), world), 0.5, seed=1)

@@ -1,27 +1,19 @@
 """Preference pairs from CSV, JSONL and parquet: text, templates, caps, and mistakes named by file and line."""
 
 import json
-import random
 from collections import Counter
 
 import pytest
 
 from rwkv_rlhf.data.batch import PairExample
-from rwkv_rlhf.data.conversation import Turn, normalise
+from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.text_pairs import read_pairs
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.named import draw_template
 from rwkv_rlhf.data.templates.template import TEMPLATES, WORLD
-from rwkv_rlhf.data.tokenizer import load_tokenizer
 
 GOOD = "prompt,chosen,reject\nHi,Hello.,Go away.\n"
-
-
-@pytest.fixture(scope="module")
-def world():
-    return load_tokenizer(65536)
 
 
 def write(path, text):
@@ -32,13 +24,6 @@ def write(path, text):
 def rows(path, **options):
     report = DataReport(str(path), skip_bad=options.pop("skip_bad", False))
     return list(read_pairs(path, report, **options)), report
-
-
-def test_normalise():
-    """A blank line inside a turn would end it early in every template."""
-    assert normalise("  a\r\n\r\n \t\n\nb\rc \n") == "a\nb\nc"
-    assert normalise("a\n b") == "a\n b"
-    assert normalise("\n\n") == ""
 
 
 def test_pair_of_the_world_template(tmp_path, world):
@@ -241,15 +226,6 @@ def test_rows_are_cycled_to_the_wanted_count(tmp_path, world):
         cycled(0)
 
 
-def test_mixed_shares():
-    """80/10/10, drawn from one seed."""
-    rng = random.Random(100)
-    counts = Counter(draw_template("mixed", rng).user for _ in range(4000))
-    assert abs(counts["User"] / 4000 - 0.8) < 0.03
-    assert abs(counts["Question"] / 4000 - 0.1) < 0.02
-    assert counts.total() == counts["User"] + counts["Question"] + counts["Input"]
-
-
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_every_template_ends_its_answers(name, tmp_path, world):
     """An answer whose end is not trained never stops; chosen and rejected share one prompt."""
@@ -257,21 +233,6 @@ def test_every_template_ends_its_answers(name, tmp_path, world):
     ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), (0,)}
     assert tuple(pairs[0].chosen[-1:]) in ends
     assert pairs[0].prompt
-
-
-def test_g1_cues(world):
-    """Thoughts follow ` <think`; answers without thoughts follow an empty thought."""
-
-    def written(answers, number):
-        prompt, answers = TEMPLATES["g1"][0].template.render([Turn("user", "Hi")], answers)
-        return prompt, prompt + answers[number]
-
-    think, plain = ["<think>\nhm\n</think>\nYes", "<think></think>No"], ["Yes", "No"]
-    whole = "User: Hi\n\nAssistant: <think>\nhm\n</think>\nYes\n\n"
-    assert written(think, 0) == ("User: Hi\n\nAssistant: <think", whole)
-    assert written(plain, 1)[1] == "User: Hi\n\nAssistant: <think>\n</think>\nNo\n\n"
-    both = [think[0], "No"]
-    assert written(both, 1)[1] == "User: Hi\n\nAssistant: No\n\n"
 
 
 def test_unknown_names(tmp_path, world):
