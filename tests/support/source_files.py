@@ -7,9 +7,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "rwkv_rlhf"
 SRC = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SCRIPTS = sorted(path for path in ROOT.glob("*.py") if path.name != "setup.py")
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 OTHERS = sorted(path for top in ("example", "benchmarks") for path in (ROOT / top).rglob("*.py"))
+OTHERS.append(ROOT / "setup.py")
 NATIVE = sorted(path for path in (ROOT / "cuda").rglob("*") if path.suffix in (".cpp", ".cu", ".h", ".cuh"))
 SHELL = sorted(path for top in ("example", "tests", ".ci") for path in (ROOT / top).rglob("*.sh"))
 PAGES = sorted(path for top in ("example", "layerprofile", "docs") for path in (ROOT / top).rglob("*.md"))

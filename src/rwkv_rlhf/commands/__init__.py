@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 from rwkv_rlhf.settings.command_line import run
-from rwkv_rlhf.settings.config import PROGRAM
+from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
 
 
 class Command(NamedTuple):
@@ -48,7 +48,12 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     """`rwkv-rlhf <command> ...`; without a command it lists them."""
     given = list(sys.argv[1:] if words is None else words)
     if given and given[0] in NAMED:
+        if words is None:
+            sys.argv = [f"rwkv-rlhf {given[0]}", *given[1:]]  # what --help calls the program
         run_command(given[0], given[1:])
+    if given and given[0] == "--version":
+        sys.stdout.write(f"{PROGRAM} {PROGRAM_VERSION}\n")
+        sys.exit(0)
     if given and given[0] not in ("-h", "--help", "help"):
         sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from rich.console import Console
@@ -41,6 +42,8 @@ def doctor() -> int | None:
     ran = [finding for finding in found if not finding.refusal]
     if ran:
         console.print(table(ran))
+    for origin, names in origins().items():
+        console.print(f"  CPU kernels {origin}: {', '.join(names)}", markup=False)
     for case, reason in refusals(found):
         console.print(f"  {case}: {reason}", markup=False)
     wrong = [finding for finding in found if not finding.agrees]
@@ -75,7 +78,10 @@ def compilers() -> Iterator[tuple[str, str]]:
         command, version = build.compiler()
         yield "C++", f"{version} ({command})"
     except build.BuildError as error:
-        yield "C++", f"{error}. Until then the kernels run as plain PyTorch, 50 times slower and more"
+        here = cpu.instruction_set()
+        missing = [name for name in build.host_kernels() if build.packaged(name, here) is None]
+        slow = "Until then the kernels run as plain PyTorch, 50 times slower and more"
+        yield "C++", f"{error}. {slow if missing else 'The installation brings the kernels and needs none'}"
     for name, purpose in (("nvcc", "NVIDIA"), ("hipcc", "AMD")):
         try:
             path = gpu.compiler(name)
@@ -112,6 +118,15 @@ def table(found: list[Finding]) -> Table:
         verdict = "ok" if f.agrees else "BROKEN" if f.failure else "WRONG"
         out.add_row(f"  {f.case}", f.backend, f.device, NAMES[f.dtype], f.worst, *numbers, verdict)
     return out
+
+
+def origins() -> dict[str, list[str]]:
+    """Where the binaries of the CPU kernels come from, in words, and which ones."""
+    found: dict[str, list[str]] = {}
+    for name in build.host_kernels():
+        with suppress(build.BuildError):  # then it is among the refusals
+            found.setdefault(cpu.origin(name), []).append(name)
+    return found
 
 
 def refusals(found: list[Finding]) -> Iterator[tuple[str, str]]:

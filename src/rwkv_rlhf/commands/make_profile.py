@@ -14,7 +14,7 @@ from rwkv_rlhf.settings.implementations import with_fact
 
 def parser() -> Parser:
     """The flags of this command."""
-    flags = Parser("Write a layer profile to start from.", prog="make_profile.py")
+    flags = Parser("Write a layer profile to start from.")
     flags.add_argument("--make", required=True, choices=peft_modes(), help="what every block learns")
     flags.add_argument("--layers", required=True, type=int, help="number of blocks of the model")
     flags.add_argument("--rank", type=int, default=0, help="rank of the adapters [16; Bone and MiSS 64]")

@@ -52,7 +52,7 @@ HINTS = {
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The flags of this script. Raises ValueError for a set of them that names no task."""
-    parser = Parser("Merge a checkpoint of training into its base model.", prog="merge.py")
+    parser = Parser("Merge a checkpoint of training into its base model.")
     parser.add_argument("--base_model", default="", help="the model that training started from")
     parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth")
     parser.add_argument("--output", default="", help="the merged model, .pth or .safetensors")

@@ -29,7 +29,7 @@ KERNELS = next(
     folder / "cuda" for folder in Path(__file__).resolve().parents[1:] if (folder / "cuda" / "device.h").is_file()
 )
 SOURCES = KERNELS / "cpu"
-PACKAGED = KERNELS / "built"  # binaries that came with the package; nothing makes them yet
+PACKAGED = KERNELS / "built"  # binaries that a wheel brought (setup.py makes them); a clone has none
 LOCK_PATIENCE = 300.0  # seconds
 # Vectors and fused multiply-adds, but none of the flags that let a compiler assume away NaN or infinity. No OpenMP
 # library is linked: cuda/cpu/threads.h finds the one that torch has loaded.
@@ -115,6 +115,30 @@ def host_recipe(name: str, isa: str) -> Recipe:
     command, version = compiler()
     flags = (*FLAGS, *ISA_FLAGS[isa])
     return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), isa.lower())
+
+
+def host_kernels() -> list[str]:
+    """The names of cuda/cpu/<name>.cpp."""
+    return sorted(path.stem for path in SOURCES.glob("*.cpp"))
+
+
+def instruction_sets() -> list[str]:
+    """Those of `ISA_FLAGS` that this kind of machine can be compiled for, the widest first."""
+    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["DEFAULT"]
+
+
+def host_binaries() -> dict[Path, Path]:
+    """Every CPU kernel for every instruction set, compiled: where a wheel keeps it -> where it lies now.
+
+    Raises BuildError without a compiler, or if one of them cannot be compiled.
+    """
+    kinds = [(name, isa) for isa in instruction_sets() for name in host_kernels()]
+    found = {}
+    for kind, binary in zip(kinds, binaries([host_recipe(*kind) for kind in kinds])):
+        if isinstance(binary, BuildError):
+            raise binary
+        found[packaged_path(*kind)] = binary
+    return found
 
 
 def packaged(name: str, isa: str) -> Path | None:

@@ -7,7 +7,6 @@ library that torch has loaded, as many as torch.get_num_threads() says.
 import ctypes
 import functools
 import logging
-import platform
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,11 +72,15 @@ def library(name: str) -> ctypes.CDLL:
     return found
 
 
+def origin(name: str) -> str:
+    """In words, where the binary of cuda/cpu/<name>.cpp comes from. Raises BuildError as `library`."""
+    path = Path(library(name)._name)
+    return f"from the installation ({path.parent.name})" if path.is_relative_to(build.PACKAGED) else "compiled here"
+
+
 def instruction_set() -> str:
     """The widest of `build.ISA_FLAGS` that this processor has and torch uses too (ATEN_CPU_CAPABILITY lowers it)."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "DEFAULT"
-    sets = list(build.ISA_FLAGS)
+    sets = build.instruction_sets()
     capability = torch.backends.cpu.get_cpu_capability()
     used = sets.index(capability if capability in sets else "DEFAULT")
     flags = processor_flags()

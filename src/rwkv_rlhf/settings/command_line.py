@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
     printing the usage; 0/1 flags may be given bare; `--debug` and `--version` exist in every script.
     """
 
-    def __init__(self, description: str, prog: str | None = None, help: type[argparse.Action] | str = "help") -> None:
+    def __init__(self, description: str, help: type[argparse.Action] | str = "help") -> None:
         usage = "%(prog)s --flag value ..."
-        super().__init__(prog=prog, usage=usage, description=description, allow_abbrev=False, add_help=False)
+        super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
         if help == "help":
             self.add_argument("-h", "--help", action="help", help="list every flag and stop")
         else:
@@ -108,7 +108,7 @@ class TrainHelp(argparse.Action):
 
 def train_parser() -> Parser:
     """The parser of train.py: one flag per setting, in groups, the old spellings, and the flags without a meaning."""
-    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", prog="train.py", help=TrainHelp)
+    parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", help=TrainHelp)
     for group, names in record.grouped_settings().items():
         section = parser.add_argument_group(group, f"{GROUPS[group].help} (--help {group})")
         for name in names:
