@@ -11,10 +11,9 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from rwkv_rlhf.ops import build  # noqa: E402
+from rwkv_rlhf.ops import build
 
 
 class BuildPackage(build_py):

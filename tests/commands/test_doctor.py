@@ -34,6 +34,7 @@ def test_every_compiled_kernel_is_compared(capsys):
             assert said.count(f"  {op} ") == 2, op
     for name in check.POINTWISE:
         assert said.count(f"  {name} ") == 2, name
+    assert f"CPU kernels for {cpu.instruction_set()} compiled on this machine" in said  # a clone brings none
     assert "NOT RIGHT" not in said and "every kernel that can run here agrees" in said
 
 
