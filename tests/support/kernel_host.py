@@ -20,7 +20,7 @@ from rwkv_rlhf.ops import backends, calls, gpu
 from rwkv_rlhf.ops.build import Recipe, compiler, load
 
 HERE = Path(__file__).resolve().parent
-FLAGS = ("-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-DRWKV_HOST", "-ffp-contract=fast", "-U_FORTIFY_SOURCE")
+FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DRWKV_HOST", "-ffp-contract=fast", "-U_FORTIFY_SOURCE")
 PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 

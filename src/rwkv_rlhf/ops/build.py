@@ -34,7 +34,7 @@ LOCK_PATIENCE = 300.0  # seconds
 # Vectors and fused multiply-adds, but none of the flags that let a compiler assume away NaN or infinity. No OpenMP
 # library is linked: cuda/cpu/threads.h finds the one that torch has loaded.
 FLAGS = (
-    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-w"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
 # the instruction sets that CPU kernels are compiled for, the widest first
