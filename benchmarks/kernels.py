@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from benchmarks.chunked import CHUNKED, LENGTH
 from benchmarks.peers import load_peers
 from benchmarks.rates import fma_gflops, gemm_gflops
-from rwkv_rlhf.ops.backends import BACKENDS, choose
+from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.cpu import instruction_set
 from rwkv_rlhf.ops.judge import RECURRENCES, error, make_inputs
 
@@ -109,7 +109,7 @@ def runs_of(op: str, inputs: list[Tensor], peers: dict) -> dict[str, tuple]:
     """name -> (inputs, run), ours first: what can run these, without the plain loop."""
     x = inputs[0]
     runs: dict[str, tuple[list[Tensor], Run]] = {}
-    for name in BACKENDS[op]:
+    for name in backends_of(op):
         try:
             choose(op, x.device, x.dtype, tuple(x.shape), name)
         except ValueError:

@@ -6,8 +6,8 @@ import pytest
 
 from rwkv_rlhf.commands import doctor as module
 from rwkv_rlhf.commands.doctor import DISAGREEMENT, doctor
-from rwkv_rlhf.ops import backends as select
-from rwkv_rlhf.ops import build, check, cpu
+from rwkv_rlhf.ops import build, check, cpu, recurrence
+from rwkv_rlhf.ops.backend import RECURRENCES, build_failure
 
 
 @pytest.fixture(autouse=True)
@@ -15,9 +15,9 @@ def short(monkeypatch):
     """Few tokens: what is judged here is the judge."""
     monkeypatch.setattr(check, "SHAPE", (1, 9, 1, 32))
     monkeypatch.setattr(check, "REPEATS", 1)
-    select._build_failure.cache_clear()
+    build_failure.cache_clear()
     yield
-    select._build_failure.cache_clear()
+    build_failure.cache_clear()
     cpu._library.cache_clear()
 
 
@@ -29,10 +29,7 @@ def test_every_compiled_kernel_is_compared(capsys):
         pytest.skip(str(error))
     assert doctor() is None
     said = capsys.readouterr().out
-    for op, backends in select.BACKENDS.items():
-        if "cpu" in backends and op != "elementwise":
-            assert said.count(f"  {op} ") == 2, op
-    for name in check.POINTWISE:
+    for name in (*RECURRENCES, *check.POINTWISE, "logprob"):
         assert said.count(f"  {name} ") == 2, name
     assert f"CPU kernels for {cpu.instruction_set()} compiled on this machine" in said  # a clone brings none
     assert "NOT RIGHT" not in said and "every kernel that can run here agrees" in said
@@ -53,9 +50,9 @@ class Wrong:
 
 def test_a_wrong_gradient_ends_with_a_status(monkeypatch, capsys):
     """If this breaks, a user trains for a week on a kernel that this machine's compiler got wrong."""
-    real = select.kernel
+    real = recurrence.kernel
     wrong = lambda op, *rest: Wrong(real(op, *rest)) if op == "wkv6" else real(op, *rest)  # noqa: E731
-    monkeypatch.setattr("rwkv_rlhf.ops.recurrence.kernel", wrong)
+    monkeypatch.setattr(recurrence, "kernel", wrong)
     assert doctor() == DISAGREEMENT
     assert "NOT RIGHT: wkv6 (cpu, fp32)" in capsys.readouterr().out
 

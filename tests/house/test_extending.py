@@ -20,6 +20,9 @@ from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.pairs import PairScores
 from rwkv_rlhf.model.sizes import sizes_of
+from rwkv_rlhf.ops import check
+from rwkv_rlhf.ops.backend import RECURRENCES
+from rwkv_rlhf.ops.backends import candidates
 from rwkv_rlhf.plan import is_matrix
 from rwkv_rlhf.reports.page import draw_curves
 from rwkv_rlhf.settings import tables
@@ -319,6 +322,24 @@ def memory_line(plan, part):
     """MiB of a part in what a dry run prints."""
     (line,) = (line for line in plan.splitlines() if line.startswith(f"{part} "))
     return float(line.split()[-2].replace(",", ""))
+
+
+@recipe("Backend")
+def test_a_backend(go, refused, explained, tmp_path, text_jsonl):
+    """Flag, choice, packed rows, states and gradients; "auto" leaves it alone."""
+    assert "plain loops in float64" in explained("wkv_backend")
+    words = f"{LORA} --data_file {text_jsonl} --infctx 1 --chunk_ctx 16"
+    curves = []
+    for name in ("double", "naive"):
+        go(f"{words} --wkv_backend {name}", folder=name)
+        curves.append([line["loss"] for line in read_jsonl(tmp_path / name / "metrics.jsonl", "train")])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5) and len(curves[0]) == 2
+    for dtype in check.LIMITS:
+        for case in (case for case in check.cases() if case.op in RECURRENCES):
+            found = check.examine(case, "double", torch.device("cpu"), dtype)
+            assert found.agrees and not found.refusal and not found.failure, found
+    assert "double" not in candidates("wkv7", torch.device("cpu"), torch.float32)
+    assert "double" in refused("--wkv_backend doubel")
 
 
 @recipe("Strategy")

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from rwkv_rlhf.ops import backends, build, cpu
+from rwkv_rlhf.ops import backend, backends, build, cpu
 from rwkv_rlhf.ops.wkv7 import wkv7
 
 EXPORTED = 'extern "C" __attribute__((visibility("default"))) int answer()'
@@ -25,9 +25,9 @@ def sources(tmp_path, monkeypatch):
     cache.mkdir()
     monkeypatch.setattr(build, "SOURCES", folder)
     monkeypatch.setattr(build, "cache_folder", lambda: cache)
-    backends._build_failure.cache_clear()
+    backend.build_failure.cache_clear()
     yield folder
-    backends._build_failure.cache_clear()
+    backend.build_failure.cache_clear()
 
 
 def recipe(name="good"):

@@ -10,7 +10,7 @@ import torch
 
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.ops import judge
-from rwkv_rlhf.ops.backends import BACKENDS
+from rwkv_rlhf.ops.backends import backends_of
 from rwkv_rlhf.ops.check import LIMITS, TRITON_LIMIT, cases, examine
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state
 from tests.support.version_step import step_errors
@@ -21,7 +21,7 @@ GPU = torch.device("cuda")
 CASES = [
     pytest.param(case, backend, dtype, id=f"{case.name} {backend} {str(dtype)[6:]}")
     for case in cases()
-    for backend in BACKENDS[case.op]
+    for backend in backends_of(case.op)
     if backend not in ("cpu", "naive")
     for dtype in LIMITS
 ]

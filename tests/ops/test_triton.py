@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, of infinities that are masked
 ]
 
+from rwkv_rlhf.ops.triton import backend as way  # noqa: E402
 from rwkv_rlhf.ops.triton import launch  # noqa: E402
 from rwkv_rlhf.ops.triton.recurrences import MatrixKernel, Tiles  # noqa: E402
 
@@ -226,26 +227,26 @@ def test_a_triton_that_cannot_serve_is_named(monkeypatch, version, said):
 
     def found(name):
         if version is None:
-            raise backends.importlib.metadata.PackageNotFoundError(name)
+            raise way.importlib.metadata.PackageNotFoundError(name)
         return version
 
-    backends._triton_missing.cache_clear()
-    monkeypatch.setattr(backends.importlib.metadata, "version", found)
+    way._missing.cache_clear()
+    monkeypatch.setattr(way.importlib.metadata, "version", found)
     try:
         assert said in refusal(monkeypatch, True)
     finally:
-        backends._triton_missing.cache_clear()
+        way._missing.cache_clear()
 
 
 def test_an_old_card_is_told_what_it_can_do(monkeypatch):
     """If this breaks, the owner of an older card does not hear of the backend that runs there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    backends._too_old.cache_clear()
+    way.too_old.cache_clear()
     try:
-        said = backends.triton_recurrence("wkv7", torch.device("cuda", 0), torch.float16, (1, 4, 1, 64))
+        said = way.Backend().refusal("wkv7", torch.device("cuda", 0), torch.float16, (1, 4, 1, 64))
     finally:
-        backends._too_old.cache_clear()
+        way.too_old.cache_clear()
     assert "compute capability 7.5" in said and "--wkv_backend cuda runs on it" in said
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import backends, calls, gpu
+from rwkv_rlhf.ops import calls, gpu
 from rwkv_rlhf.ops.build import Recipe, compiler, load
 
 HERE = Path(__file__).resolve().parent
@@ -119,16 +119,21 @@ def harnessed(op: str, options: Options | None = None, source: Path | None = Non
 @contextmanager
 def as_backend(op: str, kernel: gpu.Kernel) -> Iterator[None]:
     """While this lasts, `backend="cuda"` of the op means `kernel`, on tensors of the CPU."""
-    rules, real = backends.BACKENDS[op], gpu.kernel
-    backends.BACKENDS[op] = {
-        "cuda": backends.any_tensor,
-        **{name: rule for name, rule in rules.items() if name != "cuda"},
-    }
-    gpu.kernel = lambda name, device, size=0: kernel if name == op else real(name, device, size)
+
+    real = gpu.Backend
+
+    class Harnessed(real):
+        def refusal(self, name, device, dtype, shape):
+            return None if name == op else super().refusal(name, device, dtype, shape)
+
+        def kernel(self, name, device, head_size):
+            return kernel if name == op else super().kernel(name, device, head_size)
+
+    gpu.Backend = Harnessed
     try:
         yield
     finally:
-        backends.BACKENDS[op], gpu.kernel = rules, real
+        gpu.Backend = real
 
 
 def compiled(recipe: Recipe, target: Path, *flags: str) -> subprocess.CompletedProcess[str]:

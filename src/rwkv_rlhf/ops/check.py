@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.ops import judge
-from rwkv_rlhf.ops.backends import BACKENDS, choose
+from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.logprob import row_grad_, row_stats
 
 SHAPE = (2, 130, 2, 64)  # B, T, H, N: two checkpoint intervals and a rest
@@ -62,7 +62,7 @@ def findings(devices: list[torch.device]) -> Iterator[Finding]:
     for device in devices:
         for case in cases():
             for dtype in LIMITS:
-                for backend in BACKENDS[case.op]:
+                for backend in backends_of(case.op):
                     if backend != "naive" and (backend == "cpu") == (device.type == "cpu"):
                         yield examine(case, backend, device, dtype)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import build, calls
+from rwkv_rlhf.ops import backend, build, calls
 from rwkv_rlhf.ops.build import BuildError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,31 @@ def call(
     failure = calls.call(run, tensors, sizes, calls.DTYPES[dtype], torch.get_num_threads(), *settings)
     if failure:
         raise RuntimeError(f"{name}: {failure}")
+
+
+class Backend(backend.Backend):
+    """CPU tensors in bfloat16 or float32, and a compiler that works or kernels that a wheel brought."""
+
+    ops = backend.OPERATIONS
+
+    def preference(self, device: torch.device, dtype: torch.dtype) -> int:
+        return 10
+
+    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if device.type != "cpu":
+            return f"the tensors are on {device}"
+        if dtype not in calls.DTYPES:
+            return f"no kernel for {dtype}"
+        unusual = backend.unusual_size(op, shape)
+        return unusual or backend.build_failure(kernel, op, device, backend.head_size(op, shape))
+
+    def kernel(self, op: str, device: torch.device, head_size: int) -> Any:
+        return kernel(op, device, head_size)
+
+
+def kernel(op: str, device: torch.device, head_size: int) -> Any:
+    """The recurrence, or the C functions of another op. Raises BuildError as `library`."""
+    return recurrence(op, head_size) if op in calls.LAYOUTS else library(op)
 
 
 def recurrence(op: str, head_size: int = 0) -> Kernel:

@@ -5,7 +5,7 @@ Activations are bfloat16, float32 or (naive) float64, all of one dtype; small pe
 masters. Arithmetic is float32 inside (float64 for float64 activations), a result is rounded once to the activations'
 dtype, and gradients reach every tensor. Per-channel gradients are summed in an order that depends on the number of
 rows alone, so equal inputs give equal bits for any number of threads. `backend` is "auto" or a name of
-`backends.BACKENDS["elementwise"]`. Every function raises ValueError for shapes or dtypes that do not fit.
+`tables.BACKENDS`. Every function raises ValueError for shapes or dtypes that do not fit.
 """
 
 import ctypes

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import calls
+from rwkv_rlhf.ops import backend, calls
 from rwkv_rlhf.ops.build import KERNELS, BuildError, Recipe, head_size_flags, load
 
 SOURCES = KERNELS
@@ -53,6 +53,24 @@ class Kernel(calls.Kernel):
         device = given[0].device
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
         return calls.call(getattr(self.functions, name), [*given, *filled], sizes, dtype, device.index, stream)
+
+
+class Backend(backend.Backend):
+    """Tensors of a GPU in bfloat16 or float32, and a compiler that works."""
+
+    def preference(self, device: torch.device, dtype: torch.dtype) -> int:
+        return 20
+
+    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if device.type != "cuda":
+            return f"the tensors are on {device}"
+        if dtype not in calls.DTYPES:
+            return f"no kernel for {dtype}"
+        unusual = backend.unusual_size(op, shape)
+        return unusual or backend.build_failure(kernel, op, device, backend.head_size(op, shape))
+
+    def kernel(self, op: str, device: torch.device, head_size: int) -> Kernel:
+        return kernel(op, device, head_size)
 
 
 def kernel(op: str, device: torch.device, head_size: int = 0) -> Kernel:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_rlhf.ops.backends import choose, head_size, kernel
+from rwkv_rlhf.ops.backends import choose, kernel
 from rwkv_rlhf.precision import wide_dtype
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -51,7 +51,7 @@ def recur(
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, lengths)
     edges = list(itertools.accumulate(lengths if lengths is not None else [count] * batch, initial=0))
-    run = kernel(op, name, first.device, head_size(op, first.shape))
+    run = kernel(op, name, first.device, first.shape)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
         y, last = run.forward((*inputs, *constants), state, edges, False)
         return y, last

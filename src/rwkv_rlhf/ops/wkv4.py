@@ -31,7 +31,7 @@ def wkv4(
         float32 (float64 as above). Gradients are those of p and q: pp counts as a scale that could be any other.
     starts: None, or int64 (S+1,) with B == 1: row s of the packed tokens is starts[s] : starts[s+1], may be empty,
         and begins from state[s] of an (S, C, 3) state.
-    backend: "auto", or a name of `backends.BACKENDS["wkv4"]`.
+    backend: "auto", or a name of `tables.BACKENDS`.
     Returns y (B, T, C) in k's dtype and the final state, shaped like `state`. Gradients reach all inputs and the
     initial state, also through the final state. Raises ValueError naming the argument at fault.
     """

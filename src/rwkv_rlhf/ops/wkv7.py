@@ -34,7 +34,7 @@ def wkv7(
     state: (B, H, N_v, N_k), the initial state, or None for zeros. Kept in float32 (float64 for float64 inputs).
     starts: None, or int64 (S+1,) with B == 1: row s of the packed tokens is starts[s] : starts[s+1], may be empty,
         and begins from state[s] of an (S, H, N_v, N_k) state.
-    backend: "auto", or a name of `backends.BACKENDS["wkv7"]`.
+    backend: "auto", or a name of `tables.BACKENDS`.
     Returns y (B, T, H, N) in r's dtype and the final state, shaped like `state`. Gradients reach all six inputs and
     the initial state, also through the final state. Raises ValueError naming the argument at fault.
     """

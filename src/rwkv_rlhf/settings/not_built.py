@@ -48,7 +48,7 @@ NOT_BUILT = (
     ),
     NotBuilt(
         "wkv_backend",
-        lambda backend: not tables.BACKENDS[backend].built,
+        lambda backend: backend != "auto" and not tables.BACKENDS[backend].implementation,
         "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu, cuda and triton are",
     ),
     NotBuilt("compile", bool, "{compile} 1: compiling the model is not built yet; leave it 0"),

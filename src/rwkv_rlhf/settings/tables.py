@@ -413,18 +413,18 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """What runs the recurrences; the rules of each are in ops/backends.py. built: False = parsed only."""
+    """What runs the recurrences. implementation: a subclass of ops/backend.py:Backend; "" = parsed only."""
 
     help: str
-    built: bool = True
+    implementation: str = ""
 
 
 BACKENDS: dict[str, BackendFacts] = {
     "auto": BackendFacts("the fastest that can"),
-    "naive": BackendFacts("plain PyTorch loops"),
-    "cpu": BackendFacts("C++ for processors"),
-    "cuda": BackendFacts("CUDA or HIP, exact float32"),
-    "hip": BackendFacts("HIP by name", built=False),
-    "triton": BackendFacts("Triton, chunked tensor-core form"),
-    "fla": BackendFacts("flash-linear-attention", built=False),
+    "naive": BackendFacts("plain PyTorch loops", ".ops.naive:Backend"),
+    "cpu": BackendFacts("C++ for processors", ".ops.cpu:Backend"),
+    "cuda": BackendFacts("CUDA or HIP, exact float32", ".ops.gpu:Backend"),
+    "hip": BackendFacts("HIP by name"),
+    "triton": BackendFacts("Triton, chunked tensor-core form", ".ops.triton.backend:Backend"),
+    "fla": BackendFacts("flash-linear-attention"),
 }

@@ -1,0 +1,62 @@
+"""What every backend is: `settings/tables.py`, `BACKENDS`, names one subclass each, in a module of its own."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rwkv_rlhf.ops.build import BuildError
+
+logger = logging.getLogger(__name__)
+
+RECURRENCES = ("wkv4", "wkv5", "wkv6", "wkv7")
+OPERATIONS = (*RECURRENCES, "elementwise", "logprob")
+HEAD_SIZES = (32, 64, 128)  # that kernels are compiled for and tested with
+
+
+class Backend:
+    """One way to run operations.
+
+    A recurrence's kernel has `forward` and `backward`; ops/recurrence.py says with what they are called and what they
+    give. What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
+    """
+
+    ops: tuple[str, ...] = RECURRENCES
+
+    def preference(self, device: torch.device, dtype: torch.dtype) -> int | None:
+        """ "auto" asks the backend with the largest number first; None: it runs only where it is asked for by name."""
+        return None
+
+    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        """Why it cannot run `op` on tensors like this per-token input; None if it can."""
+        raise NotImplementedError
+
+    def kernel(self, op: str, device: torch.device, head_size: int) -> Any:
+        """What runs `op`; `head_size` is 0 where there are no heads. Raises BuildError."""
+        raise NotImplementedError
+
+
+def head_size(op: str, shape: Sequence[int]) -> int:
+    """What a kernel of `op` must be compiled for to take tensors of this shape; 0 where there are no heads."""
+    return shape[-1] if op in RECURRENCES and len(shape) == 4 else 0
+
+
+def unusual_size(op: str, shape: Sequence[int]) -> str | None:
+    """Why compiled kernels cannot take a head size."""
+    size = head_size(op, shape)
+    return f"head size {size} is not one of {HEAD_SIZES}" if size and size not in HEAD_SIZES else None
+
+
+@functools.cache
+def build_failure(
+    kernel: Callable[[str, torch.device, int], Any], op: str, device: torch.device, size: int
+) -> str | None:
+    """Why a compiled kernel cannot be had, warned about once; None if it can."""
+    try:
+        kernel(op, device, size)
+    except BuildError as error:
+        logger.warning("%s runs as plain PyTorch, which is much slower: %s", op, error)
+        return str(error)
+    return None
