@@ -37,7 +37,7 @@ def cut(monkeypatch):
     """cut(Tiles(...)): all matrix-state kernels of the test run with these tiles."""
 
     def use(wanted):
-        monkeypatch.setattr(recurrence, "kernel", lambda op, backend, device: MatrixKernel(op, wanted))
+        monkeypatch.setattr(recurrence, "kernel", lambda op, name, device, shape: MatrixKernel(op, wanted))
 
     return use
 
