@@ -5,8 +5,6 @@ What a table's entry does not bring about by itself fails here.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -27,6 +25,7 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.callbacks import shown
 from rwkv_rlhf.training.run_identity import differences, identity
 from tests.support.files import VOCAB, read_jsonl
+from tests.support.processes import run_program
 from tests.support.recipes import follow, recipes, write
 from tests.support.source_files import ROOT
 
@@ -336,18 +335,18 @@ def test_a_strategy(go, refused, explained, tmp_path, text_jsonl):
 @recipe("Strategy")
 def test_a_strategy_of_two_processes(tmp_path, base_model, vocab_file, text_jsonl):
     """The recipe followed in a copy of the sources: both ranks know the strategy, and learn nearly what ddp learns."""
-    for name in ("src", "cuda", "train.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    (tmp_path / "cuda").symlink_to(ROOT / "cuda")
     write(RECIPES["Strategy"], tmp_path)
-    losses = {}
-    for name in ("ddp", "ddp_fp16"):
-        words = f"train.py --load_model {base_model} --vocab_file {vocab_file} --proj_dir {name} {SMALL} {LORA}"
-        words += f" --data_file {text_jsonl} --devices 2 --accelerator cpu --strategy {name}"
-        done = subprocess.run(
-            [sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[name] = [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+    words = f"--load_model {base_model} --vocab_file {vocab_file} {SMALL} {LORA} --data_file {text_jsonl}".split()
+    lists = [[*words, "--strategy", name, "--proj_dir", str(tmp_path / name)] for name in ("ddp", "ddp_fp16")]
+    (tmp_path / "runs.json").write_text(json.dumps(lists))
+    two = ("--devices", 2, "--accelerator", "cpu")
+    run_program("several_runs", tmp_path / "runs.json", *two, first_path=tmp_path / "src")
+    losses = {
+        name: [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        for name in ("ddp", "ddp_fp16")
+    }
     assert losses["ddp"][0] == losses["ddp_fp16"][0]
     assert losses["ddp"] == pytest.approx(losses["ddp_fp16"], rel=1e-3)
 
