@@ -18,7 +18,7 @@ from rwkv_rlhf.ops import build
 from tests.support.source_files import NATIVE, PACKAGE, ROOT, SRC
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("wheel")]
-BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+BUILD = "import sys, setuptools.build_meta as backend; print(getattr(backend, sys.argv[1])(sys.argv[2]))"
 
 
 def built(kind, clone, folder, **variables):

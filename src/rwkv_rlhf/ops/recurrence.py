@@ -134,6 +134,6 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-        *grads, dstate = ctx.kernel.backward(inputs, kept, dy, dlast)
+        saved = ctx.saved_tensors  # once: checkpointing gives them a single time
+        *grads, dstate = ctx.kernel.backward(saved[: ctx.count], saved[ctx.count :], dy, dlast)
         return (None, None, dstate, *grads)
