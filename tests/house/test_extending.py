@@ -111,6 +111,7 @@ def test_every_kind_has_its_recipe():
     assert RECIPES.keys() == tested
 
 
+@pytest.mark.slow
 @recipe("Loss")
 def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     """Flags, data, reference, training, held out, chunks: all from its entry."""
@@ -146,6 +147,7 @@ def test_a_loss_by_hand():
     assert float(found) == pytest.approx(1 / (1 + np.exp(2.0)) + 1 / (1 + np.exp(-1.0)))
 
 
+@pytest.mark.slow
 @recipe("Metric")
 def test_a_metric(go, curves, tmp_path, pairs_csv, explained):
     """One name in training, held out, on the curves and in the bar."""
@@ -168,6 +170,7 @@ def drawn_titles(folder):
     return titles
 
 
+@pytest.mark.slow
 @recipe("Adapter")
 @pytest.mark.parametrize("quant", ["--quant 0", "--quant_mode int8"])
 def test_an_adapter(go, refused, merged, tmp_path, base_model, text_jsonl, quant):
@@ -220,6 +223,7 @@ def test_an_adapter_keeps_its_contract():
     torch.testing.assert_close(layer(x), x @ layer.merged().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @recipe("Storage")
 def test_a_storage(go, refused, merged, script, tmp_path, base_model, text_jsonl, pairs_csv, vocab_file):
     """Flags of training and of the scripts, memory of a dry run, training on it, sidecar, merging, reading it back."""
@@ -249,6 +253,7 @@ def test_a_storage_is_what_its_entry_says():
     assert float(error) == pytest.approx(facts.rms_error, rel=0.05)
 
 
+@pytest.mark.slow
 @recipe("RWKV version")
 def test_a_version(go, merged, script, tmp_path, text_jsonl):
     """Made from zero, recognised, planned, trained, merged, and its states carried."""
@@ -270,6 +275,7 @@ def without(tensors, ending):
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
 
 
+@pytest.mark.slow
 @recipe("File format")
 def test_a_format(go, refused, explained, script, tmp_path, vocab_file):
     """Pairs and rated answers, in training, held out and in the scripts; what is wrong names the row."""
@@ -299,6 +305,7 @@ def bad(script, go, path):
     return str(said.value)
 
 
+@pytest.mark.slow
 @recipe("Optimizer")
 def test_an_optimizer(go, explained, tmp_path, text_jsonl):
     """Flag, memory, training, and a run that goes on from a point with the same bits."""
@@ -320,6 +327,7 @@ def memory_line(plan, part):
     return float(line.split()[-2].replace(",", ""))
 
 
+@pytest.mark.slow
 @recipe("Strategy")
 def test_a_strategy(go, refused, explained, tmp_path, text_jsonl):
     """Its name in help and run; alone it learns what ddp learns."""

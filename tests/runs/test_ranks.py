@@ -163,7 +163,7 @@ def test_ctrl_c_to_one_rank_stops_all_and_saves(long_run):
     ranks = [started("train.py", *words, SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
     begun(folder, *ranks)
     ranks[1].send_signal(signal.SIGINT)
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [130, 130], errors
     assert "saved" in errors[0] and "saved" not in errors[1]
     assert (folder / "rwkv-last.pth").exists()
