@@ -17,6 +17,7 @@ def test_ids_are_those_of_the_released_models(world):
     assert world.encode("") == []
 
 
+@pytest.mark.slow  # the package takes its time to read its own vocabulary
 def test_ids_agree_with_the_rwkv_package(world):
     """The package's own trie is the judge, on text of many scripts, code and long runs."""
     judge = TRIE_TOKENIZER(str(world_vocabulary_file()))

@@ -5,8 +5,6 @@ What a table's entry does not bring about by itself fails here.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -30,6 +28,7 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.callbacks import shown
 from rwkv_rlhf.training.run_identity import differences, identity
 from tests.support.files import VOCAB, read_jsonl
+from tests.support.processes import run_program
 from tests.support.recipes import follow, recipes, write
 from tests.support.source_files import ROOT
 
@@ -115,6 +114,7 @@ def test_every_kind_has_its_recipe():
     assert RECIPES.keys() == tested
 
 
+@pytest.mark.slow
 @recipe("Loss")
 def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     """Flags, data, reference, training, held out, chunks: all from its entry."""
@@ -150,6 +150,7 @@ def test_a_loss_by_hand():
     assert float(found) == pytest.approx(1 / (1 + np.exp(2.0)) + 1 / (1 + np.exp(-1.0)))
 
 
+@pytest.mark.slow
 @recipe("Metric")
 def test_a_metric(go, curves, tmp_path, pairs_csv, explained):
     """One name in training, held out, on the curves and in the bar."""
@@ -172,6 +173,7 @@ def drawn_titles(folder):
     return titles
 
 
+@pytest.mark.slow
 @recipe("Adapter")
 @pytest.mark.parametrize("quant", ["--quant 0", "--quant_mode int8"])
 def test_an_adapter(go, refused, merged, tmp_path, base_model, text_jsonl, quant):
@@ -224,6 +226,7 @@ def test_an_adapter_keeps_its_contract():
     torch.testing.assert_close(layer(x), x @ layer.merged().T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @recipe("Storage")
 def test_a_storage(go, refused, merged, script, tmp_path, base_model, text_jsonl, pairs_csv, vocab_file):
     """Flags of training and of the scripts, memory of a dry run, training on it, sidecar, merging, reading it back."""
@@ -253,6 +256,7 @@ def test_a_storage_is_what_its_entry_says():
     assert float(error) == pytest.approx(facts.rms_error, rel=0.05)
 
 
+@pytest.mark.slow
 @recipe("RWKV version")
 def test_a_version(go, merged, script, tmp_path, text_jsonl):
     """Made from zero, recognised, planned, trained, merged, and its states carried."""
@@ -274,6 +278,7 @@ def without(tensors, ending):
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(ending)}
 
 
+@pytest.mark.slow
 @recipe("File format")
 def test_a_format(go, refused, explained, script, tmp_path, vocab_file):
     """Pairs and rated answers, in training, held out and in the scripts; what is wrong names the row."""
@@ -303,6 +308,7 @@ def bad(script, go, path):
     return str(said.value)
 
 
+@pytest.mark.slow
 @recipe("Optimizer")
 def test_an_optimizer(go, explained, tmp_path, text_jsonl):
     """Flag, memory, training, and a run that goes on from a point with the same bits."""
@@ -324,6 +330,7 @@ def memory_line(plan, part):
     return float(line.split()[-2].replace(",", ""))
 
 
+@pytest.mark.slow
 @recipe("Backend")
 def test_a_backend(go, refused, explained, tmp_path, text_jsonl):
     """Flag, choice, packed rows, states and gradients; "auto" leaves it alone."""
@@ -342,6 +349,7 @@ def test_a_backend(go, refused, explained, tmp_path, text_jsonl):
     assert "double" in refused("--wkv_backend doubel")
 
 
+@pytest.mark.slow
 @recipe("Strategy")
 def test_a_strategy(go, refused, explained, tmp_path, text_jsonl):
     """Its name in help and run; alone it learns what ddp learns."""
@@ -357,18 +365,18 @@ def test_a_strategy(go, refused, explained, tmp_path, text_jsonl):
 @recipe("Strategy")
 def test_a_strategy_of_two_processes(tmp_path, base_model, vocab_file, text_jsonl):
     """The recipe followed in a copy of the sources: both ranks know the strategy, and learn nearly what ddp learns."""
-    for name in ("src", "cuda", "train.py"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "src", tmp_path / "src")
+    (tmp_path / "cuda").symlink_to(ROOT / "cuda")
     write(RECIPES["Strategy"], tmp_path)
-    losses = {}
-    for name in ("ddp", "ddp_fp16"):
-        words = f"train.py --load_model {base_model} --vocab_file {vocab_file} --proj_dir {name} {SMALL} {LORA}"
-        words += f" --data_file {text_jsonl} --devices 2 --accelerator cpu --strategy {name}"
-        done = subprocess.run(
-            [sys.executable, *words.split()], cwd=tmp_path, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        losses[name] = [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+    words = f"--load_model {base_model} --vocab_file {vocab_file} {SMALL} {LORA} --data_file {text_jsonl}".split()
+    lists = [[*words, "--strategy", name, "--proj_dir", str(tmp_path / name)] for name in ("ddp", "ddp_fp16")]
+    (tmp_path / "runs.json").write_text(json.dumps(lists))
+    two = ("--devices", 2, "--accelerator", "cpu")
+    run_program("several_runs", tmp_path / "runs.json", *two, first_path=tmp_path / "src")
+    losses = {
+        name: [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        for name in ("ddp", "ddp_fp16")
+    }
     assert losses["ddp"][0] == losses["ddp_fp16"][0]
     assert losses["ddp"] == pytest.approx(losses["ddp_fp16"], rel=1e-3)
 

@@ -231,6 +231,7 @@ def test_rounding_to_bfloat16_is_that_of_torch(small_kernel):
 # ---------------------------------------------------------------- do the compilers take them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "capability"), [("wkv7", "80"), *((op, "90") for op in OPS)])
 def test_nvcc_compiles_without_spills_in_forward(op, capability, tmp_path):
     """Registers that do not suffice cost memory traffic at every token."""
@@ -247,6 +248,7 @@ def test_nvcc_compiles_without_spills_in_forward(op, capability, tmp_path):
         assert backward or (stores, loads) == ("0", "0"), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [op for op in OPS if op in ("wkv4", "wkv7")])
 def test_hipcc_compiles_without_scratch_memory(op, tmp_path):
     """The same source for AMD; benchmarks/static_gpu.py compiles everything for every architecture."""

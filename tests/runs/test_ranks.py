@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(390), pytest.mark.xdist_grou
 CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
 BLOWN = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp")
-SPLIT = [  # (strategy, case)
-    *((strategy, case) for strategy in (*STAGES, "deepspeed_stage_3_offload", "fsdp") for case in ("sft", "dpo")),
-    *((strategy, case) for strategy in ("deepspeed_stage_3", "fsdp") for case in ("kto", "empty")),
-    *(("deepspeed_stage_2", case) for case in ("infctx", "lora", "empty")),
-    *((strategy, "forgetful") for strategy in ("ddp", *STAGES, "fsdp")),
-    *((strategy, "state") for strategy in ("deepspeed_stage_3", "fsdp")),
+SPLIT = [  # (strategy, case): each strategy once, and what its kind of split could change
+    *((strategy, "sft") for strategy in (*STAGES, "deepspeed_stage_3_offload", "fsdp")),
+    *((strategy, case) for strategy in ("deepspeed_stage_3", "fsdp") for case in ("dpo", "kto", "empty", "state")),
+    *(("deepspeed_stage_2", case) for case in ("dpo", "infctx", "lora", "empty")),
+    # moments that come back are the others' business too: tests/runs/test_resume_ranks.py
+    *((strategy, "forgetful") for strategy in ("deepspeed_stage_2_offload", "fsdp")),
     *((strategy, "packed") for strategy in ("deepspeed_stage_1", "deepspeed_stage_3", "fsdp")),
 ]
 
@@ -163,7 +163,7 @@ def test_ctrl_c_to_one_rank_stops_all_and_saves(long_run):
     ranks = [started("train.py", *words, SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
     begun(folder, *ranks)
     ranks[1].send_signal(signal.SIGINT)
-    errors = [process.communicate(timeout=60)[1] for process in ranks]
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [130, 130], errors
     assert "saved" in errors[0] and "saved" not in errors[1]
     assert (folder / "rwkv-last.pth").exists()

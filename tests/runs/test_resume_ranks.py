@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.resume_points import last_point
+from rwkv_rlhf.commands import train
 from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, started
 
@@ -22,32 +23,37 @@ KINDS = {
 PIECES = ("--infctx", 1, "--chunk_ctx", 9)  # of the pairs, where parameters stay whole
 
 
-@pytest.fixture(scope="module", params=STRATEGIES)
-def runs(request, base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
-    """The folder with runs that were not stopped (`whole`) and such that go on from their points (`again`)."""
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
+    """The folder with runs that were not stopped (`<strategy>/whole`), such that go on from their points (`again`), and
+    one with another learning rate (`other`). The two processes are started once."""
+    folder = tmp_path_factory.mktemp("resumed")
     lists = []
-    for kind, words in KINDS.items():
-        data = ("--data_file", text_jsonl) if kind == "sft" else ("--rlhf_train_file", pairs_csv)
-        words = ["--load_model", base_model, "--vocab_file", vocab_file, "--accelerator", "cpu", *data, *words]
-        words += ["--strategy", request.param, "--ctx_len", 64, "--epoch_count", 2, "--epoch_save", 1, "--micro_bsz", 2]
-        words += ["--resume_every", 1, *(PIECES if kind == "dpo" and request.param not in SPLIT else ())]
-        whole = folder / "whole" / kind
-        lists.append([*words, "--proj_dir", whole])
-        lists.append([*words, "--proj_dir", folder / "again" / kind, "--resume", whole / "resume" / "step-3"])
-    lists.append([*lists[0][:-1], folder / "other", "--resume", folder / "whole" / "sft", "--lr_init", 1])
+    for strategy in STRATEGIES:
+        for kind, words in KINDS.items():
+            data = ("--data_file", text_jsonl) if kind == "sft" else ("--rlhf_train_file", pairs_csv)
+            words = ["--load_model", base_model, "--vocab_file", vocab_file, "--accelerator", "cpu", *data, *words]
+            words += ["--strategy", strategy, "--ctx_len", 64, "--epoch_count", 2, "--epoch_save", 1, "--micro_bsz", 2]
+            words += ["--resume_every", 1, *(PIECES if kind == "dpo" and strategy not in SPLIT else ())]
+            whole, again = (folder / strategy / name / kind for name in ("whole", "again"))
+            lists.append([*words, "--proj_dir", whole])
+            lists.append([*words, "--proj_dir", again, "--resume", whole / "resume" / "step-3"])
+    lists.append(
+        [*lists[0][:-1], folder / "other", "--resume", folder / STRATEGIES[0] / "whole" / "sft", "--lr_init", 1]
+    )
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
     process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=280)
     assert process.returncode == 0, err[-3000:]
     return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_several_processes_go_on_bit_for_bit(runs, kind):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_several_processes_go_on_bit_for_bit(runs, strategy, kind):
     """If this breaks, a run of several processes that was stopped ends elsewhere than one that was not."""
-    whole, again = (runs / name / kind for name in ("whole", "again"))
+    whole, again = (runs / strategy / name / kind for name in ("whole", "again"))
     assert not list(again.glob("error*"))
     want, found = (torch.load(path / "rwkv-final.pth", weights_only=True) for path in (whole, again))
     assert want.keys() == found.keys() and all(torch.equal(want[name], found[name]) for name in want)
@@ -60,11 +66,10 @@ def test_several_processes_go_on_bit_for_bit(runs, kind):
     assert not torch.equal(*random)
 
 
-def test_a_point_of_two_processes_and_one(runs, script, base_model, vocab_file):
+def test_a_point_of_two_processes_and_one(runs, script):
     """If this breaks, a run goes on with other ranks than it began with, and is silently another one."""
-    from rwkv_rlhf.commands import train
-
     words = json.loads((runs / "runs.json").read_text())[1]
-    status, _, err = script(train.main, *words, "--proj_dir", runs / "one", "--resume", runs / "whole" / "sft")
+    point = runs / STRATEGIES[0] / "whole" / "sft"
+    status, _, err = script(train.main, *words, "--proj_dir", runs / "one", "--resume", point)
     assert status == 2 and "written by 2 processes, 1" in err and err.count("\n") == 1
     assert "{lr_init} was 0.0001, is 1.0" in (runs / "other" / "error-0.txt").read_text()

@@ -20,14 +20,14 @@ CHUNKS = ("--infctx", 1, "--chunk_ctx", 16)
 
 @pytest.fixture
 def words(base_of, vocab_file, tmp_path):
-    """words(version): three steps on short documents in float32."""
+    """words(version): two steps on short documents in float32."""
     documents = tmp_path / "text.jsonl"
     documents.write_text("".join(json.dumps({"text": f"line {n}: " + "abc " * (n % 4)}) + "\n" for n in range(8)))
 
     def of(version):
         return [
             *("--load_model", base_of(version), "--vocab_file", vocab_file, "--ctx_len", 32, "--random_seed", 3),
-            *("--sft", 1, "--data_file", documents, "--micro_bsz", 2, "--epoch_steps", 3, "--epoch_count", 1),
+            *("--sft", 1, "--data_file", documents, "--micro_bsz", 2, "--epoch_steps", 2, "--epoch_count", 1),
             *("--precision", "fp32", "--quant", 0, "--grad_cp", 0, "--accelerator", "cpu", "--lr_init", "1e-3"),
         ]
 
@@ -35,9 +35,14 @@ def words(base_of, vocab_file, tmp_path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("more", [(), CHUNKS], ids=["whole", "chunks"])
-@pytest.mark.parametrize("version", ["x040", "x052", "x060", "x070"])
-def test_three_steps_are_those_of_the_cpu_kernels(script, words, tmp_path, version, more):
+@pytest.mark.parametrize(
+    ("version", "more"),
+    [
+        *(pytest.param(version, (), id=f"{version}-whole") for version in ("x040", "x052", "x060", "x070")),
+        *(pytest.param(version, CHUNKS, id=f"{version}-chunks") for version in ("x040", "x070")),  # one a kernel's kind
+    ],
+)
+def test_two_steps_are_those_of_the_cpu_kernels(script, words, tmp_path, version, more):
     """Losses and gradient norms to 1e-4, also with states carried over chunks and gradients back through them."""
     found = {}
     for backend in ("cpu", "triton"):
@@ -45,7 +50,7 @@ def test_three_steps_are_those_of_the_cpu_kernels(script, words, tmp_path, versi
         status, _, err = script(train.main, *words(version), "--proj_dir", folder, "--wkv_backend", backend, *more)
         assert status == 0, err
         found[backend] = [(step["loss"], step["grad_norm"]) for step in read_jsonl(folder / "metrics.jsonl", "train")]
-    assert len(found["cpu"]) == 3 and all(norm > 0 for _, norm in found["cpu"])
+    assert len(found["cpu"]) == 2 and all(norm > 0 for _, norm in found["cpu"])
     for mine, theirs in zip(found["triton"], found["cpu"], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 

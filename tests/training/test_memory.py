@@ -23,9 +23,9 @@ NUMBERS = {2: torch.bfloat16, 4: torch.float32}  # by their bytes
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Four blocks of 12.6 million parameters: large beside what an allocator wastes."""
+    """Four blocks of 7 million parameters: large beside what an allocator wastes."""
     path = tmp_path_factory.mktemp("large") / "base.pth"
-    tensors = initial_tensors("x070", 4, 1024, 2048, 64, 1)
+    tensors = initial_tensors("x070", 4, 768, 2048, 64, 1)
     for name, value in tensors.items():
         noise = 0.02 * torch.randn(value.shape) if value.dim() == 2 else 0.0
         tensors[name] = (value + noise).bfloat16()
@@ -87,7 +87,7 @@ def test_the_dry_run_counts_what_a_step_runs(script, base_model, vocab_file, tex
 @pytest.mark.parametrize(
     "words",
     [
-        "--precision fp32 --grad_cp 0 --infctx 1 --chunk_ctx 1024",
+        "--precision fp32 --grad_cp 0 --infctx 1 --chunk_ctx 256",
         "--precision fp32 --grad_cp 1",
         "--precision bf16 --grad_cp 0 --peft lora --quant_mode nf4",
     ],
