@@ -144,6 +144,7 @@ def private_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_missing_barrier_changes_the_result(private_cache):
     """Without the barrier of its stage, a kernel must not pass for correct."""
     text = (gpu.SOURCES / "wkv7.cu").read_text()
