@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import calls, gpu
+from rwkv_rlhf.ops import backends, calls, gpu
 from rwkv_rlhf.ops.build import Recipe, compiler, load
 
 HERE = Path(__file__).resolve().parent
@@ -119,21 +119,14 @@ def harnessed(op: str, options: Options | None = None, source: Path | None = Non
 @contextmanager
 def as_backend(op: str, kernel: gpu.Kernel) -> Iterator[None]:
     """While this lasts, `backend="cuda"` of the op means `kernel`, on tensors of the CPU."""
-
-    real = gpu.Backend
-
-    class Harnessed(real):
-        def refusal(self, name, device, dtype, shape):
-            return None if name == op else super().refusal(name, device, dtype, shape)
-
-        def kernel(self, name, device, head_size):
-            return kernel if name == op else super().kernel(name, device, head_size)
-
-    gpu.Backend = Harnessed
+    cuda = backends.BACKENDS["cuda"]
+    refusal, made = cuda.refusal, cuda.kernel
+    cuda.refusal = lambda name, *about: None if name == op else refusal(name, *about)
+    cuda.kernel = lambda name, *about: kernel if name == op else made(name, *about)
     try:
         yield
     finally:
-        gpu.Backend = real
+        cuda.refusal, cuda.kernel = refusal, made
 
 
 def compiled(recipe: Recipe, target: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -2,12 +2,13 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from rwkv_rlhf.ops.build import BuildError
+from rwkv_rlhf.ops.calls import DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,19 @@ class Backend:
         raise NotImplementedError
 
 
+class Compiled(Backend):
+    """Kernels in C++ for one type of device: bfloat16 or float32, and a binary that is there or can be compiled."""
+
+    device_type: str
+
+    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if device.type != self.device_type:
+            return f"the tensors are on {device}"
+        if dtype not in DTYPES:
+            return f"no kernel for {dtype}"
+        return unusual_size(op, shape) or build_failure(self, op, device, head_size(op, shape))
+
+
 def head_size(op: str, shape: Sequence[int]) -> int:
     """What a kernel of `op` must be compiled for to take tensors of this shape; 0 where there are no heads."""
     return shape[-1] if op in RECURRENCES and len(shape) == 4 else 0
@@ -50,12 +64,10 @@ def unusual_size(op: str, shape: Sequence[int]) -> str | None:
 
 
 @functools.cache
-def build_failure(
-    kernel: Callable[[str, torch.device, int], Any], op: str, device: torch.device, size: int
-) -> str | None:
+def build_failure(backend: Backend, op: str, device: torch.device, size: int) -> str | None:
     """Why a compiled kernel cannot be had, warned about once; None if it can."""
     try:
-        kernel(op, device, size)
+        backend.kernel(op, device, size)
     except BuildError as error:
         logger.warning("%s runs as plain PyTorch, which is much slower: %s", op, error)
         return str(error)

@@ -3,6 +3,7 @@
 The backends are those of `settings/tables.py`, `BACKENDS`; ops/backend.py says what each of them can be asked.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,9 @@ from rwkv_rlhf.settings.implementations import Implementations, load
 from rwkv_rlhf.settings.tables import BackendFacts
 
 
+@functools.cache
 def _made(facts: BackendFacts) -> Backend:
+    """One object each: every call of an operation asks for them."""
     made: Backend = load(facts.implementation)()
     return made
 
@@ -38,9 +41,8 @@ def choose(
     `wanted` is "auto" (the first backend that refuses nothing) or one name, which is then taken or refused with a
     ValueError. Returns (name, reason), the reason being empty when nothing was refused.
     """
-    names = backends_of(op)
-    if wanted not in ("auto", *names):
-        raise ValueError(f"{op} has no backend '{wanted}'; choose one of {', '.join(('auto', *names))}")
+    if wanted != "auto" and wanted not in backends_of(op):
+        raise ValueError(f"{op} has no backend '{wanted}'; choose one of {', '.join(('auto', *backends_of(op)))}")
     refusals: list[str] = []
     for name in candidates(op, device, dtype) if wanted == "auto" else [wanted]:
         refusal = BACKENDS[name].refusal(op, device, dtype, shape)
@@ -52,6 +54,12 @@ def choose(
 
 def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     """The backends of `op` in the order in which "auto" asks them."""
+    return _candidates(op, device, dtype, tuple(tables.BACKENDS))
+
+
+@functools.cache
+def _candidates(op: str, device: torch.device, dtype: torch.dtype, known: tuple[str, ...]) -> list[str]:
+    """Every call of an operation asks for them; `known` is part of the key."""
     ranks = {name: BACKENDS[name].preference(device, dtype) for name in backends_of(op)}
     return sorted((name for name, rank in ranks.items() if rank is not None), key=lambda name: -(ranks[name] or 0))
 

@@ -59,21 +59,14 @@ def call(
         raise RuntimeError(f"{name}: {failure}")
 
 
-class Backend(backend.Backend):
-    """CPU tensors in bfloat16 or float32, and a compiler that works or kernels that a wheel brought."""
+class Backend(backend.Compiled):
+    """Every operation on CPU tensors."""
 
     ops = backend.OPERATIONS
+    device_type = "cpu"
 
     def preference(self, device: torch.device, dtype: torch.dtype) -> int:
         return 10
-
-    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-        if device.type != "cpu":
-            return f"the tensors are on {device}"
-        if dtype not in calls.DTYPES:
-            return f"no kernel for {dtype}"
-        unusual = backend.unusual_size(op, shape)
-        return unusual or backend.build_failure(kernel, op, device, backend.head_size(op, shape))
 
     def kernel(self, op: str, device: torch.device, head_size: int) -> Any:
         return kernel(op, device, head_size)

@@ -55,19 +55,13 @@ class Kernel(calls.Kernel):
         return calls.call(getattr(self.functions, name), [*given, *filled], sizes, dtype, device.index, stream)
 
 
-class Backend(backend.Backend):
-    """Tensors of a GPU in bfloat16 or float32, and a compiler that works."""
+class Backend(backend.Compiled):
+    """The recurrences on tensors of a GPU."""
+
+    device_type = "cuda"
 
     def preference(self, device: torch.device, dtype: torch.dtype) -> int:
         return 20
-
-    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-        if device.type != "cuda":
-            return f"the tensors are on {device}"
-        if dtype not in calls.DTYPES:
-            return f"no kernel for {dtype}"
-        unusual = backend.unusual_size(op, shape)
-        return unusual or backend.build_failure(kernel, op, device, backend.head_size(op, shape))
 
     def kernel(self, op: str, device: torch.device, head_size: int) -> Kernel:
         return kernel(op, device, head_size)
