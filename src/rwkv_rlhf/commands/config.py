@@ -1,0 +1,21 @@
+"""Settings of a run without the run: checked and printed as a file for --config, or as the schema of such files.
+
+rwkv-rlhf config --config run.yaml --lr_init 1e-5 > other.yaml
+rwkv-rlhf config --schema > run.schema.json
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from rwkv_rlhf.settings.command_line import kinds, parse
+from rwkv_rlhf.settings.config_file import config_text, schema
+
+
+def main(words: Sequence[str]) -> int | None:
+    """The flags are those of train.py, or --schema alone."""
+    if list(words) == ["--schema"]:
+        sys.stdout.write(json.dumps(schema(kinds()), indent=2) + "\n")
+    else:
+        sys.stdout.write(config_text(parse(words)))
+    return None
