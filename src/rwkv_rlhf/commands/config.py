@@ -8,13 +8,20 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rwkv_rlhf.settings.command_line import kinds, parse
+from rwkv_rlhf.settings.command_line import Parser, kinds, parse, train_parser
 from rwkv_rlhf.settings.config_file import config_text, schema
 
 
+def parser() -> Parser:
+    """The flags of train.py and one more."""
+    flags = train_parser()
+    flags.add_switch("--schema", help="print the JSON schema of files for --config instead")
+    return flags
+
+
 def main(words: Sequence[str]) -> int | None:
-    """The flags are those of train.py, or --schema alone."""
-    if list(words) == ["--schema"]:
+    """Prints the settings that `words` mean, or the schema."""
+    if parser().parse_args(words).schema:
         sys.stdout.write(json.dumps(schema(kinds()), indent=2) + "\n")
     else:
         sys.stdout.write(config_text(parse(words)))
