@@ -3,10 +3,11 @@
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.text_pairs import TextPair, read_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
@@ -22,7 +23,7 @@ class PairOptions:
         template: --template.
         max_len: cap on prompt, chosen and reject, each in tokens; 0 = none.
         seed: of the template draws and of the shuffle.
-        skip_bad: rows that cannot be used are counted, not an error. drop_ties: as `read_pairs` has it.
+        skip_bad: rows that cannot be used are counted, not an error. drop_ties, reading: as `read_pairs` has them.
     """
 
     template: str = "world"
@@ -30,6 +31,7 @@ class PairOptions:
     seed: int = TEMPLATE_SEED
     skip_bad: bool = False
     drop_ties: bool = False
+    reading: Reading = field(default_factory=Reading)
 
 
 def cap_prompt(prompt: list[int], max_len: int) -> list[int]:
@@ -72,7 +74,7 @@ def count_pairs(pairs: Sequence[PairExample], report: DataReport) -> None:
 
 
 class PairTokeniser:
-    """Makes examples of the pairs in one CSV, JSONL or parquet file.
+    """Makes examples of the pairs in files that are read row by row.
 
     Attributes:
         report: what was read, cut and left out.
@@ -126,7 +128,7 @@ class PairTokeniser:
     def _read(self, count: int | None) -> list[TextPair]:
         if count is not None and count < 1:
             raise ValueError(f"--target_pair_count {count}: must be at least 1")
-        rows = list(read_pairs(self.path, self.report, drop_ties=self.options.drop_ties))
+        rows = list(read_pairs(self.path, self.report, self.options.drop_ties, self.options.reading))
         if count is not None and count < len(rows):
             unused = f"{len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}"
             self.report.notice(f"{self.path}: {unused}")

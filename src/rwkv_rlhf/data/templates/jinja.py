@@ -104,7 +104,7 @@ class JinjaTemplate(Template):
 
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
         nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
-        messages = [{"role": role, "content": text} for role, text in turns]
+        messages = [{"role": role, "content": text} for role, text, _ in turns]
         values = {"messages": messages, "add_generation_prompt": cue, **nothing, **dict(self.special)}
         answer = template_process().ask(self.source, values)
         if "text" in answer:
@@ -143,7 +143,7 @@ class JinjaTemplate(Template):
             if not prompt.startswith(said):
                 raise RowError("the chat template rewrites earlier turns of this chat", "refused by the template")
             yield Span(prompt[len(said) :], False)
-            yield Span(answer, True)
+            yield Span(answer, True, turn.trained)
             said = prompt + answer
         whole = self.history(turns)
         if turns and turns[-1].role != "assistant" and whole.startswith(said):

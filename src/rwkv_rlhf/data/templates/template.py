@@ -21,10 +21,11 @@ class Rendered(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A piece of a chat that is tokenised by itself; `answer`: the assistant says it."""
+    """A piece of a chat that is tokenised by itself; `answer`: the assistant says it, and `trained`: it is learnt."""
 
     text: str
     answer: bool
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Template:
     """One way to write a conversation.
 
     Attributes:
-        user, assistant, system: names of the speakers; empty strings for bare text.
+        user, assistant, system, tool: names of the speakers; empty strings for bare text.
         end: text that closes an answer.
         end_ids: token ids after that text (plain text has no mark of its own, so it takes the end of document, 0).
         think: answers follow the g1 models' think or no-think cue.
@@ -42,13 +43,14 @@ class Template:
     user: str = "User"
     assistant: str = "Assistant"
     system: str = "System"
+    tool: str = "Tool"
     end: str = "\n\n"
     end_ids: tuple[int, ...] = ()
     think: bool = False
     whole_conversation: bool = False
 
     def _turn(self, turn: Turn) -> str:
-        name = {"user": self.user, "assistant": self.assistant, "system": self.system}[turn.role]
+        name = {"user": self.user, "assistant": self.assistant, "tool": self.tool}.get(turn.role, self.system)
         return f"{name}: {turn.text}\n\n" if name else f"{turn.text}\n"
 
     def history(self, turns: Sequence[Turn]) -> str:
@@ -91,7 +93,7 @@ class Template:
                 continue
             prompt, (answer,) = self.render(waiting, [turn.text])
             yield Span(prompt, False)
-            yield Span(answer, True)
+            yield Span(answer, True, turn.trained)
             waiting = []
         if waiting:
             yield Span(self.history(waiting), False)
@@ -105,7 +107,7 @@ class Share(NamedTuple):
 
 
 WORLD = Template()
-PLAIN = Template(user="", assistant="", system="", end="", end_ids=(0,))
+PLAIN = Template(user="", assistant="", system="", tool="", end="", end_ids=(0,))
 
 # --template -> what rows are written with; their shares sum to 1
 TEMPLATES: dict[str, tuple[Share, ...]] = {
