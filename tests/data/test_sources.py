@@ -18,7 +18,7 @@ def folder(tmp_path):
     jsonl(tmp_path / "a.jsonl", *({"text": f"a{n}"} for n in range(4)))
     jsonl(tmp_path / "b.json", *({"text": f"b{n}"} for n in range(6)))
     jsonl(tmp_path / "c,d.jsonl", {"text": "c"})
-    (tmp_path / "notes.md").write_text("not data")
+    (tmp_path / "notes.log").write_text("not data")
     return tmp_path
 
 

@@ -36,9 +36,9 @@ class ShapeFacts:
     """A shape of records by its keys.
 
     help: what messages and pages call it. kind: one of KINDS. needs: keys that must be there, the question before the
-    answer. reader: read(record) -> items. joins: keys whose text is joined to the question by a blank line. without:
-    keys that make it another shape. looks: of a shape that keys alone do not tell, looks(values) -> whether the values
-    do. ours: one file may mix shapes of these.
+    answer. reader: read(record) -> items. joins: keys whose text is joined to the question by a blank line. asks: keys
+    of the question where it may stand elsewhere too. without: keys that make it another shape. looks: of a shape that
+    keys alone do not tell, looks(values) -> whether the values do. ours: one file may mix shapes of these.
     """
 
     help: str
@@ -46,6 +46,7 @@ class ShapeFacts:
     needs: tuple[Names, ...]
     reader: str
     joins: Names = ()
+    asks: Names = ()
     without: Names = ()
     looks: str = ""
     ours: bool = False
@@ -74,7 +75,9 @@ SHAPES: dict[str, ShapeFacts] = {
         "inputs with an output", "text", (("input",), ("output",)), _ANSWERED, without=("instruction",)
     ),
     # preference pairs
-    "preference": ShapeFacts("preference pairs", "pairs", (CHOSEN, REJECT), ".data.shapes.preference:read", ours=True),
+    "preference": ShapeFacts(
+        "preference pairs", "pairs", (CHOSEN, REJECT), ".data.shapes.preference:read", asks=PROMPT, ours=True
+    ),
     "transcripts": ShapeFacts(
         "pairs of transcripts (Human: and Assistant:)",
         "pairs",
@@ -110,7 +113,9 @@ SHAPES: dict[str, ShapeFacts] = {
         looks=".data.shapes.ranked:looks",
     ),
     # rated answers
-    "rated": ShapeFacts("rated answers", "rated", (("completion",), LABEL), ".data.shapes.rated:read", ours=True),
+    "rated": ShapeFacts(
+        "rated answers", "rated", (("completion",), LABEL), ".data.shapes.rated:read", asks=PROMPT, ours=True
+    ),
     "rated_chats": ShapeFacts(
         "rated chats",
         "rated",

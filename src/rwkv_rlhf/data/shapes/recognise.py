@@ -92,20 +92,23 @@ class Recogniser:
     def _nearest(self, values: dict[str, Any]) -> str:
         """A sentence that names the keys and the shape that lacks fewest."""
 
-        def distance(name: str) -> tuple[int, ...]:
-            facts, needs = SHAPES[name], self._needs(SHAPES[name])
-            known = values.keys() & {key for names in (*needs, facts.joins) for key in names}
-            lacking = sum(1 for names in needs if not set(names) & values.keys())
-            return lacking, lacking - len(needs), -len(known), SURER.index(facts.kind)
+        def lacking(name: str) -> list[str]:
+            return [names[0] for names in self._needs(SHAPES[name]) if keys.isdisjoint(names)]
+
+        def known(name: str) -> int:
+            facts = SHAPES[name]
+            return len(keys & {key for names in (facts.joins, facts.asks, *self._needs(facts)) for key in names})
+
+        def distance(name: str) -> tuple[int, int, int]:
+            return len(lacking(name)), -known(name), SURER.index(SHAPES[name].kind)
 
         keys = frozenset(values)
         legal = [n for n, facts in SHAPES.items() if facts.kind in self.kinds and keys.isdisjoint(facts.without)]
         nearest = min(legal, key=distance)
-        needs = self._needs(SHAPES[nearest])
-        missing = [names[0] for names in needs if not set(names) & values.keys()]
-        if len(missing) == len(needs):
+        if not known(nearest):
             shapes = ", ".join(legal)
             return f"no shape of data has these keys; {_has(values)}; the shapes are {shapes} (docs/data.md)"
+        missing = lacking(nearest)
         lacks = f"of which {_and(missing)} is missing" if missing else "but what they hold is of another form"
         name = f"{SHAPES[nearest].help} ({nearest})"
         return f"no shape of data has these keys; {_has(values)}; the nearest is {name}, {lacks}"
