@@ -101,6 +101,20 @@ SAMPLES: dict[str, list[Sample]] = {
                 )
             ],
         ),
+        Sample(
+            chat(
+                {"role": "user", "content": [{"type": "text", "value": "When is high tide in Cork?"}]},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "reasoning", "value": "I look it up."},
+                        {"type": "tool_call", "value": '{"name": "tide", "arguments": {"port": "Cork"}}'},
+                    ],
+                    "loss_weight": 1.0,
+                },
+            ),
+            [chat(user("When is high tide in Cork?"), {**said(CALL), "thinking": "I look it up."})],
+        ),
         Sample({"system": "Be kind.", **chat(*HEN)}, [chat(system("Be kind."), *HEN)]),
         Sample({"system": float("nan"), **chat(*HEN)}, [chat(*HEN)]),
         Sample({"system": "NaN", **chat(*HEN)}, [chat(*HEN)]),
@@ -139,6 +153,7 @@ SAMPLES: dict[str, list[Sample]] = {
                 )
             ],
         ),
+        Sample({"conversation": [{"human": "How many legs has a hen?", "assistant": "Two."}]}, [chat(*HEN)]),
     ],
     "completion": [
         Sample({"prompt": "How many legs has a hen?", "completion": "Two."}, [chat(*HEN)]),
@@ -299,6 +314,7 @@ _TWO = [system("Be kind."), system("Be brief."), *HEN]
 WRONG: dict[str, list[Wrong]] = {
     "text": [
         Wrong({"text": 3}, "text must be a string"),
+        Wrong({"text": "a picture of <image>", "images": ["a.png"]}, "the row has images: only text is read"),
         Wrong({"text": "a", "messages": HEN}, "text (documents) and messages"),
     ],
     "messages": [

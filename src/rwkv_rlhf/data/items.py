@@ -105,10 +105,10 @@ def read_file(source: Source, report: DataReport, kinds: Sequence[str], reading:
             shape = recogniser.shape(values)
             record = Record(values, SHAPES[shape], notes, reading.spare_reject)
             items = readers[shape](record)
+            record.note_unread()
         except RowError as error:
             report.bad(where, error)
             continue
-        record.note_unread()
         for item in items:
             counts.setdefault(shape, _Count()).add(item)
             yield Found(where, item, values)

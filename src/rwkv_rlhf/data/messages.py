@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.conversation import TOOLS, Turn, is_missing, normalise
 from rwkv_rlhf.data.report import RowError
@@ -43,7 +44,17 @@ WEIGHTS = ("weight", "loss", "loss_weight", "train")
 ROLE, CONTENT = ("role", "from"), ("content", "value")
 CALLS = ("tool_calls", "function_call")
 READ = frozenset({*ROLE, *CONTENT, *THINKING, *WEIGHTS, *CALLS})
-_TEXT_PARTS = ("text", "input_text", "output_text")
+BOTH = ({"human", "assistant"}, {"user", "assistant"})  # keys of a question with its answer in one message
+# type of a part -> what it holds
+PARTS: dict[str, str] = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "reasoning": "thought",
+    "thinking": "thought",
+    "tool_call": "call",
+}
+SAID = ("text", "value", "content", "thinking")  # keys of a part's text
 
 
 class Notes:
@@ -81,16 +92,25 @@ def parse_messages(messages: object, name: str, notes: Notes | None = None) -> l
         raise RowError(f"{name} must be a list of {{role, content}}, not {type(messages).__name__}", "unreadable")
     notes = notes or Notes()
     turns = []
-    for number, message in enumerate(messages, 1):
+    for number, message in enumerate(_apart(messages), 1):
         where = f"{name}: message {number}"
         turn = _turn(message, where, notes)
         if turn.text or turn.role == "tool":  # a tool may have nothing to say
             turns.append(turn)
         elif turn.role != "system":
             raise RowError(f"{where} is empty", f"empty {turn.role} message")
-    unread = {f"{name}[].{key}" for m in messages for key in m.keys() - READ if not is_missing(m[key])}
+    unread = {f"{name}[].{key}" for m in _apart(messages) for key in m.keys() - READ if not is_missing(m[key])}
     notes.unread.update(unread)
     return turns
+
+
+def _apart(messages: list[Any]) -> Iterator[Any]:
+    """The messages; one that is a question with its answer ({human, assistant}) as two."""
+    for message in messages:
+        if isinstance(message, dict) and message.keys() in BOTH:
+            yield from ({"role": role, "content": text} for role, text in message.items())
+        else:
+            yield message
 
 
 def _turn(message: object, where: str, notes: Notes) -> Turn:
@@ -100,10 +120,14 @@ def _turn(message: object, where: str, notes: Notes) -> Turn:
         legal = ", ".join(dict.fromkeys(SPEAKERS.values()))
         raise RowError(f"{where} has the role {said!r}; one of {legal}", "unreadable")
     calls = [call for key in CALLS for call in _listed(message.get(key))]
-    text = _text(_first(message, CONTENT), where, may_lack=bool(calls))
+    parts = _parts(_first(message, CONTENT), where)
+    if not parts and not calls:
+        raise RowError(f"{where} has no text under content", "unreadable")
+    text = "\n".join(part.text for part in parts if part.kind == "text")
+    calls += [call for part in parts if part.kind == "call" for call in _calls_in(part.text, where)]
     if said.lower() in CALLING:
         calls, text = [*calls, *_calls_in(text, where)], ""
-    thought = _first(message, THINKING)
+    thought = _first(message, THINKING) or "\n".join(part.text for part in parts if part.kind == "thought")
     if not is_missing(thought):
         text = _with_thought(text, thought, where, notes)
     text = normalise("\n".join([text, *(call_text(call, where) for call in calls)]))
@@ -121,27 +145,32 @@ def _listed(value: object) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _text(content: object, where: str, may_lack: bool) -> str:
-    """The text of a message; of a list of parts, their texts one below the other."""
-    if isinstance(content, list):
-        return "\n".join(_part(part, where) for part in content)
-    if may_lack and is_missing(content):
-        return ""
-    if isinstance(content, float) and is_missing(content):
-        return ""
-    if not isinstance(content, str):
-        raise RowError(f"{where} has no text under content", "unreadable")
-    return content
+class Part(NamedTuple):
+    """A piece of a message: text, a thought or a call, and its text."""
+
+    kind: str
+    text: str
 
 
-def _part(part: object, where: str) -> str:
+def _parts(content: object, where: str) -> list[Part]:
+    """What a message holds, none where it is missing. RowError for a part that is no text."""
+    if isinstance(content, str):
+        return [Part("text", content)]
+    if is_missing(content):
+        return [Part("text", "")] if isinstance(content, float) else []
+    if not isinstance(content, list):
+        return []
+    return [_part(part, where) for part in content]
+
+
+def _part(part: object, where: str) -> Part:
     if isinstance(part, str):
-        return part
+        return Part("text", part)
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    text = part.get("text") if isinstance(part, dict) else None
-    if kind not in _TEXT_PARTS or not isinstance(text, str):
+    text = _first(part, SAID) if isinstance(part, dict) else None
+    if kind not in PARTS or not isinstance(text, str):
         raise RowError(f"{where} holds a part of the type {kind}: only text is read", f"a part that is {kind}")
-    return text
+    return Part(PARTS[kind], text)
 
 
 def _with_thought(text: str, thought: object, where: str, notes: Notes) -> str:

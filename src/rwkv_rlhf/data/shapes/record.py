@@ -46,6 +46,7 @@ class Prompt(NamedTuple):
     turns: tuple[Turn, ...]
 
 
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 Item = Document | Chat | Pair | Rated | Prompt
 
 
@@ -104,7 +105,9 @@ class Record:
         return self.complete(turns)
 
     def note_unread(self) -> None:
-        """Counts the keys that hold something and that nobody asked for."""
-        self.notes.unread.update(
-            key for key, value in self.values.items() if key not in self.read and not is_missing(value)
-        )
+        """Counts the keys that hold something and that nobody asked for. RowError for pictures or sound among them."""
+        unread = [key for key, value in self.values.items() if key not in self.read and not is_missing(value)]
+        for key in unread:
+            if key in MEDIA:
+                raise RowError(f"the row has {key}: only text is read", f"{key} beside the text")
+        self.notes.unread.update(unread)
