@@ -109,7 +109,7 @@ def answer_file(
     model, tokenizer = load()
     sampler, answers = Sampler(model, tokenizer), list[Completion]()
     for begin in range(0, len(cues), flags.batch_size):
-        some = [tokenizer.encode(text) for text in cues[begin : begin + flags.batch_size]]
+        some = [template.ids(text, tokenizer) for text in cues[begin : begin + flags.batch_size]]
         seeds = [params.seed + begin + row for row in range(len(some))]
         answers += sampler.generate(some, params, seeds=seeds)
     with atomic_write(flags.output) as file:
@@ -164,7 +164,7 @@ class Talk:
         if self.template.whole_conversation:  # it cannot write one turn alone, so the model reads all of them again
             turns = [*self.said, *turns]
             self.state, self.pending = None, []
-        prompt = self.pending + self.tokenizer.encode(self.template.prompt(turns))
+        prompt = self.pending + self.template.ids(self.template.prompt(turns), self.tokenizer)
         one = self.sampler.generate(
             [prompt],
             self.params,
@@ -175,7 +175,7 @@ class Talk:
         )[0]
         self.state = one.state
         self.said = [*turns, Turn("assistant", one.text.strip())]
-        self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.template.end))
+        self.pending = one.tokens[-1:] + ([] if one.finished else self.template.ids(self.template.end, self.tokenizer))
         sys.stdout.write("\n\n")
 
     def command(self, line: str) -> bool:

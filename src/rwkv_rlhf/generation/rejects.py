@@ -141,7 +141,7 @@ def sample_rows(
         wider = min(1.0, params.top_p + WIDEN * attempt)
         begun = time.perf_counter()
         done = sampler.generate(
-            [sampler.tokenizer.encode(tasks[row].cue) for row in left],
+            [tasks[row].template.ids(tasks[row].cue, sampler.tokenizer) for row in left],
             dataclasses.replace(params, top_p=wider, stop_texts=tuple(stops)),
             seeds=[sequence_seed(sequence_seed(params.seed, row), attempt) for row in left],
         )

@@ -16,7 +16,7 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import has_rows
 from rwkv_rlhf.data.shapes.record import Rated
 from rwkv_rlhf.data.sources import sources_of
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -32,7 +32,8 @@ def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
 
 def _tokenise(row: Rated, template: Template, tokenizer: Tokenizer) -> RatedExample:
     prompt, (text,) = template.render(row.turns, [row.completion])
-    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(text), *template.end_ids], [], None, row.good)
+    answer = [*template.ids(text, tokenizer), *template.end_ids]
+    return RatedExample(template.ids(prompt, tokenizer), answer, [], None, row.good)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -89,6 +90,7 @@ def open_rated(
     """
     find_templates(template)
     report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
+    say_plain_marks(template, tokenizer, report)
     examples, seen = [], set()
     last = None
     for where, row, _ in read_items(path, report, ("rated",), reading):

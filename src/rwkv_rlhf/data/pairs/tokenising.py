@@ -10,7 +10,7 @@ from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.text_pairs import TextPair, read_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -87,6 +87,7 @@ class PairTokeniser:
         find_templates(options.template)
         self.path, self.tokenizer, self.options = path, tokenizer, options
         self.report = DataReport(str(path), skip_bad=options.skip_bad)
+        say_plain_marks(options.template, tokenizer, self.report)
         self.rng = random.Random(options.seed)
 
     def pairs(self, count: int | None = None) -> list[PairExample]:
@@ -159,8 +160,8 @@ class PairTokeniser:
         """The row's pair; prompt and answers are tokenised apart, as sampling meets them. None = it is skipped."""
         try:
             prompt, answers = template.render(row.turns, [row.chosen, row.reject])
-            chosen, reject = ([*self.tokenizer.encode(text), *template.end_ids] for text in answers)
-            pair = PairExample(self.tokenizer.encode(prompt), chosen, reject)
+            chosen, reject = ([*template.ids(text, self.tokenizer), *template.end_ids] for text in answers)
+            pair = PairExample(template.ids(prompt, self.tokenizer), chosen, reject)
             return cap_pair(pair, self.options.max_len, self.report)
         except RowError as error:
             self.report.bad(row.where, error)

@@ -4,13 +4,22 @@ The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`. Prompt 
 training sees the very tokens that sampling continues from.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.conversation import TOOLS, Turn
+from rwkv_rlhf.data.tokenizer import Tokenizer
 
 _THINK = "<think>"
+# how a template that has no form of its own lists tools: one a line, then how they are called
+_TOOLS = """These tools can be called, one is described on each line:
+{tools}
+A call is one JSON object between two marks:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
 
 
 class Rendered(NamedTuple):
@@ -26,6 +35,17 @@ class Span(NamedTuple):
     text: str
     answer: bool
     trained: bool = True
+
+
+def with_tools_said(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with a list of tools as part of the system text."""
+    if not turns or turns[0].role != TOOLS:
+        return list(turns)
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in json.loads(turns[0].text))
+    said, rest = _TOOLS.format(tools=tools), list(turns[1:])
+    if rest and rest[0].role == "system":
+        said, rest = f"{rest[0].text}\n{said}", rest[1:]
+    return [Turn("system", said), *rest]
 
 
 @dataclass(frozen=True)
@@ -55,12 +75,12 @@ class Template:
 
     def history(self, turns: Sequence[Turn]) -> str:
         """Finished turns, each with its closing mark."""
-        return "".join(map(self._turn, turns))
+        return "".join(map(self._turn, with_tools_said(turns)))
 
     def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
         """The conversation so far and the cue for an answer; `answers` decide g1's think or no-think cue."""
         if not self.assistant:
-            return "\n".join(turn.text for turn in turns)
+            return "\n".join(turn.text for turn in with_tools_said(turns))
         return self.history(turns) + f"{self.assistant}:" + self._cue(answers)
 
     def _cue(self, answers: Sequence[str]) -> str:
@@ -83,6 +103,14 @@ class Template:
     def render(self, turns: Sequence[Turn], answers: Sequence[str]) -> Rendered:
         """The prompt, and each of `answers` as it follows it. Raises RowError where a template refuses them."""
         return Rendered(self.prompt(turns, answers), self._answers(answers))
+
+    def ids(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of a text that this template wrote."""
+        return tokenizer.encode(text)
+
+    def marks(self, tokenizer: Tokenizer) -> list[str]:
+        """Special tokens that this template writes and the vocabulary has no ids for."""
+        return []
 
     def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
         """A whole chat: everything between two answers is one span."""

@@ -16,7 +16,7 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import rows_format
 from rwkv_rlhf.data.shapes.record import Chat, Document
 from rwkv_rlhf.data.sources import Source, sources_of
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.text.binidx import Corpus, Slices, is_corpus
 from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
@@ -87,7 +87,7 @@ def tokenise_chat(
     if spans and not spans[-1].answer and not train_on_prompt:
         spans.pop()  # turns that nobody answered teach nothing
     for text, answer, trained in spans:
-        new = [*tokenizer.encode(text), *(template.end_ids if answer else ())]
+        new = [*template.ids(text, tokenizer), *(template.end_ids if answer else ())]
         ids.extend(new)
         mask.extend([answer and trained] * len(new))
     return TextExample(np.asarray(ids, dtype=np.int64), None if train_on_prompt else np.asarray(mask, dtype=bool))
@@ -236,6 +236,7 @@ def open_text(
         alone = sources_of(path)[0].path
         return open_h5(alone, tokenizer.vocab_size, ctx_len=ctx_len, train_on_prompt=train_on_prompt, skip_bad=skip_bad)
     report = DataReport(str(path), skip_bad=skip_bad)
+    say_plain_marks(template, tokenizer, report)
     documents = read_documents(
         path,
         tokenizer,
