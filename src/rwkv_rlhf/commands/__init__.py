@@ -33,6 +33,7 @@ COMMANDS = {
     "prepare_pairs": Command(("PrepareOrpoDataset", "rlhf_generate_save"), "tokenise preference pairs, for ORPO"),
     "sft_h5": Command(("sft_generate_h5",), "tokenise documents and chats into an .h5"),
     "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
+    "convert": Command(("convert_data",), "write data of any shape as one JSON object a line"),
     "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),

@@ -1,12 +1,16 @@
 """Flags that several commands have, each group declared once."""
 
+from argparse import Namespace
+
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.precision import STRATEGY_HELP
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 
 
 def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy: str = "auto") -> None:
@@ -23,9 +27,22 @@ def add_vocabulary_flag(flags: Parser) -> None:
 
 
 def add_text_flags(flags: Parser) -> None:
-    """How conversations become tokens: --template, --vocab_file."""
+    """How rows become conversations, and these tokens: --format, --thinking, --template, --vocab_file."""
+    add_reading_flags(flags)
     flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
     add_vocabulary_flag(flags)
+
+
+def add_reading_flags(flags: Parser) -> None:
+    """How rows are read: --format, --thinking."""
+    flags.add_argument("--format", default="", choices=("", *SHAPES), help="shape of the rows; empty = recognised")
+    help = "thinking beside answers: kept as <think>...</think>, or dropped [keep]"
+    flags.add_argument("--thinking", default="keep", choices=THINKING, help=help)
+
+
+def reading_of(flags: Namespace) -> Reading:
+    """What these flags say."""
+    return Reading(flags.format, flags.thinking == "drop")
 
 
 def add_skip_flag(flags: Parser) -> None:
