@@ -102,6 +102,11 @@ class JinjaTemplate(Template):
     source: str = ""
     special: tuple[tuple[str, str], ...] = ()
 
+    def as_jinja(self) -> str:
+        """The template itself, with its own texts of the special tokens that it names."""
+        named = [(name, text) for name, text in self.special if name in self.source]
+        return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in named) + self.source
+
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
         nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
         messages = [{"role": role, "content": text} for role, text in turns]
