@@ -213,13 +213,13 @@ def sharded_files(path: str | os.PathLike[str]) -> list[Path]:
 
 def _named_shards(index: Path) -> list[Path]:
     named = read_json_object(index, "an index of safetensors").get("weight_map")
-    files = set(named.values()) if isinstance(named, dict) and named else {None}
-    plain = all(
+    files = list(named.values()) if isinstance(named, dict) else []
+    plain = files and all(
         isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors") for name in files
     )
     if not plain:
         raise ValueError(f"{index} is not an index of safetensors (weight_map must name files beside it)")
-    return [index.parent / name for name in sorted(files)]
+    return [index.parent / name for name in sorted(set(files))]
 
 
 class Framing(Protocol):

@@ -1,6 +1,8 @@
 """Whole models for other programs, judged by these: llama.cpp, transformers, MLX. Their tensors read back by us."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from rwkv_rlhf.checkpoints.hf_layout import hf_name, own_name
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates.template import WORLD
-from rwkv_rlhf.data.tokenizer import TrieTokenizer
+from rwkv_rlhf.data.tokenizer import WORLD_SIZE, TrieTokenizer, load_tokenizer
 from rwkv_rlhf.files import file_hash, fingerprint
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.settings.exports import EXPORTS
 from tests.support.merging import trained
 from tests.support.models import random_tensors
+from tests.support.processes import run_program
 
 MODELS = [name for name, facts in EXPORTS.items() if facts.target]
 JUDGED = [
@@ -196,6 +199,35 @@ def test_a_folder_has_a_hash_and_a_fingerprint_of_its_weights(tmp_path):
         file.seek(-1, 2)
         file.write(b"\x7f")
     assert file_hash(folder) not in seen and fingerprint(folder) not in seen
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_text_and_chats_as_this_program(tmp_path):
+    """The World vocabulary in the file gives our ids, and its chat template writes what we trained on."""
+    need("gguf")
+    tokenizer = load_tokenizer(WORLD_SIZE)
+    path = tmp_path / "model.pth"
+    write_tensors(random_tensors("x070", 2, 64, WORLD_SIZE, 64), path)
+    vocabulary = Vocabulary(tokenizer.words, tuple(tokenizer.encode(WORLD.end)), WORLD.as_jinja())
+    model = open_exported(path, None, vocabulary, ABOUT)
+    export_model("gguf", model, tmp_path / "out.gguf", ExportOptions("f16", 1 << 30, check=False))
+    assert vocabulary.end == (261,)
+    texts = [
+        "Hello\n\nUser: 2",
+        "  two\t\r\n x",
+        "\u4f60\u597d\uff0c\u4e16\u754c \U0001f600 \xa0e\u0301",
+        "f'\\n\\x41 \"`",
+    ]
+    turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
+    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text in turns]
+    ids = [tokenizer.encode(text) for text in [*texts, WORLD.prompt(turns)]]
+    where = Path(importlib.util.find_spec("xllamacpp").origin).parents[1]
+    words = [tmp_path / "out.gguf", json.dumps([*texts, said, *ids])]
+    found = json.loads(run_program("llama_cpp_prompts", *words, first_path=where))
+    assert [count for count, _ in found] == 2 * [len(one) for one in ids]
+    for as_text, as_ids in zip(found[: len(ids)], found[len(ids) :], strict=True):
+        assert [number for number, _ in as_text[1]] == [number for number, _ in as_ids[1]]
+        assert [value for _, value in as_text[1]] == pytest.approx([value for _, value in as_ids[1]], abs=1e-3)
 
 
 @pytest.mark.slow

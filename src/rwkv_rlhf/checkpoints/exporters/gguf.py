@@ -154,15 +154,21 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None
 
 
 def parts_of(sizes: Sizes, architecture: Architecture) -> list[Part]:
-    """Every tensor of the file."""
-    norms = dict(ENDS)
+    """Every tensor of the file, block by block."""
     makes: dict[str, Make] = {}
+    for theirs, own in ENDS.items():
+        makes |= layer(theirs, own, bias=own not in ("emb", "head"))
     for number in range(sizes.n_layer):
-        norms |= {f"blk.{number}.{theirs}": f"blocks.{number}.{own}" for theirs, own in NORMS.items()}
+        for theirs, own in NORMS.items():
+            makes |= layer(f"blk.{number}.{theirs}", f"blocks.{number}.{own}", bias=True)
         makes |= {f"blk.{number}.{name}.weight": make for name, make in architecture.block(number).items()}
-    whole = {f"{theirs}.weight": taken(f"{own}.weight") for theirs, own in norms.items()}
-    biases = {f"{theirs}.bias": taken(f"{own}.bias") for theirs, own in norms.items() if own not in ("emb", "head")}
-    return [Part(name, make) for name, make in (whole | biases | makes).items()]
+    return [Part(name, make) for name, make in makes.items()]
+
+
+def layer(theirs: str, own: str, *, bias: bool) -> dict[str, Make]:
+    """The weight of a layer, and its bias if it has one."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {f"{theirs}.{part}": taken(f"{own}.{part}") for part in parts}
 
 
 def sizes_of_7(writer: Any, sizes: Sizes) -> None:
