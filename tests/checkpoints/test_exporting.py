@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from rwkv_rlhf.checkpoints import exporting
 from rwkv_rlhf.checkpoints.exporting import About, ExportOptions, Vocabulary, check_target, export_model, open_exported
 from rwkv_rlhf.checkpoints.hf_layout import hf_name, own_name
+from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates.template import WORLD
@@ -18,7 +19,7 @@ from rwkv_rlhf.data.tokenizer import WORLD_SIZE, TrieTokenizer, load_tokenizer
 from rwkv_rlhf.files import file_hash, fingerprint
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.settings.exports import EXPORTS
-from tests.support.merging import trained
+from tests.support.merging import logits, trained
 from tests.support.models import random_tensors
 from tests.support.processes import run_program
 
@@ -141,6 +142,8 @@ def test_a_folder_of_hugging_face_is_read_back_bit_for_bit(tmp_path, shard):
     assert sizes_of(after) == sizes_of(before) and after.keys() == before.keys()
     for name, tensor in before.items():
         assert tensor.shape == after[name].shape and torch.equal(tensor, after[name]), name
+    again, _ = load_model(folder, BuildOptions(torch.float32))
+    assert torch.equal(logits(again), logits(load_model(path, BuildOptions(torch.float32))[0]))
     config = json.loads((folder / "config.json").read_text())
     assert (config["head_dim"], config["num_heads"], config["intermediate_size"]) == (64, 2, 512)
     files = sorted(file.name for file in folder.glob("*.safetensors*"))

@@ -55,7 +55,7 @@ EXPORTS: dict[str, ExportFacts] = {
         ("adapter_model.safetensors", "adapter_config.json"),
     ),
     "hf": ExportFacts(
-        "the layout of Hugging Face and flash-linear-attention: a folder for transformers, vLLM and others",
+        "the layout of Hugging Face and flash-linear-attention: a folder for transformers",
         ".checkpoints.exporters.hf:write_hf",
         target=TargetFacts(
             versions=("x070",),
@@ -66,7 +66,7 @@ EXPORTS: dict[str, ExportFacts] = {
         ),
     ),
     "gguf": ExportFacts(
-        "one file for llama.cpp, Ollama, LM Studio and others",
+        "one file for llama.cpp and what is built on it",
         ".checkpoints.exporters.gguf:write_gguf",
         target=TargetFacts(
             versions=("x060", "x070"),

@@ -9,6 +9,7 @@ Legend: r rank.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def to_gguf_lora(file: AdapterFile, path: Path, *, force: bool = False) -> str:
         raise ValueError("--to gguf_lora needs the package gguf: pip install gguf")
     import gguf
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     version = checked(file, force)
     peft = to_peft(file.tensors, file.layout.adapted, file.initial)
     with atomic_path(path) as temporary:

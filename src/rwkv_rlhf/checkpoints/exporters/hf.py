@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's layout for RWKV-7 (`hf_layout.py`): for transformers, flash-linear-attention, vLLM, MLX.
+"""Folders in Hugging Face's layout for RWKV-7 (`hf_layout.py`): for transformers, flash-linear-attention, MLX.
 
     model.safetensors, or shards with their index    config.json    generation_config.json
     tokenizer_config.json    rwkv_vocab.txt    tokenization_rwkv_trie.py    chat_template.jinja
