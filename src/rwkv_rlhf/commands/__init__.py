@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
     "merge": Command(("merge",), "make one model of a base model and a checkpoint of training; PEFT and back"),
+    "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
     "generate_rejects": Command(
         ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"

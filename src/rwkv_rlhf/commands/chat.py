@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
-from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags, reading_of
+from rwkv_rlhf.commands.flag_groups import (
+    ADAPTER_HINTS,
+    adapter_flags,
+    add_adapter_flags,
+    add_model_flags,
+    add_text_flags,
+    reading_of,
+)
 from rwkv_rlhf.data.conversation import Turn, normalise
 from rwkv_rlhf.data.items import Found, read_items
 from rwkv_rlhf.data.report import DataReport
@@ -42,16 +49,6 @@ from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("chat")
 
-# what to do about a mismatch of model, adapter and flags
-HINTS = {
-    "base": "give the right --load_model",
-    "scaling": "leave --lora_scaling out",
-    "alpha": "leave --lora_alpha out",
-    "factors": "give them with --load_adapter_pissa_init",
-    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
-    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
-}
-
 SHORT = {"/temp": "temperature", "/max": "max_tokens"}  # the other options by their names: /top_p 0.5
 
 
@@ -59,10 +56,7 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Talk to a model, or let it answer a file of prompts.")
     add_model_flags(flags, "checkpoint of the model")
-    flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
-    flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
-    flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
-    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+    add_adapter_flags(flags)
     flags.add_argument("--prompt_file", default="", help="file of prompts, chats or pairs; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)
@@ -233,13 +227,12 @@ def main(argv: Sequence[str]) -> None:
     template = find_templates(flags.template)[0].template
     params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
 
-    said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
-    if not flags.load_adapter and any(value is not None for value in said.values()):
-        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+    known = adapter_flags(flags)
+    said: dict[str, Any] = {"scaling": known.scaling, "alpha": known.alpha}
     said |= {"initial_file": flags.load_adapter_pissa_init, "cold": flags.load_cold_adapter}
 
     def load() -> tuple[RWKV, Tokenizer]:
-        with hinting(HINTS):
+        with hinting(ADAPTER_HINTS):
             return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file, **said)
 
     if flags.prompt_file:

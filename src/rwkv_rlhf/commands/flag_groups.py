@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFlags
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
@@ -19,6 +20,33 @@ def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy
     if adapter:
         flags.add_argument("--load_adapter", default="", help="adapter checkpoint laid over it")
     flags.add_argument("--strategy", default=strategy, help=f"{STRATEGY_HELP} [{strategy}]")
+
+
+# what to do about a mismatch of model, adapter and the flags below
+ADAPTER_HINTS = {
+    "base": "give the right --load_model",
+    "scaling": "leave --lora_scaling out",
+    "alpha": "leave --lora_alpha out",
+    "factors": "give them with --load_adapter_pissa_init",
+    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
+    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+}
+
+
+def add_adapter_flags(flags: Parser) -> None:
+    """What --load_adapter does not say itself: --lora_scaling, --lora_alpha, its PiSSA factors, its cold adapter."""
+    flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
+    flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
+    flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
+    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+
+
+def adapter_flags(flags: Namespace) -> AdapterFlags:
+    """What the flags say of --load_adapter. Raises ValueError when there is none."""
+    said = AdapterFlags(scaling=flags.lora_scaling, alpha=flags.lora_alpha)
+    if not flags.load_adapter and said != NO_FLAGS:
+        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+    return said
 
 
 def add_vocabulary_flag(flags: Parser) -> None:

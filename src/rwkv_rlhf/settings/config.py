@@ -323,7 +323,9 @@ class Config:
     save_dtype: str = setting(
         "base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"), resume=MAY_CHANGE
     )
-    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"), resume=MAY_CHANGE)
+    save_format: str = setting(
+        "pth", "format of checkpoints", choices=("pth", "safetensors", "sharded"), resume=MAY_CHANGE
+    )
     keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0, resume=MAY_CHANGE)
 
     given: frozenset[str] = frozenset()

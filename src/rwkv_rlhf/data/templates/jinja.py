@@ -110,6 +110,11 @@ class JinjaTemplate(Template):
     now: str = ""
     final: str = ""
 
+    def as_jinja(self) -> str:
+        """The template itself, with its own texts of the special tokens that it names."""
+        named = [(name, text) for name, text in self.special if name in self.source]
+        return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in named) + self.source
+
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
         tools = json.loads(turns[0].text) if turns and turns[0].role == TOOLS else None
         if tools and "tools" not in self.source:

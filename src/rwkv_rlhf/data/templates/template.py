@@ -20,6 +20,19 @@ A call is one JSON object between two marks:
 <tool_call>
 {{"name": "...", "arguments": {{...}}}}
 </tool_call>"""
+# a turn's text without blank lines, as conversation.py:normalise leaves it
+JINJA = (
+    "{{%- for message in messages -%}}"
+    "{{%- set name = '{user}' if message['role'] == 'user' else "
+    "'{system}' if message['role'] == 'system' else '{assistant}' -%}}"
+    "{{{{- name + ': ' -}}}}"
+    "{{%- set text = message['content'].replace('\\r\\n', '\\n').replace('\\r', '\\n').strip() -%}}"
+    "{{%- for line in text.split('\\n') if line.strip() -%}}"
+    "{{{{- line -}}}}{{{{- '\\n\\n' if loop.last else '\\n' -}}}}"
+    "{{%- endfor -%}}"
+    "{{%- endfor -%}}"
+    "{{%- if add_generation_prompt -%}}{{{{- '{cue}' -}}}}{{%- endif -%}}"
+)
 
 
 class Rendered(NamedTuple):
@@ -68,6 +81,19 @@ class Template:
     end_ids: tuple[int, ...] = ()
     think: bool = False
     whole_conversation: bool = False
+
+    def as_jinja(self) -> str:
+        """The same as a chat template in Jinja, for other programs; "" for bare text, which has none.
+
+        It writes what `history` and `prompt` write of normalised turns. The mark in front is by which llama.cpp knows
+        this template without Jinja.
+        """
+        if not self.assistant:
+            return ""
+        mark = "{#- rwkv-world -#}" if self == WORLD else ""
+        return mark + JINJA.format(
+            user=self.user, system=self.system, assistant=self.assistant, cue=f"{self.assistant}:{self._cue(())}"
+        )
 
     def _turn(self, turn: Turn) -> str:
         name = {"user": self.user, "assistant": self.assistant, "tool": self.tool}.get(turn.role, self.system)
