@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops.recurrence import recur
+from rwkv_rlhf.ops.starts import Starts
 
 NOTHING = -1e38  # logarithm of the scale of sums that hold nothing yet
 
@@ -17,7 +18,7 @@ def wkv4(
     w: Tensor,
     u: Tensor,
     state: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Tensor | Starts | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-4 recurrence (arXiv 2305.13048, section 3.2), per batch row and channel:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ class TrainingModule(pl.LightningModule):
             with evaluating(self.model):
                 ratio = mismatch_ratio(self.model, batch.others, head_chunk=c.head_chunk, chunk=c.chunk)
             self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)
-        return replace(batch, kl=self._kl)
+        return batch.having(kl=self._kl)
 
     def _skip(self, what: str, batch: Batch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
