@@ -82,7 +82,7 @@ def pick(logits: Tensor, draws: Tensor, params: SamplingParams, candidates: int 
     """logits (B, V) float32, draws (B,) float64 in [0, 1) -> one token a row, each from its own row and draw only.
 
     As in RWKV's own sampler, top_p and top_k cut the distribution first and the temperature is applied to the rest.
-    `candidates`: how many likely tokens are sorted for that, one of `candidate_counts`; None for all that may be needed.
+    `candidates`: how many likely tokens are sorted for that, one of `candidate_counts`; None for all there are.
     """
     if params.temperature == 0:
         return Picked(logits.argmax(1), None)
