@@ -47,7 +47,7 @@ def _empty(k: Tensor) -> Tensor:
 def no_sums(channels: int, device: torch.device) -> Tensor:
     """The state of one row before any token, (C, 3) float32."""
     sums = torch.zeros(3, device=device)
-    sums[2] = NOTHING  # a kernel; a tensor of these numbers would be copied, and a GPU waited for
+    sums[2].fill_(NOTHING)  # a kernel; a number that is assigned would be copied, and a GPU waited for
     return sums.expand(channels, 3)
 
 
