@@ -8,7 +8,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.support.pretend_gpu.tensors import DEVICE, PretendGpu, Wait
 
@@ -20,26 +20,32 @@ class Waits(NamedTuple):
     steps: list[list[Wait]]
 
 
-def run(words: Sequence[object]) -> Waits:
-    """`train.py` with these words, in this process."""
+def run(words: Sequence[object], bad_step: int | None = None) -> Waits:
+    """`train.py` with these words, in this process; the loss of the micro-batch `bad_step` (from 0) is not a number."""
     from rwkv_rlhf.commands.train import ranked
     from rwkv_rlhf.settings.command_line import parse
+    from rwkv_rlhf.training import module
     from rwkv_rlhf.training.module import TrainingModule
 
     DEVICE.waits.clear()
     ends: list[int] = []
-    close = TrainingModule._close_record
+    close, batch_loss = TrainingModule._close_record, module.batch_loss
+    runs = itertools.count()
 
-    def closed(module: TrainingModule) -> None:
-        close(module)
+    def closed(trained: module.TrainingModule) -> None:
+        close(trained)
         ends.append(len(DEVICE.waits))
 
-    TrainingModule._close_record = closed  # type: ignore[method-assign]
+    def loss(*arguments: Any) -> Any:
+        value, metrics = batch_loss(*arguments)
+        return module.LossValue(value * (float("nan") if next(runs) == bad_step else 1.0), metrics)
+
+    TrainingModule._close_record, module.batch_loss = closed, loss  # type: ignore[method-assign]
     try:
         with PretendGpu():
             status = ranked(parse([str(word) for word in words]))
     finally:
-        TrainingModule._close_record = close  # type: ignore[method-assign]
+        TrainingModule._close_record, module.batch_loss = close, batch_loss  # type: ignore[method-assign]
     assert status is None, status
     waits = list(DEVICE.waits)
     return Waits(waits, [waits[begin:end] for begin, end in itertools.pairwise(ends)])
@@ -47,13 +53,15 @@ def run(words: Sequence[object]) -> Waits:
 
 def sample(model: Path, options: dict[str, object]) -> tuple[list[list[int]], Waits]:
     """Tokens after some prompts, and the waits of each token's step."""
+    import torch
+
     from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
     from rwkv_rlhf.generation.sampler import Sampler
     from rwkv_rlhf.generation.sampling_params import SamplingParams
 
     steps: list[list[Wait]] = []
     with PretendGpu():
-        sampler = Sampler(load_model(model, BuildOptions(device="cuda"))[0])
+        sampler = Sampler(load_model(model, BuildOptions(torch.float32, device="cuda"))[0])
         DEVICE.waits.clear()
 
         def said(sequence: int, token: int) -> None:
@@ -64,6 +72,40 @@ def sample(model: Path, options: dict[str, object]) -> tuple[list[list[int]], Wa
         prompts = [[5, 7, 9], [3], [250, 1, 2, 8]]
         done = sampler.generate(prompts, SamplingParams(**options), on_token=said)
     return [one.tokens for one in done], Waits([wait for step in steps for wait in step], steps)
+
+
+def mixed() -> str:
+    """What an operation on two devices says."""
+    import torch
+
+    from tests.support.pretend_gpu.tensors import MixedDevices
+
+    with PretendGpu():
+        try:
+            torch.ones(2, device="cuda") + torch.ones(2)
+        except MixedDevices as error:
+            return str(error)
+    return ""
+
+
+def unread() -> tuple[float, float, list[str]]:
+    """A number that is copied to the host: before anybody waited, after, and the reasons of the waits."""
+    import torch
+
+    from rwkv_rlhf.transfers import Fetched, to_device
+
+    DEVICE.waits.clear()
+    with PretendGpu():
+        there = to_device(torch.tensor([1.0, 2.0]), "cuda")
+        fetched = Fetched(there.sum())
+        early = float(fetched.host)
+        late = fetched.tolist()
+        bool(there.any())
+        there[there > 1].tolist()
+        torch.tensor([1.0], device="cuda")
+        torch.ones(3).to("cuda")
+        there.cpu()
+    return early, late, [wait.what for wait in DEVICE.waits]
 
 
 def merge(words: Sequence[object]) -> list[Wait]:

@@ -108,6 +108,7 @@ def install() -> None:
     }
     for name, value in stand_ins.items():
         setattr(torch.cuda, name, value)
+    torch._C._cuda_getCurrentRawStream = lambda device: 0  # bitsandbytes asks while it is imported
     torch.tensor = tensor
     # a module that moves gets new parameters: the data of a pretend tensor cannot be exchanged
     torch.__future__.set_overwrite_module_params_on_conversion(True)

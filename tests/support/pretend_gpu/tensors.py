@@ -5,15 +5,16 @@ would refuse: tensors of two devices in one operation. A copy to pinned memory t
 something waits: whoever reads it before finds NaN.
 """
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import rwkv_rlhf
 
@@ -44,6 +45,11 @@ class Wait(NamedTuple):
     function: str
     line: int
 
+    @property
+    def place(self) -> str:
+        """As tests/support/allowed_waits.py has it."""
+        return f"{self.file}:{self.function}"
+
 
 class Device:
     """What happened on the pretend GPU."""
@@ -72,7 +78,8 @@ def _line() -> tuple[str, str, int]:
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith(PACKAGE):
-            return code.co_filename.removeprefix(PACKAGE), code.co_qualname.replace(".<locals>", ""), frame.f_lineno
+            function = re.sub(r"\.<\w+>", "", code.co_qualname)  # without what is inside of it
+            return code.co_filename.removeprefix(PACKAGE), function, frame.f_lineno
         frame = frame.f_back
     return "", "", 0
 
@@ -121,7 +128,7 @@ def is_cuda(device: Any) -> bool:
 
 def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation, on the host."""
-    flat = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    flat = list(_tensors((args, tuple(kwargs.values()))))
     ours = [x for x in flat if isinstance(x, PretendTensor)]
     device = kwargs.get("device")
     name = function.__name__.partition(".")[0]
@@ -138,12 +145,28 @@ def run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if device is not None and not is_cuda(device):
         return found
     known = {id(x.host): x for x in ours}
-    return tree_map_only(Tensor, lambda x: known[id(x)] if id(x) in known else PretendTensor(x), found)
+    made = lambda x: known[id(x)] if id(x) in known else PretendTensor(x)  # noqa: E731
+    return made(found) if isinstance(found, Tensor) else tree_map_only(Tensor, made, found)
 
 
 def _on_host(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    args, kwargs = tree_map_only(PretendTensor, lambda x: x.host, (args, kwargs))
-    return function(*args, **kwargs)
+    return function(*_hosts(args), **{key: _hosts(value) for key, value in kwargs.items()})
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors among arguments, which may hold sequences of them (faster than PyTorch's walk over any tree)."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _hosts(value: Any) -> Any:
+    """Arguments with the host's tensor for each pretend one."""
+    if isinstance(value, PretendTensor):
+        return value.host
+    return type(value)(map(_hosts, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_mixed(name: str, function: Any, args: tuple[Any, ...], flat: list[Tensor]) -> None:
