@@ -97,7 +97,7 @@ def _mapping(path: str) -> dict[Hashable, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+        found = Loader(Path(path).read_text(encoding="utf-8-sig")).get_single_data()
     except FileNotFoundError:
         raise ValueError(f"--config {path}: there is no such file") from None
     except yaml.YAMLError as error:
