@@ -73,10 +73,17 @@ class Loss(ABC, Generic[BatchT]):
         """
         return None
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
-        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
+        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to.
+
+        `scalar`: the scalar head that `facts` names.
+        """
         stats, gather = self.required_stats(config), self.gathered_tokens(batch)
-        scores = token_scores(head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk)
+        scores = token_scores(
+            head, hidden, batch.targets, stats, gather=gather, scalar=scalar, head_chunk=config.head_chunk
+        )
         return self(scores, batch, config)
 
 

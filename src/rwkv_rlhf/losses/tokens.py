@@ -44,6 +44,7 @@ class TokenScores(NamedTuple):
     max_logit: Tensor | None = None  # the largest logit
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
+    scalar: Tensor | None = None  # what a scalar head says after each input, at ignored positions too
 
     def present(self) -> dict[str, Tensor]:
         """What was asked for, by field."""
@@ -60,6 +61,7 @@ def token_scores(
     stats: RequiredStats = LOGP_ONLY,
     *,
     gather: Tensor | None = None,
+    scalar: nn.Module | None = None,
     head_chunk: int = HEAD_CHUNK,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C), and `stats`; differentiable.
@@ -69,6 +71,7 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
     ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
+    `scalar`: a scalar head to ask too.
     Raises ValueError for a token outside the vocabulary or a chunk below 1.
     """
     assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
@@ -89,6 +92,7 @@ def token_scores(
         max_logit=spread(top if stats.max else None),
         log_square=spread(square),
         gathered=spread(gathered),
+        scalar=None if scalar is None else scalar(hidden),
     )
 
 

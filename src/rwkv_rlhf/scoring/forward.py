@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
@@ -75,12 +75,14 @@ def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> Lo
     `config.bptt` truncated, without any across their borders).
     """
     if not config.chunk or not len(batch.targets):
-        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config)
+        scalar = model.scalar_head(loss.facts.scalar_head)
+        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config, scalar)
     how = ChunkOptions(truncated=config.bptt == "truncated", offload=config.state_offload)
     if isinstance(batch, TextBatch):
         return chunked_text_loss(model, batch, loss, config, how)
     stats = loss.required_stats(config)
-    scores = chunked_scores(model, batch, config.chunk, stats, how, head_chunk=config.head_chunk)
+    scalar = model.scalar_head(loss.facts.scalar_head)
+    scores = chunked_scores(model, batch, config.chunk, stats, how, scalar=scalar, head_chunk=config.head_chunk)
     return loss(scores, batch, config)
 
 
@@ -104,12 +106,14 @@ def chunked_scores(
     stats: RequiredStats = LOGP_ONLY,
     how: ChunkOptions = EXACT,
     *,
+    scalar: nn.Module | None = None,
     head_chunk: int,
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        return token_scores(model.head, hidden, batch.targets[span], stats, head_chunk=head_chunk).present()
+        targets = batch.targets[span]
+        return token_scores(model.head, hidden, targets, stats, scalar=scalar, head_chunk=head_chunk).present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 

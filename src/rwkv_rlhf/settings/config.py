@@ -273,8 +273,10 @@ class Config:
     kd: str = setting("forward", "distillation: divergence", choices=("forward", "reverse", "js"))
     kd_tail: bool = setting(False, "distillation: one more outcome for the probability outside the top k")
     teacher_model: str = setting("", "distillation: teacher model that is asked during training", resume=FILE)
-    rm_margin: bool = setting(False, "reward model: use the margins of the pair file")
-    rm_centring: float = setting(0.0, "reward model: weight that keeps rewards near zero", at_least=0)
+    rm_margin: bool = setting(
+        False, "reward model: rewards differ by what the pair file says (margin, or score_chosen - score_rejected)"
+    )
+    rm_centring: float = setting(0.0, "reward model: weight of (chosen + rejected reward)^2", at_least=0)
 
     # --- rl
     reward_model: str = setting("", "reward model of {ppo} or {grpo}", resume=FILE)

@@ -349,6 +349,8 @@ def notices(config: Config) -> list[str]:
         said.append(say("{data_file} is not read: {loss=} trains on {pair_file}", config))
     if trains(config) and config.pair_file and config.loss and config.loss_facts.data == "text":
         said.append(say("{pair_file} is not read: {loss=} trains on {data_file}", config))
+    if trains(config) and config.l2wrap and config.loss and not config.loss_facts.predicts:
+        said.append(say("{l2wrap} 1 has no effect: {loss=} predicts no token", config))
     if trains(config) and config.trust_reference and not config.loss_facts.reference:
         said.append(say("{trust_reference} has no effect: {loss=} has no reference model", config))
     if config.drop_ties and not config.pair_file and not config.val_file:

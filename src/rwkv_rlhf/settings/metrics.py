@@ -27,7 +27,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "loss": Metric(
         "training: what is minimised, without the L2Wrap penalty; held out: plain negative log-likelihood of the text, "
-        "of the chosen or of the good answers",
+        "of the chosen or of the good answers; of a reward model its own loss",
         "nats/token, or of the loss",
         panel="loss",
         short="loss",
@@ -73,12 +73,15 @@ METRICS: dict[str, Metric] = {
         "chosen_reward - reject_reward", "rewards of the loss", panel="margin of rewards", better="higher"
     ),
     "chosen_reward": Metric(
-        "implicit reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
-        "summed, SimPO beta * mean log-probability; ORPO log odds",
+        "reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
+        "summed, SimPO beta * mean log-probability; ORPO log odds; of a reward model what its head says",
         "rewards of the loss",
         better="higher",
     ),
     "reject_reward": Metric("the same of the rejected (or bad) answers", "rewards of the loss"),
+    "reward": Metric("mean reward of answers, from a reward model or reward functions", "rewards", better="higher"),
+    "reward_min": Metric("held-out pairs: smallest reward that a reward model gives an answer", "rewards"),
+    "reward_max": Metric("held-out pairs: largest reward that a reward model gives an answer", "rewards"),
     "logp_margin": Metric(
         "chosen_logp - reject_logp, less the same of the reference (held out, of the model that training began from or "
         "--reference_model); --eval_only without either: the raw difference",

@@ -24,7 +24,7 @@ NOT_BUILT = (
     NotBuilt(
         "loss",
         lambda loss: bool(loss) and not tables.LOSSES[loss].implementation,
-        "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
+        "{loss=}: this loss is not built yet; those that sample answers are the ones missing",
     ),
     NotBuilt(
         "precision",

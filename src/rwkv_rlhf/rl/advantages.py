@@ -1,0 +1,90 @@
+"""From rewards to advantages, for PPO: one number for each sampled token, answers end to end.
+
+Legend: S answers, A tokens of all of them, starts (S+1,) cumulative lengths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rwkv_rlhf.distributed import ranks
+
+EPSILON = 1e-8  # beside a variance that may be 0
+
+
+class Gae(NamedTuple):
+    """Of each token (A,): its advantage, and the return that its value should have been."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def token_rewards(scores: Tensor, divergence: Tensor, starts: Tensor, coef: float) -> Tensor:
+    """Rewards (A,): -coef * divergence of each token, and the answer's score (S,) at its last one.
+
+    divergence (A,): log policy - log reference of the sampled tokens (Ziegler et al., arXiv 1909.08593, equation 2).
+    """
+    rewards = -coef * divergence
+    ends = starts[1:].to(rewards.device) - 1
+    return rewards.index_add(0, ends, scores.to(rewards))
+
+
+def gae(rewards: Tensor, values: Tensor, starts: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Gae:
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, equations 11, 12 and 16).
+
+        delta_t = r_t + gamma V_{t+1} - V_t
+        A_t = delta_t + gamma lam A_{t+1}
+
+    Both are 0 behind an answer's last token: an answer that was cut short is worth what its score says. Without a
+    gradient; dtype and device of `values` (A,).
+    """
+    with torch.no_grad():
+        rows, inside = _rows(starts.to(values.device), len(values))
+        reward, value = (torch.where(inside, x[rows], 0.0) for x in (rewards.to(values), values))
+        following = torch.zeros_like(value[:, 0])
+        after = torch.zeros_like(following)  # the value of the next token
+        found = torch.zeros_like(value)
+        for t in range(value.shape[1] - 1, -1, -1):  # behind an answer's end all three are 0
+            delta = reward[:, t] + gamma * after - value[:, t]
+            following = delta + gamma * lam * following
+            after = value[:, t]
+            found[:, t] = following
+        advantages = found[inside]  # row by row: answers end to end again
+        return Gae(advantages, advantages + values)
+
+
+def _rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Indices (S, L) of the tokens of each answer, and which of them are inside it; L is the longest answer."""
+    lengths = starts.diff()
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0, device=starts.device)
+    inside = steps < lengths[:, None]
+    return (starts[:-1, None] + steps).clamp(max=max(tokens - 1, 0)), inside
+
+
+def whiten(values: Tensor, *, shift: bool = True) -> Tensor:
+    """`values` (A,) with mean 0 and variance 1 over the tokens of all ranks; without `shift` the mean stays.
+
+    The variance is the unbiased one, and 1e-8 is added to it, as in Ziegler et al.'s program. Every rank calls this.
+    """
+    wide = values.double()
+    count, total = ranks.all_reduce_sum([len(wide), float(wide.sum())])
+    mean = total / max(count, 1)
+    (squares,) = ranks.all_reduce_sum([float((wide - mean).square().sum())])
+    scaled = (wide - mean) / (squares / max(count - 1, 1) + EPSILON) ** 0.5
+    return (scaled if shift else scaled + mean).to(values.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the tokens of all ranks: 1 = values foretell the returns, 0 = no
+    better than a constant. 0 where all returns are the same."""
+    wrong, true = (returns - values).double(), returns.double()
+    sums = [len(true), float(true.sum()), float(wrong.sum()), float(true.square().sum()), float(wrong.square().sum())]
+    count, true_sum, wrong_sum, true_squares, wrong_squares = ranks.all_reduce_sum(sums)
+    if not count:
+        return 0.0
+    variance = true_squares / count - (true_sum / count) ** 2
+    left = wrong_squares / count - (wrong_sum / count) ** 2
+    return 1 - left / variance if variance > EPSILON else 0.0
