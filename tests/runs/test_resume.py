@@ -45,6 +45,7 @@ KINDS = {
     "dpo lora": (*PAIRS, *LORA, *LONG, "--keep", 1, "--epoch_save", 1),
     "dpo infinite context": (*PAIRS, *LORA, "--infctx", 1, "--chunk_ctx", 8, *TWO),
     "dpo nf4 pissa": (*PAIRS, "--peft", "pissa", *LONG),
+    "reward model": ("--rm", 1, "--micro_bsz", 2, *LORA, "--val_split", 0.2, *LONG),
     "kto": ("--kto", 1, "--micro_bsz", 4, *LORA, *TWO),
 }
 
