@@ -5,7 +5,7 @@ A state is megabytes, whatever its text's length, so only beginnings that were a
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ class PrefixCache:
         if len(prompts) < 2:
             return 0
         first, last = min(map(list, prompts)), max(map(list, prompts))  # what these two share, all share
-        shared = os.path.commonprefix([first, last])
-        shared = shared[: min(len(shared), min(map(len, prompts)) - 1)]
+        shared = [one for one, other in itertools.takewhile(lambda two: two[0] == two[1], zip(first, last))]
+        shared = shared[: min(map(len, prompts)) - 1]
         if len(shared) < LEAST:
             return 0
         if tuple(shared) not in self._states:

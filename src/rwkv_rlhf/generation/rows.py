@@ -45,8 +45,8 @@ class Completion:
 class Request:
     """A prompt that is to be continued `params.samples` times.
 
-    prompt: ids, at least one. seed: of the first sample; sample n has seed + n. key: what the caller knows it by. state:
-    one row, where the prompt begins; None = before any text.
+    prompt: ids, at least one. seed: of the first sample; sample n has seed + n. key: what the caller knows it by.
+    state: one row, where the prompt begins; None = before any text.
     """
 
     prompt: Sequence[int]
@@ -81,8 +81,9 @@ class Rows:
 
     Attributes:
         hidden: (B, C) after the last token. state: B rows.
-        draws: (B, M) float64 in [0, 1). history: (B, M) int64 ids sampled so far, the first `length` (B,) int64 of each.
-        first: (B, M) bool, whether an id stands there for the first time.
+        draws: (B, M) float64 in [0, 1). length: (B,) int64, tokens sampled so far.
+        history: (B, M) int64 ids sampled so far. first: (B, M) bool, whether an id stands there for the first time.
+            Both are kept for penalties only.
     """
 
     sequences: list[Running | None]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.generation.rows import Completion, Finished, Request, Rows, Running, draws_of
 from rwkv_rlhf.generation.sampling import penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
@@ -199,6 +200,7 @@ class _Run:
         """One more token of each sequence; gives those that end with it."""
         rows = self.rows
         assert rows is not None
+        heartbeat(f"sampling with {len(rows.sequences)} sequences")
         tokens = self._sample(rows)
         done = []
         for row, sequence in enumerate(rows.sequences):
@@ -266,7 +268,10 @@ class _Run:
 
 
 def _report(sequences: Sequence[Running | None], logits: Tensor, total: Tensor, picked: Tensor) -> None:
-    """Note in the completions the ids `picked` (B,) and what is said of them; logits (B, V), total (B,) their log-sum."""
+    """Note in the completions the ids `picked` (B,) and their log-probabilities.
+
+    logits (B, V); total (B,): their log-sum-exp.
+    """
     logprobs = (logits.gather(1, picked[:, None]).squeeze(1) - total).tolist()
     first = sequences[0]
     assert first is not None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
 from rwkv_rlhf.ops.random_state import RandomState, replay
@@ -31,6 +32,7 @@ class RequiredStats(NamedTuple):
     mean: bool = False
     max: bool = False
     square: bool = False  # costs one more product with the head
+    entropy: bool = False  # as that, and two for its gradient
 
 
 class TokenScores(NamedTuple):
@@ -43,6 +45,7 @@ class TokenScores(NamedTuple):
     mean_logp: Tensor | None = None  # the mean over the vocabulary of log p
     max_logit: Tensor | None = None  # the largest logit
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
+    entropy: Tensor | None = None  # -sum_v p(v) log p(v), nats
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
 
     def present(self) -> dict[str, Tensor]:
@@ -51,6 +54,11 @@ class TokenScores(NamedTuple):
 
 
 LOGP_ONLY = RequiredStats()
+
+
+def at_temperature(hidden: Tensor, temperature: float) -> Tensor:
+    """Hidden states whose logits, the head being linear, are those of `hidden` divided by `temperature`."""
+    return hidden if temperature == 1 else hidden / temperature
 
 
 def token_scores(
@@ -79,6 +87,7 @@ def token_scores(
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
         logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, trained, *params)
         square = _log_squares(head, trained, head_chunk) if stats.square else None
+        entropy = token_entropy(head, trained, head_chunk) if stats.entropy else None
 
     def spread(value: Tensor | None) -> Tensor | None:
         return None if value is None else _spread(value, rows, targets)
@@ -88,6 +97,7 @@ def token_scores(
         mean_logp=spread(mean if stats.mean else None),
         max_logit=spread(top if stats.max else None),
         log_square=spread(square),
+        entropy=spread(entropy),
         gathered=spread(gathered),
     )
 

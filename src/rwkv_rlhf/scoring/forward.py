@@ -15,7 +15,7 @@ from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
 from rwkv_rlhf.losses.kinds import Loss, LossValue
 from rwkv_rlhf.losses.pairs import PairScores, pair_scores
-from rwkv_rlhf.losses.tokens import LOGP_ONLY, RequiredStats, TokenScores, token_scores
+from rwkv_rlhf.losses.tokens import LOGP_ONLY, RequiredStats, TokenScores, at_temperature, token_scores
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.infinite_context import EXACT, ChunkedRows, ChunkOptions, run_in_chunks
 from rwkv_rlhf.settings.config import Config
@@ -80,7 +80,8 @@ def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> Lo
     if isinstance(batch, TextBatch):
         return chunked_text_loss(model, batch, loss, config, how)
     stats = loss.required_stats(config)
-    scores = chunked_scores(model, batch, config.chunk, stats, how, head_chunk=config.head_chunk)
+    head = {"head_chunk": config.head_chunk, "temperature": loss.temperature(config)}
+    scores = chunked_scores(model, batch, config.chunk, stats, how, **head)
     return loss(scores, batch, config)
 
 
@@ -105,21 +106,26 @@ def chunked_scores(
     how: ChunkOptions = EXACT,
     *,
     head_chunk: int,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
+        hidden = at_temperature(hidden, temperature)
         return token_scores(model.head, hidden, batch.targets[span], stats, head_chunk=head_chunk).present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
 
 @torch.no_grad()
-def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> Tensor:
+def answer_logp(
+    model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0, temperature: float = 1.0
+) -> Tensor:
     """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
     if chunk:
-        return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
-    return token_scores(model.head, answer_hidden(model, batch), batch.targets, head_chunk=head_chunk).logp
+        return chunked_scores(model, batch, chunk, head_chunk=head_chunk, temperature=temperature).logp
+    hidden = at_temperature(answer_hidden(model, batch), temperature)
+    return token_scores(model.head, hidden, batch.targets, head_chunk=head_chunk).logp
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:

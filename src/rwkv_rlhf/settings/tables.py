@@ -22,7 +22,8 @@ class LossFacts:
     label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
     fields of Config that mean something with this loss only. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
-    unless the user says otherwise. smoothing: label smoothing where none is typed.
+    unless the user says otherwise. smoothing: label smoothing where none is typed. algorithm: of a loss on sampled
+    answers, what samples and judges them (a subclass of rl/algorithm.py:Algorithm).
     """
 
     help: str
@@ -34,6 +35,7 @@ class LossFacts:
     general_text: bool = False
     l2wrap: bool = False
     smoothing: float = 0.0
+    algorithm: str = ""
 
 
 LOSSES: dict[str, LossFacts] = {
@@ -94,10 +96,14 @@ LOSSES: dict[str, LossFacts] = {
     "grpo": LossFacts(
         "group relative policy optimisation with reward functions or a reward model",
         "prompts",
-        settings=(
-            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta"),
-            "reward_funcs",
+        ".losses.grpo:GRPO",
+        (
+            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta", "grpo_kl"),
+            *("grpo_kl_unbiased", "grpo_loss", "grpo_advantage", "grpo_scale", "grpo_epsilon", "grpo_epsilon_high"),
+            *("grpo_delta", "grpo_mask_truncated", "grpo_overlong_buffer", "grpo_dynamic", "grpo_passes"),
+            *("grpo_rollout_steps", "reward_funcs"),
         ),
+        algorithm=".rl.grpo:GRPO",
     ),
 }
 PRETRAINING = "sft"  # the loss of {data_file} alone, without a word about one (and then without smoothing)
