@@ -117,7 +117,8 @@ def mean_of_batch(values: Tensor, batch: PolicyBatch, config: Config) -> Tensor:
 
 
 class GRPO(Loss[PolicyBatch]):
-    """objective + grpo_kl_beta * KL(policy || reference) - entropy_coef * entropy, all under the objective's own mean.
+    """objective + grpo_kl_beta * KL(policy || reference) under the objective's own mean, - entropy_coef * the mean
+    entropy of a token.
 
     Metrics: loss, and means over trained tokens: `kl` where there is a reference, `clip_fraction`.
     """
@@ -145,10 +146,10 @@ class GRPO(Loss[PolicyBatch]):
             values = values + config.grpo_kl_beta * kl
         if batch.reference_logp is not None:
             tokens["kl"] = kl_estimate(scores.logp.detach(), batch.reference_logp, "k3")
-        if config.entropy_coef:
-            assert scores.entropy is not None
-            values = values - config.entropy_coef * scores.entropy
         value = load(facts.mean)(torch.where(trained, values, 0.0), batch, config)
         share = batch.total / batch.trained_total
+        if config.entropy_coef:
+            assert scores.entropy is not None
+            value = value - config.entropy_coef * share * scores.entropy.sum()
         found = {name: torch.where(trained, each, 0.0).sum() * share for name, each in tokens.items()}
         return LossValue(value, {"loss": value.detach()} | {name: each.detach() for name, each in found.items()})

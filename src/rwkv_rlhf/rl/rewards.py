@@ -111,7 +111,7 @@ def load_functions(setting: str) -> dict[str, Rewarder]:
     if not path.is_file():
         raise ValueError(f"{{reward_funcs}} {setting}: there is no file {path}")
     module = _imported(path)
-    functions = {name: function for name, function in vars(module).items() if inspect.isroutine(function)}
+    functions = {name: one for name, one in vars(module).items() if callable(one) and not inspect.isclass(one)}
     for name in wanted:
         if name not in functions:
             there = ", ".join(functions) or "no function"

@@ -406,13 +406,14 @@ def notices(config: Config) -> list[str]:
         for name in ("smoothing", "train_on_prompt"):
             if name in config.given and getattr(config, name):
                 said.append(say(f"{{{name}=}} has no effect on preference pairs, only on text", config))
+    own = config.loss_facts.settings if config.loss else ()
     useless = [
         name
         for loss, facts in tables.LOSSES.items()
         if loss != config.loss
         for name in facts.settings
-        if name in config.given
+        if name in config.given and name not in own
     ]
     if useless:
-        said.append("no effect with this loss: " + ", ".join(f"{{{name}}}" for name in useless))
+        said.append("no effect with this loss: " + ", ".join(f"{{{name}}}" for name in dict.fromkeys(useless)))
     return said

@@ -20,7 +20,7 @@ class LossFacts:
 
     data: what one example is: "text" (a document), "pairs" (prompt, chosen, rejected), "rated" (an answer and its
     label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
-    fields of Config that mean something with this loss only. reference: scores of the start model are needed.
+    fields of Config that mean nothing with most other losses. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
     unless the user says otherwise. smoothing: label smoothing where none is typed. algorithm: of a loss on sampled
     answers, what samples and judges them (a subclass of rl/algorithm.py:Algorithm).
@@ -101,7 +101,8 @@ LOSSES: dict[str, LossFacts] = {
             *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta", "grpo_kl"),
             *("grpo_kl_unbiased", "grpo_loss", "grpo_advantage", "grpo_scale", "grpo_epsilon", "grpo_epsilon_high"),
             *("grpo_delta", "grpo_mask_truncated", "grpo_overlong_buffer", "grpo_dynamic", "grpo_passes"),
-            *("grpo_rollout_steps", "reward_funcs"),
+            *("grpo_rollout_steps", "reward_funcs", "reward_weights", "entropy_coef", "max_kl", "sample_at_once"),
+            "samples_every",
         ),
         algorithm=".rl.grpo:GRPO",
     ),

@@ -77,8 +77,8 @@ def text_sample(batch: TextBatch, decode: Decode) -> Text:
 
 
 def samples(inputs: Inputs, steps: Steps | MixedSteps | PromptSteps) -> Iterator[Text]:
-    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text; of prompts
-    the prompt."""
+    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text; prompts
+    without answers."""
     decode = inputs.tokenizer.decode
     if isinstance(steps, PromptSteps):
         yield from (Text(steps.examples[steps.order(position)].cue, style="dim") for position in range(SAMPLES))
