@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rwkv_rlhf.data.batch import IGNORE, JudgedBatch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.policy_batch import PolicyBatch
 from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import TokenScores
@@ -80,11 +81,29 @@ def rated_batch(kl=0.4, targets=ANSWERS, starts=STARTS, reference=REFERENCE, goo
     )
 
 
+def policy_batch(targets=ANSWERS, starts=STARTS, **numbers):
+    """The answers as four samples, two to each prompt, with numbers (A,) that nothing is at its limit of."""
+    draw = torch.Generator().manual_seed(5)
+    known = {"old_logp": 0.0, "reference_logp": 0.5, "advantages": 0.0}
+    known = {
+        name: shift - 2 + torch.randn(len(targets), generator=draw, dtype=torch.float64)
+        for name, shift in known.items()
+    }
+    return PolicyBatch(
+        *answers_of(targets, starts, 2),
+        reference=None,
+        total=float(len(starts) - 1),
+        trained_total=float((targets != IGNORE).sum()),
+        **(known | numbers),
+    )
+
+
 def batch_of(name):
     """A batch of the kind that the loss takes."""
     if FACTS[name].data == "pairs" and not FACTS[name].predicts:
         return judged_batch()
-    return {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch}[FACTS[name].data]()
+    made = {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch, "prompts": policy_batch}
+    return made[FACTS[name].data]()
 
 
 def scored_answers(*sums_and_counts):

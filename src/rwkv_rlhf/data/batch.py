@@ -282,7 +282,7 @@ def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> P
         if not (example.prompt and example.chosen and example.reject):
             raise ValueError("a preference pair needs a prompt and two answers of at least one token")
     return PairBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
         reference=_references(examples),
         total=float(len(examples) if total is None else total),
     )
@@ -298,7 +298,7 @@ class _Answers(NamedTuple):
     starts: torch.Tensor
 
 
-def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
+def forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
     """Prompts that each run once and their answers, equally many for each prompt."""
     inputs = [[prompt[-1], *answer[:-1]] for prompt, some in zip(prompts, answers) for answer in some]
     targets = [answer for some in answers for answer in some]
@@ -354,7 +354,7 @@ def pack_rated(
     good = [e.good for e in examples]
     reference = _references(examples)
     return RatedBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
         reference=None if reference is None else reference[:, 0],
         total=float(len(examples) if total is None else total),
         good=torch.tensor(good),
@@ -367,7 +367,7 @@ def _to_other_prompts(examples: Sequence[RatedExample]) -> AnswerBatch:
     """The answers to other prompts that come with rated answers."""
     reference = _references(examples)
     return AnswerBatch(
-        *_forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
         reference=None if reference is None else reference[:, 1],
         total=float(len(examples)),
     )

@@ -73,6 +73,10 @@ class Loss(ABC, Generic[BatchT]):
         """
         return None
 
+    def temperature(self, config: Config) -> float:
+        """What logits are divided by before the softmax."""
+        return 1.0
+
     def from_hidden(
         self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config, scalar: nn.Module | None = None
     ) -> LossValue:
@@ -80,9 +84,15 @@ class Loss(ABC, Generic[BatchT]):
 
         `scalar`: the scalar head that `facts` names.
         """
-        stats, gather = self.required_stats(config), self.gathered_tokens(batch)
         scores = token_scores(
-            head, hidden, batch.targets, stats, gather=gather, scalar=scalar, head_chunk=config.head_chunk
+            head,
+            hidden,
+            batch.targets,
+            self.required_stats(config),
+            gather=self.gathered_tokens(batch),
+            scalar=scalar,
+            temperature=self.temperature(config),
+            head_chunk=config.head_chunk,
         )
         return self(scores, batch, config)
 

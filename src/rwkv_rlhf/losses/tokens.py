@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
 from rwkv_rlhf.ops.random_state import RandomState, replay
@@ -31,6 +32,7 @@ class RequiredStats(NamedTuple):
     mean: bool = False
     max: bool = False
     square: bool = False  # costs one more product with the head
+    entropy: bool = False  # as that, and two for its gradient
 
 
 class TokenScores(NamedTuple):
@@ -43,6 +45,7 @@ class TokenScores(NamedTuple):
     mean_logp: Tensor | None = None  # the mean over the vocabulary of log p
     max_logit: Tensor | None = None  # the largest logit
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
+    entropy: Tensor | None = None  # -sum_v p(v) log p(v), nats
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
     scalar: Tensor | None = None  # what a scalar head says after each input, at ignored positions too
 
@@ -54,6 +57,11 @@ class TokenScores(NamedTuple):
 LOGP_ONLY = RequiredStats()
 
 
+def at_temperature(hidden: Tensor, temperature: float) -> Tensor:
+    """Hidden states whose logits, the head being linear, are those of `hidden` divided by `temperature`."""
+    return hidden if temperature == 1 else hidden / temperature
+
+
 def token_scores(
     head: nn.Module,
     hidden: Tensor,
@@ -62,6 +70,7 @@ def token_scores(
     *,
     gather: Tensor | None = None,
     scalar: nn.Module | None = None,
+    temperature: float = 1.0,
     head_chunk: int = HEAD_CHUNK,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C), and `stats`; differentiable.
@@ -71,17 +80,18 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
     ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
-    `scalar`: a scalar head to ask too.
+    `scalar`: a scalar head to ask too. `temperature`: what logits are divided by, by way of the hidden states.
     Raises ValueError for a token outside the vocabulary or a chunk below 1.
     """
     assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
-    rows, trained, wanted = _trained(hidden, targets, head_chunk)
+    rows, trained, wanted = _trained(at_temperature(hidden, temperature), targets, head_chunk)
     if gather is not None and rows is not None:
         gather = gather[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
         logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, trained, *params)
         square = _log_squares(head, trained, head_chunk) if stats.square else None
+        entropy = token_entropy(head, trained, head_chunk) if stats.entropy else None
 
     def spread(value: Tensor | None) -> Tensor | None:
         return None if value is None else _spread(value, rows, targets)
@@ -91,6 +101,7 @@ def token_scores(
         mean_logp=spread(mean if stats.mean else None),
         max_logit=spread(top if stats.max else None),
         log_square=spread(square),
+        entropy=spread(entropy),
         gathered=spread(gathered),
         scalar=None if scalar is None else scalar(hidden),
     )

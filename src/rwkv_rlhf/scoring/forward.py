@@ -81,8 +81,10 @@ def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> Lo
     if isinstance(batch, TextBatch):
         return chunked_text_loss(model, batch, loss, config, how)
     stats = loss.required_stats(config)
-    scalar = model.scalar_head(loss.facts.scalar_head)
-    scores = chunked_scores(model, batch, config.chunk, stats, how, scalar=scalar, head_chunk=config.head_chunk)
+    scalar, temperature = model.scalar_head(loss.facts.scalar_head), loss.temperature(config)
+    scores = chunked_scores(
+        model, batch, config.chunk, stats, how, scalar=scalar, temperature=temperature, head_chunk=config.head_chunk
+    )
     return loss(scores, batch, config)
 
 
@@ -108,22 +110,34 @@ def chunked_scores(
     *,
     scalar: nn.Module | None = None,
     head_chunk: int,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        targets = batch.targets[span]
-        return token_scores(model.head, hidden, targets, stats, scalar=scalar, head_chunk=head_chunk).present()
+        found = token_scores(
+            model.head,
+            hidden,
+            batch.targets[span],
+            stats,
+            scalar=scalar,
+            temperature=temperature,
+            head_chunk=head_chunk,
+        )
+        return found.present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
 
 @torch.no_grad()
-def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> Tensor:
+def answer_logp(
+    model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0, temperature: float = 1.0
+) -> Tensor:
     """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
     if chunk:
-        return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
-    return token_scores(model.head, answer_hidden(model, batch), batch.targets, head_chunk=head_chunk).logp
+        return chunked_scores(model, batch, chunk, head_chunk=head_chunk, temperature=temperature).logp
+    hidden = answer_hidden(model, batch)
+    return token_scores(model.head, hidden, batch.targets, temperature=temperature, head_chunk=head_chunk).logp
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:

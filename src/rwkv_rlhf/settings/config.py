@@ -15,6 +15,7 @@ from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.policy_tables import ADVANTAGES, GRPO_LOSSES, SCALES
 from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
@@ -280,7 +281,7 @@ class Config:
 
     # --- rl
     reward_model: str = setting("", "reward model of {ppo} or {grpo}", resume=FILE)
-    reward_funcs: str = setting("", "GRPO: rewards.py:name,name")
+    reward_funcs: str = setting("", "GRPO: rewards.py:name,name, functions with TRL's signature")
     steps: int = setting(20000, "PPO: samples in all", at_least=1)
     batch_size: int = setting(32, "PPO: samples per rollout", at_least=1)
     mini_batch_size: int = setting(1, "PPO: samples per update", at_least=1)
@@ -297,13 +298,41 @@ class Config:
     grpo_gen_count: int = setting(4, "GRPO: answers per prompt", at_least=2)
     grpo_gen_length: int = setting(1024, "GRPO: longest answer", at_least=1)
     grpo_gen_temperature: float = setting(1.0, "GRPO: sampling temperature", above=0)
-    grpo_gen_topp: float = setting(0.7, "GRPO: nucleus", above=0, at_most=1)
-    grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
+    grpo_gen_topp: float = setting(1.0, "GRPO: nucleus; only 1, the whole distribution", above=0, at_most=1)
+    grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty; 0 = none", at_least=0)
+    grpo_kl: str = setting("k3", "GRPO: estimator of the KL in the loss", choices=("k1", "k2", "k3"))
+    grpo_kl_unbiased: bool = setting(False, "GRPO: weigh the estimator by the ratio, which makes its gradient unbiased")
+    grpo_loss: str = setting("grpo", "GRPO: objective", choices=lambda: tuple(GRPO_LOSSES))
+    grpo_advantage: str = setting("group", "GRPO: how rewards become advantages", choices=lambda: tuple(ADVANTAGES))
+    grpo_scale: str = setting("group", "GRPO: what divides advantages", choices=lambda: tuple(SCALES))
+    grpo_epsilon: float = setting(0.2, "GRPO: how far a ratio may fall below 1, and rise above it", above=0, below=1)
+    grpo_epsilon_high: float = setting(
+        0.0, "GRPO: how far it may rise (0.28 in DAPO; cispo: the largest ratio); 0 = the loss's own", at_least=0
+    )
+    grpo_delta: float = setting(0.0, "GRPO: largest ratio whatever the advantage, above 1; 0 = no limit", at_least=0)
+    grpo_mask_truncated: bool = setting(False, "GRPO: answers cut at {grpo_gen_length} are not trained on")
+    grpo_overlong_buffer: int = setting(
+        0, "GRPO: tokens before {grpo_gen_length} in which the reward falls by up to 1; 0 = none", at_least=0
+    )
+    grpo_dynamic: int = setting(
+        0, "GRPO: times that prompts whose answers all have one reward are replaced by others; 0 = never", at_least=0
+    )
+    grpo_passes: int = setting(1, "GRPO: passes over each rollout", at_least=1)
+    grpo_rollout_steps: int = setting(1, "GRPO: optimizer steps of one pass over a rollout", at_least=1)
+    reward_weights: str = setting("", "weights of {reward_funcs} and the reward model: 1,0.5; empty = 1 each")
+    entropy_coef: float = setting(0.0, "weight of the policy's entropy, which is to be large", at_least=0)
+    max_kl: float = setting(
+        10.0, "KL to the start model, nats a token, at which a run stops instead of diverging; 0 = never", at_least=0
+    )
+    sample_at_once: int = setting(64, "answers sampled at once by each process", at_least=1, resume=ROUNDS)
+    samples_every: int = setting(
+        10, "rollouts between two tables of samples in samples.jsonl; 0 = none", at_least=0, resume=MAY_CHANGE
+    )
 
     # --- data
     data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    pair_file: str = setting("", "preference pairs or rated answers: [pairs]", resume=FILE)
+    pair_file: str = setting("", "preference pairs, rated answers or prompts: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
     template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file", resume=FILE)

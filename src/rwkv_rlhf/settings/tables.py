@@ -20,11 +20,12 @@ class LossFacts:
 
     data: what one example is: "text" (a document), "pairs" (prompt, chosen, rejected), "rated" (an answer and its
     label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
-    fields of Config that mean something with this loss only. reference: scores of the start model are needed.
+    fields of Config that mean nothing with most other losses. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
     unless the user says otherwise. smoothing: label smoothing where none is typed. scalar_head: the head of
     SCALAR_HEADS that the loss trains. predicts: whether tokens are predicted; otherwise the model's own head has
-    nothing to learn.
+    nothing to learn. algorithm: of a loss on sampled answers, what samples and judges them (a subclass of
+    rl/algorithm.py:Algorithm).
     """
 
     help: str
@@ -38,6 +39,7 @@ class LossFacts:
     smoothing: float = 0.0
     scalar_head: str = ""
     predicts: bool = True
+    algorithm: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,15 @@ LOSSES: dict[str, LossFacts] = {
     "grpo": LossFacts(
         "group relative policy optimisation with reward functions or a reward model",
         "prompts",
-        settings=(
-            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta"),
-            "reward_funcs",
+        ".losses.grpo:GRPO",
+        (
+            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta", "grpo_kl"),
+            *("grpo_kl_unbiased", "grpo_loss", "grpo_advantage", "grpo_scale", "grpo_epsilon", "grpo_epsilon_high"),
+            *("grpo_delta", "grpo_mask_truncated", "grpo_overlong_buffer", "grpo_dynamic", "grpo_passes"),
+            *("grpo_rollout_steps", "reward_funcs", "reward_weights", "entropy_coef", "max_kl", "sample_at_once"),
+            "samples_every",
         ),
+        algorithm=".rl.grpo:GRPO",
     ),
 }
 PRETRAINING = "sft"  # the loss of {data_file} alone, without a word about one (and then without smoothing)

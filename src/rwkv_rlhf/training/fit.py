@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.data.batch import Batch
+from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.metrics import log_new_run
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
 from rwkv_rlhf.training.module import TrainingModule
@@ -30,13 +32,13 @@ from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
 
 
-class MicroBatches(Dataset[Batch]):
+class MicroBatches(Dataset[Batch | PromptBatch]):
     """Micro-batch k of this rank, counted from the very start of training."""
 
-    def __init__(self, steps: Steps | MixedSteps) -> None:
+    def __init__(self, steps: Steps | MixedSteps | PromptSteps) -> None:
         self.steps = steps
 
-    def __getitem__(self, k: int) -> Batch:
+    def __getitem__(self, k: int) -> Batch | PromptBatch:
         return self.steps.micro_batch(k)
 
 
@@ -71,7 +73,7 @@ def micro_batches_per_epoch(config: Config) -> int:
     return config.steps_per_epoch * config.accumulate_grad_batches
 
 
-def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
+def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
     """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
 
     Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
@@ -91,7 +93,7 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
     return count
 
 
-def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
+def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Schedule:
     """The schedule of this run and of what --epoch_begin says is done."""
     per_epoch = config.steps_per_epoch
     return Schedule(
@@ -104,7 +106,7 @@ def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
 
 def fit(
     module: TrainingModule,
-    steps: Steps | MixedSteps,
+    steps: Steps | MixedSteps | PromptSteps,
     config: Config,
     run: RunFolder,
     settings: dict[str, Any],

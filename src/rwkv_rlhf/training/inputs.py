@@ -19,6 +19,7 @@ from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
 from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.progress import progress_bar
+from rwkv_rlhf.data.prompts import Prompts, open_prompts
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sampler import (
     MagicPrime,
@@ -36,10 +37,16 @@ from rwkv_rlhf.data.text.h5 import H5Texts
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.algorithm import Algorithm
+from rwkv_rlhf.rl.held_out import held_out_figures, held_out_samples
+from rwkv_rlhf.rl.loop import PromptSteps, Rollouts
+from rwkv_rlhf.rl.rewards import Rewards, open_rewards
+from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.divergence import Divergence
 from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
@@ -47,6 +54,7 @@ from rwkv_rlhf.scoring.rewards import SCORE_HEAD, margins_of, pair_rewards, rewa
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -127,23 +135,57 @@ class Inputs:
         self.reports.append(texts.report)
         return texts
 
-    def training(self, score: bool = True) -> Steps | MixedSteps:
+    def _prompts(self, path: str, *, cap: bool) -> Prompts:
+        """Prompts, as the file has them."""
+        c = self.config
+        max_len = c.rlhf_max_corpus_len if cap else 0
+        prompts = open_prompts(path, self.tokenizer, template=c.template, max_len=max_len, skip_bad=c.skip_bad)
+        self.reports.append(prompts.report)
+        return prompts
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What samples answers and judges them, of a loss on prompts."""
+        algorithm: Algorithm = load(self.config.loss_facts.algorithm)(self.config)
+        return algorithm
+
+    @cached_property
+    def rewards(self) -> Rewards:
+        """What --reward_funcs says of answers."""
+        return open_rewards(self.config, {})
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Asks the model of the moment."""
+        return Sampler(self.start.model, self.tokenizer)
+
+    def rollouts(self, steps: PromptSteps) -> Rollouts:
+        """Who answers the prompts of `steps`; the model must still be what the run begins from."""
+        begun = StartValues(self.start.model) if self.algorithm.needs_reference else None
+        return Rollouts(self.config, self.algorithm, self.rewards, self.sampler, steps, begun)
+
+    def training(self, score: bool = True) -> Steps | MixedSteps | PromptSteps:
         """The training examples as optimizer steps; pairs with their reference scores if `score`."""
         c = self.config
         examples: Any
-        if c.loss_facts.data != "text":
+        if c.loss_facts.data == "prompts":
+            examples = self._prompts(c.pair_file, cap=True)
+            order = self._shuffled(len(examples))
+        elif c.loss_facts.data != "text":
             examples = self._training_pairs(score)
             order = self._shuffled(len(examples))
         else:
             examples, order = self._training_text()
         self._say_report()
         if c.val_split > 0:
-            if not isinstance(examples, Pairs | Texts | H5Texts):
+            if not isinstance(examples, Pairs | Prompts | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
         size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
+        if c.loss_facts.data == "prompts":
+            return PromptSteps(examples, order, *size)
         if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
@@ -288,6 +330,8 @@ class Inputs:
         `reference`; otherwise the preference is raw.
         """
         c = self.config
+        if c.loss_facts.data == "prompts":
+            return self._held_out_prompts()
         if self.split_off is not None:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
@@ -322,6 +366,15 @@ class Inputs:
                 return reward_figures(pair_rewards(start.model, pairs, chunk=c.chunk), margins, c)
 
         return score
+
+    def _held_out_prompts(self) -> Callable[[], dict[str, Any]] | None:
+        """The rewards of one answer to each held-out prompt."""
+        c, found = self.config, self.split_off
+        if found is None and not c.val_file:
+            return None
+        prompts: Any = self._prompts(c.val_file, cap=True) if found is None else found
+        params = self.algorithm.sampling()
+        return lambda: held_out_figures(held_out_samples(self.sampler, prompts, self.rewards, params, c))
 
     def _held_out_texts(self, texts: Subset | Texts | H5Texts) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:
