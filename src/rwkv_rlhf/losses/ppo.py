@@ -13,8 +13,16 @@ Legend: A tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.data.policy_batch import PolicyBatch
+from rwkv_rlhf.losses.kinds import Loss, LossValue
+from rwkv_rlhf.losses.tokens import RequiredStats, TokenScores
+from rwkv_rlhf.settings.config import Config
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: float, dual_clip: float = 0.0) -> Tensor:
@@ -41,3 +49,49 @@ def clipped_value_error(values: Tensor, sampled: Tensor, returns: Tensor, clip: 
 def clipped(ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
     """Whether the clip decides at each token (A,) bool: the policy has gone further than it lets count."""
     return ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueBatch(PolicyBatch):
+    """Sampled answers with what a value head thought of them.
+
+    Attributes:
+        old_values: (A,) float32 values before each token, at sampling. returns: (A,) float32, what they should have
+            been. Both are None until they are known.
+    """
+
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+
+
+class PPO(Loss[ValueBatch]):
+    """Metrics: loss, value_loss, and means over trained tokens: clip_fraction, update_kl."""
+
+    def required_stats(self, config: Config) -> RequiredStats:
+        return super().required_stats(config)._replace(entropy=config.entropy_coef > 0)
+
+    def __call__(self, scores: TokenScores, batch: ValueBatch, config: Config) -> LossValue:
+        assert scores.scalar is not None, "PPO without a value head"
+        assert batch.old_values is not None and batch.returns is not None, "PPO without values at sampling"
+        trained = batch.targets != IGNORE
+        old = scores.logp.detach() if batch.old_logp is None else batch.old_logp
+        behind = old - scores.logp
+        ratio = torch.where(trained, -behind, 0.0).exp()
+        policy = clipped_surrogate(ratio, batch.advantages, config.cliprange, config.dual_clip)
+        error = clipped_value_error(scores.scalar, batch.old_values, batch.returns, config.cliprange_value)
+        values = policy + config.vf_coef * error
+        if config.entropy_coef:
+            assert scores.entropy is not None
+            values = values - config.entropy_coef * scores.entropy
+        logged = {
+            "loss": values,
+            "value_loss": error,
+            "clip_fraction": clipped(ratio, batch.advantages, config.cliprange).to(values.dtype),
+            "update_kl": behind,
+        }
+        share = batch.total / batch.trained_total  # sums over answers become means over the step's tokens
+
+        def mean(tokens: Tensor) -> Tensor:
+            return torch.where(trained, tokens, 0.0).sum() * share
+
+        return LossValue(mean(values), {name: mean(tokens.detach()) for name, tokens in logged.items()})

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.distributed import ranks
-
 EPSILON = 1e-8  # beside a variance that may be 0
 
 
@@ -65,26 +63,20 @@ def _rows(starts: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor, *, shift: bool = True) -> Tensor:
-    """`values` (A,) with mean 0 and variance 1 over the tokens of all ranks; without `shift` the mean stays.
+    """`values` (A,) with mean 0 and variance 1; without `shift` the mean stays.
 
-    The variance is the unbiased one, and 1e-8 is added to it, as in Ziegler et al.'s program. Every rank calls this.
+    The variance is the unbiased one, and 1e-8 is added to it, as in Ziegler et al.'s program. They are to be the tokens
+    of all ranks, as a rollout has them.
     """
     wide = values.double()
-    count, total = ranks.all_reduce_sum([len(wide), float(wide.sum())])
-    mean = total / max(count, 1)
-    (squares,) = ranks.all_reduce_sum([float((wide - mean).square().sum())])
-    scaled = (wide - mean) / (squares / max(count - 1, 1) + EPSILON) ** 0.5
+    mean = wide.mean()
+    scaled = (wide - mean) / ((wide - mean).square().sum() / max(len(wide) - 1, 1) + EPSILON).sqrt()
     return (scaled if shift else scaled + mean).to(values.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the tokens of all ranks: 1 = values foretell the returns, 0 = no
-    better than a constant. 0 where all returns are the same."""
-    wrong, true = (returns - values).double(), returns.double()
-    sums = [len(true), float(true.sum()), float(wrong.sum()), float(true.square().sum()), float(wrong.square().sum())]
-    count, true_sum, wrong_sum, true_squares, wrong_squares = ranks.all_reduce_sum(sums)
-    if not count:
-        return 0.0
-    variance = true_squares / count - (true_sum / count) ** 2
-    left = wrong_squares / count - (wrong_sum / count) ** 2
+    """1 - Var(returns - values) / Var(returns) of tokens (A,): 1 = values foretell the returns, 0 = no better than a
+    constant. 0 where all returns are the same."""
+    variance = float(returns.double().var(correction=0))
+    left = float((returns - values).double().var(correction=0))
     return 1 - left / variance if variance > EPSILON else 0.0

@@ -140,6 +140,16 @@ def answer_logp(
     return token_scores(model.head, hidden, batch.targets, temperature=temperature, head_chunk=head_chunk).logp
 
 
+@torch.no_grad()
+def token_scalars(model: RWKV, batch: AnswerBatch, name: str, chunk: int = 0) -> Tensor:
+    """(A,) what the scalar head `name` says after each input of the answers, without a graph; `chunk` as above."""
+    head = model.scalar_head(name)
+    assert head is not None, name
+    if not chunk:
+        return head(answer_hidden(model, batch))
+    return run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {name: head(hidden)})[name]
+
+
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:
     """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
     logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)

@@ -19,8 +19,7 @@ from rwkv_rlhf.losses.pairs import AnswerValues, reward_metrics
 from rwkv_rlhf.losses.reward import answer_scores, reward_loss
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.evaluation import ROW, Figures
-from rwkv_rlhf.scoring.forward import answer_hidden, in_chunks
-from rwkv_rlhf.scoring.infinite_context import run_in_chunks
+from rwkv_rlhf.scoring.forward import token_scalars
 from rwkv_rlhf.settings.config import Config
 
 SCORE_HEAD = "score_head"
@@ -36,20 +35,19 @@ def reward_rows(
     answers: equally many, k, of each prompt; prompts and answers have at least one token. Raises ValueError for a model
     without a score head.
     """
-    head = model.scalar_head(SCORE_HEAD)
-    if head is None:
+    if model.scalar_head(SCORE_HEAD) is None:
         raise ValueError("the model has no score head (score_head.weight): train one with {rm} 1")
     items = list(zip(prompts, answers, strict=True))
     device = next(model.parameters()).device
 
     def scored(some: Sequence[tuple[Tokens, Sequence[Tokens]]]) -> Tensor:
         batch = pack_whole(*zip(*some, strict=True)).to(device)
-        if chunk:
-            found = run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {SCORE_HEAD: head(hidden)})
-            scalar = found[SCORE_HEAD]
-        else:
-            scalar = head(answer_hidden(model, batch))
-        return answer_scores(scalar, batch.starts).view(len(some), -1).float().cpu()
+        return (
+            answer_scores(token_scalars(model, batch, SCORE_HEAD, chunk), batch.starts)
+            .view(len(some), -1)
+            .float()
+            .cpu()
+        )
 
     rows = group_by_tokens(items, lambda item: len(item[0]) + sum(map(len, item[1])), ROW)
     return (partial(scored, row) for row in rows)

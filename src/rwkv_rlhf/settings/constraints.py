@@ -175,8 +175,23 @@ CONSTRAINTS = (
     ),
     Constraint(
         "ppo_needs_rewards",
-        lambda c: c.loss == "ppo" and not c.reward_model,
-        "{ppo} 1 needs {reward_model}",
+        lambda c: c.loss == "ppo" and not c.reward_model and not c.reward_funcs,
+        "{ppo} 1 needs {reward_model} or {reward_funcs}",
+    ),
+    Constraint(
+        "one_micro_batch",
+        lambda c: c.loss == "ppo" and {"micro_bsz", "mini_batch_size"} <= c.given and c.micro_bsz != c.mini_batch_size,
+        "{micro_bsz=} and {mini_batch_size=} say the same with {loss=}: give one of them",
+    ),
+    Constraint(
+        "whole_updates",
+        lambda c: c.loss == "ppo" and c.batch_size % (c.micro_bsz * c.accumulate_grad_batches) != 0,
+        "{batch_size=} must be a multiple of an update's samples, {mini_batch_size=} times {accumulate_grad_batches=}",
+    ),
+    Constraint(
+        "dual_clip_above_one",
+        lambda c: 0 < c.dual_clip <= 1,
+        "{dual_clip=}: must be above 1 (0 = off)",
     ),
     Constraint(
         "grpo_needs_rewards",

@@ -130,6 +130,15 @@ METRICS: dict[str, Metric] = {
         "largest |log-probability of sampler - of trainer| over the tokens of the first rollout", "nats", better="lower"
     ),
     "sampled_tokens_per_s": Metric("speed of a rollout, rewards included, over all ranks", "tokens/s"),
+    "value_loss": Metric("PPO: half the squared error of values, clipped", "rewards^2", better="lower"),
+    "explained_variance": Metric(
+        "PPO: share of the returns' variance that the values foretold (1 = all, 0 = no more than a constant)",
+        better="higher",
+    ),
+    "kl_coef": Metric("PPO: weight of the KL penalty in the rewards of the rollout"),
+    "update_kl": Metric(
+        "PPO: how far the policy is from the one that sampled, log-probability then - now", "nats/token"
+    ),
     "lr": Metric("learning rate of the largest group of parameters", panel="learning rate", short="lr"),
     "grad_norm": Metric("norm of the gradient before it is clipped"),
     "tokens": Metric("training: tokens that went through the model in the step; held out: tokens scored", "tokens"),

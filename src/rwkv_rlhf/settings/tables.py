@@ -114,10 +114,15 @@ LOSSES: dict[str, LossFacts] = {
     "ppo": LossFacts(
         "proximal policy optimisation against a reward model",
         "prompts",
-        settings=(
-            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "target_kl"),
-            *("early_stopping", "reward_baseline", "output_max_length", "save_freq"),
+        ".losses.ppo:PPO",
+        (
+            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "adap_kl_target"),
+            *("horizon", "target_kl", "early_stopping", "reward_baseline", "reward_clip", "missing_eos_penalty"),
+            *("whiten_rewards", "output_max_length", "save_freq", "cliprange", "cliprange_value", "vf_coef", "gamma"),
+            *("lam", "dual_clip"),
         ),
+        scalar_head="value_head",
+        algorithm=".rl.ppo:PPO",
     ),
     "grpo": LossFacts(
         "group relative policy optimisation with reward functions or a reward model",

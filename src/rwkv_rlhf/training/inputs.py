@@ -45,11 +45,12 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.algorithm import Algorithm
 from rwkv_rlhf.rl.held_out import held_out_figures, held_out_samples
 from rwkv_rlhf.rl.loop import PromptSteps, Rollouts
-from rwkv_rlhf.rl.rewards import Rewards, open_rewards
+from rwkv_rlhf.rl.rewards import ModelReward, Rewards, open_rewards
 from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.divergence import Divergence
 from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.scoring.reward_model import RewardModel, open_reward_model
 from rwkv_rlhf.scoring.rewards import SCORE_HEAD, margins_of, pair_rewards, reward_figures
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
@@ -151,8 +152,15 @@ class Inputs:
 
     @cached_property
     def rewards(self) -> Rewards:
-        """What --reward_funcs says of answers."""
-        return open_rewards(self.config, {})
+        """What --reward_funcs and --reward_model say of answers. The model is loaded when it is first asked for."""
+        c = self.config
+        models = {"reward_model": ModelReward(self._reward_model(c.reward_model))} if c.reward_model else {}
+        return open_rewards(c, models)
+
+    def _reward_model(self, path: str) -> RewardModel:
+        c, begun = self.config, self.start
+        options = BuildOptions(begun.model.compute_dtype, device=device_for(c.accelerator), wkv_backend=c.wkv_backend)
+        return open_reward_model(path, options, begun.sizes.vocab_size, bases=[begun.path], chunk=c.chunk)
 
     @cached_property
     def sampler(self) -> Sampler:
