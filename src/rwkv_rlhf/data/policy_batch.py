@@ -31,8 +31,7 @@ class PromptExample:
     where: str
 
 
-@dataclass(frozen=True)
-class PromptBatch:
+class PromptBatch(NamedTuple):
     """A micro-batch whose answers are not sampled yet: number `part` of its optimizer step on this rank."""
 
     part: int
