@@ -48,6 +48,7 @@ KINDS = {
     "dpo lora": (*PAIRS, *LORA, *LONG, "--keep", 1, "--epoch_save", 1),
     "dpo infinite context": (*PAIRS, *LORA, "--infctx", 1, "--chunk_ctx", 8, *TWO),
     "dpo nf4 pissa": (*PAIRS, "--peft", "pissa", *LONG),
+    "reward model": ("--rm", 1, "--micro_bsz", 2, *LORA, "--val_split", 0.2, *LONG),
     "kto": ("--kto", 1, "--micro_bsz", 4, *LORA, *TWO),
     "grpo": (*GROUPS, "--grpo_passes", 2, "--grpo_dynamic", 1, "--grpo_gen_temperature", 1.5, *LORA, *TWO),
     "grpo full": (*GROUPS, "--quant", 0, "--precision", "fp32", "--grpo_rollout_steps", 2, *LONG),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, TextBatch
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, pair_metrics, pair_scores, segment_sums
-from rwkv_rlhf.losses.tokens import L2WRAP, RequiredStats, TokenScores, at_temperature, token_scores
+from rwkv_rlhf.losses.tokens import L2WRAP, RequiredStats, TokenScores, token_scores
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.tables import LossFacts
 
@@ -77,11 +77,23 @@ class Loss(ABC, Generic[BatchT]):
         """What logits are divided by before the softmax."""
         return 1.0
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
-        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
-        stats, gather = self.required_stats(config), self.gathered_tokens(batch)
-        hidden = at_temperature(hidden, self.temperature(config))
-        scores = token_scores(head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk)
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
+        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to.
+
+        `scalar`: the scalar head that `facts` names.
+        """
+        scores = token_scores(
+            head,
+            hidden,
+            batch.targets,
+            self.required_stats(config),
+            gather=self.gathered_tokens(batch),
+            scalar=scalar,
+            temperature=self.temperature(config),
+            head_chunk=config.head_chunk,
+        )
         return self(scores, batch, config)
 
 

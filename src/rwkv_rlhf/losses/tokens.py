@@ -47,6 +47,7 @@ class TokenScores(NamedTuple):
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
     entropy: Tensor | None = None  # -sum_v p(v) log p(v), nats
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
+    scalar: Tensor | None = None  # what a scalar head says after each input, at ignored positions too
 
     def present(self) -> dict[str, Tensor]:
         """What was asked for, by field."""
@@ -68,6 +69,8 @@ def token_scores(
     stats: RequiredStats = LOGP_ONLY,
     *,
     gather: Tensor | None = None,
+    scalar: nn.Module | None = None,
+    temperature: float = 1.0,
     head_chunk: int = HEAD_CHUNK,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C), and `stats`; differentiable.
@@ -77,10 +80,11 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
     ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
+    `scalar`: a scalar head to ask too. `temperature`: what logits are divided by, by way of the hidden states.
     Raises ValueError for a token outside the vocabulary or a chunk below 1.
     """
     assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
-    rows, trained, wanted = _trained(hidden, targets, head_chunk)
+    rows, trained, wanted = _trained(at_temperature(hidden, temperature), targets, head_chunk)
     if gather is not None and rows is not None:
         gather = gather[rows]
     params = [p for p in head.parameters() if p.requires_grad]
@@ -99,6 +103,7 @@ def token_scores(
         log_square=spread(square),
         entropy=spread(entropy),
         gathered=spread(gathered),
+        scalar=None if scalar is None else scalar(hidden),
     )
 
 

@@ -47,7 +47,8 @@ class Algorithm(ABC):
     the same arguments, except for `numbers`.
 
     batch: what micro-batches are. needs_reference: whether `reference_logp`, each token's log-probability under the
-    start model, is to be known. refills: how often prompts whose groups are not kept are replaced by others.
+    start model, is to be known; needs_old: whether `old_logp` is, also where only one step follows a rollout. refills:
+    how often prompts whose groups are not kept are replaced by others.
     """
 
     batch: ClassVar[type[PolicyBatch]] = PolicyBatch
@@ -55,6 +56,7 @@ class Algorithm(ABC):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.needs_reference = False
+        self.needs_old = False
         self.refills = 0
 
     @abstractmethod

@@ -229,7 +229,7 @@ class Rollouts:
         The policy's own log-probabilities are none of them where the rollout's only step makes the same ones; those of
         the first rollout are compared with the sampler's all the same.
         """
-        first, old = self.rollouts == 1, self.cycle.total > 1
+        first, old = self.rollouts == 1, self.cycle.total > 1 or self.algorithm.needs_old
         found: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
         if first or old or self.start is not None or type(self.algorithm).numbers is not Algorithm.numbers:
             with evaluating(self.sampler.model):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.rl.rollout import Sample
+from rwkv_rlhf.scoring.reward_model import RewardModel
 from rwkv_rlhf.settings.config import Config
 
 Rewarder = Callable[[Sequence[Sample]], Sequence[float | None]]
@@ -133,6 +134,20 @@ def _imported(path: Path) -> Any:
     finally:
         sys.path.pop(0)
     return module
+
+
+class ModelReward:
+    """A reward model as a rewarder. Raises RewardError for a reward that is no finite number."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self.model = model
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        rewards = self.model.rewards([one.asked.example.prompt for one in samples], [one.ids for one in samples])
+        for reward, sample in zip(rewards, samples, strict=True):
+            if not math.isfinite(reward):
+                raise RewardError(f"{{reward_model}} gave {reward} for {described(sample)}")
+        return rewards
 
 
 class Judge(NamedTuple):

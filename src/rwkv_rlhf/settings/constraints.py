@@ -175,8 +175,23 @@ CONSTRAINTS = (
     ),
     Constraint(
         "ppo_needs_rewards",
-        lambda c: c.loss == "ppo" and not c.reward_model,
-        "{ppo} 1 needs {reward_model}",
+        lambda c: c.loss == "ppo" and not c.reward_model and not c.reward_funcs,
+        "{ppo} 1 needs {reward_model} or {reward_funcs}",
+    ),
+    Constraint(
+        "one_micro_batch",
+        lambda c: c.loss == "ppo" and {"micro_bsz", "mini_batch_size"} <= c.given and c.micro_bsz != c.mini_batch_size,
+        "{micro_bsz=} and {mini_batch_size=} say the same with {loss=}: give one of them",
+    ),
+    Constraint(
+        "whole_updates",
+        lambda c: c.loss == "ppo" and c.batch_size % (c.micro_bsz * c.accumulate_grad_batches) != 0,
+        "{batch_size=} must be a multiple of an update's samples, {mini_batch_size=} times {accumulate_grad_batches=}",
+    ),
+    Constraint(
+        "dual_clip_above_one",
+        lambda c: 0 < c.dual_clip <= 1,
+        "{dual_clip=}: must be above 1 (0 = off)",
     ),
     Constraint(
         "grpo_needs_rewards",
@@ -382,6 +397,8 @@ def notices(config: Config) -> list[str]:
         said.append(say("{data_file} is not read: {loss=} trains on {pair_file}", config))
     if trains(config) and config.pair_file and config.loss and config.loss_facts.data == "text":
         said.append(say("{pair_file} is not read: {loss=} trains on {data_file}", config))
+    if trains(config) and config.l2wrap and config.loss and not config.loss_facts.predicts:
+        said.append(say("{l2wrap} 1 has no effect: {loss=} predicts no token", config))
     if trains(config) and config.trust_reference and not config.loss_facts.reference:
         said.append(say("{trust_reference} has no effect: {loss=} has no reference model", config))
     if config.drop_ties and not config.pair_file and not config.val_file:

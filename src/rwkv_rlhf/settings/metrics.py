@@ -30,7 +30,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "loss": Metric(
         "training: what is minimised, without the L2Wrap penalty; held out: plain negative log-likelihood of the text, "
-        "of the chosen or of the good answers",
+        "of the chosen or of the good answers; of a reward model its own loss",
         "nats/token, or of the loss",
         panel="loss",
         short="loss",
@@ -76,12 +76,14 @@ METRICS: dict[str, Metric] = {
         "chosen_reward - reject_reward", "rewards of the loss", panel="margin of rewards", better="higher"
     ),
     "chosen_reward": Metric(
-        "implicit reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
-        "summed, SimPO beta * mean log-probability; ORPO log odds",
+        "reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
+        "summed, SimPO beta * mean log-probability; ORPO log odds; of a reward model what its head says",
         "rewards of the loss",
         better="higher",
     ),
     "reject_reward": Metric("the same of the rejected (or bad) answers", "rewards of the loss"),
+    "reward_min": Metric("held-out pairs: smallest reward that a reward model gives an answer", "rewards"),
+    "reward_max": Metric("held-out pairs: largest reward that a reward model gives an answer", "rewards"),
     "logp_margin": Metric(
         "chosen_logp - reject_logp, less the same of the reference (held out, of the model that training began from or "
         "--reference_model); --eval_only without either: the raw difference",
@@ -128,6 +130,15 @@ METRICS: dict[str, Metric] = {
         "largest |log-probability of sampler - of trainer| over the tokens of the first rollout", "nats", better="lower"
     ),
     "sampled_tokens_per_s": Metric("speed of a rollout, rewards included, over all ranks", "tokens/s"),
+    "value_loss": Metric("PPO: half the squared error of values, clipped", "rewards^2", better="lower"),
+    "explained_variance": Metric(
+        "PPO: share of the returns' variance that the values foretold (1 = all, 0 = no more than a constant)",
+        better="higher",
+    ),
+    "kl_coef": Metric("PPO: weight of the KL penalty in the rewards of the rollout"),
+    "update_kl": Metric(
+        "PPO: how far the policy is from the one that sampled, log-probability then - now", "nats/token"
+    ),
     "lr": Metric("learning rate of the largest group of parameters", panel="learning rate", short="lr"),
     "grad_norm": Metric("norm of the gradient before it is clipped"),
     "tokens": Metric("training: tokens that went through the model in the step; held out: tokens scored", "tokens"),

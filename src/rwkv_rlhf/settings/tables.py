@@ -22,8 +22,10 @@ class LossFacts:
     label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
     fields of Config that mean nothing with most other losses. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
-    unless the user says otherwise. smoothing: label smoothing where none is typed. algorithm: of a loss on sampled
-    answers, what samples and judges them (a subclass of rl/algorithm.py:Algorithm).
+    unless the user says otherwise. smoothing: label smoothing where none is typed. scalar_head: the head of
+    SCALAR_HEADS that the loss trains. predicts: whether tokens are predicted; otherwise the model's own head has
+    nothing to learn. algorithm: of a loss on sampled answers, what samples and judges them (a subclass of
+    rl/algorithm.py:Algorithm).
     """
 
     help: str
@@ -35,8 +37,25 @@ class LossFacts:
     general_text: bool = False
     l2wrap: bool = False
     smoothing: float = 0.0
+    scalar_head: str = ""
+    predicts: bool = True
     algorithm: str = ""
 
+
+@dataclass(frozen=True)
+class ScalarHeadFacts:
+    """A head that makes one number of a hidden state; a base file may lack it. merged: it belongs to a merged model."""
+
+    help: str
+    merged: bool = True
+
+
+SCALAR_HEADS: dict[str, ScalarHeadFacts] = {
+    "score_head": ScalarHeadFacts("the reward of a whole answer, from the state after its last token"),
+    "value_head": ScalarHeadFacts(
+        "what is still to come of an answer's reward, from the state before each token", merged=False
+    ),
+}
 
 LOSSES: dict[str, LossFacts] = {
     "sft": LossFacts(
@@ -84,14 +103,26 @@ LOSSES: dict[str, LossFacts] = {
         l2wrap=True,
         smoothing=0.001,
     ),
-    "rm": LossFacts("a reward model", "pairs", settings=("rm_margin", "rm_centring")),
+    "rm": LossFacts(
+        "a reward model: one number for a whole answer",
+        "pairs",
+        ".losses.reward:RewardLoss",
+        ("rm_margin", "rm_centring"),
+        scalar_head="score_head",
+        predicts=False,
+    ),
     "ppo": LossFacts(
         "proximal policy optimisation against a reward model",
         "prompts",
-        settings=(
-            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "target_kl"),
-            *("early_stopping", "reward_baseline", "output_max_length", "save_freq"),
+        ".losses.ppo:PPO",
+        (
+            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "adap_kl_target"),
+            *("horizon", "target_kl", "early_stopping", "reward_baseline", "reward_clip", "missing_eos_penalty"),
+            *("whiten_rewards", "output_max_length", "save_freq", "cliprange", "cliprange_value", "vf_coef", "gamma"),
+            *("lam", "dual_clip"),
         ),
+        scalar_head="value_head",
+        algorithm=".rl.ppo:PPO",
     ),
     "grpo": LossFacts(
         "group relative policy optimisation with reward functions or a reward model",

@@ -62,10 +62,13 @@ def pair_sample(batch: AnswerBatch, decode: Decode) -> Iterator[Text]:
     prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
     good = [bool(batch.good[0])] if isinstance(batch, RatedBatch) else [True, False]
     for answer, likes in enumerate(good):
-        targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
+        first, end = int(batch.starts[answer]), int(batch.starts[answer + 1])
+        tokens = batch.answers[first + 1 : end].tolist()
+        if (last := int(batch.targets[end - 1])) != IGNORE:  # of an answer that is judged it is among the inputs
+            tokens.append(last)
         shown = prompt[-SHOWN // 2 :]
-        trained = [False] * len(shown) + [True] * len(targets)
-        yield coloured(shown + targets, trained, decode, GOOD if likes else BAD)
+        trained = [False] * len(shown) + [True] * len(tokens)
+        yield coloured(shown + tokens, trained, decode, GOOD if likes else BAD)
 
 
 def text_sample(batch: TextBatch, decode: Decode) -> Text:

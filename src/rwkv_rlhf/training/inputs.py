@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
-from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, file_sizes, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
 from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
@@ -45,11 +45,13 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.algorithm import Algorithm
 from rwkv_rlhf.rl.held_out import held_out_figures, held_out_samples
 from rwkv_rlhf.rl.loop import PromptSteps, Rollouts
-from rwkv_rlhf.rl.rewards import Rewards, open_rewards
+from rwkv_rlhf.rl.rewards import ModelReward, Rewards, open_rewards
 from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.divergence import Divergence
 from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.scoring.reward_model import RewardModel, open_reward_model
+from rwkv_rlhf.scoring.rewards import SCORE_HEAD, margins_of, pair_rewards, reward_figures
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
@@ -114,6 +116,9 @@ class Inputs:
             pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
+        if self.judges:
+            margins_of(pairs, c)
+            return pairs.judged()
         if score and c.loss_facts.reference:
             return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
         return pairs
@@ -147,8 +152,15 @@ class Inputs:
 
     @cached_property
     def rewards(self) -> Rewards:
-        """What --reward_funcs says of answers."""
-        return open_rewards(self.config, {})
+        """What --reward_funcs and --reward_model say of answers. The model is loaded when it is first asked for."""
+        c = self.config
+        models = {"reward_model": ModelReward(self._reward_model(c.reward_model))} if c.reward_model else {}
+        return open_rewards(c, models)
+
+    def _reward_model(self, path: str) -> RewardModel:
+        c, begun = self.config, self.start
+        options = BuildOptions(begun.model.compute_dtype, device=device_for(c.accelerator), wkv_backend=c.wkv_backend)
+        return open_reward_model(path, options, begun.sizes.vocab_size, bases=[begun.path], chunk=c.chunk)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -313,6 +325,12 @@ class Inputs:
             )
         return model, report.layout
 
+    @property
+    def judges(self) -> bool:
+        """Whether answers are judged by a score head: with --rm 1, or when a reward model is evaluated."""
+        named = self.config.loss_facts.scalar_head == SCORE_HEAD
+        return named or (not self.config.loss and self.start.model.scalar_head(SCORE_HEAD) is not None)
+
     def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]] | None:
         """The held-out examples as a function that scores them under the model of the moment; None without any.
 
@@ -326,6 +344,8 @@ class Inputs:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
             pairs = [example for example in self.split_off if isinstance(example, PairExample)]
+            if self.judges:
+                return self._held_out_rewards(pairs)
             known = [pair.reference for pair in pairs]
             if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
                 return self._held_out_pairs(pairs, torch.tensor(known))
@@ -335,7 +355,25 @@ class Inputs:
         if kind_of(c.val_file) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
         file = self._pairs(c.val_file, cap=False)
+        if self.judges and not isinstance(file[0], RatedExample):
+            return self._held_out_rewards(file)
         return self._held_out_pairs(file, self.reference(file) if reference else None)
+
+    def _held_out_rewards(self, pairs: Sequence[PairExample]) -> Callable[[], dict[str, Any]]:
+        """Scores of a reward model. Raises ValueError where there is none: nothing has trained its head."""
+        c, start = self.config, self.start
+        if c.eval_only and not c.load_adapter and SCORE_HEAD not in file_sizes(start.path).heads:
+            raise ValueError(
+                f"{{eval_only}} 1 with {{rm}} 1: {start.path} is no reward model (it has no {SCORE_HEAD}.weight): give "
+                "a merged one, or its checkpoint with {load_adapter}"
+            )
+        margins = margins_of(pairs, c)
+
+        def score() -> dict[str, Any]:
+            with evaluating(start.model):
+                return reward_figures(pair_rewards(start.model, pairs, chunk=c.chunk), margins, c)
+
+        return score
 
     def _held_out_prompts(self) -> Callable[[], dict[str, Any]] | None:
         """The rewards of one answer to each held-out prompt."""

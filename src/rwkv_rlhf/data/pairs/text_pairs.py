@@ -19,12 +19,16 @@ _SCORES = ("score_chosen", "chosen_score"), ("score_rejected", "rejected_score",
 
 @dataclass(frozen=True)
 class TextPair:
-    """Normalised text: the turns before the answer, both answers (reject is empty where there is none), and where."""
+    """Normalised text: the turns before the answer, both answers (reject is empty where there is none), and where.
+
+    margin: by how much the row rates the chosen answer higher, None where it does not say.
+    """
 
     turns: tuple[Turn, ...]
     chosen: str
     reject: str
     where: str
+    margin: float | None = None
 
 
 class ParsedAnswer(NamedTuple):
@@ -87,7 +91,7 @@ def parse_pair(record: dict[str, Any], where: str, need_reject: bool = True) -> 
     refuse_nul([*turns, Turn("assistant", chosen.text), Turn("assistant", reject.text)])
     if chosen.text == reject.text:
         raise RowError("chosen and reject are identical", "identical answers")
-    return TextPair(tuple(turns), chosen.text, reject.text, where)
+    return TextPair(tuple(turns), chosen.text, reject.text, where, margin_of(record))
 
 
 def _score(record: dict[str, Any], names: tuple[str, ...]) -> float | None:
@@ -97,6 +101,15 @@ def _score(record: dict[str, Any], names: tuple[str, ...]) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
+
+
+def margin_of(record: dict[str, Any]) -> float | None:
+    """By how much a row rates the chosen answer higher: its column `margin`, or the difference of both scores."""
+    margin = _score(record, ("margin",))
+    if margin is not None:
+        return margin
+    chosen, reject = (_score(record, names) for names in _SCORES)
+    return None if chosen is None or reject is None else chosen - reject
 
 
 def _tie(record: dict[str, Any], report: DataReport, drop: bool) -> bool:
