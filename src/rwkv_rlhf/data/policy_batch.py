@@ -81,13 +81,14 @@ def pack_policy(
     lengths = torch.tensor([len(answer.ids) for answer in every])
     trained = torch.tensor([answer.trained for answer in every]).repeat_interleave(lengths)
     numbers = {name: torch.cat([answer.numbers[name] for answer in every]) for name in every[0].numbers}
-    numbers = {name: torch.where(trained, values, 0.0) for name, values in numbers.items()}
+    known: dict[str, Any] = {"advantages": torch.zeros(len(trained)), "old_logp": None, "reference_logp": None}
+    known |= {name: torch.where(trained, values, 0.0) for name, values in numbers.items()}
     return kind(
         **tokens._replace(targets=torch.where(trained, tokens.targets, IGNORE))._asdict(),
         reference=None,
         total=total,
         trained_total=max(1.0, trained_total),
-        **{"advantages": torch.zeros(len(trained)), "old_logp": None, "reference_logp": None, **numbers},
+        **known,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.state import State
@@ -115,17 +116,18 @@ class Rows:
     def select(self, rows: list[int]) -> Rows:
         """Some of the rows."""
         index = torch.tensor(rows, device=self.hidden.device)
-        kept = (part.index_select(0, index) for part in (self.draws, self.history, self.first, self.length))
+        vectors = (self.hidden, self.draws, self.history, self.first, self.length)
+        hidden, draws, history, first, length = (part.index_select(0, index) for part in vectors)
         sequences = [self.sequences[row] for row in rows]
-        return Rows(sequences, self.hidden.index_select(0, index), self.state.select(index), *kept)
+        return Rows(sequences, hidden, self.state.select(index), draws, history, first, length)
 
     def _widened(self, width: int) -> Rows:
         """With places for answers of `width` tokens."""
         more = width - self.draws.shape[1]
         if more <= 0:
             return self
-        wide = (torch.nn.functional.pad(part, (0, more)) for part in (self.draws, self.history, self.first))
-        return Rows(self.sequences, self.hidden, self.state, *wide, self.length)
+        draws, history, first = (functional.pad(part, (0, more)) for part in (self.draws, self.history, self.first))
+        return Rows(self.sequences, self.hidden, self.state, draws, history, first, self.length)
 
     def joined(self, new: Rows) -> Rows:
         """With the rows of `new`: in the empty places as far as there are any, the others behind."""

@@ -34,6 +34,7 @@ class GRPO(Algorithm):
         c = self.config
         return SamplingParams(
             temperature=c.grpo_gen_temperature,
+            top_p=c.grpo_gen_topp,
             max_tokens=c.grpo_gen_length,
             samples=c.grpo_gen_count,
             scored_temperature=c.grpo_gen_temperature,
