@@ -42,7 +42,7 @@ def test_ppo_finds_what_is_rewarded(ran, base_model, pairs_csv, tmp_path):
     """
     rewards, out = tmp_path / "rewards.py", tmp_path / "out"
     rewards.write_text(
-        "def small(completion_ids, **_):\n    return [sum(t < 128 for t in x) / 6 for x in completion_ids]"
+        "def small(completion_ids, **_):\n    return [sum(t < 128 for t in x) for x in completion_ids]\n"
     )
     records = ran(
         out,
@@ -51,7 +51,7 @@ def test_ppo_finds_what_is_rewarded(ran, base_model, pairs_csv, tmp_path):
         *("--lr_init", "3e-3", "--lr_final", "3e-3", "--save_freq", 6),
     )
     assert len(records) == 12 * 2 * 2 and records[0]["sampler_gap"] < 1e-5
-    assert records[-1]["reward"] > records[0]["reward"] + 0.15
+    assert records[-1]["reward"] > records[0]["reward"] + 0.9
     assert records[0]["kl_coef"] == 0.01 and records[4]["kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 64 / 10000))
     assert records[0]["update_kl"] == pytest.approx(0, abs=1e-5) and records[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert {"value_loss", "clip_fraction", "entropy", "completion_length", "truncated", "reward_std"} <= set(records[0])
