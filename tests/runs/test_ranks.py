@@ -16,7 +16,7 @@ from tests.support.rank_cases import case, shared_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(390), pytest.mark.xdist_group("ranks")]
 
-CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty", "grpo")
+CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty", "grpo", "ppo")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
 BLOWN = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp")
 SPLIT = [  # (strategy, case): each strategy once, and what its kind of split could change

@@ -36,6 +36,7 @@ PAIRS = ("--dpo", 1, "--micro_bsz", 2)
 LORA = ("--peft", "lora", "--lora_dropout", 0.2, "--quant", 0)
 LONG = ("--epoch_steps", 3, "--epoch_count", 2)
 GROUPS = ("--grpo", 1, "--micro_bsz", 1, "--grpo_gen_count", 3, "--grpo_gen_length", 6, "--reward_funcs", REWARDS)
+VALUES = ("--ppo", 1, "--batch_size", 2, "--ppo_epochs", 2, "--output_max_length", 6, "--reward_funcs", REWARDS)
 TWO = ("--accumulate_grad_batches", 2, "--epoch_steps", 6, "--epoch_count", 1)
 KINDS = {
     "sft full": (*TEXT, "--quant", 0, "--precision", "fp32", *LONG),
@@ -51,6 +52,7 @@ KINDS = {
     "reward model": ("--rm", 1, "--micro_bsz", 2, *LORA, "--val_split", 0.2, *LONG),
     "kto": ("--kto", 1, "--micro_bsz", 4, *LORA, *TWO),
     "grpo": (*GROUPS, "--grpo_passes", 2, "--grpo_dynamic", 1, "--grpo_gen_temperature", 1.5, *LORA, *TWO),
+    "ppo": (*VALUES, "--early_stopping", 1, "--target_kl", 1e-9, *LORA, *LONG),
     "grpo full": (*GROUPS, "--quant", 0, "--precision", "fp32", "--grpo_rollout_steps", 2, *LONG),
 }
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
-from rwkv_rlhf.data.batch import JudgedPair, PairExample, TextExample, pack_judged, pack_pairs, pack_texts
+from rwkv_rlhf.data.batch import AnswerBatch, JudgedPair, PairExample, TextExample, pack_judged, pack_pairs, pack_texts
+from rwkv_rlhf.data.policy_batch import Answer, pack_policy
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores
@@ -17,6 +18,7 @@ from rwkv_rlhf.scoring.forward import answer_hidden, batch_loss, in_chunks, text
 from rwkv_rlhf.scoring.infinite_context import ChunkOptions, run_in_chunks
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from tests.support.models import build, random_tensors
 
 
@@ -106,6 +108,20 @@ def preference_batch(facts):
     return dataclasses.replace(batch, reference=torch.full((3, 2), -1.5) if facts.reference else None)
 
 
+def sampled_batch(facts):
+    """Two answers to each of three prompts, with every number that the algorithm's batch has a field for."""
+    kind, generator = load(facts.algorithm).batch, torch.Generator().manual_seed(7)
+    own = {field.name for field in dataclasses.fields(AnswerBatch)} | {"trained_total"}
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in own]
+
+    def answer(ids):
+        return Answer(ids, True, {name: torch.randn(len(ids), generator=generator).double() for name in names})
+
+    examples = pair_examples()
+    answers = [[answer(pair.chosen), answer(pair.reject)] for pair in examples]
+    return pack_policy(kind, [pair.prompt for pair in examples], answers, total=6.0, trained_total=29.0)
+
+
 # KTO runs in chunks in tests/runs/test_preference_runs.py, distillation in tests/runs/test_distillation.py
 LOSS_CASES = [
     name for name, facts in tables.LOSSES.items() if name in LOSSES and facts.data != "rated" and not facts.teacher
@@ -118,6 +134,8 @@ def test_every_loss_is_that_of_one_long_pass(name):
     loss, text = LOSSES[name], tables.LOSSES[name].data == "text"
     model = build(random_tensors("x070", n_layer=2, heads=loss.facts.scalar_head), torch.float64)
     batch = long_batch() if text else preference_batch(loss.facts)
+    if loss.facts.algorithm:
+        batch = sampled_batch(loss.facts)
     found = []
     for length in (0, 4):
         config = Config(loss=name, smoothing=0.1 if text else 0.0, infctx=length > 0, chunk_ctx=length)

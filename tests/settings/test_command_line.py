@@ -80,7 +80,7 @@ PUBLISHED = {
         None,
     ),
     "reward model": (f"{SIZES} --rm 1 --rlhf_train_file F", None),
-    "ppo": (f"{SIZES} --ppo 1 --reward_model R --rlhf_train_file F", "--ppo 1"),
+    "ppo": (f"{SIZES} --ppo 1 --reward_model R --rlhf_train_file F", None),
     "evaluation": ("--load_model M --eval_only 1 --val_file F --load_adapter A", None),
     "doctor": ("--doctor 1", None),
     "today's dpo": (

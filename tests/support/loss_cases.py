@@ -3,15 +3,18 @@
 Legend: T tokens, n pairs, A answer tokens, C width, V vocabulary.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 
-from rwkv_rlhf.data.batch import IGNORE, JudgedBatch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, JudgedBatch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.data.policy_batch import PolicyBatch
 from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import TokenScores
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.tables import LOSSES as FACTS
 
 C, V = 5, 11
@@ -81,15 +84,15 @@ def rated_batch(kl=0.4, targets=ANSWERS, starts=STARTS, reference=REFERENCE, goo
     )
 
 
-def policy_batch(targets=ANSWERS, starts=STARTS, **numbers):
+def policy_batch(targets=ANSWERS, starts=STARTS, kind=PolicyBatch, **numbers):
     """The answers as four samples, two to each prompt, with numbers (A,) that nothing is at its limit of."""
     draw = torch.Generator().manual_seed(5)
-    known = {"old_logp": 0.0, "reference_logp": 0.5, "advantages": 0.0}
+    own = {field.name for field in fields(AnswerBatch)} | {"trained_total"}
     known = {
-        name: shift - 2 + torch.randn(len(targets), generator=draw, dtype=torch.float64)
-        for name, shift in known.items()
+        name: (0.5 if name == "reference_logp" else 0.0) - 2 + torch.randn(len(targets), generator=draw).double()
+        for name in (field.name for field in fields(kind) if field.name not in own)
     }
-    return PolicyBatch(
+    return kind(
         *answers_of(targets, starts, 2),
         reference=None,
         total=float(len(starts) - 1),
@@ -102,8 +105,9 @@ def batch_of(name):
     """A batch of the kind that the loss takes."""
     if FACTS[name].data == "pairs" and not FACTS[name].predicts:
         return judged_batch()
-    made = {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch, "prompts": policy_batch}
-    return made[FACTS[name].data]()
+    if FACTS[name].data == "prompts":
+        return policy_batch(kind=load(FACTS[name].algorithm).batch)
+    return {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch}[FACTS[name].data]()
 
 
 def scored_answers(*sums_and_counts):

@@ -19,6 +19,7 @@ def case(text, pairs, name):
     sft, dpo = ("--sft", 1, "--data_file", text), ("--dpo", 1, "--dpo_beta", 0.1, "--rlhf_train_file", pairs)
     lora = ("--peft", "lora", "--quant", 1, "--quant_mode", "nf4", "--lora_r", 4, "--lora_dropout", 0)
     groups = ("--grpo_gen_count", 2, "--grpo_gen_length", 5, "--grpo_passes", 2, "--reward_funcs", REWARDS)
+    judged = ("--reward_funcs", REWARDS, "--missing_eos_penalty", 0.5)
     words = {
         "sft": (*sft, "--val_file", text),
         "dpo": (*dpo, "--val_file", pairs),
@@ -28,6 +29,7 @@ def case(text, pairs, name):
         "forgetful": (*sft, "--val_file", text),
         "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
         "grpo": ("--grpo", 1, "--rlhf_train_file", pairs, *groups, "--val_file", pairs),
+        "ppo": ("--ppo", 1, "--rlhf_train_file", pairs, "--ppo_epochs", 2, "--output_max_length", 5, *judged),
         "blown": (*sft, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", 0, "--max_bad_steps", 1),
         "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
         "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
@@ -37,6 +39,7 @@ def case(text, pairs, name):
 
     def of(processes):
         pieces = 2 * parts // processes
-        return [*words, *shape, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
+        rollout = ("--batch_size", size * pieces) if name == "ppo" else ()
+        return [*words, *shape, *rollout, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
 
     return of

@@ -5,6 +5,8 @@ Legend: C width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ class ScalarHead(nn.Module):
     step then reaches the head alone, the second one what is below it.
     """
 
+    __call__: Callable[..., Tensor]  # PyTorch says Any
     weight: nn.Parameter
 
     def __init__(self, width: int) -> None:

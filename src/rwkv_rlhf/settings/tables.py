@@ -57,6 +57,7 @@ SCALAR_HEADS: dict[str, ScalarHeadFacts] = {
     ),
 }
 
+OF_ROLLOUTS = ("reward_funcs", "reward_weights", "entropy_coef", "max_kl", "sample_at_once", "samples_every")
 LOSSES: dict[str, LossFacts] = {
     "sft": LossFacts(
         "supervised fine-tuning: next tokens of text and chats", "text", ".losses.sft:SFT", l2wrap=True, smoothing=0.001
@@ -119,7 +120,7 @@ LOSSES: dict[str, LossFacts] = {
             *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "adap_kl_target"),
             *("horizon", "target_kl", "early_stopping", "reward_baseline", "reward_clip", "missing_eos_penalty"),
             *("whiten_rewards", "output_max_length", "save_freq", "cliprange", "cliprange_value", "vf_coef", "gamma"),
-            *("lam", "dual_clip"),
+            *("lam", "dual_clip", *OF_ROLLOUTS),
         ),
         scalar_head="value_head",
         algorithm=".rl.ppo:PPO",
@@ -132,8 +133,7 @@ LOSSES: dict[str, LossFacts] = {
             *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta", "grpo_kl"),
             *("grpo_kl_unbiased", "grpo_loss", "grpo_advantage", "grpo_scale", "grpo_epsilon", "grpo_epsilon_high"),
             *("grpo_delta", "grpo_mask_truncated", "grpo_overlong_buffer", "grpo_dynamic", "grpo_passes"),
-            *("grpo_rollout_steps", "reward_funcs", "reward_weights", "entropy_coef", "max_kl", "sample_at_once"),
-            "samples_every",
+            *("grpo_rollout_steps", *OF_ROLLOUTS),
         ),
         algorithm=".rl.grpo:GRPO",
     ),
