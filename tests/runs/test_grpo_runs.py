@@ -27,7 +27,7 @@ def words(base_model, vocab_file, pairs_csv, tmp_path):
 
 
 def commands_of(script, **changes):
-    """The words behind `python train.py` of each command in a script of the example, with other values of some flags."""
+    """The words behind `python train.py` of each command in a script of the example; `changes` replace some values."""
     text = (EXAMPLE / script).read_text().replace("\\\n", " ")
     for line in text.splitlines():
         if line.strip().startswith("python train.py "):
@@ -38,12 +38,15 @@ def commands_of(script, **changes):
             yield [word.replace("example/GRPO", str(EXAMPLE)) for word in found]
 
 
-def test_the_example_doubles_the_right_answers(script, tmp_path):
-    """The shipped commands, with fewer steps: right answers to sums that were never practised at least double."""
+def test_the_example_learns_to_answer_rightly(script, tmp_path):
+    """The shipped commands with fewer steps: right answers become more, also to sums that were never practised.
+
+    With all steps they triple (example/GRPO/README.md).
+    """
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    init, sft = commands_of("step-1-pretrain.sh", proj_dir=base, load_model=base / "rwkv-init.pth", epoch_steps=300)
+    init, sft = commands_of("step-1-pretrain.sh", proj_dir=base, load_model=base / "rwkv-init.pth", epoch_steps=400)
     init[init.index("--load_model") + 1] = "0"
-    shorter = {"load_model": base / "rwkv-final.pth", "epoch_steps": 25, "epoch_count": 1}
+    shorter = {"load_model": base / "rwkv-final.pth", "epoch_steps": 30, "epoch_count": 1}
     (grpo,) = commands_of("step-2-train-grpo.sh", proj_dir=tuned, **shorter)
     (compare,) = commands_of("step-3-compare.sh", proj_dir=tmp_path / "eval", load_model=base / "rwkv-final.pth")
     for one in (init, sft, compare, grpo):
@@ -52,10 +55,11 @@ def test_the_example_doubles_the_right_answers(script, tmp_path):
     (before,) = read_jsonl(tmp_path / "eval" / "metrics.jsonl", "eval")
     (after,) = read_jsonl(tuned / "metrics.jsonl", "val")
     assert before["prompts"] == after["prompts"] == 60
-    assert after["rewards/exact"] >= 2 * before["rewards/exact"] > 0.1
+    assert after["rewards/exact"] >= 1.3 * before["rewards/exact"] > 0.1
     steps = read_jsonl(tuned / "metrics.jsonl", "train")
     assert steps[0]["sampler_gap"] <= 1e-5 and all(step["clip_fraction"] == 0 for step in steps)
-    assert sum(step["reward"] for step in steps[-5:]) > sum(step["reward"] for step in steps[:5])
+    right = [step["rewards/exact"] for step in steps]
+    assert sum(right[-5:]) > 1.3 * sum(right[:5])
     shown = read_jsonl(tuned / "samples.jsonl")
     assert {line["rollout"] for line in shown} == {1, 11, 21} and len(shown) == 3 * 4 * 8
     assert {"prompt", "answer", "reward", "rewards", "advantage", "finished"} <= set(shown[0])
@@ -89,7 +93,7 @@ def test_a_broken_reward_stops_the_run_and_loses_nothing(script, words, tmp_path
         (("--reward_funcs", f"{REWARDS}:odd", "--grpo_gen_topp", 0.7), "--grpo_gen_topp 0.7: answers of a cut"),
         (
             ("--reward_funcs", f"{REWARDS}:odd", "--strategy", "fsdp"),
-            "--strategy fsdp gathers the weights of one block",
+            "--strategy fsdp gathers the weights",
         ),
         ((), "--grpo 1 needs --reward_model or --reward_funcs"),
         (
