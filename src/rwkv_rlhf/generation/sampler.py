@@ -147,7 +147,8 @@ class _Run:
         """Up to `free` new sequences, whose prompts have run."""
         if not self.begun:
             self._prefill(free)
-        begun, parts = [], []
+        begun: list[Running] = []
+        parts: list[Begun] = []
         while self.begun and len(begun) < free:
             one = self.begun[0]
             begun.append(Running(self.number, one.request, one.copies.popleft()))
