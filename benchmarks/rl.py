@@ -25,19 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 LAYERS, WIDTH, VOCAB, PROMPT = 12, 768, 65536, 16
 ROWS = [(kind, size) for kind in ("fp32", "bf16") for size in (1, 8, 32, 128)]
-PEER = """
-import sys, time, torch
-from rwkv.model import RWKV
-model = RWKV(model=sys.argv[1], strategy="cpu fp32")
-prompt, tokens = [int(n) for n in torch.randint(1, 65536, (16,))], int(sys.argv[2])
-model.forward(prompt, None)
-begun = time.perf_counter()
-logits, state = model.forward(prompt, None)
-for _ in range(tokens):
-    token = int(torch.multinomial(torch.softmax(logits.float(), 0), 1))
-    logits, state = model.forward([token], state)
-print(tokens / (time.perf_counter() - begun))
-"""
+PEER = Path(__file__).with_name("rl_peer.py")
 
 
 def tensors():
@@ -103,7 +91,7 @@ def measure_peer(tokens: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         torch.save(tensors(), f"{path}.pth")
-        command = [sys.executable, "-c", PEER, str(path), str(tokens)]
+        command = [sys.executable, str(PEER), str(path), str(tokens)]
         variables = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
         out = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment(), **variables})
     return [{"type": "fp32", "at once": 1, "tokens/s": float(out.stdout.splitlines()[-1]), "program": "rwkv package"}]

@@ -9,50 +9,12 @@ from rwkv_rlhf.data.policy_batch import PromptExample
 from rwkv_rlhf.rl.rewards import Judge, RewardError, Rewards, load_functions, open_rewards
 from rwkv_rlhf.rl.rollout import Asked, Sample
 from rwkv_rlhf.settings.config import Config
-
-FILE = """
-import json
-from neighbour import HALF
-
-def exact(prompts, completions, completion_ids, answer, **kwargs):
-    return [1.0 if text == right else 0.0 for text, right in zip(completions, answer)]
-
-def told(prompts, completions, completion_ids, **columns):
-    print(json.dumps([prompts, completions, completion_ids, columns]))
-    return [HALF] * len(prompts)
-
-def narrow(completions):
-    return [len(text) for text in completions]
-
-def tensor(completions, **kwargs):
-    import torch
-    return torch.tensor([0.25] * len(completions))
-
-def raises(completions, **kwargs):
-    return [1 / (text != "3") for text in completions]
-
-def too_few(completions, **kwargs):
-    return [1.0]
-
-def text(completions, **kwargs):
-    return ["good"] * len(completions)
-
-def nan(completions, **kwargs):
-    return [float("nan") if text == "3" else 1.0 for text in completions]
-
-def one_number(**kwargs):
-    return 1.0
-
-def silent(completions, **kwargs):
-    return [None if text == "3" else 1.0 for text in completions]
-"""
+from tests.support.source_files import ROOT
 
 
 @pytest.fixture
-def file(tmp_path):
-    (tmp_path / "neighbour.py").write_text("HALF = 0.5\n")
-    (tmp_path / "rewards.py").write_text(FILE)
-    return tmp_path / "rewards.py"
+def file():
+    return ROOT / "tests" / "support" / "reward_cases.py"
 
 
 def sample(text, raw="1+1", copy=0, **columns):
@@ -111,16 +73,25 @@ def test_rewards_are_weighed_and_none_is_left_out(file):
         ("missing.py:exact", "there is no file"),
         ("{file}", "expected a file and functions in it"),
         ("{file}:exact,exact", "expected a file and functions in it"),
-        ("{file}:wrong", "has no function wrong; it has exact, told"),
+        ("{file}:wrong", "has no function wrong; it has exact"),
         ("{broken}:exact", "cannot be imported: SyntaxError"),
     ],
 )
-def test_a_reward_file_that_is_no_use_is_refused_before_the_run(file, setting, said):
+def test_a_reward_file_that_is_no_use_is_refused_before_the_run(file, setting, said, tmp_path):
     """One sentence with the flag, before a model is loaded into memory for nothing."""
-    (file.parent / "broken.py").write_text("def exact(:\n")
+    (tmp_path / "broken.py").write_text("def exact(:\n")
     with pytest.raises(ValueError) as caught:
-        load_functions(setting.format(file=file, broken=file.parent / "broken.py"))
+        load_functions(setting.format(file=file, broken=tmp_path / "broken.py"))
     assert said in str(caught.value) and "{reward_funcs}" in str(caught.value)
+
+
+def test_a_reward_file_may_import_its_neighbours(tmp_path):
+    """People keep what several reward functions share in a file beside them."""
+    (tmp_path / "neighbour.py").write_text("HALF = 0.5\n")
+    (tmp_path / "mine.py").write_text(
+        "from neighbour import HALF\nhalf = lambda completions: [HALF] * len(completions)\n"
+    )
+    assert load_functions(f"{tmp_path}/mine.py:half")["half"](SAMPLES) == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("weights", ["1", "1,x", "1,2,3", "1,nan"])

@@ -25,7 +25,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 
 PREFILL = 8192  # tokens of prompts that run together
-JOIN = 16  # new sequences come when a 16th of the places is free: each time their prompts cost a pass of their own
+JOIN = 8  # new sequences come when an eighth of the places is free: each time their prompts cost a pass of their own
 EMPTY = 4  # rows without a sequence are taken out when they are more than a fourth of the rows
 OnToken = Callable[[int, int], None]
 
@@ -147,7 +147,8 @@ class _Run:
         """Up to `free` new sequences, whose prompts have run."""
         if not self.begun:
             self._prefill(free)
-        begun, parts = [], []
+        begun: list[Running] = []
+        parts: list[Begun] = []
         while self.begun and len(begun) < free:
             one = self.begun[0]
             begun.append(Running(self.number, one.request, one.copies.popleft()))

@@ -171,12 +171,10 @@ class Rollouts:
     def _collect(self) -> None:
         """Sample, reward, score and judge the answers to the next prompts."""
         begun = time.perf_counter()
-        asked = 0
         kept: list[Group] = []
         spare: list[Group] = []
         for _ in range(1 + self.algorithm.refills):
             new = self._sampled(self.prompts - len(kept))
-            asked += len(new)
             for group, keep in zip(new, self.algorithm.kept(new), strict=True):
                 (kept if keep else spare).append(group)
             if len(kept) == self.prompts:
