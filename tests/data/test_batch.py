@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from rwkv_rlhf.data.batch import IGNORE, PairExample, TextBatch, TextExample, Trained, glue, pack_pairs, pack_texts
+from rwkv_rlhf.data.batch import (
+    IGNORE,
+    JudgedPair,
+    PairExample,
+    TextBatch,
+    TextExample,
+    Trained,
+    glue,
+    pack_judged,
+    pack_pairs,
+    pack_texts,
+)
 
 
 def test_packed_texts():
@@ -37,6 +48,17 @@ def test_packed_pairs():
     assert batch.reference.tolist() == [[-1.0, -2.0], [-3.0, -4.0]]
     assert batch.reference.dtype == torch.float32
     assert batch.total == 2.0
+
+
+def test_pairs_that_are_judged_keep_their_last_token():
+    """A reward model that never reads an answer's last token cannot tell a cut answer from a whole one."""
+    pairs = [JudgedPair([1, 2, 3], [4, 5], [6], margin=0.5), JudgedPair([7], [8], [9, 0])]
+    batch = pack_judged(pairs, total=4)
+    assert (batch.prompts.tolist(), batch.prompt_starts.tolist()) == ([1, 2], [0, 2, 2])
+    assert batch.answers.tolist() == [3, 4, 5, 3, 6, 7, 8, 7, 9, 0]
+    assert batch.starts.tolist() == [0, 3, 5, 7, 10]
+    assert set(batch.targets.tolist()) == {IGNORE}
+    assert (batch.margins.tolist(), batch.total, batch.answers_per_prompt()) == ([0.5, 0.0], 4.0, 2)
 
 
 def test_one_missing_reference_means_none():

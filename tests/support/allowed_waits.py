@@ -9,7 +9,7 @@ IN_A_STEP = {
     "queued and read when the update is",
 }
 IN_A_TOKEN = {
-    "generation/sampler.py:Sampler._sample": "once: the sampled tokens decide which sequences go on; once more where "
+    "generation/sampler.py:_Run._sample": "once: the sampled tokens decide which sequences go on; once more where "
     "the likeliest tokens that were sorted do not reach top_p",
 }
 BESIDE = {

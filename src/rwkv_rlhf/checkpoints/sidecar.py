@@ -32,7 +32,8 @@ class Sidecar:
     """Everything that a checkpoint of training does not say itself.
 
     `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
-    `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
+    `quant_mode` while training, `plan` the rows of the layer profile. `base_path` is where `base_file` was; its
+    `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
     base before training ("" without). `template` is how conversations were written (--template),
     `sha256` that of the checkpoint itself; both "" in files of older programs.
@@ -40,6 +41,7 @@ class Sidecar:
 
     version: str
     base_file: str = ""
+    base_path: str = ""
     base_sha256: str = ""
     quant_mode: str = "none"
     packed: tuple[str, ...] = ()
@@ -62,6 +64,7 @@ def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path
     return Sidecar(
         version=version,
         base_file=Path(base).name if base else "",
+        base_path=str(Path(base).resolve()) if base else "",
         base_sha256=sha256 or (file_hash(base) if base else ""),
         quant_mode=layout.store,
         packed=tuple(sorted(layout.packed)),

@@ -20,10 +20,12 @@ from rwkv_rlhf.commands.flag_groups import (
     ADAPTER_HINTS,
     adapter_flags,
     add_adapter_flags,
+    add_devices_flag,
     add_model_flags,
     add_text_flags,
     reading_of,
 )
+from rwkv_rlhf.commands.several import several
 from rwkv_rlhf.data.conversation import Turn, normalise
 from rwkv_rlhf.data.items import Found, read_items
 from rwkv_rlhf.data.report import DataReport
@@ -32,9 +34,10 @@ from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, check_writable
 from rwkv_rlhf.generation.opening import open_model
-from rwkv_rlhf.generation.sampler import Completion, Sampler
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import (
     SamplingParams,
     add_sampling_flags,
@@ -60,8 +63,9 @@ def parser() -> Parser:
     flags.add_argument("--prompt_file", default="", help="file of prompts, chats or pairs; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)
-    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered in one batch [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered at once [32]")
     add_text_flags(flags)
+    add_devices_flag(flags)
     return flags
 
 
@@ -101,11 +105,14 @@ def answer_file(
         raise ValueError(f"{flags.prompt_file} has no prompt")
     check_writable(flags.output)
     model, tokenizer = load()
-    sampler, answers = Sampler(model, tokenizer), list[Completion]()
-    for begin in range(0, len(cues), flags.batch_size):
-        some = [template.ids(text, tokenizer) for text in cues[begin : begin + flags.batch_size]]
-        seeds = [params.seed + begin + row for row in range(len(some))]
-        answers += sampler.generate(some, params, seeds=seeds)
+    mine = range(ranks.rank(), len(cues), ranks.world_size())
+    prompts = [template.ids(cues[row], tokenizer) for row in mine]
+    seeds = [params.seed + row for row in mine]
+    found = Sampler(model, tokenizer).generate(prompts, params, seeds=seeds, at_once=flags.batch_size)
+    by_row = {row: one for part in ranks.all_gather(dict(zip(mine, found, strict=True))) for row, one in part.items()}
+    if not ranks.is_rank_zero():
+        return
+    answers = [by_row[row] for row in range(len(cues))]
     with atomic_write(flags.output) as file:
         for row, one in zip(rows, answers, strict=True):
             answer = one.text.strip() if template.assistant else one.text
@@ -236,6 +243,9 @@ def main(argv: Sequence[str]) -> None:
             return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file, **said)
 
     if flags.prompt_file:
-        answer_file(flags, template, params, load)
+        with several(flags, "chat", argv):
+            answer_file(flags, template, params, load)
+    elif (flags.devices or 1) > 1:
+        raise ValueError(f"--devices {flags.devices}: a conversation runs in one process; it is for --prompt_file")
     else:
         talk(template, params, load)

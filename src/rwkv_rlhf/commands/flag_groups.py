@@ -49,6 +49,11 @@ def adapter_flags(flags: Namespace) -> AdapterFlags:
     return said
 
 
+def add_devices_flag(flags: Parser) -> None:
+    """--devices of a command whose rows several processes share (`several.py`)."""
+    flags.add_argument("--devices", type=int, help="processes that share the rows, one a GPU [1, or torchrun's]")
+
+
 def add_vocabulary_flag(flags: Parser) -> None:
     """--vocab_file."""
     flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")

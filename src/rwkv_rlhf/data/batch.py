@@ -78,12 +78,21 @@ class TextExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known."""
+    """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known.
+
+    margin: by how much the file rates the chosen answer higher, in its own units; None where it does not say.
+    """
 
     prompt: list[int]
     chosen: list[int]
     reject: list[int]
     reference: tuple[float, float] | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class JudgedPair(PairExample):
+    """A pair whose answers are judged as wholes, after their last token, and of which no token is predicted."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +257,17 @@ class PairBatch(AnswerBatch):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgedBatch(PairBatch):
+    """Pairs whose answers are judged as wholes: `answers` holds each answer's last token too, all targets are IGNORE.
+
+    Attributes:
+        margins: (n,) float32, by how much the file rates the chosen answers higher; 0 where it does not say.
+    """
+
+    margins: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class RatedBatch(AnswerBatch):
     """Single answers that are good or bad: starts (n+1,), reference (n,).
 
@@ -347,7 +367,7 @@ def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> P
         if not (example.prompt and example.chosen and example.reject):
             raise ValueError("a preference pair needs a prompt and two answers of at least one token")
     return PairBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
         reference=_references(examples),
         total=float(len(examples) if total is None else total),
     )
@@ -363,7 +383,7 @@ class _Answers(NamedTuple):
     starts: torch.Tensor
 
 
-def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
+def forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
     """Prompts that each run once and their answers, equally many for each prompt."""
     inputs = [[prompt[-1], *answer[:-1]] for prompt, some in zip(prompts, answers) for answer in some]
     targets = [answer for some in answers for answer in some]
@@ -374,6 +394,29 @@ def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
         targets=_flat(targets),
         starts=_starts([len(answer) for answer in targets]),
     )
+
+
+def pack_whole(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> AnswerBatch:
+    """Packs prompts and their whole answers, equally many for each prompt, to be judged after their last token."""
+    inputs = [[prompt[-1], *answer] for prompt, some in zip(prompts, answers, strict=True) for answer in some]
+    tokens = _flat(inputs)
+    return AnswerBatch(
+        prompts=_flat([prompt[:-1] for prompt in prompts]),
+        prompt_starts=_starts([len(prompt) - 1 for prompt in prompts]),
+        answers=tokens,
+        targets=torch.full_like(tokens, IGNORE),
+        starts=_starts([len(answer) for answer in inputs]),
+        reference=None,
+        total=float(len(prompts)),
+    )
+
+
+def pack_judged(examples: Sequence[JudgedPair], total: float | None = None) -> JudgedBatch:
+    """Packs pairs that are judged as wholes; `total` is the step's number of pairs, the batch's own when None."""
+    whole = pack_whole([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples])
+    shared = {f.name: getattr(whole, f.name) for f in fields(AnswerBatch)}
+    margins = torch.tensor([e.margin or 0.0 for e in examples], dtype=torch.float32)
+    return JudgedBatch(**shared | {"total": float(len(examples) if total is None else total)}, margins=margins)
 
 
 def _references(examples: Sequence[PairExample]) -> torch.Tensor | None:
@@ -396,7 +439,7 @@ def pack_rated(
     good = [e.good for e in examples]
     reference = _references(examples)
     return RatedBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
         reference=None if reference is None else reference[:, 0],
         total=float(len(examples) if total is None else total),
         good=torch.tensor(good),
@@ -409,7 +452,7 @@ def _to_other_prompts(examples: Sequence[RatedExample]) -> AnswerBatch:
     """The answers to other prompts that come with rated answers."""
     reference = _references(examples)
     return AnswerBatch(
-        *_forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
         reference=None if reference is None else reference[:, 1],
         total=float(len(examples)),
     )
@@ -419,6 +462,8 @@ def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float |
     """Packs examples of any kind (one kind at a time)."""
     if rated := [e for e in examples if isinstance(e, RatedExample)]:
         return pack_rated(rated, total)
+    if judged := [e for e in examples if isinstance(e, JudgedPair)]:
+        return pack_judged(judged, total)
     if pairs := [e for e in examples if isinstance(e, PairExample)]:
         return pack_pairs(pairs, total)
     return pack_texts([e for e in examples if isinstance(e, TextExample)], total)

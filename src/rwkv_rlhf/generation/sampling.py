@@ -25,19 +25,23 @@ def sequence_seed(seed: int, index: int) -> int:
     return (x ^ (x >> 31)) & MASK_63
 
 
-def penalise(logits: Tensor, history: Tensor, first: Tensor, params: SamplingParams) -> Tensor:
+def penalise(
+    logits: Tensor, history: Tensor, first: Tensor, params: SamplingParams, length: Tensor | None = None
+) -> Tensor:
     """logits (B, V) float32, history (B, t) sampled ids, first (B, t) bool: first occurrence -> (B, V), a copy.
 
     Subtracts presence + frequency * sum_i penalty_decay^(t-1-i) over the occurrences i of each token, and forbids the
-    banned.
+    banned. Of row b only the first `length` (B,) int64 ids count, all t if None.
     """
     logits = logits.clone()
     steps = history.shape[1]
-    if steps and (params.presence or params.frequency):
-        age = torch.arange(steps - 1, -1, -1, device=logits.device, dtype=logits.dtype)
-        weight = params.frequency * params.penalty_decay**age + params.presence * first.to(logits.dtype)  # (B, t)
-        logits.scatter_add_(1, history, -weight)
-    for token in params.banned:
+    if steps and params.penalised:
+        ends = torch.full_like(history[:, 0], steps) if length is None else length
+        age = ends[:, None] - 1 - torch.arange(steps, device=logits.device)  # (B, t), below 0 behind the end
+        decayed = params.penalty_decay ** age.clamp(min=0).to(logits.dtype)
+        weight = params.frequency * decayed + params.presence * first.to(logits.dtype)
+        logits.scatter_add_(1, history, -weight * (age >= 0))
+    for token in params.banned:  # one by one: a list of ids would be copied to a GPU, which is waited for
         logits[:, token] = float("-inf")
     return logits
 

@@ -74,11 +74,27 @@ class Loss(ABC, Generic[BatchT]):
         """
         return None
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
-        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
-        stats, gather = self.required_stats(config), self.gathered_tokens(batch)
+    def temperature(self, config: Config) -> float:
+        """What logits are divided by before the softmax."""
+        return 1.0
+
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
+        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to.
+
+        `scalar`: the scalar head that `facts` names.
+        """
         scores = token_scores(
-            head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk, trained=batch.trained
+            head,
+            hidden,
+            batch.targets,
+            self.required_stats(config),
+            gather=self.gathered_tokens(batch),
+            scalar=scalar,
+            temperature=self.temperature(config),
+            head_chunk=config.head_chunk,
+            trained=batch.trained,
         )
         return self(scores, batch, config)
 

@@ -113,7 +113,17 @@ def pair_metrics(
         found |= {"logp_margin": decisive.sum(), "logp_accuracy": ahead(decisive).sum()}
         found |= {"raw_accuracy": ahead(raw.margin()).sum()}
     if rewards is not None:
-        decisive = rewards.margin()
-        found |= {"reward_margin": decisive.sum()}
-        found |= {"chosen_reward": rewards.chosen.sum(), "reject_reward": rewards.reject.sum()}
+        return found | reward_metrics(rewards)
     return found | {"accuracy": ahead(decisive).sum()}
+
+
+@torch.no_grad()
+def reward_metrics(rewards: AnswerValues) -> dict[str, Tensor]:
+    """What is logged of the rewards of pairs, as sums over them."""
+    margin = rewards.margin()
+    return {
+        "reward_margin": margin.sum(),
+        "chosen_reward": rewards.chosen.sum(),
+        "reject_reward": rewards.reject.sum(),
+        "accuracy": ahead(margin).sum(),
+    }

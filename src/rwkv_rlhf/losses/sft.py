@@ -32,7 +32,9 @@ class SFT(TextLoss):
         metrics = {"loss": value.detach(), "nll": -scores.logp.detach().sum()}
         return LossValue(value, metrics).with_l2wrap(token_penalty(scores))
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: TextBatch, config: Config) -> LossValue:
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: TextBatch, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
         # float16 gradients live by the loss scale, which only the backward pass knows
         if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
             return super().from_hidden(head, hidden, batch, config)

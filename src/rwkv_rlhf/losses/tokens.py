@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.data.batch import Trained
+from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
 from rwkv_rlhf.ops.random_state import RandomState, replay
@@ -31,6 +32,7 @@ class RequiredStats(NamedTuple):
     mean: bool = False
     max: bool = False
     square: bool = False  # costs one more product with the head
+    entropy: bool = False  # as that, and two for its gradient
 
 
 class TokenScores(NamedTuple):
@@ -43,7 +45,9 @@ class TokenScores(NamedTuple):
     mean_logp: Tensor | None = None  # the mean over the vocabulary of log p
     max_logit: Tensor | None = None  # the largest logit
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
+    entropy: Tensor | None = None  # -sum_v p(v) log p(v), nats
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
+    scalar: Tensor | None = None  # what a scalar head says after each input, at ignored positions too
 
     def present(self) -> dict[str, Tensor]:
         """What was asked for, by field."""
@@ -53,6 +57,11 @@ class TokenScores(NamedTuple):
 LOGP_ONLY = RequiredStats()
 
 
+def at_temperature(hidden: Tensor, temperature: float) -> Tensor:
+    """Hidden states whose logits, the head being linear, are those of `hidden` divided by `temperature`."""
+    return hidden if temperature == 1 else hidden / temperature
+
+
 def token_scores(
     head: nn.Module,
     hidden: Tensor,
@@ -60,6 +69,8 @@ def token_scores(
     stats: RequiredStats = LOGP_ONLY,
     *,
     gather: Tensor | None = None,
+    scalar: nn.Module | None = None,
+    temperature: float = 1.0,
     head_chunk: int = HEAD_CHUNK,
     trained: Trained | None = None,
 ) -> TokenScores:
@@ -70,18 +81,20 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
     ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
+    `scalar`: a scalar head to ask too. `temperature`: what logits are divided by, by way of the hidden states.
     `trained`: the positions whose target is not IGNORE, where that is known: else a GPU is waited for.
     Raises ValueError for a chunk below 1 and, on a CPU, for a token outside the vocabulary. A GPU is not asked: the
     readers of data look at every token.
     """
     assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
-    rows, asked, wanted = _rows(hidden, targets, head_chunk, trained)
+    rows, asked, wanted = _rows(at_temperature(hidden, temperature), targets, head_chunk, trained)
     if gather is not None and rows is not None:
         gather = gather[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
         logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, asked, *params)
         square = _log_squares(head, asked, head_chunk) if stats.square else None
+        entropy = token_entropy(head, asked, head_chunk) if stats.entropy else None
 
     def spread(value: Tensor | None) -> Tensor | None:
         return None if value is None else _spread(value, rows, targets)
@@ -91,7 +104,9 @@ def token_scores(
         mean_logp=spread(mean if stats.mean else None),
         max_logit=spread(top if stats.max else None),
         log_square=spread(square),
+        entropy=spread(entropy),
         gathered=spread(gathered),
+        scalar=None if scalar is None else scalar(hidden),
     )
 
 

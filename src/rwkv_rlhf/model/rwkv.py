@@ -1,4 +1,4 @@
-"""The model: embedding, blocks, final norm, head. One class for every version; the blocks differ.
+"""The model: embedding, blocks, final norm, head, perhaps scalar heads. One class for every version; the blocks differ.
 
 Legend: B batch, T tokens, C width, V vocabulary, S packed segments.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
@@ -46,6 +47,14 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
+        for name in sizes.heads:
+            self.add_module(name, ScalarHead(sizes.n_embd))
+
+    def scalar_head(self, name: str) -> ScalarHead | None:
+        """The scalar head `name`; None when there is none of that name, or "" is asked for."""
+        found = getattr(self, name) if name in self.sizes.heads else None
+        assert found is None or isinstance(found, ScalarHead)
+        return found
 
     def initial_state(self, rows: int) -> State:
         """What `rows` sequences remember before any token; the same as no state at all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
@@ -77,12 +77,16 @@ def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> Lo
     `config.bptt` truncated, without any across their borders).
     """
     if not config.chunk or not len(batch.targets):
-        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config)
+        scalar = model.scalar_head(loss.facts.scalar_head)
+        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config, scalar)
     how = ChunkOptions(truncated=config.bptt == "truncated", offload=config.state_offload)
     if isinstance(batch, TextBatch):
         return chunked_text_loss(model, batch, loss, config, how)
     stats = loss.required_stats(config)
-    scores = chunked_scores(model, batch, config.chunk, stats, how, head_chunk=config.head_chunk)
+    scalar, temperature = model.scalar_head(loss.facts.scalar_head), loss.temperature(config)
+    scores = chunked_scores(
+        model, batch, config.chunk, stats, how, scalar=scalar, temperature=temperature, head_chunk=config.head_chunk
+    )
     return loss(scores, batch, config)
 
 
@@ -106,24 +110,50 @@ def chunked_scores(
     stats: RequiredStats = LOGP_ONLY,
     how: ChunkOptions = EXACT,
     *,
+    scalar: nn.Module | None = None,
     head_chunk: int,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        targets, trained = batch.targets[span], batch.trained.chunk(span)
-        return token_scores(model.head, hidden, targets, stats, head_chunk=head_chunk, trained=trained).present()
+        found = token_scores(
+            model.head,
+            hidden,
+            batch.targets[span],
+            stats,
+            scalar=scalar,
+            temperature=temperature,
+            head_chunk=head_chunk,
+            trained=batch.trained.chunk(span),
+        )
+        return found.present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
 
 @torch.no_grad()
-def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> Tensor:
+def answer_logp(
+    model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0, temperature: float = 1.0
+) -> Tensor:
     """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
     if chunk:
-        return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
-    hidden = answer_hidden(model, batch)
-    return token_scores(model.head, hidden, batch.targets, head_chunk=head_chunk, trained=batch.trained).logp
+        return chunked_scores(model, batch, chunk, head_chunk=head_chunk, temperature=temperature).logp
+    hidden, trained = answer_hidden(model, batch), batch.trained
+    scores = token_scores(
+        model.head, hidden, batch.targets, temperature=temperature, head_chunk=head_chunk, trained=trained
+    )
+    return scores.logp
+
+
+@torch.no_grad()
+def token_scalars(model: RWKV, batch: AnswerBatch, name: str, chunk: int = 0) -> Tensor:
+    """(A,) what the scalar head `name` says after each input of the answers, without a graph; `chunk` as above."""
+    head = model.scalar_head(name)
+    assert head is not None, name
+    if not chunk:
+        return head(answer_hidden(model, batch))
+    return run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {name: head(hidden)})[name]
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:

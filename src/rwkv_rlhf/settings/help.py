@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings import policy_tables, tables
 from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, settings
 from rwkv_rlhf.settings.constraints import LIMITS
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
@@ -30,6 +30,9 @@ EXPLAINED: dict[str, Mapping[str, Any]] = {
     "format": SHAPES,
     "optim": tables.OPTIMIZERS,
     "wkv_backend": tables.BACKENDS,
+    "grpo_loss": policy_tables.GRPO_LOSSES,
+    "grpo_advantage": policy_tables.ADVANTAGES,
+    "grpo_scale": policy_tables.SCALES,
 }
 # setting -> a value for the example, where the default says too little
 EXAMPLES = {
@@ -64,6 +67,12 @@ EXAMPLES = {
     "teacher_model": "large.pth",
     "reward_model": "out/rm/rwkv-final.pth",
     "reward_funcs": "rewards.py:exact,format",
+    "reward_weights": "1,0.5",
+    "grpo_epsilon_high": "0.28",
+    "grpo_delta": "4",
+    "grpo_overlong_buffer": "256",
+    "grpo_dynamic": "4",
+    "entropy_coef": "0.001",
     "data_file": "example/SFT/chats.jsonl",
     "pair_file": "example/DPO/output_save/pairs.save",
     "vocab_file": "tokenizer.json",

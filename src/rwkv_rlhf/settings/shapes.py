@@ -20,6 +20,8 @@ SCORES: tuple[Names, Names] = (
     ("score_rejected", "rejected_score", "score_reject"),
 )
 
+MARGIN = "margin"  # by how much the chosen answer is better, where that is no difference of scores
+
 THINKING = ("keep", "drop")  # what --thinking may say
 
 # kind of what a shape holds -> what messages call it

@@ -19,10 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.data.batch import Batch
+from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.metrics import log_new_run
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
 from rwkv_rlhf.training.module import TrainingModule
@@ -31,18 +33,19 @@ from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
 
 
-class MicroBatches(Dataset[Batch]):
+class MicroBatches(Dataset[Batch | PromptBatch]):
     """Micro-batch k of this rank, counted from the very start of training.
 
-    With `ahead`, for a GPU, a thread reads k + 1 into pinned memory while k is at work.
+    With `ahead`, for a GPU, a thread reads k + 1 into pinned memory while k is at work. Prompts, whose answers are
+    still to be sampled, are not read ahead.
     """
 
-    def __init__(self, steps: Steps | MixedSteps, ahead: bool = False) -> None:
-        self.steps, self.ahead = steps, ahead
+    def __init__(self, steps: Steps | MixedSteps | PromptSteps, ahead: bool = False) -> None:
+        self.steps, self.ahead = steps, ahead and not isinstance(steps, PromptSteps)
         self._reader: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[Batch]] = {}
+        self._coming: dict[int, Future[Batch | PromptBatch]] = {}
 
-    def __getitem__(self, k: int) -> Batch:
+    def __getitem__(self, k: int) -> Batch | PromptBatch:
         if not self.ahead:
             return self.steps.micro_batch(k)
         if self._reader is None:  # pinned memory belongs to the device of the thread that asks for it
@@ -52,8 +55,9 @@ class MicroBatches(Dataset[Batch]):
         self._coming = {k + 1: self._reader.submit(self._read, k + 1)}
         return batch.result()
 
-    def _read(self, k: int) -> Batch:
-        return self.steps.micro_batch(k).pin_memory()
+    def _read(self, k: int) -> Batch | PromptBatch:
+        batch = self.steps.micro_batch(k)
+        return batch if isinstance(batch, PromptBatch) else batch.pin_memory()
 
 
 class EpochPositions(Sampler[int]):
@@ -87,7 +91,7 @@ def micro_batches_per_epoch(config: Config) -> int:
     return config.steps_per_epoch * config.accumulate_grad_batches
 
 
-def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
+def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
     """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
 
     Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
@@ -107,7 +111,7 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
     return count
 
 
-def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
+def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Schedule:
     """The schedule of this run and of what --epoch_begin says is done."""
     per_epoch = config.steps_per_epoch
     return Schedule(
@@ -133,7 +137,7 @@ def _callbacks(config: Config, folder: Path, settings: dict[str, Any], save: Sav
 
 def fit(
     module: TrainingModule,
-    steps: Steps | MixedSteps,
+    steps: Steps | MixedSteps | PromptSteps,
     config: Config,
     run: RunFolder,
     settings: dict[str, Any],

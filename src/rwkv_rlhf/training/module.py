@@ -17,12 +17,14 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import Batch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.kinds import LossValue
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.rl.loop import Rollouts
 from rwkv_rlhf.scoring.divergence import mismatch_ratio
 from rwkv_rlhf.scoring.evaluation import evaluating
 from rwkv_rlhf.scoring.forward import batch_loss
@@ -82,7 +84,7 @@ class TrainingModule(pl.LightningModule):
 
     A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
     loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean. A `teacher`
-    that runs along is asked about each batch first.
+    that runs along is asked about each batch first; `rollouts` puts sampled answers in the place of prompts.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class TrainingModule(pl.LightningModule):
         schedule: Schedule,
         folder: Path,
         teacher: Teacher | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -101,6 +104,7 @@ class TrainingModule(pl.LightningModule):
         self.schedule = schedule
         self.folder = folder
         self.teacher = teacher  # no torch module, so nothing of it is trained or saved
+        self.rollouts = rollouts  # as the teacher
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
         self.loss = LOSSES[config.loss or tables.PRETRAINING]
@@ -122,13 +126,16 @@ class TrainingModule(pl.LightningModule):
         """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
         return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
-    def training_step(self, batch: Batch, index: int) -> Tensor | None:
+    def training_step(self, batch: Batch | PromptBatch, index: int) -> Tensor | None:
         """One micro-batch -> its share of the optimizer step's loss.
 
         When that is not a number, one process on a CPU returns None. Several go on with it, so that all see it in the
         gradient, and so does a GPU, which is not asked before the step's end. The step is left out in every case.
         """
         heartbeat(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
+        if isinstance(batch, PromptBatch):
+            assert self.rollouts is not None
+            batch = self.rollouts(batch).to(self.device)
         if self.teacher is not None and isinstance(batch, TextBatch):
             batch = self.teacher(batch)
         if isinstance(batch, RatedBatch):
@@ -238,6 +245,8 @@ class TrainingModule(pl.LightningModule):
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
         self._close_record()
+        if self.rollouts is not None:
+            self.rollouts.step_done(self.last_record)
         for call in self.after_step:
             call()
 
@@ -264,6 +273,8 @@ class TrainingModule(pl.LightningModule):
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
             record["pref_percentage"] = self.pref_percentage
+        if self.rollouts is not None:
+            record |= self.rollouts.figures
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)
@@ -271,9 +282,12 @@ class TrainingModule(pl.LightningModule):
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run must know of the steps before it."""
-        return {name: getattr(self, name) for name in COUNTERS}
+        found = {name: getattr(self, name) for name in COUNTERS}
+        return found if self.rollouts is None else found | {"rollouts": self.rollouts.state()}
 
     def take_counters(self, counters: dict[str, Any]) -> None:
         """Go on counting where `counters` was called."""
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        if self.rollouts is not None:
+            self.rollouts.take_state(counters["rollouts"])

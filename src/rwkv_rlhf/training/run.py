@@ -16,6 +16,8 @@ from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, fingerprint
 from rwkv_rlhf.reports.metrics import append_json
+from rwkv_rlhf.reports.samples import SampleTable
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
@@ -64,13 +66,18 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     steps = inputs.training()
     ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
+    rollouts = None
+    if isinstance(steps, PromptSteps):
+        start.model.eval()  # a dropout would set the policy that learns apart from the one that samples
+        rollouts = inputs.rollouts(steps)
+        rollouts.listeners.append(SampleTable(folder, config.samples_every))
     if point is not None:
         take_weights(start.model, point, start.hash)
     elif config.load_adapter:
         resume_adapter(config, start)
     for line in start.report.lines():
         log.info(line)
-    module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
+    module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     sidecar = run_sidecar(config, folder, start)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():

@@ -119,6 +119,19 @@ def test_scores_that_are_missing_are_no_ties(tmp_path):
     assert dict(report.skipped) == {"tie: both answers have the same score": 1}
 
 
+def test_margins_of_rows(tmp_path, world):
+    """A column margin, else the difference of both scores, else nothing; it survives tokenising and the cap."""
+    rows = ["1.5,,", ",8,3", "2,8,3", ",nan,3", "inf,,"]
+    lines = [f"p{n},x {'long ' * 9},y,{row}" for n, row in enumerate(rows)]
+    path = write(
+        tmp_path / "a.csv", "\n".join(["prompt,chosen,reject,margin,score_chosen,score_rejected", *lines]) + "\n"
+    )
+    for most in (0, 4):
+        pairs = open_pairs(path, world, max_len=most)
+        assert [pair.margin for pair in pairs] == [1.5, 5.0, 2.0, None, None]
+        assert [pair.margin for pair in pairs.judged()] == [1.5, 5.0, 2.0, None, None]
+
+
 def test_rows_without_rejects_for_the_generator(tmp_path):
     """rlhf_generate_reject_csv.py reads the same files with the rejects still empty or the column absent."""
     pairs, _ = rows(write(tmp_path / "a.csv", "prompt,chosen\np,x\n"), reading=SPARE)

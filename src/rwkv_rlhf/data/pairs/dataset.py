@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, overload
 
-from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.data.batch import JudgedPair, PairExample
 from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
 from rwkv_rlhf.data.pairs.save import read_save, read_sidecar
@@ -60,13 +60,21 @@ class Pairs(Sequence[PairExample]):
         """Pairs of one prompt must not be torn apart by a held-out split."""
         return tuple(self._pairs[index].prompt)
 
+    def judged(self) -> "Pairs":
+        """The same pairs, to be judged as wholes."""
+        return self._of([JudgedPair(p.prompt, p.chosen, p.reject, margin=p.margin) for p in self._pairs])
+
     def with_reference(self, sums: Sequence[Sequence[float]]) -> "Pairs":
         """The same pairs with `sums` (n, 2), summed log-probabilities of (chosen, reject), as reference scores."""
         assert len(sums) == len(self)
+        scored = zip(self._pairs, sums)
+        return self._of([dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored])
+
+    def _of(self, pairs: Sequence[PairExample]) -> "Pairs":
+        """The same file's pairs in another form."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        scored = zip(self._pairs, sums)
-        new._pairs = [dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored]
+        new._pairs = pairs
         return new
 
 

@@ -15,18 +15,22 @@ from rwkv_rlhf.settings.formats import names_of_formats
 
 @dataclass(frozen=True)
 class TextPair:
-    """Normalised text: the turns before the answer, both answers (reject is empty where there is none), and where."""
+    """Normalised text: the turns before the answer, both answers (reject is empty where there is none), and where.
+
+    margin: by how much the row rates the chosen answer higher, None where it does not say.
+    """
 
     turns: tuple[Turn, ...]
     chosen: str
     reject: str
     where: str
+    margin: float | None = None
 
 
 def text_pair(item: Item, where: str) -> TextPair:
     """The pair that a row holds."""
     assert isinstance(item, Pair)
-    return TextPair(item.turns, item.chosen, item.reject, where)
+    return TextPair(item.turns, item.chosen, item.reject, where, item.margin)
 
 
 def _tie(pair: Pair, report: DataReport, drop: bool) -> bool:

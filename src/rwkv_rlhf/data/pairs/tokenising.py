@@ -48,7 +48,9 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     """
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
-    capped = PairExample(cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len])
+    capped = PairExample(
+        cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len], margin=pair.margin
+    )
     if capped.chosen == capped.reject:
         raise RowError(
             f"chosen and reject do not differ in their first {max_len} tokens (--rlhf_max_corpus_len)",
@@ -161,7 +163,7 @@ class PairTokeniser:
         try:
             prompt, answers = template.render(row.turns, [row.chosen, row.reject])
             chosen, reject = ([*template.ids(text, self.tokenizer), *template.end_ids] for text in answers)
-            pair = PairExample(template.ids(prompt, self.tokenizer), chosen, reject)
+            pair = PairExample(template.ids(prompt, self.tokenizer), chosen, reject, margin=row.margin)
             return cap_pair(pair, self.options.max_len, self.report)
         except RowError as error:
             self.report.bad(row.where, error)

@@ -9,7 +9,7 @@ from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.shapes.answer import parse_answer
 from rwkv_rlhf.data.shapes.question import question_turns
 from rwkv_rlhf.data.shapes.record import Pair, Record
-from rwkv_rlhf.settings.shapes import CHOSEN, PROMPT, REJECT, SCORES, Names
+from rwkv_rlhf.settings.shapes import CHOSEN, MARGIN, PROMPT, REJECT, SCORES, Names
 
 # where the prompt may stand beside two answers, in this order
 ASKED: tuple[Names, ...] = (PROMPT, ("instruction",), ("conversations", "conversation"), ("messages",))
@@ -61,7 +61,15 @@ def make_pair(record: Record, turns: list[Turn], chosen: str, reject: str) -> Pa
     refuse_nul([Turn("assistant", chosen), Turn("assistant", reject)])
     if chosen == reject:
         raise RowError("chosen and reject are identical", "identical answers")
-    return Pair(asked, chosen, reject, (score(record.get(*SCORES[0])), score(record.get(*SCORES[1]))))
+    scores = score(record.get(*SCORES[0])), score(record.get(*SCORES[1]))
+    return Pair(asked, chosen, reject, scores, margin_of(score(record.get(MARGIN)), *scores))
+
+
+def margin_of(said: float | None, chosen: float | None, reject: float | None) -> float | None:
+    """By how much a row rates the chosen answer higher: what it says, or the difference of both scores."""
+    if said is not None:
+        return said
+    return None if chosen is None or reject is None else chosen - reject
 
 
 def score(value: object) -> float | None:

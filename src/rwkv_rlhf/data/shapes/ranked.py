@@ -42,7 +42,9 @@ def read(record: Record) -> list[Pair]:
     worse = [answer for answer in answers if answer.score < best.score and answer.text != best.text]
     if not worse:
         raise RowError("no answer is better than another one", "no answer is better")
-    return [Pair(turns, best.text, answer.text, (best.score, answer.score)) for answer in worse]
+    return [
+        Pair(turns, best.text, answer.text, (best.score, answer.score), best.score - answer.score) for answer in worse
+    ]
 
 
 def _answers(record: Record, values: object) -> list[Answer]:

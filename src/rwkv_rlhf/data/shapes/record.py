@@ -24,12 +24,13 @@ class Chat(NamedTuple):
 
 class Pair(NamedTuple):
     """A conversation and two answers to it, as normalised text; their scores where the file has some. The rejected
-    answer may be "" for who asked for that."""
+    answer may be "" for who asked for that. margin: by how much the row says that the chosen answer is better."""
 
     turns: tuple[Turn, ...]
     chosen: str
     reject: str
     scores: tuple[float | None, float | None] = (None, None)
+    margin: float | None = None
 
 
 class Rated(NamedTuple):
