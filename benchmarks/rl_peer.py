@@ -3,15 +3,16 @@
 MODEL comes without its ending; RWKV_V7_ON=1 says that it is an RWKV-7.
 """
 
-import sys
+import argparse
 import time
 
 import torch
-from rwkv.model import RWKV
 
 
 def main(path: str, tokens: int) -> None:
     """Times a prompt of 16 tokens and `tokens` sampled ones, after one run of the prompt for warmth."""
+    from rwkv.model import RWKV
+
     model = RWKV(model=path, strategy="cpu fp32")
     prompt = [int(n) for n in torch.randint(1, 65536, (16,))]
     model.forward(prompt, None)
@@ -24,4 +25,8 @@ def main(path: str, tokens: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("model", help="path without .pth")
+    flags.add_argument("tokens", type=int)
+    words = flags.parse_args()
+    main(words.model, words.tokens)
