@@ -222,7 +222,7 @@ def test_llama_cpp_reads_text_and_chats_as_this_program(tmp_path):
         "f'\\n\\x41 \"`",
     ]
     turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
-    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text in turns]
+    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text, *_ in turns]
     ids = [tokenizer.encode(text) for text in [*texts, WORLD.prompt(turns)]]
     where = Path(importlib.util.find_spec("xllamacpp").origin).parents[1]
     words = [tmp_path / "out.gguf", json.dumps([*texts, said, *ids])]
@@ -245,7 +245,7 @@ def test_transformers_reads_and_writes_text_as_this_program(tmp_path):
     assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
     assert (theirs.eos_token_id, theirs.vocab_size, theirs.decode([0], skip_special_tokens=True)) == (0, 300, "")
     turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
-    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text in turns]
+    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text, *_ in turns]
     written = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     assert written == WORLD.prompt(turns)
     ends = transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
