@@ -32,9 +32,7 @@ def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Colu
     try:
         table = pyarrow.parquet.ParquetFile(path)
         yield from _rows(path, table.iter_batches(batch_size=_ROWS), report)
-    except _Failed as failure:
-        raise ValueError(f"{path}: not a readable parquet file ({failure})") from failure
-    except pyarrow.ArrowException as error:
+    except (_Failed, pyarrow.ArrowException, OSError) as error:  # an OSError where the footer is damaged
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 
