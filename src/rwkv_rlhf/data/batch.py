@@ -161,7 +161,7 @@ class _Movable:
 class _Packed(_Movable):
     """Targets in segments. What both are is a field of the batches below."""
 
-    known = ("segments", "trained")
+    known: ClassVar[tuple[str, ...]] = ("segments", "trained")
     targets: torch.Tensor
     starts: torch.Tensor
 
@@ -217,7 +217,7 @@ class AnswerBatch(_Packed):
         total: prompts of the whole optimizer step, over micro-batches and ranks.
     """
 
-    known = (*_Packed.known, "prompt_segments")
+    known: ClassVar[tuple[str, ...]] = (*_Packed.known, "prompt_segments")
     prompts: torch.Tensor
     prompt_starts: torch.Tensor = field(metadata=ON_HOST)
     answers: torch.Tensor
