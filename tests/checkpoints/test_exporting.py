@@ -272,6 +272,20 @@ def test_a_file_for_web_rwkv_is_what_its_loader_asks(tmp_path, version):
     assert torch.equal(found[f"{att}key.weight"], own[f"{att}key.weight"].half())
 
 
+@pytest.mark.parametrize("name", ["gguf", "hf", "web_rwkv"])
+def test_a_number_that_f16_cannot_hold_is_refused(tmp_path, name):
+    """If this breaks, an infinity is written where no judge is installed, and the model answers nothing."""
+    if EXPORTS[name].target.needs:
+        pytest.importorskip(EXPORTS[name].target.needs, reason="an extra of its own (requirements.txt)")
+    tensors = random_tensors("x070", 2, 64, 300, 64)
+    tensors["blocks.1.ffn.value.weight"][3, 5] = 1e5
+    write_tensors(tensors, tmp_path / "model.pth")
+    model = open_exported(tmp_path / "model.pth", None, VOCABULARY, ABOUT)
+    with pytest.raises(ValueError, match=r"1\.\S*value\.weight has numbers beyond 65504"):
+        export_model(name, model, place_of(name, tmp_path), ExportOptions("f16", 1 << 30, check=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
 @pytest.mark.parametrize(
     "name, sizes, dtype, words",
     [
