@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.data.opened import pyarrow_for
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import Columns, Row
 from rwkv_rlhf.files import check_readable, read_json_object
@@ -16,13 +17,10 @@ _FILE = b"ARROW1"  # what an Arrow file begins with that is no stream
 
 
 def _pyarrow(path: str | os.PathLike[str]) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
-    return pyarrow
+    """The package with the parts that are used here."""
+    package = pyarrow_for(path)
+
+    return package
 
 
 def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
