@@ -222,7 +222,7 @@ def test_llama_cpp_reads_text_and_chats_as_this_program(tmp_path):
         "f'\\n\\x41 \"`",
     ]
     turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
-    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text in turns]
+    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text, *_ in turns]
     ids = [tokenizer.encode(text) for text in [*texts, WORLD.prompt(turns)]]
     where = Path(importlib.util.find_spec("xllamacpp").origin).parents[1]
     words = [tmp_path / "out.gguf", json.dumps([*texts, said, *ids])]
@@ -245,7 +245,7 @@ def test_transformers_reads_and_writes_text_as_this_program(tmp_path):
     assert theirs(text)["input_ids"] == ours.encode(text) and theirs.decode(ours.encode(text)) == text
     assert (theirs.eos_token_id, theirs.vocab_size, theirs.decode([0], skip_special_tokens=True)) == (0, 300, "")
     turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
-    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text in turns]
+    said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text, *_ in turns]
     written = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     assert written == WORLD.prompt(turns)
     ends = transformers.GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
@@ -270,6 +270,20 @@ def test_a_file_for_web_rwkv_is_what_its_loader_asks(tmp_path, version):
         assert [found[f"{att}{name}1"].shape[0] for name in "wag"] == [sizes.low_rank[name] for name in "wag"]
         assert torch.equal(found["blocks.1.att.v2"], own["blocks.1.att.v2"].half().t())
     assert torch.equal(found[f"{att}key.weight"], own[f"{att}key.weight"].half())
+
+
+@pytest.mark.parametrize("name", ["gguf", "hf", "web_rwkv"])
+def test_a_number_that_f16_cannot_hold_is_refused(tmp_path, name):
+    """If this breaks, an infinity is written where no judge is installed, and the model answers nothing."""
+    if EXPORTS[name].target.needs:
+        pytest.importorskip(EXPORTS[name].target.needs, reason="an extra of its own (requirements.txt)")
+    tensors = random_tensors("x070", 2, 64, 300, 64)
+    tensors["blocks.1.ffn.value.weight"][3, 5] = 1e5
+    write_tensors(tensors, tmp_path / "model.pth")
+    model = open_exported(tmp_path / "model.pth", None, VOCABULARY, ABOUT)
+    with pytest.raises(ValueError, match=r"1\.\S*value\.weight has numbers beyond 65504"):
+        export_model(name, model, place_of(name, tmp_path), ExportOptions("f16", 1 << 30, check=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
 @pytest.mark.parametrize(

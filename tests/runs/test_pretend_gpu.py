@@ -68,7 +68,7 @@ def waits_once(ran):
 
 def test_what_a_gpu_would_do_is_seen(gpu):
     """If this breaks, the tests below see nothing: mixed devices pass, waits are not counted, copies come too early."""
-    assert "aten.add.Tensor of a cuda tensor and cpu tensors [(2,)]" in gpu(cases.mixed)
+    assert "aten.add.Tensor of cuda and cpu tensors [(2,)]" in gpu(cases.mixed)
     early, late, reasons = gpu(cases.unread)
     assert math.isnan(early) and late == 3.0
     assert reasons == [
@@ -155,7 +155,7 @@ def test_evaluation_waits_once_a_row(gpu, typed, text_jsonl, pairs_csv, loss):
 @pytest.mark.parametrize("options", [{"top_p": 0.3, "presence": 0.4, "banned": (3, 4)}, {"temperature": 0.0}, {}])
 def test_sampling_asks_once_a_token(gpu, base_model, options):
     """Each further transfer makes the GPU stand still for every token of every answer."""
-    tokens, ran = gpu(cases.sample, base_model, {"max_tokens": 5, **options})
+    tokens, ran = gpu(cases.sample, base_model, {"max_tokens": 5, "stop_texts": (), "stop_ids": (), **options})
     assert [len(one) for one in tokens] == [5, 5, 5] and len(ran.steps) == 5
     for step in ran.steps:
         assert [wait.place for wait in step] == list(IN_A_TOKEN)

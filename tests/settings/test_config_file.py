@@ -147,3 +147,11 @@ def test_the_schema_knows_every_setting_and_its_limits():
     for name, field in settings().items():
         for choice in choices_of(field):
             assert choice == "" or judge.is_valid({name: choice}), (name, choice)
+
+
+def test_the_command_reads_what_training_reads(capsys):
+    """Spellings of other programs are no mistake here either; an unknown flag still is."""
+    assert main(["--load_model", "base.pth", "--sft", "1", "--data_file", "d.jsonl", "--state_tune", "1"]) is None
+    assert "\npeft: state\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="unknown flag --lr_inti"):
+        main(["--lr_inti", "1"])

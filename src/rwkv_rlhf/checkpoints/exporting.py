@@ -93,9 +93,19 @@ class Part(NamedTuple):
     dtype: torch.dtype | None = None  # None = as it is
 
     def made(self, tensors: Tensors) -> Tensor:
-        """The tensor in its dtype."""
+        """The tensor in its dtype. Raises ValueError as `cast`."""
         tensor = self.make(tensors)
-        return tensor if self.dtype is None else tensor.to(self.dtype)
+        return tensor if self.dtype is None else cast(tensor, self.dtype, self.name)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` as `dtype`. Raises ValueError, with `name`, where float16 has no room for a number."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and not found.is_meta and not found.isfinite().all():
+        raise ValueError(
+            f"{name} has numbers beyond 65504, which f16 cannot hold: give --dtype bf16 or f32 where it can"
+        )
+    return found
 
 
 def taken(name: str) -> Make:

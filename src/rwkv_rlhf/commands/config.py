@@ -21,7 +21,8 @@ def parser() -> Parser:
 
 def main(words: Sequence[str]) -> int | None:
     """Prints the settings that `words` mean, or the schema."""
-    if parser().parse_args(words).schema:
+    known, _ = parser().parse_known_args(words)  # what is unknown is for `parse`, which reads other programs' flags too
+    if known.schema:
         sys.stdout.write(json.dumps(schema(kinds()), indent=2) + "\n")
     else:
         sys.stdout.write(config_text(parse(words)))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.data.opened import pyarrow_for
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import Columns, Row
 from rwkv_rlhf.files import check_readable, read_json_object
@@ -16,13 +17,10 @@ _FILE = b"ARROW1"  # what an Arrow file begins with that is no stream
 
 
 def _pyarrow(path: str | os.PathLike[str]) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
-    return pyarrow
+    """The package with the parts that are used here."""
+    package = pyarrow_for(path)
+
+    return package
 
 
 def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
@@ -32,9 +30,7 @@ def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Colu
     try:
         table = pyarrow.parquet.ParquetFile(path)
         yield from _rows(path, table.iter_batches(batch_size=_ROWS), report)
-    except _Failed as failure:
-        raise ValueError(f"{path}: not a readable parquet file ({failure})") from failure
-    except pyarrow.ArrowException as error:
+    except (_Failed, pyarrow.ArrowException, OSError) as error:  # an OSError where the footer is damaged
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
 

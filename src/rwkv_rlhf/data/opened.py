@@ -49,9 +49,14 @@ def read_unpacked(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def _zstandard(path: str | os.PathLike[str]) -> Any:
+def pyarrow_for(path: str | os.PathLike[str]) -> Any:
+    """The package pyarrow, without which `path` cannot be read; ValueError where it is not installed."""
     try:
         import pyarrow
     except ImportError as error:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
-    return pyarrow.input_stream(os.fspath(path), compression="zstd")
+    return pyarrow
+
+
+def _zstandard(path: str | os.PathLike[str]) -> Any:
+    return pyarrow_for(path).input_stream(os.fspath(path), compression="zstd")

@@ -20,6 +20,7 @@ from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.elsewhere import translate
 from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
+NEAR = 0.7  # likeness, 0 to 1, from which on a flag is named for one that does not exist
 LONGEST = 1000  # characters of a sentence on stderr
 
 
@@ -71,8 +73,10 @@ class Parser(argparse.ArgumentParser):
         found, extra = self.parse_known_args(args, namespace)
         unknown = [word.split("=")[0] for word in extra if word.startswith("--") and len(word) > 2]
         if unknown:
-            nearest = difflib.get_close_matches(unknown[0], self.known_flags(), n=1, cutoff=0.0)
-            raise UsageError(f"unknown flag {unknown[0]}; the nearest known flag is {nearest[0]}")
+            known = {flag.lower(): flag for flag in self.known_flags()}
+            nearest = difflib.get_close_matches(unknown[0].lower(), known, n=1, cutoff=NEAR)
+            hint = f"the nearest known flag is {known[nearest[0]]}" if nearest else "--help lists all flags"
+            raise UsageError(f"unknown flag {unknown[0]}; {hint}")
         if extra:
             raise UsageError(f"{extra[0]!r} stands where a flag was expected; see --help")
         return found
@@ -185,7 +189,11 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     flags, values out of range, settings that contradict each other and, unless built=False, for what is not built
     yet. What is accepted without effect is said in one warning of this module's logger.
     """
-    typed = dict(vars(train_parser().parse_args(argv)))
+    try:
+        given_words = translate(sys.argv[1:] if argv is None else argv)
+    except ValueError as mistake:
+        raise UsageError(str(mistake)) from mistake
+    typed = dict(vars(train_parser().parse_args(given_words.words)))
     filed = settings_of_files(typed.pop("config", ()))
     values: dict[str, Any] = {"debug": typed.pop("debug") or filed.pop("debug", False)}
     words = legacy_words(typed)
@@ -216,6 +224,8 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
             refuse_not_built(config)
     except ValueError as mistake:
         raise UsageError(spelled(str(mistake))) from mistake
+    if given_words.said:
+        log.warning("spelled as in another program: %s", "; ".join(given_words.said))
     if words:
         log.warning("accepted without effect: %s", ", ".join(words))
     for sentence in notices(config):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,13 @@ class ExportFacts:
 
 
 LLAMA_HEADS = (64, 128)  # those of llama.cpp's kernels on GPUs
+HF_FOLDER = TargetFacts(
+    versions=("x070",),
+    head_sizes=(64,),
+    dtypes=("", "f32", "f16", "bf16"),
+    judge="transformers_rwkv7.py",
+    judge_needs={"rwkv7-hf": "rwkv7_hf", "transformers": "transformers"},
+)
 EXPORTS: dict[str, ExportFacts] = {
     "peft": ExportFacts(
         "as the PEFT library has it",
@@ -57,13 +64,7 @@ EXPORTS: dict[str, ExportFacts] = {
     "hf": ExportFacts(
         "the layout of Hugging Face and flash-linear-attention: a folder for transformers",
         ".checkpoints.exporters.hf:write_hf",
-        target=TargetFacts(
-            versions=("x070",),
-            head_sizes=(64,),
-            dtypes=("", "f32", "f16", "bf16"),
-            judge="transformers_rwkv7.py",
-            judge_needs={"rwkv7-hf": "rwkv7_hf", "transformers": "transformers"},
-        ),
+        target=HF_FOLDER,
     ),
     "gguf": ExportFacts(
         "one file for llama.cpp and what is built on it",
@@ -84,13 +85,7 @@ EXPORTS: dict[str, ExportFacts] = {
     "mlx": ExportFacts(
         "the same folder as hf, for mlx-lm on Apple's processors",
         ".checkpoints.exporters.hf:write_hf",
-        target=TargetFacts(
-            versions=("x070",),
-            head_sizes=(64,),
-            dtypes=("", "f32", "f16", "bf16"),
-            judge="mlx_lm_rwkv7.py",
-            judge_needs={"mlx-lm": "mlx_lm", "mlx": "mlx"},
-        ),
+        target=replace(HF_FOLDER, judge="mlx_lm_rwkv7.py", judge_needs={"mlx-lm": "mlx_lm", "mlx": "mlx"}),
     ),
     "rwkv": ExportFacts(
         "as this program and RWKV-LM have it: back from Hugging Face's layout, merged, in another type or in shards",

@@ -134,8 +134,3 @@ SHAPES: dict[str, ShapeFacts] = {
         without=("completion", "response", "answer", "output", *CHOSEN, *REJECT, "completions", "responses", "answers"),
     ),
 }
-
-
-def shapes_of(kind: str) -> list[str]:
-    """The names of the shapes that hold `kind`."""
-    return [name for name, facts in SHAPES.items() if facts.kind == kind]

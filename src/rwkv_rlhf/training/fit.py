@@ -122,11 +122,15 @@ def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Sche
     )
 
 
-def _callbacks(config: Config, folder: Path, settings: dict[str, Any], save: Save, bar: bool) -> list[pl.Callback]:
-    """What logs, saves and shows; logs are rank zero's."""
+def _callbacks(
+    config: Config, folder: Path, settings: dict[str, Any], validate: Validate | None, save: Save, bar: bool
+) -> list[pl.Callback]:
+    """What logs, scores, saves and shows, in this order: a save writes what validation found. Logs are rank zero's."""
     callbacks: list[pl.Callback] = []
     if ranks.is_rank_zero():
         callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
+    if validate is not None:
+        callbacks.append(validate)
     callbacks.append(save)
     if config.wandb and ranks.is_rank_zero():
         callbacks.append(WandB(config.wandb, folder, settings))
@@ -155,9 +159,8 @@ def fit(
         log_new_run(folder / "train_log.txt", settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
     save = Save(run, config.epoch_begin, config.epoch_save, settings)
-    callbacks = _callbacks(config, folder, settings, save, bar)
-    if evaluate is not None:  # before Save, which writes what validation found
-        callbacks.insert(callbacks.index(save), Validate(evaluate, run, config.early_stop))
+    validate = None if evaluate is None else Validate(evaluate, run, config.early_stop)
+    callbacks = _callbacks(config, folder, settings, validate, save, bar)
     if points is not None:
         callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
     device = next(module.parameters()).device

@@ -25,6 +25,7 @@ from rwkv_rlhf.checkpoints.exporting import (
     Make,
     Part,
     Vocabulary,
+    cast,
     flat,
     made_one_by_one,
     stacked,
@@ -69,17 +70,16 @@ def write_gguf(model: ExportedModel, path: Path, options: ExportOptions) -> None
     for part in parts:
         shape = part.made(model.shapes).shape
         kinds.append(kind_of(part.name, shape, options.dtype))
-        kind = gguf.GGMLQuantizationType[kinds[-1]]
-        numbers, size = gguf.GGML_QUANT_SIZES[kind]
-        # the dtype of the array only tells packed ones, whose shape would be in bytes
-        writer.add_tensor_info(
-            part.name, tuple(shape), torch.empty(0).numpy().dtype, shape.numel() // numbers * size, kind
-        )
+        ggml = gguf.GGMLQuantizationType[kinds[-1]]
+        numbers, size = gguf.GGML_QUANT_SIZES[ggml]
+        # the dtype of an array tells only packed ones, whose shape would be in bytes
+        dtype = torch.empty(0).numpy().dtype
+        writer.add_tensor_info(part.name, tuple(shape), dtype, shape.numel() // numbers * size, ggml)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor, name in zip(made_one_by_one(parts, model), kinds, strict=True):
-        writer.write_tensor_data(packed(tensor, name))
+    for part, tensor, kind in zip(parts, made_one_by_one(parts, model), kinds, strict=True):
+        writer.write_tensor_data(packed(tensor, kind, part.name))
     writer.flush()
     writer.close()
 
@@ -93,13 +93,13 @@ def kind_of(name: str, shape: torch.Size, dtype: str) -> str:
     return dtype.upper()
 
 
-def packed(tensor: Tensor, kind: str) -> Any:
-    """The bytes of a tensor as `kind`, as an array of numpy."""
+def packed(tensor: Tensor, kind: str, name: str) -> Any:
+    """The bytes of the tensor `name` as `kind`, as an array of numpy. Raises ValueError as `cast`."""
     import gguf
 
     if kind == "Q8_0":
         return gguf.quantize(tensor.float().contiguous().numpy(), gguf.GGMLQuantizationType.Q8_0)
-    tensor = tensor.to(DTYPES[kind.lower()]).contiguous()
+    tensor = cast(tensor, DTYPES[kind.lower()], name).contiguous()
     return (tensor.view(torch.int16) if kind == "BF16" else tensor).numpy()
 
 
