@@ -27,26 +27,6 @@ NOT_BUILT = (
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
     NotBuilt(
-        "precision",
-        lambda precision: precision == "fp16",
-        "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
-    ),
-    NotBuilt(
-        "optim",
-        lambda optim: not tables.OPTIMIZERS[optim].implementation,
-        "{optim=}: this optimizer is not built yet; adamw is",
-    ),
-    NotBuilt(
-        "weight_decay_final",
-        lambda decay: decay >= 0,
-        "{weight_decay_final=}: a schedule of the weight decay is not built yet; leave it -1",
-    ),
-    NotBuilt(
-        "dropout",
-        lambda share: share > 0,
-        "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
-    ),
-    NotBuilt(
         "wkv_backend",
         lambda backend: backend != "auto" and not tables.BACKENDS[backend].implementation,
         "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu, cuda and triton are",
