@@ -81,13 +81,13 @@ def test_half_precision_learns_what_single_does(script, typed, text_jsonl, tmp_p
 
 def test_steps_that_overflow_are_left_out_and_counted(script, typed, text_jsonl, tmp_path, monkeypatch):
     """If this breaks, an overflow in half precision ends a run or goes into its weights."""
-    monkeypatch.setattr(loss_scale, "FIRST", 2.0**40)
-    words = ("--sft", 1, "--data_file", text_jsonl, *HALF, "--epoch_steps", 30, "--max_bad_steps", 0)
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**24)
+    words = ("--sft", 1, "--data_file", text_jsonl, *HALF, "--epoch_steps", 12, "--max_bad_steps", 0)
     go(script, typed, *words)
     steps = read_jsonl(tmp_path / "out" / "metrics.jsonl", "train")
     left_out = steps[0]["step"] - 1
-    assert left_out > 2 and steps[0]["overflows"] == left_out and steps[0]["loss_scale"] == 2.0 ** (40 - left_out)
-    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["step"] == 30
+    assert left_out > 2 and steps[0]["overflows"] == left_out and steps[0]["loss_scale"] == 2.0 ** (24 - left_out)
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["step"] == 12
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
 
 

@@ -120,7 +120,7 @@ def trained():
 
     def make(mode="full", dtype=torch.float32):
         plan = make_plan(mode, 2, rank=32, dropout=0.0, lr_init=RATE, lr_final=RATE, weight_decay=DECAY)
-        tensors = random_tensors("x070", n_layer=2, n_embd=128, head_size=64)
+        tensors = random_tensors("x070", n_layer=2)
         model, _ = build_model(tensors, BuildOptions(dtype, plan=plan))
         for p in model.parameters():
             p.grad = torch.ones_like(p) if p.requires_grad else None
