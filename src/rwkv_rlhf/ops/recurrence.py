@@ -51,7 +51,7 @@ def recur(
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, lengths)
     edges = list(itertools.accumulate(lengths if lengths is not None else [count] * batch, initial=0))
-    run = kernel(op, name, first.device, first.shape)
+    run = kernel(op, name, first.device, first.dtype, first.shape)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
         y, last = run.forward((*inputs, *constants), state, edges, False)
         return y, last
