@@ -22,10 +22,12 @@ class Backend:
     """One way to run operations.
 
     A recurrence's kernel has `forward` and `backward`; ops/recurrence.py says with what they are called and what they
-    give. What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
+    give. With `own_gradient` it is one differentiable function instead: (inputs and vectors, state, starts) -> (y,
+    final state). What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
     """
 
     ops: tuple[str, ...] = RECURRENCES
+    own_gradient = False
 
     def preference(self, device: torch.device, dtype: torch.dtype) -> int | None:
         """ "auto" asks the backend with the largest number first; None: it runs only where it is asked for by name."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_rlhf.ops.backends import choose, kernel
+from rwkv_rlhf.ops.backends import BACKENDS, choose, kernel
 from rwkv_rlhf.precision import wide_dtype
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -52,6 +52,9 @@ def recur(
         return _in_segments(scan, inputs, constants, state, lengths)
     edges = list(itertools.accumulate(lengths if lengths is not None else [count] * batch, initial=0))
     run = kernel(op, name, first.device, first.dtype, first.shape)
+    if BACKENDS[name].own_gradient:
+        y, last = run((*inputs, *constants), state, edges)
+        return y, last
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
         y, last = run.forward((*inputs, *constants), state, edges, False)
         return y, last

@@ -26,11 +26,6 @@ NOT_BUILT = (
         lambda loss: bool(loss) and not tables.LOSSES[loss].implementation,
         "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
     ),
-    NotBuilt(
-        "wkv_backend",
-        lambda backend: backend != "auto" and not tables.BACKENDS[backend].implementation,
-        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu, cuda and triton are",
-    ),
     NotBuilt("compile", bool, "{compile} 1: compiling the model is not built yet; leave it 0"),
 )
 

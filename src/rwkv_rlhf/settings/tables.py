@@ -478,7 +478,7 @@ BACKENDS: dict[str, BackendFacts] = {
     "naive": BackendFacts("plain PyTorch loops", ".ops.naive:Backend"),
     "cpu": BackendFacts("C++ for processors", ".ops.cpu:Backend"),
     "cuda": BackendFacts("CUDA or HIP, exact float32", ".ops.gpu:Backend"),
-    "hip": BackendFacts("HIP by name"),
+    "hip": BackendFacts("the same on an AMD GPU only", ".ops.gpu:Hip"),
     "triton": BackendFacts("Triton, chunked tensor-core form", ".ops.triton.backend:Backend"),
-    "fla": BackendFacts("flash-linear-attention"),
+    "fla": BackendFacts("flash-linear-attention, RWKV-6 and RWKV-7, where it is installed", ".ops.fla:Backend"),
 }
