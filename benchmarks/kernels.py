@@ -27,9 +27,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from benchmarks.chunked import CHUNKED, LENGTH
-from benchmarks.peers import load_peers
-from benchmarks.rates import fma_gflops, gemm_gflops
+from chunked import CHUNKED, LENGTH
+from peers import load_peers
+from rates import fma_gflops, gemm_gflops
+
 from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.cpu import instruction_set
 from rwkv_rlhf.ops.judge import RECURRENCES, error, make_inputs

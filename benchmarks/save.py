@@ -24,9 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import train  # noqa: E402
 from rwkv_rlhf.checkpoints.resume_points import ResumePoints, last_point  # noqa: E402
 from rwkv_rlhf.checkpoints.run_folder import RunFolder  # noqa: E402
+from rwkv_rlhf.commands import train  # noqa: E402
 from rwkv_rlhf.training.background import Background  # noqa: E402
 from rwkv_rlhf.training.resume import WriteResumePoints  # noqa: E402
 

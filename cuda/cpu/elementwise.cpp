@@ -75,7 +75,7 @@ RWKV_EXPORT rwkv_value_gate_backward(void* const* x, const int64_t* numbers, int
                     store(dgate + c, load(dgate + c, lanes) + gate, lanes);
                 });
         });
-        if (float* dv0 = tensor<float>(x, 7)) sums.total(threads, 0, sizes.width, dv0);
+        sums.totals(threads, sizes.width, x + 7);
     });
 }
 

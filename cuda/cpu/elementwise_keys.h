@@ -91,11 +91,8 @@ RWKV_EXPORT rwkv_delta_keys_backward(void* const* x, const int64_t* numbers, int
             T *dk = tensor<T>(x, 8), *da12 = tensor<T>(x, 12);
             const int64_t C = in.width;
             Buffers buffers(3, in.size);
-            float *kk = buffers[0], *rate = buffers[1], *dkk = buffers[2], *totals = sums.begin(chunk);
-            const auto add = [&](int vector, int64_t c, vec value, auto lanes) {
-                float* to = totals + vector * C + c;
-                store(to, load(to, lanes) + value, lanes);
-            };
+            float *kk = buffers[0], *rate = buffers[1], *dkk = buffers[2];
+            const ChunkSums totals{sums.begin(chunk), C};
             for (Head head(begin, C); head.at < end * C; head.next(in.size, C)) {
                 const float length = in.scaled_key(head, kk), inverse = 1.f / length;
                 vec products = splat(0);
@@ -115,14 +112,13 @@ RWKV_EXPORT rwkv_delta_keys_backward(void* const* x, const int64_t* numbers, int
                     const vec gate = (load_if(d2, at, lanes) * unit + d * key * k_a) * a * (1.f - a);
                     store_if(dk, at, d * (1.f + (a - 1.f) * k_a) + scaled * load(in.k_k + c, lanes), lanes);
                     store_if(da12, at, gate, lanes);
-                    add(0, c, scaled * key, lanes);
-                    add(1, c, d * key * (a - 1.f), lanes);
-                    add(2, c, gate, lanes);
+                    totals.add(0, c, scaled * key, lanes);
+                    totals.add(1, c, d * key * (a - 1.f), lanes);
+                    totals.add(2, c, gate, lanes);
                 });
             }
         });
-        for (int i = 0; i < 3; ++i)
-            if (float* to = tensor<float>(x, 9 + i)) sums.total(threads, i * sizes.width, sizes.width, to);
+        sums.totals(threads, sizes.width, x + 9);
     });
 }
 

@@ -91,11 +91,8 @@ RWKV_EXPORT rwkv_gated_norm_backward(void* const* x, const int64_t* numbers, int
             const int64_t C = in.width;
             const float share = 1.f / static_cast<float>(in.size);
             Buffers buffers(2, in.size);
-            float *standard = buffers[0], *dstandard = buffers[1], *totals = sums.begin(chunk);
-            const auto add = [&](int vector, int64_t c, vec value, auto lanes) {
-                float* to = totals + vector * C + c;
-                store(to, load(to, lanes) + value, lanes);
-            };
+            float *standard = buffers[0], *dstandard = buffers[1];
+            const ChunkSums totals{sums.begin(chunk), C};
             for (Head head(begin, C); head.at < end * C; head.next(in.size, C)) {
                 const auto [inverse, bonus] = in.standardise(head, standard);
                 vec dbonuses = splat(0), total = splat(0), products = splat(0);
@@ -106,8 +103,8 @@ RWKV_EXPORT rwkv_gated_norm_backward(void* const* x, const int64_t* numbers, int
                     const vec normed = load(standard + j), through = inner * weight;
                     store_if(dg, at, d * (normed * weight + load(in.bias + c, lanes) + bonus * value), lanes);
                     store_if(dv, at, inner * bonus, lanes);
-                    add(1, c, inner * normed, lanes);
-                    add(2, c, inner, lanes);
+                    totals.add(1, c, inner * normed, lanes);
+                    totals.add(2, c, inner, lanes);
                     store(dstandard + j, through);
                     dbonuses += inner * value;
                     total += through;
@@ -120,13 +117,12 @@ RWKV_EXPORT rwkv_gated_norm_backward(void* const* x, const int64_t* numbers, int
                     const vec scaled = dbonus * load(in.r_k + c, lanes);
                     store_if(dr, at, scaled * k, lanes);
                     store_if(dk, at, scaled * r, lanes);
-                    add(0, c, dbonus * r * k, lanes);
+                    totals.add(0, c, dbonus * r * k, lanes);
                     store_if(dy, at, (load(dstandard + j) - mean - load(standard + j) * along) * inverse, lanes);
                 });
             }
         });
-        for (int i = 0; i < 3; ++i)
-            if (float* to = tensor<float>(x, 13 + i)) sums.total(threads, i * sizes.width, sizes.width, to);
+        sums.totals(threads, sizes.width, x + 13);
     });
 }
 

@@ -83,9 +83,27 @@ class ColumnSums {
         on_team(width * count_ > 65536 ? static_cast<int>(std::min<int64_t>(threads, blocks)) : 1, add);
     }
 
+    // The sums of vector i at to[i], where that is wanted.
+    void totals(int threads, int64_t width, void* const* to) const {
+        for (int64_t i = 0; i < columns_ / width; ++i)
+            if (to[i]) total(threads, i * width, width, static_cast<float*>(to[i]));
+    }
+
   private:
     int64_t count_, columns_;
     std::unique_ptr<float[]> partial_;
+};
+
+// A chunk's accumulators, as ColumnSums::begin gives them: vectors of `width` channels.
+struct ChunkSums {
+    float* sums;
+    int64_t width;
+
+    template <typename Lanes>
+    INLINE void add(int64_t vector, int64_t c, vec value, Lanes lanes) const {
+        float* to = sums + vector * width + c;
+        store(to, load(to, lanes) + value, lanes);
+    }
 };
 
 // Of a tensor that may be missing: what is read is zero, what is written is dropped.

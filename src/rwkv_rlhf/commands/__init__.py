@@ -16,7 +16,7 @@ from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
 
 
 class Command(NamedTuple):
-    """The scripts at the top level that run a command (the first is its usual name), and what it does."""
+    """The scripts at the top level that run a command (the first is its usual name), if any, and what it does."""
 
     scripts: tuple[str, ...]
     help: str
@@ -35,6 +35,7 @@ COMMANDS = {
     "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
     "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
+    "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
 NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *command.scripts)}
 
@@ -57,6 +58,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     if given and given[0] not in ("-h", "--help", "help"):
         sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)
-    lines = [f"  {name:18}{command.help} ({command.scripts[0]}.py)" for name, command in COMMANDS.items()]
+    lines = [
+        f"  {name:18}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
+        for name, command in COMMANDS.items()
+    ]
     sys.stdout.write("\n".join([f"{PROGRAM}: rwkv-rlhf <command> --help says more of each", *lines]) + "\n")
     sys.exit(0)

@@ -44,15 +44,10 @@ def profile_text(
     the same. alpha: 0 = 2 rank. lr_init: None = by depth; lr_final: None = a tenth of it. emb, head: kinds of these
     rows. Raises ValueError.
     """
-    for word in (kind, emb, head):
-        if word not in (*peft_modes(), "freeze"):
-            raise ValueError(f"{word}: must be one of {', '.join(map(str, peft_modes()))}")
+    _check_kinds(kind, emb, head)
     if layers < 1 or min(rank, top_rank, alpha) < 0:
         raise ValueError("layers must be at least 1; rank, top_rank and alpha cannot be negative")
-    numbers = {"lr_init": lr_init or 0, "lr_final": lr_final or 0, "weight_decay": weight_decay, "alpha": alpha}
-    for name, value in numbers.items():  # what read_profile would refuse
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} {value}: must be a number from 0")
+    _check_numbers(lr_init=lr_init or 0, lr_final=lr_final or 0, weight_decay=weight_decay, alpha=alpha)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout}: must be a number from 0 to below 1")
     least = rank or rank_for(kind)
@@ -84,6 +79,20 @@ def profile_text(
             row |= {"State_lr_init": "0.1" if kind == "state" else "0.01", "State_lr_final": "0.001"}
         writer.writerow(row)
     return file.getvalue()
+
+
+def _check_kinds(*words: str) -> None:
+    """Raises ValueError for a word that no row may have."""
+    for word in words:
+        if word not in (*peft_modes(), "freeze"):
+            raise ValueError(f"{word}: must be one of {', '.join(map(str, peft_modes()))}")
+
+
+def _check_numbers(**numbers: float) -> None:
+    """Raises ValueError for what `read_profile` would refuse."""
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} {value}: must be a number from 0")
 
 
 def _number(value: float) -> str:

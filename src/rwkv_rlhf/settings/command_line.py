@@ -118,6 +118,13 @@ def train_parser() -> Parser:
             elif name != "debug":  # every parser has it
                 text = spelled(short_help(name)).replace("%", "%%")
                 add_raw(section, flag_of(name)[2:], bare=kinds()[name] is bool, help=text)
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of settings by their names; may be given again, later files and typed flags win",
+    )
     other = parser.add_argument_group("other spellings")
     add_raw(other, "lora", bare=True, help="the same as --peft lora")
     for alias, name in ALIASES.items():
@@ -179,9 +186,10 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     yet. What is accepted without effect is said in one warning of this module's logger.
     """
     typed = dict(vars(train_parser().parse_args(argv)))
-    values: dict[str, Any] = {"debug": typed.pop("debug")}
+    filed = settings_of_files(typed.pop("config", ()))
+    values: dict[str, Any] = {"debug": typed.pop("debug") or filed.pop("debug", False)}
     words = legacy_words(typed)
-    loss = chosen_loss(typed)
+    loss = chosen_loss(typed) or filed.pop("loss", "")
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
     field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
@@ -191,6 +199,9 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
         values[name], source[name] = value, flag
+    for name, value in filed.items():
+        if name not in values and not (lora and name == "peft"):
+            values[name], source[name] = value, flag_of(name)
     given = {name for name in source if values[name] is not None and not (name in READ_SIZES and values[name] == 0)}
     if loss:
         values["loss"] = loss
@@ -210,6 +221,22 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     for sentence in notices(config):
         log.warning(spelled(sentence))
     return config
+
+
+def settings_of_files(paths: Sequence[str]) -> dict[str, Any]:
+    """What the files of --config say; raises UsageError."""
+    if not paths:
+        return {}
+    from rwkv_rlhf.settings.config_file import read_config_files
+
+    try:
+        found = read_config_files(paths, kinds())
+    except ValueError as mistake:
+        raise UsageError(str(mistake)) from mistake
+    for name, value in found.items():
+        words = words_of(flag_of(name)[2:]) if isinstance(value, str) else {}
+        found[name] = words.get(value, value)
+    return found
 
 
 def legacy_words(typed: dict[str, str]) -> list[str]:

@@ -102,6 +102,19 @@ def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
     )
 
 
+def _callbacks(config: Config, folder: Path, settings: dict[str, Any], save: Save, bar: bool) -> list[pl.Callback]:
+    """What logs, saves and shows; logs are rank zero's."""
+    callbacks: list[pl.Callback] = []
+    if ranks.is_rank_zero():
+        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
+    callbacks.append(save)
+    if config.wandb and ranks.is_rank_zero():
+        callbacks.append(WandB(config.wandb, folder, settings))
+    if bar:
+        callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    return callbacks
+
+
 def fit(
     module: TrainingModule,
     steps: Steps | MixedSteps,
@@ -120,18 +133,11 @@ def fit(
         logging.getLogger(name).setLevel(logging.ERROR)
     if ranks.is_rank_zero():
         log_new_run(folder / "train_log.txt", settings)
-    save = Save(run, config.epoch_begin, config.epoch_save, settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
-    callbacks: list[pl.Callback] = []
-    if ranks.is_rank_zero():
-        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
-    if evaluate is not None:
-        callbacks.append(Validate(evaluate, run, config.early_stop))
-    callbacks.append(save)
-    if config.wandb and ranks.is_rank_zero():
-        callbacks.append(WandB(config.wandb, folder, settings))
-    if bar:
-        callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+    save = Save(run, config.epoch_begin, config.epoch_save, settings)
+    callbacks = _callbacks(config, folder, settings, save, bar)
+    if evaluate is not None:  # before Save, which writes what validation found
+        callbacks.insert(callbacks.index(save), Validate(evaluate, run, config.early_stop))
     if points is not None:
         callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
     device = next(module.parameters()).device

@@ -14,10 +14,11 @@ from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.files import fingerprint
+from rwkv_rlhf.files import atomic_write, fingerprint
 from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
 from rwkv_rlhf.training.fit import fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
@@ -73,6 +74,9 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
     sidecar = run_sidecar(config, folder, start)
     run = run_folder(config, folder, start, sidecar)
+    if ranks.is_rank_zero():
+        with atomic_write(folder / RUN_FILE) as file:
+            file.write(config_text(typed).encode())
     about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)

@@ -1,18 +1,22 @@
 """Forward and backward time of the element-wise groups of RWKV-7, plain PyTorch against the C++ kernels.
 
-    python -m benchmarks.pointwise [--tokens 1024] [--width 768] [--head_size 64] [--repeats 30]
+    python benchmarks/elementwise.py [--tokens 1024] [--width 768] [--head_size 64] [--repeats 30]
 
 Prints a Markdown table: milliseconds per call (lower quartile), with gradients for every input.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import elementwise as elementwise
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from rwkv_rlhf.ops import elementwise
 
 Case = tuple[Callable[..., tuple[Tensor, ...]], tuple[Tensor, ...]]
 
