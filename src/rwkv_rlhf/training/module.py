@@ -205,12 +205,14 @@ class TrainingModule(pl.LightningModule):
                 self._skip(f"the gradient's norm is {norm}")
             return
         self._bad = True
-        if not self.loss_scale.overflowed():
+        helps = self.loss_scale.overflowed()
+        step, scale = self.trainer.global_step, self.loss_scale.scale
+        if not helps:
             raise NonFiniteLoss(
-                f"the gradient overflows at optimizer step {self.trainer.global_step} even with the loss scaled by "
-                f"{self.loss_scale.scale:.1e}: use --precision bf16 or fp32, or lower --lr_init. The checkpoints "
-                "written so far are intact"
+                f"the gradient overflows at optimizer step {step} even with the loss scaled by {scale:.1e}: use "
+                "--precision bf16 or fp32, or lower --lr_init. The checkpoints written so far are intact"
             )
+        log.info("the gradient overflows at optimizer step %d: the step is left out, the loss scale is %g", step, scale)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every group the rate and the decay of this very step."""
