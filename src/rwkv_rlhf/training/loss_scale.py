@@ -26,7 +26,8 @@ class LossScale:
 
     def unscale_(self, gradients: Sequence[Tensor]) -> None:
         """Divide gradients of the scaled loss by the scale, in place; the scale is a power of two, so exactly."""
-        torch._foreach_mul_(list(gradients), 1 / self.scale)
+        if gradients:  # a micro-batch whose loss is no number leaves none
+            torch._foreach_mul_(list(gradients), 1 / self.scale)
 
     def took_step(self) -> None:
         """The gradient was a number: after enough of these the scale is doubled."""
