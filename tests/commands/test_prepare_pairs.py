@@ -262,7 +262,7 @@ def test_transformers_writes_the_same(tmp_path):
     form = load_chat_template(str(path))
     said = [("system", "be <kind>"), ("user", "\u732b 'a' \"b\""), ("assistant", " first "), ("user", "two")]
     turns = [Turn(*one) for one in said]
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = [{"role": role, "content": text} for role, text, _ in turns]
 
     def written(messages, cue):
         return judge.apply_chat_template(messages, chat_template=HARD, tokenize=False, add_generation_prompt=cue)

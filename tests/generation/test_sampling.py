@@ -8,7 +8,7 @@ from torch import nn
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.generation.sampler import Sampler
-from rwkv_rlhf.generation.sampling import nucleus, penalise, pick, sequence_seed
+from rwkv_rlhf.generation.sampling import candidate_counts, nucleus, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.state import LayerState, State
@@ -178,7 +178,7 @@ def test_training_mode_is_restored_and_nothing_is_tracked(model):
 def shares(logits: list[float], params: SamplingParams, draws: int = 4000) -> list[float]:
     """How often each token is picked over evenly spaced draws: the probabilities, to 1/draws."""
     grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, params)
+    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, params).ids
     return (torch.bincount(picked, minlength=len(logits)) / draws).tolist()
 
 
@@ -194,7 +194,13 @@ def test_temperature_is_applied_to_what_top_p_leaves():
 def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
     """With 5000 nearly equal tokens, 0.9 of the mass is thousands of tokens, far more than are sorted at first."""
     probs = torch.softmax(torch.linspace(0, 0.1, 5000), 0)[None]
-    kept, ids = nucleus(probs, 0.9, 0)
+    tried = []
+    for candidates in candidate_counts(SamplingParams(top_p=0.9), 5000):
+        kept, ids, enough = nucleus(probs, 0.9, candidates)
+        tried.append(candidates)
+        if enough.all():
+            break
+    assert tried == [128, 1024, 5000]
     assert 0.9 <= float(kept.sum()) < 0.9 + float(probs.max()) + 1e-4
     assert len(set(ids[kept > 0].tolist())) == int((kept > 0).sum())
 
@@ -205,8 +211,8 @@ def test_a_draw_next_to_1_never_picks_a_forbidden_token():
         torch.zeros(1, 9), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0).bool(), SamplingParams(banned=(8, 7))
     )
     draw = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert int(pick(logits, draw, SamplingParams(banned=(8, 7)))) == 6
-    assert int(pick(logits, draw, SamplingParams(top_p=0.2))) in range(7)
+    assert int(pick(logits, draw, SamplingParams(banned=(8, 7))).ids) == 6
+    assert int(pick(logits, draw, SamplingParams(top_p=0.2)).ids) in range(7)
 
 
 def test_penalties_decay_as_in_the_tradition():

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
-from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from rwkv_rlhf.data.batch import IGNORE, PairExample, TextExample, pack_pairs, pack_texts
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores
+from rwkv_rlhf.losses.tokens import RequiredStats, token_scores
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.forward import answer_hidden, batch_loss, in_chunks, text_hidden

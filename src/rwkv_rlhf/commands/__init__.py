@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
     "merge": Command(("merge",), "make one model of a base model and a checkpoint of training; PEFT and back"),
+    "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
     "generate_rejects": Command(
         ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"
@@ -33,6 +34,7 @@ COMMANDS = {
     "prepare_pairs": Command(("PrepareOrpoDataset", "rlhf_generate_save"), "tokenise preference pairs, for ORPO"),
     "sft_h5": Command(("sft_generate_h5",), "tokenise documents and chats into an .h5"),
     "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
+    "convert": Command(("convert_data",), "write data of any shape as one JSON object a line"),
     "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),

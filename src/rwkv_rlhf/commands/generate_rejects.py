@@ -11,12 +11,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags, reading_of
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import TEMPLATES
-from rwkv_rlhf.files import file_hash, refuse_same_file
+from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import fill, read_tasks
@@ -31,7 +32,7 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Sample the answers that are to be rejected.")
     add_model_flags(flags, "checkpoint of the model that answers", strategy="cuda fp16")
-    flags.add_argument("--input_csv", required=True, help=".csv, .jsonl or .parquet with prompt and chosen")
+    flags.add_argument("--input_csv", required=True, help="preference pairs; rejected answers may be absent")
     flags.add_argument("--output_csv", default="rlhfoutput.csv", help=".csv or .jsonl to write [rlhfoutput.csv]")
     flags.add_switch("--overwrite", help="replace rejects that are there")
     flags.add_argument("--batch_size", type=int, default=32, help="answers sampled in one batch [32]")
@@ -62,9 +63,11 @@ def main(argv: Sequence[str]) -> None:
     if min(flags.batch_size, flags.tries) < 1:
         raise ValueError("--batch_size and --tries must be at least 1")
     find_templates(flags.template)
-    refuse_same_file(flags.input_csv, flags.output_csv, "--output_csv")
+    refuse_sources(flags.input_csv, flags.output_csv, "--output_csv")
     report = DataReport(flags.input_csv, skip_bad=flags.skip_bad)
-    columns, tasks = read_tasks(flags.input_csv, flags.template, report)
+    columns, tasks = read_tasks(flags.input_csv, flags.template, report, reading_of(flags))
+    for line in report.found:
+        log.info("%s", line)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     begun = time.perf_counter()
     with progress_bar(len(tasks), "rejects", shown=True) as done:

@@ -2,16 +2,24 @@
 
 T tokens, P prompt tokens, A answer tokens, S segments, n pairs. Targets that carry no loss hold IGNORE; token 0 is a
 token like any other. All token tensors are int64.
+
+A batch may lie on a GPU. What the host must know of it to fill the GPU's queue stays with it on the host: where
+segments begin (`starts`, `segments`) and which positions carry a loss (`trained`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 
+from rwkv_rlhf.ops.starts import Starts
+from rwkv_rlhf.transfers import to_device
+
 IGNORE = -100
+ON_HOST = {"on_host": True}  # a field that stays on the host
 
 
 @dataclass(frozen=True)
@@ -86,21 +94,90 @@ class RatedExample(PairExample):
     good: bool = True
 
 
+class Trained:
+    """The positions of a batch, or of a chunk of one, that carry a loss, known to the host."""
+
+    def __init__(self, rows: torch.Tensor | None, count: int) -> None:
+        """`rows` (M,) int64 on the host, rising; None for all of `count` positions."""
+        self.rows, self.count = rows, count if rows is None else len(rows)
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, targets: torch.Tensor) -> Self:
+        """Those of targets (T,); a GPU is waited for."""
+        keep = targets != IGNORE
+        return cls(None if bool(keep.all()) else keep.nonzero()[:, 0].cpu(), len(targets))
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        """`rows` on a device, copied there once."""
+        if self.rows is not None and device not in self._copies:
+            self._copies[device] = to_device(self.rows, device)
+        return None if self.rows is None else self._copies[device]
+
+    def chunk(self, span: slice) -> "Trained":
+        """Those of the positions `span`, counted from its beginning."""
+        if self.rows is None:
+            return Trained(None, span.stop - span.start)
+        first, end = torch.searchsorted(self.rows, torch.tensor([span.start, span.stop])).tolist()
+        whole = end - first == span.stop - span.start
+        return Trained(None if whole else self.rows[first:end] - span.start, end - first)
+
+
 @dataclass(frozen=True)
 class _Movable:
+    known: ClassVar[tuple[str, ...]] = ()  # what the host keeps of a batch that is moved
+
     def to(self, device: torch.device | str) -> Self:
-        """The batch with every tensor on `device`, those of batches inside it too."""
+        """The batch with its tensors on `device`, those of batches inside it too, but for what the host must know.
 
-        def moved(value: object) -> object:
+        Copies to a GPU are not waited for.
+        """
+        return self._mapped(lambda tensor: to_device(tensor, device))
+
+    def pin_memory(self) -> Self:
+        """The batch in memory from which a GPU copies while the host goes on."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def having(self, **changes: Any) -> Self:
+        """The batch with other values in fields that `known` does not come from."""
+        return self._with_known(replace(self, **changes))
+
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        def mapped(value: object) -> object:
             if isinstance(value, tuple):
-                return tuple(map(moved, value))
-            return value.to(device) if isinstance(value, torch.Tensor | _Movable) else value
+                return tuple(map(mapped, value))
+            if isinstance(value, _Movable):
+                return value._mapped(change)
+            return change(value) if isinstance(value, torch.Tensor) else value
 
-        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        moved = {f.name: mapped(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("on_host")}
+        return self._with_known(replace(self, **moved))
+
+    def _with_known(self, other: Self) -> Self:
+        vars(other).update({name: getattr(self, name) for name in self.known})
+        return other
+
+
+class _Packed(_Movable):
+    """Targets in segments. What both are is a field of the batches below."""
+
+    known: ClassVar[tuple[str, ...]] = ("segments", "trained")
+    targets: torch.Tensor
+    starts: torch.Tensor
+
+    @cached_property
+    def segments(self) -> Starts:
+        """`starts` as the operations take them."""
+        return Starts(self.starts.tolist())
+
+    @cached_property
+    def trained(self) -> Trained:
+        """Which targets carry a loss."""
+        return Trained.of(self.targets)
 
 
 @dataclass(frozen=True)
-class TextBatch(_Movable):
+class TextBatch(_Packed):
     """Packed text.
 
     Attributes:
@@ -113,7 +190,7 @@ class TextBatch(_Movable):
 
     tokens: torch.Tensor
     targets: torch.Tensor
-    starts: torch.Tensor
+    starts: torch.Tensor = field(metadata=ON_HOST)
     total: float
     top_values: torch.Tensor | None = None
     top_indices: torch.Tensor | None = None
@@ -123,11 +200,13 @@ class TextBatch(_Movable):
         """The tokens `span` with their targets; `starts` stay those of the whole."""
         named = ("tokens", "targets", "top_values", "top_indices", "top_lse")
         found = {name: getattr(self, name) for name in named}
-        return replace(self, **{name: x[span] for name, x in found.items() if x is not None})
+        chunk = replace(self, **{name: x[span] for name, x in found.items() if x is not None})
+        vars(chunk)["trained"] = self.trained.chunk(span)
+        return chunk
 
 
 @dataclass(frozen=True)
-class AnswerBatch(_Movable):
+class AnswerBatch(_Packed):
     """Packed answers: each prompt runs once, its final state is forked to its answers, equally many for each prompt.
 
     Attributes:
@@ -138,13 +217,19 @@ class AnswerBatch(_Movable):
         total: prompts of the whole optimizer step, over micro-batches and ranks.
     """
 
+    known: ClassVar[tuple[str, ...]] = (*_Packed.known, "prompt_segments")
     prompts: torch.Tensor
-    prompt_starts: torch.Tensor
+    prompt_starts: torch.Tensor = field(metadata=ON_HOST)
     answers: torch.Tensor
     targets: torch.Tensor
-    starts: torch.Tensor
+    starts: torch.Tensor = field(metadata=ON_HOST)
     reference: torch.Tensor | None
     total: float
+
+    @cached_property
+    def prompt_segments(self) -> Starts:
+        """`prompt_starts` as the operations take them."""
+        return Starts(self.prompt_starts.tolist())
 
     def answers_per_prompt(self) -> int:
         """How many answers each prompt has."""

@@ -9,7 +9,7 @@ loading time and of its memory.
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,8 @@ from rwkv_rlhf.files import file_hash, read_bytes
 
 WORLD_SIZE = 65536
 END_OF_DOCUMENT = 0  # in every vocabulary; trained like any token
+# what Hugging Face's configurations of RWKV call id 0, which is no word of the vocabulary
+TRIE_MARKS: dict[str, int] = {"<|rwkv_tokenizer_end_of_text|>": END_OF_DOCUMENT}
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 
 
@@ -25,6 +27,7 @@ class Tokenizer(Protocol):
     """What the rest of the program asks of a vocabulary. Id 0 ends a document and decodes to nothing or a mark."""
 
     name: str
+    marks: Mapping[str, int]  # texts of special tokens that `encode` takes for ordinary text
     vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -44,6 +47,7 @@ class TrieTokenizer:
     def __init__(self, words: dict[int, bytes], vocab_size: int, name: str):
         self.words = words
         self.vocab_size = vocab_size
+        self.marks: Mapping[str, int] = TRIE_MARKS
         self.name = name
         self._next: dict[int, int] = {}  # node * 256 + byte -> node
         self._id = [-1]  # node -> id of the word that ends there
@@ -119,6 +123,7 @@ class HuggingFaceTokenizer:
         with _refusing(f"--vocab_file {path} is not a tokenizer.json"):
             self._inner = tokenizers.Tokenizer.from_str(text)
         self.name, self.vocab_size = f"{path.name} {file_hash(path)[:12]}", vocab_size
+        self.marks: Mapping[str, int] = {}  # the library knows its own
         _check_ids(max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1), vocab_size, path)
 
     def encode(self, text: str) -> list[int]:

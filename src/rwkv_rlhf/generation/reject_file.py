@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.data.pairs.text_pairs import REJECT
 from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, write_json
+from rwkv_rlhf.settings.shapes import REJECT
 
 log = logging.getLogger(__name__)
 

@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rwkv_rlhf.data.conversation import normalise
-from rwkv_rlhf.data.pairs.text_pairs import CHOSEN, PROMPT, REJECT, TextPair, parse_pair
+from rwkv_rlhf.data.conversation import is_missing, normalise
+from rwkv_rlhf.data.items import Reading, read_items
+from rwkv_rlhf.data.pairs.text_pairs import TextPair, text_pair
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_rows
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.settings.shapes import REJECT
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ class Tally:
 
 
 def read_tasks(
-    path: str | os.PathLike[str], template: str, report: DataReport | None = None
+    path: str | os.PathLike[str], template: str, report: DataReport | None = None, reading: Reading | None = None
 ) -> tuple[list[str], list[Task]]:
-    """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
+    """(columns of the output, rows) of files with preference pairs of which the rejected answer may be absent.
 
     `report` counts, and decides whether bad rows are an error or left out. Raises ValueError with file and line for a
     missing column, an empty prompt or chosen, bytes that are not UTF-8.
@@ -84,10 +85,11 @@ def read_tasks(
     rng = random.Random(TEMPLATE_SEED)
     tasks: list[Task] = []
     columns: dict[str, None] = {}  # a set that keeps its order
-    for where, cells in read_rows(path, report, (PROMPT, CHOSEN)):
-        reject = next((cells[name] for name in REJECT if cells.get(name) is not None), "")
+    reading = dataclasses.replace(reading or Reading(), spare_reject=True)
+    for where, item, cells in read_items(path, report, ("pairs",), reading):
+        reject = next((cells[name] for name in REJECT if not is_missing(cells.get(name))), "")
         try:
-            pair = parse_pair({**cells, "reject": reject}, where, need_reject=False)
+            pair = text_pair(item, where)
             drawn = draw_template(template, rng)
             cue = drawn.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
         except RowError as error:
@@ -139,7 +141,7 @@ def sample_rows(
         wider = min(1.0, params.top_p + WIDEN * attempt)
         begun = time.perf_counter()
         done = sampler.generate(
-            [sampler.tokenizer.encode(tasks[row].cue) for row in left],
+            [tasks[row].template.ids(tasks[row].cue, sampler.tokenizer) for row in left],
             dataclasses.replace(params, top_p=wider, stop_texts=tuple(stops)),
             seeds=[sequence_seed(sequence_seed(params.seed, row), attempt) for row in left],
         )

@@ -5,6 +5,7 @@ Legend: B running sequences, S prompts, C width, V vocabulary, t tokens sampled 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.generation.sampling import penalise, pick, sequence_seed
+from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
+from rwkv_rlhf.ops.starts import Starts
+from rwkv_rlhf.transfers import to_device
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Batch:
 
     def select(self, rows: list[int]) -> Batch:
         """Some of the rows."""
-        index = torch.tensor(rows, device=self.hidden.device)
+        index = to_device(torch.tensor(rows), self.hidden.device)
         tensors = (part.index_select(0, index) for part in (self.draws, self.history, self.first))
         sequences = [self.sequences[row] for row in rows]
         return Batch(sequences, self.hidden.index_select(0, index), self.state.select(index), *tensors)
@@ -160,16 +163,16 @@ class Sampler:
             if len(prompt) == 0:
                 raise ValueError(f"prompt {number} has no tokens; sampling needs at least one to start from")
         device = next(self.model.parameters()).device
-        draws = draws_of(params, len(prompts), seeds).to(device)
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64, device=device)
-        starts = torch.tensor([0, *map(len, prompts)], dtype=torch.int64, device=device).cumsum(0)
-        hidden, after = self.model(tokens[None], state=state, starts=starts)
+        draws = to_device(draws_of(params, len(prompts), seeds), device)
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
+        starts = Starts(itertools.accumulate(map(len, prompts), initial=0))
+        hidden, after = self.model(to_device(tokens, device)[None], state=state, starts=starts)
         # the last position of each prompt, and its state, once for each of its samples
         rows = torch.arange(len(prompts), device=device).repeat_interleave(params.samples)
         count = len(rows)
         return Batch(
             sequences=[Running(number, Completion()) for number in range(count)],
-            hidden=hidden[0].index_select(0, (starts[1:] - 1).index_select(0, rows)),
+            hidden=hidden[0].index_select(0, starts.last_on(device).index_select(0, rows)),
             state=after.select(rows) if params.samples > 1 else after,
             draws=draws,
             history=torch.empty((count, 0), dtype=torch.int64, device=device),
@@ -177,16 +180,27 @@ class Sampler:
         )
 
     def _sample(self, batch: Batch, params: SamplingParams) -> list[int]:
-        """The next token of each sequence, also written into the batch and its completions."""
+        """The next token of each sequence, also written into the batch and its completions.
+
+        All that the host must know comes in one transfer, unless more candidates have to be sorted.
+        """
         logits = self.model.head(batch.hidden).float()
         total = torch.logsumexp(logits, 1)
-        if not bool(torch.isfinite(total).all()):
-            raise ValueError("the model's logits are not finite: the checkpoint is damaged or the precision is too low")
         step = batch.history.shape[1]
-        tokens = pick(penalise(logits, batch.history, batch.first, params), batch.draws[:, step], params)
-        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - total
-        sampled = tokens.tolist()
-        for sequence, token, logprob in zip(batch.sequences, sampled, logprobs.tolist(), strict=True):
+        penalised = penalise(logits, batch.history, batch.first, params)
+        for candidates in candidate_counts(params, logits.shape[1]):
+            tokens, enough = pick(penalised, batch.draws[:, step], params, candidates)
+            logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - total
+            told = [tokens, logprobs, torch.isfinite(total), *([] if enough is None else [enough])]
+            ids, logprobs_told, finite, *enough_told = torch.stack([x.double() for x in told]).tolist()
+            if not all(finite):
+                raise ValueError(
+                    "the model's logits are not finite: the checkpoint is damaged or the precision is too low"
+                )
+            if all(map(all, enough_told)):
+                break
+        sampled = [int(token) for token in ids]
+        for sequence, token, logprob in zip(batch.sequences, sampled, logprobs_told, strict=True):
             sequence.completion.tokens.append(token)
             sequence.completion.logprobs.append(logprob)
         new = ~(batch.history == tokens[:, None]).any(1, keepdim=True)

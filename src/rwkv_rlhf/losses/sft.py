@@ -45,6 +45,7 @@ class SFT(TextLoss):
             head_chunk=config.head_chunk,
             smoothing=config.smoothing or 0.0,
             l2wrap_weight=L2WRAP if wraps else 0.0,
+            trained=batch.trained,
         )
         metrics = {"loss": found.loss, "nll": found.nll}
         return LossValue(found.value, metrics | {"l2wrap": found.l2wrap} if wraps else metrics)

@@ -16,6 +16,7 @@ from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops.backends import prepare
+from rwkv_rlhf.ops.starts import Starts
 
 
 class RWKV(nn.Module):
@@ -66,12 +67,13 @@ class RWKV(nn.Module):
         return State(tuple(layers))
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+        self, tokens: Tensor, state: State | None = None, starts: Tensor | Starts | None = None
     ) -> tuple[Tensor, State | None]:
         """tokens (B, T) int64 -> (hidden (B, T, C) after ln_out in the compute dtype, state after the last token).
 
         With `starts` (S+1,) int64, B is 1 and the row holds S documents one after the other; the states then have one
         row per document. T may be 0 with `starts`: the state comes back unchanged (None if there was none).
+        A tensor of starts that lies on a GPU is waited for.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
@@ -81,14 +83,13 @@ class RWKV(nn.Module):
         x = F.dropout(self.emb(tokens, self.compute_dtype), self.dropout, self.training)
         if tokens.shape[1] == 0:
             return x, state
-        if starts is not None:
-            starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
+        packed = None if starts is None else Starts.of(starts)
         carried = None
         after = []
         recompute = self.grad_cp and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
-            arguments = (x, carried, before, starts, self.wkv_backend)
+            arguments = (x, carried, before, packed, self.wkv_backend)
             if recompute:
                 x, carried, layer_state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
             else:

@@ -27,7 +27,7 @@ def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
     if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
         return _no_hidden(model, batch.tokens)
-    hidden: Tensor = model(batch.tokens[None], None, batch.starts)[0]
+    hidden: Tensor = model(batch.tokens[None], None, batch.segments)[0]
     return hidden[0]
 
 
@@ -36,11 +36,11 @@ def answer_hidden(model: RWKV, batch: AnswerBatch) -> Tensor:
 
     The gradient of every answer flows back through the fork into the prompt.
     """
-    _, state = model(batch.prompts[None], None, batch.prompt_starts)
+    _, state = model(batch.prompts[None], None, batch.prompt_segments)
     if state is not None:
-        prompts = torch.arange(batch.prompt_starts.numel() - 1, device=batch.answers.device)
+        prompts = torch.arange(len(batch.prompt_segments) - 1, device=batch.answers.device)
         state = state.select(prompts.repeat_interleave(batch.answers_per_prompt()))
-    hidden: Tensor = model(batch.answers[None], state, batch.starts)[0]
+    hidden: Tensor = model(batch.answers[None], state, batch.segments)[0]
     if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
         return hidden[0] + _no_hidden(model, batch.prompts).sum()
     return hidden[0]
@@ -61,10 +61,12 @@ def in_chunks(batch: Batch, chunk: int) -> ChunkedRows:
     """The rows of a batch in chunks of at most `chunk` tokens; answers begin from the end of their prompt."""
     rows = ChunkedRows(chunk)
     if isinstance(batch, AnswerBatch):
-        ends = rows.add(batch.prompts, batch.prompt_starts, keep=True, scored=False)
-        rows.add(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(batch.answers_per_prompt())])
+        ends = rows.add(batch.prompts, batch.prompt_segments, keep=True, scored=False)
+        rows.add(
+            batch.answers, batch.segments, begin=[slot for slot in ends for _ in range(batch.answers_per_prompt())]
+        )
     else:
-        rows.add(batch.tokens, batch.starts)
+        rows.add(batch.tokens, batch.segments)
     return rows
 
 
@@ -109,7 +111,8 @@ def chunked_scores(
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        return token_scores(model.head, hidden, batch.targets[span], stats, head_chunk=head_chunk).present()
+        targets, trained = batch.targets[span], batch.trained.chunk(span)
+        return token_scores(model.head, hidden, targets, stats, head_chunk=head_chunk, trained=trained).present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
@@ -119,10 +122,11 @@ def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int 
     """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
     if chunk:
         return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
-    return token_scores(model.head, answer_hidden(model, batch), batch.targets, head_chunk=head_chunk).logp
+    hidden = answer_hidden(model, batch)
+    return token_scores(model.head, hidden, batch.targets, head_chunk=head_chunk, trained=batch.trained).logp
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:
     """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
     logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)
-    return pair_scores(logp, batch.targets, batch.starts)
+    return pair_scores(logp, batch.targets, batch.segments)

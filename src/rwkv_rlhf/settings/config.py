@@ -15,6 +15,7 @@ from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
@@ -305,6 +306,8 @@ class Config:
     # --- data
     data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
+    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=("", *SHAPES))
+    thinking: str = setting("keep", "thinking beside answers: kept as <think>...</think>, or dropped", choices=THINKING)
     pair_file: str = setting("", "preference pairs or rated answers: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
@@ -324,7 +327,9 @@ class Config:
     save_dtype: str = setting(
         "base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"), resume=MAY_CHANGE
     )
-    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"), resume=MAY_CHANGE)
+    save_format: str = setting(
+        "pth", "format of checkpoints", choices=("pth", "safetensors", "sharded"), resume=MAY_CHANGE
+    )
     keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0, resume=MAY_CHANGE)
 
     given: frozenset[str] = frozenset()

@@ -66,7 +66,9 @@ def schema(kinds: Mapping[str, type]) -> dict[str, Any]:
     properties: dict[str, Any] = {}
     for name, field in settings().items():
         about: dict[str, Any] = {"type": words[kinds[name]], "description": text_of(field)}
-        choices = list(tables.LOSSES) if name == "loss" else [choice for choice in choices_of(field) if choice != ""]
+        choices: list[str | int] = (
+            list(tables.LOSSES) if name == "loss" else [choice for choice in choices_of(field) if choice != ""]
+        )
         if choices:
             about["enum"] = choices
         if field.default not in (None, ""):
@@ -94,10 +96,11 @@ def _mapping(path: str) -> dict[Hashable, Any]:
             for key in keys:
                 if keys.count(key) > 1:
                     raise ValueError(f"{path}: {key!r} stands there twice, with two values")
-            return super().construct_mapping(node, deep)
+            found: dict[Hashable, Any] = super().construct_mapping(node, deep)
+            return found
 
     try:
-        found = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader)
+        found = Loader(Path(path).read_text(encoding="utf-8-sig")).get_single_data()
     except FileNotFoundError:
         raise ValueError(f"--config {path}: there is no such file") from None
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, exports, optimizers.
+"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, optimizers.
 
 Each table is the only list of its kind. The command line, constraints, plan, memory estimate, sidecars, weight decay,
 exports, curves and the parametrised tests are derived from it, so a new thing is one file and one entry here. No torch:
@@ -368,24 +368,6 @@ STRATEGIES: dict[str, StrategyFacts] = {
         for stage, what in ((1, "optimizer state"), (2, "optimizer state and gradients"), (3, "these and parameters"))
         for offload in (False, True)
     },
-}
-
-
-@dataclass(frozen=True)
-class ExportFacts:
-    """A form for another program. implementation: (adapter, folder, force) -> a sentence. files: what it writes."""
-
-    help: str
-    implementation: str
-    files: tuple[str, ...]
-
-
-EXPORTS: dict[str, ExportFacts] = {
-    "peft": ExportFacts(
-        "as the PEFT library has it",
-        ".checkpoints.exporters.peft:to_peft_folder",
-        ("adapter_model.safetensors", "adapter_config.json"),
-    ),
 }
 
 

@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,28 @@ from rwkv_rlhf.training.strategies import make_strategy
 
 
 class MicroBatches(Dataset[Batch]):
-    """Micro-batch k of this rank, counted from the very start of training."""
+    """Micro-batch k of this rank, counted from the very start of training.
 
-    def __init__(self, steps: Steps | MixedSteps) -> None:
-        self.steps = steps
+    With `ahead`, for a GPU, a thread reads k + 1 into pinned memory while k is at work.
+    """
+
+    def __init__(self, steps: Steps | MixedSteps, ahead: bool = False) -> None:
+        self.steps, self.ahead = steps, ahead
+        self._reader: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Batch]] = {}
 
     def __getitem__(self, k: int) -> Batch:
-        return self.steps.micro_batch(k)
+        if not self.ahead:
+            return self.steps.micro_batch(k)
+        if self._reader is None:  # pinned memory belongs to the device of the thread that asks for it
+            device = torch.cuda.current_device()
+            self._reader = ThreadPoolExecutor(1, "batches", torch.cuda.set_device, (device,))
+        batch = self._coming.pop(k, None) or self._reader.submit(self._read, k)
+        self._coming = {k + 1: self._reader.submit(self._read, k + 1)}
+        return batch.result()
+
+    def _read(self, k: int) -> Batch:
+        return self.steps.micro_batch(k).pin_memory()
 
 
 class EpochPositions(Sampler[int]):
@@ -161,7 +177,8 @@ def fit(
     begin = (resumed.about["epoch"], resumed.about["done"]) if resumed else (0, 0)
     positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin, *begin)
     # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
-    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
+    batches = MicroBatches(steps, ahead=device.type == "cuda")
+    loader = DataLoader(batches, batch_size=None, sampler=positions, generator=torch.Generator())
     try:
         trainer.fit(module, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written

@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
+from rwkv_rlhf.data import Reading, is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
 from rwkv_rlhf.data.pairs.dataset import Pairs
@@ -30,6 +30,7 @@ from rwkv_rlhf.data.sampler import (
     Steps,
     check_magic_prime,
 )
+from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.split import Subset, split
 from rwkv_rlhf.data.text.documents import Texts, text_type
 from rwkv_rlhf.data.text.h5 import H5Texts
@@ -46,6 +47,7 @@ from rwkv_rlhf.scoring.reference import reference_scores
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
+from rwkv_rlhf.settings.shapes import SHAPES
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,12 @@ class Inputs:
         """The World vocabulary, or --vocab_file."""
         return load_tokenizer(self.start.sizes.vocab_size, self.config.vocab_file or None)
 
+    def _reading(self, *kinds: str) -> Reading:
+        """How rows are read: --format where it names a shape of these kinds, --thinking."""
+        c = self.config
+        named = c.format if c.format and SHAPES[c.format].kind in kinds else ""
+        return Reading(named, c.thinking == "drop")
+
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
         """Preference pairs or rated answers, as the file has them."""
         c = self.config
@@ -87,8 +95,9 @@ class Inputs:
             "max_len": c.rlhf_max_corpus_len if cap else 0,
             "ctx_len": c.ctx_len if cap else 0,
             "skip_bad": c.skip_bad,
+            "reading": self._reading("pairs", "rated"),
         }
-        if is_rated(path):
+        if is_rated(path, options["reading"].shape):
             pairs = open_rated(path, self.tokenizer, **options)
         else:
             pairs = open_pairs(path, self.tokenizer, drop_ties=c.drop_ties, **options)
@@ -117,9 +126,11 @@ class Inputs:
         texts: Texts | H5Texts
         if text_type(path, data_type) == "h5":  # already tokenised
             how |= {"teacher": teacher, "top_k": c.top_k if "top_k" in c.given else 0}
-            texts = open_h5(path, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
+            alone = sources_of(path)[0].path
+            texts = open_h5(alone, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
         else:
-            texts = open_text(path, self.tokenizer, data_type=data_type, template=c.template, **how)
+            how |= {"data_type": data_type, "template": c.template, "reading": self._reading("text")}
+            texts = open_text(path, self.tokenizer, **how)
         self.reports.append(texts.report)
         return texts
 
@@ -154,6 +165,8 @@ class Inputs:
         c = self.config
         if text_type(c.data_file, c.data_type) == "binidx":
             return self._corpus()
+        if c.magic_prime > 0:
+            raise ValueError(f"--magic_prime {c.magic_prime} needs a binidx corpus as --train_data_file")
         from_file = c.loss_facts.teacher and not c.teacher_model
         texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
         return texts, self._shuffled(len(texts))
@@ -195,7 +208,9 @@ class Inputs:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
         c = self.config
         stateless = c.train_stage == 3 or c.magic_prime > 0
-        slices, report = open_slices(c.data_file, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1)
+        slices, report = open_slices(
+            sources_of(c.data_file)[0].path, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1
+        )
         self.reports.append(report)
         if not c.random_mode:
             return slices, Sequential(len(slices))
@@ -288,7 +303,7 @@ class Inputs:
             return self._held_out_pairs(pairs, self._computed_reference(pairs) if reference else None)
         if not c.val_file:
             return None
-        if kind_of(c.val_file) == "text":
+        if kind_of(c.val_file, shape=c.format) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
         file = self._pairs(c.val_file, cap=False)
         return self._held_out_pairs(file, self.reference(file) if reference else None)

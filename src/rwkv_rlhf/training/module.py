@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.loss_scale import LossScale
 from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
-from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
+from rwkv_rlhf.training.step_figures import StepFigures
+from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, leaves_out_itself, norm_of_last_step
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,11 @@ class TrainingModule(pl.LightningModule):
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
-        self._means: dict[str, float] = defaultdict(float)
+        self._figures = StepFigures()
+        self._sums: dict[str, float] | None = None  # of the running optimizer step, once they are read
         self._kl: Tensor | None = None  # KTO's divergence of the running optimizer step
+        self._step = 0  # the running optimizer step
+        self._batches: dict[int, Batch] = {}  # of it, where only its end tells whether one was bad
         self._tokens = 0
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
@@ -121,8 +124,11 @@ class TrainingModule(pl.LightningModule):
         return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
-        number, one of several goes on with it, and the step is left out by all."""
+        """One micro-batch -> its share of the optimizer step's loss.
+
+        When that is not a number, one process on a CPU returns None. Several go on with it, so that all see it in the
+        gradient, and so does a GPU, which is not asked before the step's end. The step is left out in every case.
+        """
         heartbeat(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
         if self.teacher is not None and isinstance(batch, TextBatch):
             batch = self.teacher(batch)
@@ -133,10 +139,14 @@ class TrainingModule(pl.LightningModule):
             text = batch_loss(self.model, batch.general, LOSSES[tables.PRETRAINING], self.config)
             share = mixed(share, text.per(batch.general.total), self.config.dpo_general_corpus_ratio)
         value = share.value
+        self._step = self.trainer.global_step
         self._tokens += tokens_run(batch)
-        for name, amount in share.metrics.items():
-            self._means[name] += float(amount)
-        if not torch.isfinite(value):
+        self._figures.add(share.metrics)
+        if value.is_cuda:
+            self._figures.losses.append(value.detach())
+            self._batches[index] = batch
+            value = value * torch.where(torch.isfinite(value.detach()), 1.0, math.nan)
+        elif not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
             if not self.together:
                 return None
@@ -151,11 +161,11 @@ class TrainingModule(pl.LightningModule):
             with evaluating(self.model):
                 ratio = mismatch_ratio(self.model, batch.others, head_chunk=c.head_chunk, chunk=c.chunk)
             self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)
-        return replace(batch, kl=self._kl)
+        return batch.having(kl=self._kl)
 
     def _skip(self, what: str, batch: Batch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
-        step = self.trainer.global_step
+        step = self._step
         if not self._bad:  # further micro-batches belong to the same step
             self.bad_steps += 1
         self._bad = True
@@ -179,23 +189,44 @@ class TrainingModule(pl.LightningModule):
         return make_optimizer(self.config, groups)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
+        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer.
+
+        A step that is not a number is left out: by an optimizer on a GPU that can do so itself, else here.
+        """
         if clips_itself(self.trainer):
             return
+        most = self.config.grad_clip
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.loss_scale is not None:
             self.loss_scale.unscale_([p.grad for p in parameters])
-        norm = gradient_norm(self.trainer, optimizer)
-        self.grad_norm = float(norm)
-        if not math.isfinite(self.grad_norm):
-            self._not_a_number(self.grad_norm)
-        elif self.loss_scale is not None and not self._bad:
-            self.loss_scale.took_step()
+        norm = self._figures.norm = gradient_norm(self.trainer, optimizer)
+        if self.loss_scale is None and leaves_out_itself(optimizer, norm):
+            self._figures.send()  # they are read when the update is queued
+            if most > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)  # multiplies shorter ones by 1
+            setattr(optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010  # torch's name
+            return
+        self._read_figures()  # a scale of the loss is the host's to choose
         if self._bad:
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
             return
-        if 0 < self.config.grad_clip < self.grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        if self.loss_scale is not None:
+            self.loss_scale.took_step()
+        if 0 < most < self.grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+
+    def _read_figures(self) -> dict[str, float]:
+        """The sums of the step's metrics. When they are first read, a step that is not a number is found out."""
+        if self._sums is None:
+            self._sums, losses, norm = self._figures.read()
+            for (index, batch), loss in zip(self._batches.items(), losses, strict=True):
+                if not math.isfinite(loss):
+                    self._skip(f"the loss is {loss}", batch, index)
+            if norm is not None:
+                self.grad_norm = norm
+                if not math.isfinite(norm):
+                    self._not_a_number(norm)
+        return self._sums
 
     def _not_a_number(self, norm: float) -> None:
         """The norm of the gradient, which all ranks know, says that the step must be left out. In half precision a
@@ -239,13 +270,14 @@ class TrainingModule(pl.LightningModule):
             self.grad_norm = norm_of_last_step(self.trainer)
             if not self._bad and not math.isfinite(self.grad_norm):
                 self._skip(f"the gradient's norm is {self.grad_norm}")
+        found = self._read_figures()
+        self._figures, self._sums, self._batches = StepFigures(), None, {}
         if self._bad:
             self._bad = False
-            self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        names = sorted(self._means)
-        tokens, *sums = ranks.all_reduce_sum([self._tokens, *(self._means[name] for name in names)])
+        names = sorted(found)
+        tokens, *sums = ranks.all_reduce_sum([self._tokens, *(found[name] for name in names)])
         means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
@@ -260,7 +292,6 @@ class TrainingModule(pl.LightningModule):
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)
-        self._means.clear()
         self._tokens, self._clock = 0, now
 
     def counters(self) -> dict[str, Any]:

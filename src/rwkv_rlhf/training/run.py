@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
-from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
+from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, fingerprint
@@ -107,14 +107,20 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
 def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
     """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = ranks.broadcast_from_zero(lambda: write_factors(start.model, folder, f".{config.save_format}"))
+    name, sha256 = ranks.broadcast_from_zero(lambda: write_factors(start.model, folder, factors_suffix(config)))
     return dataclasses.replace(
         sidecar,
         initial_file=name,
         initial_sha256=sha256,
         cold_file=str(start.cold.resolve()) if start.cold else "",
         cold_sha256=start.cold_hash,
+        template=config.template,
     )
+
+
+def factors_suffix(config: Config) -> str:
+    """Of PiSSA's initial factors, which are never in shards."""
+    return ".pth" if config.save_format == "pth" else ".safetensors"
 
 
 def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
@@ -123,7 +129,7 @@ def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> 
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
         sidecar,
-        suffix=f".{config.save_format}",
+        suffix=SUFFIXES[config.save_format],
         keep=config.keep,
         states=bool(config.state_output_mode),
     )

@@ -7,52 +7,33 @@ moved, and their reference scores are computed with its own.
 import os
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
-from rwkv_rlhf.data.conversation import Turn, refuse_nul
+from rwkv_rlhf.data.items import Reading, kind_of_rows, read_items
 from rwkv_rlhf.data.pairs.dataset import Pairs
-from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import has_rows, read_rows
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.rows import has_rows
+from rwkv_rlhf.data.shapes.record import Rated
+from rwkv_rlhf.data.sources import sources_of
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
+from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
-_COLUMNS = (PROMPT, ("completion",), ("label",))
+
+def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
+    """Whether a file holds rated answers, by its first row (or by --format `shape`).
+
+    Raises ValueError when it cannot be read.
+    """
+    first = sources_of(path)[0].path
+    return has_rows(first) and kind_of_rows(first, shape) == "rated"
 
 
-def is_rated_record(record: dict[str, Any]) -> bool:
-    """Whether a row (keys in lower case) is one rated answer."""
-    return "completion" in record and "label" in record and "chosen" not in record
-
-
-def is_rated(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
-    if not has_rows(path):
-        return False
-    first = next(read_rows(path, DataReport(str(path), skip_bad=True, quiet=True)), None)
-    return first is not None and is_rated_record(first.record)
-
-
-def _label(value: object) -> bool:
-    """True for good. RowError for anything but true, false, 1 and 0."""
-    if isinstance(value, float) and value in (0.0, 1.0):  # parquet's idea of a column with gaps
-        value = int(value)
-    found = LABELS.get(str(value).strip().lower())
-    if found is None:
-        raise RowError(f"label is {value!r}; it must be true or 1 (good), false or 0 (bad)", "unreadable label")
-    return found
-
-
-def _tokenise(record: dict[str, Any], name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
-    answer = parse_answer(record.get("completion"), "completion", True)
-    turns = complete_prompt(parse_prompt(record) + answer.before, record)
-    refuse_nul([*turns, Turn("assistant", answer.text)])
-    good, template = _label(record.get("label")), draw_template(name, rng)
-    prompt, (text,) = template.render(turns, [answer.text])
-    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(text), *template.end_ids], [], None, good)
+def _tokenise(row: Rated, template: Template, tokenizer: Tokenizer) -> RatedExample:
+    prompt, (text,) = template.render(row.turns, [row.completion])
+    answer = [*template.ids(text, tokenizer), *template.end_ids]
+    return RatedExample(template.ids(prompt, tokenizer), answer, [], None, row.good)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -101,6 +82,7 @@ def open_rated(
     ctx_len: int = 0,
     seed: int = TEMPLATE_SEED,
     skip_bad: bool = False,
+    reading: Reading | None = None,
 ) -> Pairs:
     """Rated answers of a CSV, JSONL or parquet file with prompt, completion and label (and system, if any).
 
@@ -108,15 +90,19 @@ def open_rated(
     """
     find_templates(template)
     report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
+    say_plain_marks(template, tokenizer, report)
     examples, seen = [], set()
-    for where, record in read_rows(path, report, _COLUMNS):
+    last = None
+    for where, row, _ in read_items(path, report, ("rated",), reading):
+        assert isinstance(row, Rated)
         try:
-            example = _tokenise(record, template, rng, tokenizer)
+            example = _tokenise(row, draw_template(template, rng), tokenizer)
         except RowError as error:
             report.bad(where, error)
             continue
+        again, last = row is last, row  # of a file with a weight
         key = hash((tuple(example.prompt), tuple(example.chosen), example.good))
-        report.remark("repeat another one", key in seen)
+        report.remark("repeat another one", key in seen and not again)
         seen.add(key)
         if max_len:
             report.cut("prompt", len(example.prompt) > max_len)
