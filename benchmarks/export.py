@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from rwkv_rlhf.checkpoints.loading import plain_model  # noqa: E402
+from rwkv_rlhf.checkpoints.loading import BuildOptions, plain_model  # noqa: E402
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors  # noqa: E402
 from rwkv_rlhf.model.rwkv7 import low_rank_sizes  # noqa: E402
 from rwkv_rlhf.model.sizes import Sizes  # noqa: E402
@@ -27,7 +27,7 @@ CASES = (("gguf", "f16", "m.gguf"), ("gguf", "q8_0", "q.gguf"), ("hf", "bf16", "
 def write_model(path: Path, layers: int, width: int) -> int:
     """A model of random numbers; returns how many."""
     sizes = Sizes("x070", layers, width, 65536, 64, width, 4 * width, low_rank_sizes(width))
-    shapes = dict(plain_model(sizes, torch.float32).named_parameters())
+    shapes = dict(plain_model(sizes, BuildOptions(torch.float32)).named_parameters())
     write_tensors({name: torch.randn(shape.shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, path)
     return sum(shape.numel() for shape in shapes.values())
 

@@ -73,8 +73,9 @@ def worker(words):
 
     def timed_save(self, name):
         began = time.perf_counter()
-        save(self, name)
+        path = save(self, name)
         found["saves"].append(time.perf_counter() - began)
+        return path
 
     TrainingModule.on_train_batch_end, RunFolder.save = timed_end, timed_save
     with launched(parse(words), [__file__, "--worker", *words]) as config:

@@ -1,9 +1,11 @@
-"""What the compilers say about cuda/*.cu: registers, spills and shared memory of every kernel, for every architecture.
+"""What the compilers say about cuda/*.cu and ops/triton: registers, spills and shared memory of every kernel.
 
-    python benchmarks/static_gpu.py [--ops wkv7] [--architectures 90 gfx90a] [--all]
+    python benchmarks/static_gpu.py [--ops wkv7] [--kernels wkv7] [--architectures 90 gfx90a] [--all]
 
-Needs nvcc or hipcc, no GPU. Prints one Markdown row for each kernel that is new or differs from the architecture
-before it; --all prints all. A spill in a forward kernel ends it with status 1.
+Needs nvcc, hipcc or Triton (benchmarks/static_triton.py), no GPU; what is missing is said. Prints one Markdown row for
+each kernel of cuda/ that is new or differs from the architecture before it (--all prints all), and one for each of
+Triton's (those whose names begin with one of --kernels) and architecture. Then the kernels that spill; one of them that
+runs forward ends it with status 1.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
@@ -84,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", default=sorted(path.stem for path in gpu.SOURCES.glob("*.cu")))
     parser.add_argument("--architectures", nargs="+", default=[*CUDA, *HIP])
+    parser.add_argument("--kernels", nargs="+", default=[""])
     parser.add_argument("--all", action="store_true")
     args = parser.parse_args()
     spilled, last = [], {}
@@ -103,8 +106,25 @@ def main() -> None:
                 if args.all or last.get((op, kernel.name)) != kernel[3:]:
                     print("| " + " | ".join(str(x) for x in kernel) + " |", flush=True)
                 last[op, kernel.name] = kernel[3:]
-    if spilled:
-        sys.exit(f"forward kernels that spill: {', '.join(f'{x.op} {x.name} {x.architecture}' for x in spilled)}")
+    rows = triton_rows(args.kernels, args.architectures)
+    bad = [f"{x.op} {x.name} {x.architecture}" for x in spilled]
+    bad += [f"Triton's {x.name} {x.architecture}" for x in rows if x.forward and x.spills]
+    backward = [f"{x.name} {x.architecture}, {x.spills} bytes" for x in rows if not x.forward and x.spills]
+    print(f"\nTriton's backward kernels that spill: {'; '.join(backward) or 'none'}")
+    if bad:
+        sys.exit(f"forward kernels that spill: {', '.join(bad)}")
+
+
+def triton_rows(kernels: list[str], architectures: list[str]) -> list[Any]:
+    """What static_triton.py finds for those of the architectures that it knows; none where Triton is missing."""
+    try:
+        import static_triton  # beside this file
+    except ImportError as error:
+        print(f"\nTriton's kernels skipped: {error}")
+        return []
+    print()
+    known = [name for name in architectures if name in (*static_triton.CUDA, *static_triton.HIP)]
+    return static_triton.table(kernels, known)
 
 
 if __name__ == "__main__":

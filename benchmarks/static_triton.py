@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,24 @@ TYPES = dict.fromkeys(FLOATS.split(), "*fp32") | dict.fromkeys(("starts", "targe
 TYPES |= dict.fromkeys(["lse", "target_logit", "logit_sum", "max_logit", "g_logp", "g_mean", "g_max"], "*fp32")
 TYPES |= dict.fromkeys(("H", "C", "V", "rows", "count"), "i32") | {"stride": "i64", "marks": "*i32"}
 MIXES = 6  # of RWKV-7's attention
+
+
+class Row(NamedTuple):
+    """What is known of a compiled kernel. failure: the compiler's words, "" = it was compiled."""
+
+    name: str
+    architecture: str
+    registers: str
+    spills: int
+    shared: int
+    instructions: str
+    seconds: float
+    failure: str = ""
+
+    @property
+    def forward(self) -> bool:
+        """Whether inference runs it."""
+        return "backward" not in self.name and self.name != "row_grad"
 
 
 class Case(NamedTuple):
@@ -107,7 +125,7 @@ def compiled(case: Case, architecture: str) -> Any:
     return triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": 1})
 
 
-def report(kernel: Any) -> tuple[str, str, int, str]:
+def report(kernel: Any) -> tuple[str, int, int, str]:
     """Registers, spilled bytes, shared bytes, and matrix instructions of a compiled kernel."""
     shared = kernel.metadata.shared
     if "amdgcn" in kernel.asm:
@@ -115,7 +133,7 @@ def report(kernel: Any) -> tuple[str, str, int, str]:
         count = {name: re.search(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")}
         scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
         instructions = sorted(set(re.findall(r"v_mfma_(\w+)", text)))
-        return count["vgpr_count"][1], scratch[1], shared, ", ".join(instructions)
+        return count["vgpr_count"][1], int(scratch[1]), shared, ", ".join(instructions)
     text = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -128,7 +146,30 @@ def report(kernel: Any) -> tuple[str, str, int, str]:
     registers = re.search(r"Used (\d+) registers", said)
     found = re.findall(r"(wgmma|tcgen05\.mma|mma\.sync)\S*?(m\d+n\d+k\d+)?\S*?\.(tf32|bf16|f16)\b", text)
     instructions = sorted({f"{name} {shape} {kind}".replace("  ", " ") for name, shape, kind in found})
-    return registers[1] if registers else "?", str(spills), shared, ", ".join(instructions)
+    return registers[1] if registers else "?", spills, shared, ", ".join(instructions)
+
+
+def table(kernels: Sequence[str], architectures: Sequence[str]) -> list[Row]:
+    """Compile and print the kernels whose names begin with one of `kernels`."""
+    print(f"Triton {triton.__version__}\n")
+    print("| kernel | arch | registers | spill bytes | shared bytes | matrix instructions | compile s |")
+    print("|---|---|---:|---:|---:|---|---:|")
+    found = []
+    for case in cases():
+        if not case.name.startswith(tuple(kernels)):
+            continue
+        for architecture in architectures:
+            began = time.perf_counter()
+            try:
+                about = report(compiled(case, architecture))
+                row = Row(case.name, architecture, *about, time.perf_counter() - began)
+                text = f"{row.registers} | {row.spills} | {row.shared} | {row.instructions} | {row.seconds:.0f}"
+            except Exception as error:  # of several compilers; the table goes on
+                row = Row(case.name, architecture, "", 0, 0, "", 0, str(error).splitlines()[0][:80])
+                text = f"failed: {row.failure} | | | | "
+            print(f"| {row.name} | {row.architecture} | {text} |", flush=True)
+            found.append(row)
+    return found
 
 
 def main() -> None:
@@ -137,19 +178,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", default=[""])
     parser.add_argument("--architectures", nargs="+", default=[*CUDA, *HIP])
     args = parser.parse_args()
-    print(f"Triton {triton.__version__}\n")
-    print("| kernel | arch | registers | spill bytes | shared bytes | matrix instructions | compile s |")
-    print("|---|---|---:|---:|---:|---|---:|")
-    for case in cases():
-        if case.name.startswith(tuple(args.kernels)):
-            for architecture in args.architectures:
-                began = time.perf_counter()
-                try:
-                    row = report(compiled(case, architecture))
-                except Exception as error:  # of several compilers; the table goes on
-                    row = (f"failed: {str(error).splitlines()[0][:80]}", "", "", "")
-                took = time.perf_counter() - began
-                print(f"| {case.name} | {architecture} | " + " | ".join(map(str, row)) + f" | {took:.0f} |", flush=True)
+    table(args.kernels, args.architectures)
 
 
 if __name__ == "__main__":

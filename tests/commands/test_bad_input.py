@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written(refused, typed, tmp_path, pairs_csv):
         (["--my_testing", "x060"], ["--my_testing", "x060", "x070"]),
         (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
         (["--accelerator", "gpu"], ["--accelerator gpu"]),
-        (["--optim", "lion"], ["--optim lion", "not built"]),
+        (["--optim", "muon", "--strategy", "fsdp"], ["--optim muon", "--strategy fsdp"]),
         (["--micro_bsz", "many"], ["--micro_bsz", "many"]),
     ],
 )

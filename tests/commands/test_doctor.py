@@ -1,6 +1,7 @@
 """`--doctor 1`: what a user learns of the machine, and that a wrong kernel is named and ends with a status."""
 
 import fcntl
+import re
 
 import pytest
 
@@ -14,6 +15,7 @@ from rwkv_rlhf.ops.backend import RECURRENCES, build_failure
 def short(monkeypatch):
     """Few tokens: what is judged here is the judge."""
     monkeypatch.setattr(check, "SHAPE", (1, 9, 1, 32))
+    monkeypatch.setattr(check, "TIMED", {"cpu": ((1, 5, 1, 32),)})
     monkeypatch.setattr(check, "REPEATS", 1)
     build_failure.cache_clear()
     yield
@@ -30,7 +32,10 @@ def test_every_compiled_kernel_is_compared(capsys):
     assert doctor() is None
     said = capsys.readouterr().out
     for name in (*RECURRENCES, *check.POINTWISE, "logprob"):
-        assert said.count(f"  {name} ") == 2, name
+        assert said.count(f"  {name} ") == (4 if name in RECURRENCES else 2), name  # judged and timed, in two dtypes
+    assert len(re.findall(r"  wkv7 cpu +cpu +(?:fp32|bf16)  1 x 5 x 1 x 32 +[\d.]+ ms +[\d.]+ GB/s", said)) == 2
+    half = "cpu fp16: cpu for wkv4 wkv5 wkv6 wkv7, naive for elementwise logprob"
+    assert f"  auto uses cpu fp32: cpu; cpu bf16: cpu; {half}\n" in said
     assert f"CPU kernels for {cpu.instruction_set()} compiled on this machine" in said  # a clone brings none
     assert "NOT RIGHT" not in said and "every kernel that can run here agrees" in said
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.loading import plain_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, plain_model
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.adapters.pissa import principal_factors, residual
@@ -376,7 +376,7 @@ def test_a_rank_that_does_not_fit_is_refused_by_layer_rank_and_shape():
         with pytest.raises(RankError, match=words):
             ADAPTERS[mode].linear.wrap(plain, Adaptation.make(mode, rank, 1))
     tensors = initial_tensors("x070", 1, 64, 40, 32, 0)
-    model = plain_model(sizes_of(tensors), torch.float32)
+    model = plain_model(sizes_of(tensors), BuildOptions(torch.float32))
     plan = make_plan("bone", 1, rank=24, alpha=1.0, lr_init=1e-4, lr_final=1e-5)
     with pytest.raises(ValueError, match=r"layer blocks\.0\.att\.\w+: mode bone: rank 24 .* 64 x 64 .* divide 64"):
         plan_layout(model, plan)

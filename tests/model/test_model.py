@@ -315,3 +315,37 @@ def test_attention_may_have_another_width_than_the_model(version):
     assert sizes_of(model.state_dict()) == sizes
     hidden, state = model(torch.tensor([TOKENS]))
     assert hidden.isfinite().all() and state[0].wkv.shape[1] == 32 // sizes.head_size
+
+
+def test_dropout_of_the_stream_is_where_rwkv_lm_has_it(tensors):
+    """If this breaks, --dropout trains another network than RWKV-LM does: of the embedding, and of the whole stream
+    after each half of a block (RWKV-v5/src/model.py, drop0 and drop1); nothing while a model is only asked."""
+    share = 0.3
+    model, plain = build(tensors, dropout=share), build(tensors)
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens)[0], plain(tokens)[0])
+        torch.manual_seed(3)
+        got = model.train()(tokens)[0]
+        torch.manual_seed(3)
+        drop = torch.nn.Dropout(share)
+        x, carried = drop(plain.emb(tokens)), None
+        for block in plain.blocks:
+            x = block.ln0(x) if block.first else x
+            y, carried, _ = block.att(block.ln1(x), carried, None, None, None, "auto")
+            x = drop(x + y)
+            x = drop(x + block.ffn(block.ln2(x), None, None))
+        assert torch.allclose(got, plain.ln_out(x), atol=1e-5)
+        assert not torch.allclose(got, plain(tokens)[0], atol=0.1)
+
+
+def test_dropout_draws_the_same_when_blocks_are_recomputed():
+    """If this breaks, --grad_cp 1 gives gradients of another mask than that of the loss. The same bits."""
+    tensors = random_tensors()
+    found = []
+    for grad_cp in (False, True):
+        model = build(tensors, dropout=0.5, grad_cp=grad_cp).train()
+        torch.manual_seed(3)
+        model(torch.tensor([TOKENS]))[0].square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) > 20 and all(torch.equal(*pair) for pair in zip(*found, strict=True))

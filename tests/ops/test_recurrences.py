@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.ops import judge
+from rwkv_rlhf.ops.backends import choose
 from rwkv_rlhf.ops.build import BuildError
 from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, meaning, results
@@ -290,3 +291,13 @@ def test_nan_shows_and_stays_in_its_head(op, name):
     assert y[:, :7].isfinite().all() and y[:, :, others].isfinite().all() and last[:, others].isfinite().all()
     first = 8 if op == "wkv6" and name == "w" else 7  # the decay of token 7 first shows in token 8
     assert all(not y[0, t, mine].isfinite().all() for t in range(first, 20)) and not last[:, mine].isfinite().all()
+
+
+def test_half_precision_costs_what_rounding_its_ends_does(op):
+    """If this breaks, --precision fp16 falls back to plain loops where Triton does not run, or loses digits inside."""
+    where = torch.device("cpu")
+    inputs, state = make_inputs(op, (2, 70, 2, 32), torch.float16, where), make_state(op, 2, 2, 32)
+    assert choose(op, where, torch.float16, tuple(inputs[0].shape))[0] == "cpu"
+    values = results(op, inputs, state)
+    assert all(values[name].dtype == torch.float16 for name in values if name == "y")
+    assert_close(values, exact(op, inputs, state), 2e-3)

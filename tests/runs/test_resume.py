@@ -34,6 +34,7 @@ REWARDS = f"{ROOT}/tests/support/rewards.py:odd,short"
 TEXT = ("--sft", 1, "--micro_bsz", 3)
 PAIRS = ("--dpo", 1, "--micro_bsz", 2)
 LORA = ("--peft", "lora", "--lora_dropout", 0.2, "--quant", 0)
+DECAY = ("--weight_decay_final", 0.01)
 LONG = ("--epoch_steps", 3, "--epoch_count", 2)
 GROUPS = ("--grpo", 1, "--micro_bsz", 1, "--grpo_gen_count", 3, "--grpo_gen_length", 6, "--reward_funcs", REWARDS)
 VALUES = ("--ppo", 1, "--batch_size", 2, "--ppo_epochs", 2, "--output_max_length", 6, "--reward_funcs", REWARDS)
@@ -46,6 +47,8 @@ KINDS = {
     "sft nf4 dora": (*TEXT, "--peft", "dora", "--lora_dropout", 0.1, *LONG),
     "sft states": (*TEXT, "--state", 1, "--quant", 0, *LONG),
     "sft growing": (*TEXT, *LORA, "--initial_ctx_len", 8, "--ctx_warmup_steps", 4, *TWO),
+    "sft half precision": (*TEXT, *LORA, "--precision", "fp16", "--dropout", 0.1, "--optim", "adopt", *LONG),
+    "sft 8-bit moments": (*TEXT, "--quant", 0, "--optim", "adamw8bit", "--weight_decay", 0.1, *DECAY, *LONG),
     "dpo lora": (*PAIRS, *LORA, *LONG, "--keep", 1, "--epoch_save", 1),
     "dpo infinite context": (*PAIRS, *LORA, "--infctx", 1, "--chunk_ctx", 8, *TWO),
     "dpo nf4 pissa": (*PAIRS, "--peft", "pissa", *LONG),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import train
+from rwkv_rlhf.training import loss_scale
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.source_files import ROOT
 
@@ -59,6 +60,44 @@ def test_sft_learns_and_leaves_everything_a_user_needs(script, typed, text_jsonl
     assert len((folder / "train_log.txt").read_text().splitlines()) == 2 + 3
     assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert set(weights(folder)) >= {"emb.weight", "head.weight", "blocks.1.att.w0", "ln_out.bias"}
+
+
+HALF = ("--precision", "fp16", "--micro_bsz", 4, "--epoch_steps", 4, "--epoch_count", 1, "--lr_init", "1e-3")
+
+
+def test_half_precision_learns_what_single_does(script, typed, text_jsonl, tmp_path):
+    """If this breaks, somebody with an older card trains something else: losses within 1% of float32's, with gradients
+    as long and a scale that stays where it began."""
+    found = {}
+    for precision in ("fp32", "fp16"):
+        words = [*HALF, "--precision", precision, "--proj_dir", tmp_path / precision]
+        go(script, typed, "--sft", 1, "--data_file", text_jsonl, *words)
+        found[precision] = read_jsonl(tmp_path / precision / "metrics.jsonl", "train")
+    for want, got in zip(found["fp32"], found["fp16"], strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-2)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=5e-2)
+        assert (got["loss_scale"], got["overflows"]) == (65536, 0) and "loss_scale" not in want
+
+
+def test_steps_that_overflow_are_left_out_and_counted(script, typed, text_jsonl, tmp_path, monkeypatch):
+    """If this breaks, an overflow in half precision ends a run or goes into its weights."""
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**24)
+    words = ("--sft", 1, "--data_file", text_jsonl, *HALF, "--epoch_steps", 12, "--max_bad_steps", 0)
+    go(script, typed, *words)
+    steps = read_jsonl(tmp_path / "out" / "metrics.jsonl", "train")
+    left_out = steps[0]["step"] - 1
+    assert left_out > 2 and steps[0]["overflows"] == left_out and steps[0]["loss_scale"] == 2.0 ** (24 - left_out)
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["step"] == 12
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "out").values())
+
+
+def test_a_gradient_that_never_fits_half_precision_ends_the_run(script, typed, text_jsonl, monkeypatch):
+    """If this breaks, a run in half precision halves its scale for ever and learns nothing. One sentence."""
+    monkeypatch.setattr(loss_scale, "FIRST", 2.0**-12)
+    monkeypatch.setattr("rwkv_rlhf.training.module.gradient_norm", lambda *_: torch.tensor(torch.inf))
+    status, _, err = script(train.main, *typed, "--sft", 1, "--data_file", text_jsonl, *HALF)
+    assert status == 1 and "overflows at optimizer step 1 even with the loss scaled by 6.1e-05" in err
+    assert "--precision bf16 or fp32" in err and err.count("overflows") == 1
 
 
 def test_a_run_is_repeated_from_the_file_in_its_folder(script, typed, text_jsonl, tmp_path):

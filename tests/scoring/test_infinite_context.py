@@ -208,10 +208,13 @@ def test_adapters_packed_matrices_and_recomputed_blocks(mode, quant):
     )
 
 
-def test_dropout_draws_the_same_in_both_runs():
+@pytest.mark.parametrize("where", ["adapters", "stream"])
+def test_dropout_draws_the_same_in_both_runs(where):
     """If this breaks, the gradient belongs to another network than the loss."""
-    plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=0.5, lr_init=1.0, lr_final=1.0)
-    model, _ = build_model(random_tensors("x070", n_layer=2), BuildOptions(torch.float64, plan=plan))
+    shares = {"adapters": 0.0, "stream": 0.0} | {where: 0.5}
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, dropout=shares["adapters"], lr_init=1.0, lr_final=1.0)
+    options = BuildOptions(torch.float64, plan=plan, dropout=shares["stream"])
+    model, _ = build_model(random_tensors("x070", n_layer=2), options)
     model.train()
     name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("key.lora_B"))
     batch, step = texts(9, 14), 1e-6

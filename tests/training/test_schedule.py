@@ -18,3 +18,14 @@ def test_other_schedules_half_way(kind, half):
     """If this breaks, --lr_schedule does something else than its name."""
     assert Schedule(0, 100, kind).rate(50, 1e-3, 1e-4) == pytest.approx(half)
     assert Schedule(0, 100).rate(50, 1e-3, 0.0) == pytest.approx(0.5e-3)  # an end at 0 is a straight line
+
+
+@pytest.mark.parametrize(
+    ("initial", "final", "half"), [(0.1, 0.001, 0.01), (0.1, 0.0, 0.05), (0.1, -1.0, 0.1), (0.0, 0.1, 0.0)]
+)
+def test_weight_decay_half_way(initial, final, half):
+    """If this breaks, --weight_decay_final is not RWKV-LM's formula, or what has no decay gets one."""
+    schedule = Schedule(warmup=10, total=110, kind="cosine")
+    assert [schedule.decay(step, initial, final) for step in (0, 5, 10)] == [initial] * 3
+    assert schedule.decay(60, initial, final) == pytest.approx(half)
+    assert schedule.decay(500, initial, final) == pytest.approx(final if final >= 0 and initial else initial)

@@ -38,7 +38,7 @@ class BuildOptions:
     masters, frozen ones the compute dtype or packed. With `share` frozen matrices are used as they lie in the file, in
     their own dtype, and cast when they are applied. PiSSA begins from the factors in `initial`, or else from
     `svd_niter` iterations; `seed` draws the adapters' first values. On the `device` meta the model has sizes without
-    numbers. `grad_cp` and `wkv_backend` are those of `RWKV`.
+    numbers. `grad_cp`, `wkv_backend` and `dropout` are those of `RWKV`.
     """
 
     compute_dtype: torch.dtype
@@ -54,6 +54,7 @@ class BuildOptions:
     device: torch.device | str = "cpu"
     grad_cp: bool = False
     wkv_backend: str = "auto"
+    dropout: float = 0.0
 
 
 def file_sizes(path: str | Path) -> Sizes:
@@ -69,12 +70,18 @@ def named_sizes(tensors: Mapping[str, Tensor], source: str | Path) -> Sizes:
         raise ValueError(f"{source}: {error}") from error
 
 
-def plain_model(sizes: Sizes, compute_dtype: torch.dtype, *, grad_cp: bool = False, wkv_backend: str = "auto") -> RWKV:
+def plain_model(sizes: Sizes, options: BuildOptions) -> RWKV:
     """An RWKV on the meta device, without adapters."""
     if sizes.version not in VERSIONS:
         raise ValueError(f"RWKV version {sizes.version} is not built yet; there is {', '.join(VERSIONS)}")
     with torch.device("meta"):
-        return RWKV(sizes, compute_dtype=compute_dtype, grad_cp=grad_cp, wkv_backend=wkv_backend)
+        return RWKV(
+            sizes,
+            compute_dtype=options.compute_dtype,
+            grad_cp=options.grad_cp,
+            wkv_backend=options.wkv_backend,
+            dropout=options.dropout,
+        )
 
 
 def build_model(
@@ -92,7 +99,7 @@ def build_model(
     """
     sizes = named_sizes(tensors, source)
     sizes = _with_added(sizes, options)
-    model = plain_model(sizes, options.compute_dtype, grad_cp=options.grad_cp, wkv_backend=options.wkv_backend)
+    model = plain_model(sizes, options)
     expected = dict(model.named_parameters())
     new = {name for name in expected if is_new(name)}  # what the file lacks begins at zero
     difference = key_diff(tensors, expected, (OPTIONAL - expected.keys()) | new)

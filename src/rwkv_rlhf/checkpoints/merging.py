@@ -163,7 +163,7 @@ class Merged(Mapping[str, Tensor]):
         self.shares = shares or MergeShares()
         known = shapes(base)
         _check_names(known, file.tensors, file.layout, file.path)
-        self.plain = dict(matrices(plain_model(sizes_of(known), torch.float32)))
+        self.plain = dict(matrices(plain_model(sizes_of(known), BuildOptions(torch.float32))))
         new = [name for name in file.layout.trained if name not in base and self.shares.of(name) and stays(name)]
         self.names = [*base, *sorted(new)]
 

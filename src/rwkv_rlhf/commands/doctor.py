@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rwkv_rlhf.ops import build, cpu, gpu
-from rwkv_rlhf.ops.check import Finding, findings
+from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.precision import NAMES
 
 GIB = 1 << 30
@@ -45,6 +45,13 @@ def doctor() -> int | None:
         console.print(f"  CPU kernels {origin()}", markup=False)
     for case, reason in refusals(found):
         console.print(f"  {case}: {reason}", markup=False)
+    console.print("[bold]speed[/bold] (forward and backward; B x T x H x N)")
+    for speed in speeds(found):
+        shape = " x ".join(map(str, speed.shape))
+        figures = f"{speed.milliseconds:9.2f} ms {speed.gigabytes:8.1f} GB/s"
+        about = f"{speed.op} {speed.backend:<6} {speed.device:<6} {NAMES[speed.dtype]}  {shape:<18}"
+        console.print(f"  {about} {figures}", markup=False)
+    console.print(f"  {chosen(devices)}", markup=False)
     wrong = [finding for finding in found if not finding.agrees]
     if wrong:
         names = ", ".join(dict.fromkeys(f"{f.case} ({f.backend}, {NAMES[f.dtype]})" for f in wrong))

@@ -174,14 +174,15 @@ def gated_ffn(at: Position, key_gain: float) -> dict[str, Tensor]:
 class Block(nn.Module):
     """ln1 -> time mixing -> ln2 -> channel mixing, each added to the residual stream. Block 0 owns ln0.
 
-    A version subclasses this and names its halves.
+    A version subclasses this and names its halves. `dropout`: of the whole stream after each sum, as RWKV-LM has it.
     """
 
     time_mix: type[TimeMix]
     channel_mix: type[ChannelMix]
 
-    def __init__(self, sizes: Sizes, layer: int) -> None:
+    def __init__(self, sizes: Sizes, layer: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.first = layer == 0
         if self.first:
             self.ln0 = nn.LayerNorm(sizes.n_embd)
@@ -218,8 +219,8 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         att_in = normalise(x, self.ln1)
         y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)
-        x = x + y
+        x = F.dropout(x + y, self.dropout, self.training)
         ffn_in = normalise(x, self.ln2)
-        x = x + self.ffn(ffn_in, ffn_shift, starts)
+        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, starts), self.dropout, self.training)
         after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
         return x, carried, after

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
@@ -21,8 +23,9 @@ from rwkv_rlhf.ops.starts import Starts
 class RWKV(nn.Module):
     """A language model whose whole memory is `State`.
 
-    `compute_dtype` is the dtype of activations (bfloat16, float32 or float64); parameters may be float32 masters and
-    are cast where they are used. `grad_cp` recomputes each block in the backward pass. `wkv_backend` forces a kernel.
+    `compute_dtype` is the dtype of activations (bfloat16, float16, float32 or float64); parameters may be float32
+    masters and are cast where they are used. `grad_cp` recomputes each block in the backward pass. `wkv_backend` forces
+    a kernel. `dropout` is that of the residual stream, after the embedding and in the blocks, while training.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class RWKV(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         grad_cp: bool = False,
         wkv_backend: str = "auto",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         from rwkv_rlhf.model import VERSIONS  # the table names the block classes, which need nothing from here
@@ -40,11 +44,12 @@ class RWKV(nn.Module):
         self.compute_dtype = compute_dtype
         self.grad_cp = grad_cp
         self.wkv_backend = wkv_backend
+        self.dropout = dropout
         self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
         block = VERSIONS[sizes.version]
         heads = sizes.head_size if sizes.head_size > 1 else 0
         self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0)]  # not compiled yet
-        self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
+        self.blocks = nn.ModuleList(block(sizes, layer, dropout) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
         for name in sizes.heads:
@@ -55,6 +60,12 @@ class RWKV(nn.Module):
         found = getattr(self, name) if name in self.sizes.heads else None
         assert found is None or isinstance(found, ScalarHead)
         return found
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass draws random numbers, for a dropout of the stream or of adapters."""
+        adapters = (layer.adaptation for _, layer in matrices(self))
+        return self.training and bool(self.dropout or any(how and how.dropout for how in adapters))
 
     def initial_state(self, rows: int) -> State:
         """What `rows` sequences remember before any token; the same as no state at all."""
@@ -78,7 +89,7 @@ class RWKV(nn.Module):
         if self._kernels:
             prepare(self._kernels, tokens.device, self.compute_dtype, self.wkv_backend)
             self._kernels = []
-        x = self.emb(tokens, self.compute_dtype)
+        x = F.dropout(self.emb(tokens, self.compute_dtype), self.dropout, self.training)
         if tokens.shape[1] == 0:
             return x, state
         packed = None if starts is None else Starts.of(starts)

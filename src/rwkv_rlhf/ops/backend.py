@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rwkv_rlhf.ops.build import BuildError
 from rwkv_rlhf.ops.calls import DTYPES
@@ -21,10 +22,12 @@ class Backend:
     """One way to run operations.
 
     A recurrence's kernel has `forward` and `backward`; ops/recurrence.py says with what they are called and what they
-    give. What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
+    give. With `own_gradient` it is one differentiable function instead: (inputs and vectors, state, starts) -> (y,
+    final state). What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
     """
 
     ops: tuple[str, ...] = RECURRENCES
+    own_gradient = False
 
     def preference(self, device: torch.device, dtype: torch.dtype) -> int | None:
         """ "auto" asks the backend with the largest number first; None: it runs only where it is asked for by name."""
@@ -40,16 +43,35 @@ class Backend:
 
 
 class Compiled(Backend):
-    """Kernels in C++ for one type of device: bfloat16 or float32, and a binary that is there or can be compiled."""
+    """Kernels in C++ for one type of device: bfloat16, float32 or (recurrences, `InFloat32`) float16, and a binary that
+    is there or can be compiled."""
 
     device_type: str
 
     def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
         if device.type != self.device_type:
             return f"the tensors are on {device}"
-        if dtype not in DTYPES:
+        if dtype not in DTYPES and not (dtype == torch.float16 and op in RECURRENCES):
             return f"no kernel for {dtype}"
         return unusual_size(op, shape) or build_failure(self, op, device, head_size(op, shape))
+
+
+class InFloat32:
+    """A compiled recurrence for float16 tensors, which are widened before it and its results rounded after it: its
+    arithmetic is float32 in any case."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Sequence[int], keep: bool) -> list[Tensor]:
+        """As ops/recurrence.py says; y is float16."""
+        y, *rest = self.kernel.forward([x.float() for x in inputs], state, starts, keep)
+        return [y.half(), *rest]
+
+    def backward(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], dy: Tensor, dlast: Tensor) -> list[Tensor]:
+        """As ops/recurrence.py says; each gradient has the dtype of its input."""
+        *grads, dstate = self.kernel.backward([x.float() for x in inputs], kept, dy.float(), dlast)
+        return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
 
 
 def head_size(op: str, shape: Sequence[int]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_rlhf.ops import calls, cpu
-from rwkv_rlhf.ops.backend import Backend, head_size
+from rwkv_rlhf.ops.backend import Backend, Compiled, InFloat32, head_size
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.implementations import Implementations, load
 from rwkv_rlhf.settings.tables import BackendFacts
@@ -66,10 +66,11 @@ def _candidates(op: str, device: torch.device, dtype: torch.dtype, known: tuple[
 
 def prepare(kernels: Sequence[tuple[str, int]], device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> None:
     """Compile side by side what a run will ask for, (op, head size or 0) each, instead of one after the other."""
-    if device.type == "cpu" and wanted in ("auto", "cpu") and dtype in calls.DTYPES:
+    if device.type == "cpu" and wanted in ("auto", "cpu") and dtype in (*calls.DTYPES, torch.float16):
         cpu.prepare(kernels)
 
 
-def kernel(op: str, name: str, device: torch.device, shape: Sequence[int]) -> Any:
-    """What runs `op` on a backend other than "naive", for tensors of this shape. Raises BuildError."""
-    return BACKENDS[name].kernel(op, device, head_size(op, shape))
+def kernel(op: str, name: str, device: torch.device, dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    """What runs `op` on a backend other than "naive", for tensors of this dtype and shape. Raises BuildError."""
+    made = BACKENDS[name].kernel(op, device, head_size(op, shape))
+    return InFloat32(made) if dtype == torch.float16 and isinstance(BACKENDS[name], Compiled) else made

@@ -4,8 +4,9 @@ Legend: B batch, T tokens, C width, H heads, N head size, V vocabulary.
 """
 
 import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.ops import judge
+from rwkv_rlhf.ops.backend import OPERATIONS
 from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.logprob import row_grad_, row_stats
+from rwkv_rlhf.precision import NAMES
 
 SHAPE = (2, 130, 2, 64)  # B, T, H, N: two checkpoint intervals and a rest
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # bfloat16: what rounding inputs and outputs costs, and a margin
@@ -85,6 +88,54 @@ def examine(case: Case, backend: str, device: torch.device, dtype: torch.dtype) 
     found = judge.errors(values, case.run(wide, "naive"))
     worst = max(found, key=lambda name: found[name])
     return about._replace(worst=worst, error=found[worst], milliseconds=took, plain_milliseconds=plain)
+
+
+class Speed(NamedTuple):
+    """How fast one backend runs a recurrence, forward and backward together, on an ordinary shape."""
+
+    op: str
+    backend: str
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]  # B, T, H, N
+    milliseconds: float
+
+    @property
+    def gigabytes(self) -> float:
+        """GB/s of what must move at least: inputs, y, its gradient and the inputs' gradients, each once a pass."""
+        tokens = len(judge.RECURRENCES[self.op].tokens)
+        numbers = (3 * tokens + 2) * math.prod(self.shape)
+        return numbers * self.dtype.itemsize / self.milliseconds / 1e6
+
+
+TIMED = {"cpu": ((1, 512, 12, 64),), "cuda": ((1, 4096, 32, 64), (8, 4096, 32, 64))}  # by the type of device
+
+
+def speeds(found: Sequence[Finding]) -> Iterator[Speed]:
+    """The recurrences on ordinary shapes, by each backend that was found right."""
+    for about in found:
+        if about.case not in judge.RECURRENCES or about.refusal or not about.agrees:
+            continue
+        device = torch.device(about.device)
+        for shape in TIMED[device.type]:
+            inputs = judge.make_inputs(about.case, shape, about.dtype, device)
+            state = judge.make_state(about.case, shape[0], *shape[2:], device=device)
+            run = functools.partial(_recurrence, about.case, [*inputs, state], about.backend)
+            took, _ = timed(run, device)
+            yield Speed(about.case, about.backend, about.device, about.dtype, shape, took)
+
+
+def chosen(devices: Sequence[torch.device]) -> str:
+    """What "auto" uses for which operation, by device and dtype, in one line."""
+    found = []
+    for device in devices:
+        for dtype in (*LIMITS, torch.float16):
+            uses: dict[str, list[str]] = {}
+            for op in OPERATIONS:
+                uses.setdefault(choose(op, device, dtype, SHAPE)[0], []).append(op)
+            text = ", ".join(f"{name} for {' '.join(ops)}" for name, ops in uses.items())
+            found.append(f"{device} {NAMES[dtype]}: {next(iter(uses)) if len(uses) == 1 else text}")
+    return "auto uses " + "; ".join(found)
 
 
 def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Values]:

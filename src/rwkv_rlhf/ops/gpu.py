@@ -67,6 +67,18 @@ class Backend(backend.Compiled):
         return kernel(op, device, head_size)
 
 
+class Hip(Backend):
+    """The same, asked for by AMD's name."""
+
+    def preference(self, device: torch.device, dtype: torch.dtype) -> None:  # type: ignore[override]  # `cuda` is it
+        return None
+
+    def refusal(self, op: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+        if torch.version.hip is None:
+            return "this PyTorch is not built for ROCm"
+        return super().refusal(op, device, dtype, shape)
+
+
 def kernel(op: str, device: torch.device, head_size: int = 0) -> Kernel:
     """The kernel of `op` for the architecture of `device`, compiled first if no cached binary fits, for one head size.
 

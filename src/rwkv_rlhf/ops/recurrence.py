@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rwkv_rlhf.ops.backends import choose, kernel
+from rwkv_rlhf.ops.backends import BACKENDS, choose, kernel
 from rwkv_rlhf.ops.starts import Starts, even_starts
 from rwkv_rlhf.precision import wide_dtype
 
@@ -50,7 +50,10 @@ def recur(
     inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, None if packed is None else packed.lengths)
-    run = kernel(op, name, first.device, first.shape)
+    run = kernel(op, name, first.device, first.dtype, first.shape)
+    if BACKENDS[name].own_gradient:
+        y, last = run((*inputs, *constants), state, rows)
+        return y, last
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
         y, last = run.forward((*inputs, *constants), state, rows, False)
         return y, last

@@ -155,6 +155,11 @@ def is_matrix(name: str) -> bool:
     return own or (last == "weight" and not is_norm(name))
 
 
+def is_block_matrix(name: str) -> bool:
+    """Whether `name` is a matrix, or a factor of an adapter, inside a block: not of the embedding or the head."""
+    return name.startswith("blocks.") and is_matrix(name)
+
+
 def row_modes() -> tuple[str, ...]:
     """The modes that a row of a layer profile may have."""
     return ("full", "freeze", *tables.ADAPTERS)

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.host_memory import own_pages
-from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops.random_state import RandomState, replay
@@ -140,9 +139,7 @@ class _Run:
         self.total = sum(1 if options.sums else len(chunk.tokens) for chunk in self.chunks if chunk.scored)
         self.names: tuple[str, ...] = ()  # of what `score` gives, known after the first chunk
         self.kept: State | None = None  # one row for each slot
-        self.draws = model.training and any(
-            layer.adaptation and layer.adaptation.dropout for _, layer in matrices(model)
-        )
+        self.draws = model.draws
         self.random: list[RandomState | None] = []  # before each chunk, where a dropout draws
 
     def forward(self) -> tuple[Tensor, ...]:

@@ -195,11 +195,15 @@ class Config:
     beta2: float = setting(0.99, "Adam: decay of the squared gradient's running mean", at_least=0, below=1)
     adam_eps: float = setting(1e-8, "Adam: epsilon", above=0)
     weight_decay: float = setting(0.0, "decay of matrices (a layer profile has its own)", at_least=0)
-    weight_decay_final: float = setting(-1.0, "decay at the end; -1 = constant", at_least=-1)
+    weight_decay_final: float = setting(
+        -1.0, "decay at the end, reached exponentially, of all that decays; -1 = constant", at_least=-1
+    )
     layerwise_lr: bool = setting(True, "the tradition's learning-rate multipliers (time_decay, w0: x2; time_first: x3)")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 = no limit", at_least=0)
     grad_cp: bool = setting(True, "recompute activations in backward, to save memory", resume=MAY_CHANGE)
-    dropout: float = setting(0.0, "dropout in the blocks", at_least=0, below=1)
+    dropout: float = setting(
+        0.0, "dropout of the residual stream, after the embedding and both halves of each block", at_least=0, below=1
+    )
     max_bad_steps: int = setting(
         3, "steps with a non-finite loss that are skipped before the run ends", at_least=0, resume=MAY_CHANGE
     )

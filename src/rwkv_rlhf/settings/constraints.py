@@ -297,6 +297,35 @@ CONSTRAINTS = (
 )
 
 
+# what optimizers cannot take
+OPTIMIZER_CONSTRAINTS = (
+    Constraint(
+        "optimizer_of_whole_tensors",
+        lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and not tables.OPTIMIZERS[c.optim].flat,
+        "{optim=} needs whole matrices, and {strategy=} makes one long share of them for each rank; use {strategy} ddp",
+    ),
+    Constraint(
+        "optimizer_of_shards",
+        lambda c: trains(c) and c.strategy == "fsdp" and not tables.OPTIMIZERS[c.optim].sharded,
+        "{optim=} cannot take the parts that {strategy=} splits tensors into; use {strategy} ddp",
+    ),
+    Constraint(
+        "optimizer_of_float32",
+        lambda c: trains(c) and c.precision == "fp64" and not tables.OPTIMIZERS[c.optim].float64,
+        "{optim=} computes in float32, so {precision=} would be less than it says; use {optim} adamw",
+    ),
+    Constraint(
+        "final_decay_below_zero",
+        lambda c: -1 < c.weight_decay_final < 0,
+        "{weight_decay_final=}: must be -1 (the decay stays as it is) or >= 0",
+    ),
+    Constraint(
+        "final_decay_needs_decay",
+        lambda c: trains(c) and c.weight_decay_final >= 0 and c.weight_decay == 0 and not c.layer_profile,
+        "{weight_decay_final=} needs {weight_decay} above 0, the decay to begin with",
+    ),
+)
+
 # what strategies cannot do, with the reason; all else goes together with all of them
 STRATEGY_CONSTRAINTS = (
     Constraint(
@@ -316,6 +345,12 @@ STRATEGY_CONSTRAINTS = (
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage == 3 and c.state and c.grad_cp,
         "{strategy=} releases the learnt states before a recomputed block reads them; use {grad_cp} 0, or "
         "{strategy} deepspeed_stage_2, which needs no more memory for them",
+    ),
+    Constraint(
+        "deepspeed_scales_no_loss",
+        lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and c.precision == "fp16",
+        "{precision=} needs a scaled loss, and {strategy=} takes its steps by itself, without one; use {strategy} ddp "
+        "or fsdp, or {precision} bf16",
     ),
     Constraint(
         "deepspeed_is_float32",
@@ -370,7 +405,7 @@ def check(config: Config) -> None:
     for name in settings():
         if (value := getattr(config, name)) is not None:
             check_range(name, value)
-    for constraint in (*CONSTRAINTS, *STRATEGY_CONSTRAINTS):
+    for constraint in (*CONSTRAINTS, *OPTIMIZER_CONSTRAINTS, *STRATEGY_CONSTRAINTS):
         if constraint.broken(config):
             raise ConstraintError(constraint.name, say(constraint.sentence, config))
     if config.peft not in tables.ADAPTERS:

@@ -141,6 +141,8 @@ METRICS: dict[str, Metric] = {
     ),
     "lr": Metric("learning rate of the largest group of parameters", panel="learning rate", short="lr"),
     "grad_norm": Metric("norm of the gradient before it is clipped"),
+    "loss_scale": Metric("--precision fp16: the factor on the loss that the next step is computed with"),
+    "overflows": Metric("--precision fp16: optimizer steps left out so far because a gradient overflowed", "steps"),
     "tokens": Metric("training: tokens that went through the model in the step; held out: tokens scored", "tokens"),
     "tokens_per_s": Metric("training speed", "tokens/s", panel="tokens per second", short="tokens_per_s"),
     "pairs": Metric("held-out pairs", "pairs"),

@@ -7,7 +7,6 @@ else in silence. Each sentence says what to use meanwhile, where there is someth
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import ConstraintError, say
 
@@ -20,34 +19,7 @@ class NotBuilt(NamedTuple):
     sentence: str
 
 
-NOT_BUILT = (
-    NotBuilt(
-        "precision",
-        lambda precision: precision == "fp16",
-        "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",
-    ),
-    NotBuilt(
-        "optim",
-        lambda optim: not tables.OPTIMIZERS[optim].implementation,
-        "{optim=}: this optimizer is not built yet; adamw is",
-    ),
-    NotBuilt(
-        "weight_decay_final",
-        lambda decay: decay >= 0,
-        "{weight_decay_final=}: a schedule of the weight decay is not built yet; leave it -1",
-    ),
-    NotBuilt(
-        "dropout",
-        lambda share: share > 0,
-        "{dropout=}: dropout in the blocks is not built yet; adapters have {lora_dropout}",
-    ),
-    NotBuilt(
-        "wkv_backend",
-        lambda backend: backend != "auto" and not tables.BACKENDS[backend].implementation,
-        "{wkv_backend=}: this kernel is not built yet; auto, naive, cpu, cuda and triton are",
-    ),
-    NotBuilt("compile", bool, "{compile} 1: compiling the model is not built yet; leave it 0"),
-)
+NOT_BUILT = (NotBuilt("compile", bool, "{compile} 1: compiling the model is not built yet; leave it 0"),)
 
 
 def refuse_not_built(config: Config) -> None:

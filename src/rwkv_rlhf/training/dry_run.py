@@ -22,6 +22,7 @@ from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
 from rwkv_rlhf.training.module import tokens_run
+from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.start import Start, shape_model
 
 SAMPLES = 3
@@ -122,7 +123,8 @@ def dry_run_shape(config: Config) -> None:
     """
     console = Console(stderr=False)
     model, report = shape_model(config)
-    console.print("\n".join([*shape_lines(model), *report.lines()]), markup=False, highlight=False)
+    about = [*shape_lines(model), *report.lines(), state_of(config.optim, model).line()]
+    console.print("\n".join(about), markup=False, highlight=False)
     tokens = config.micro_bsz * config.ctx_len
     show_memory(console, memory_by_part(config, model, tokens, gpu=config.accelerator != "cpu"), tokens)
 
@@ -146,7 +148,8 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console.rule("parameters")
     for room, train, frozen in rooms(start):
         console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
-    console.print("\n".join(start.report.lines()), markup=False, highlight=False)
+    about = [*start.report.lines(), state_of(config.optim, start.model).line()]
+    console.print("\n".join(about), markup=False, highlight=False)
     total = optimizer_steps(config, steps)
     batches = spread(total * config.accumulate_grad_batches)
     if isinstance(steps, PromptSteps):

@@ -23,11 +23,13 @@ from rwkv_rlhf.precision import DTYPES, NAMES
 from rwkv_rlhf.scoring.infinite_context import ChunkedRows
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.start import Start
 
 DROPPED = 1.6  # values that an adapter with dropout keeps of each channel of its input: the rest of it, and the mask
 # Of activations and logits, what glibc's heap holds in vain on a CPU; recomputed blocks come and go (measured).
 HOLES = {False: 0.25, True: 1.0}
+MASKS = 2.0  # values of each channel that the two dropouts of a block keep
 PASSING = 12  # gradients of the width C that are under way inside a block
 TWIN = 56  # bytes of each channel while a plain twin is computed again in float32 for its gradient (counted)
 
@@ -81,7 +83,7 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
         "matrix being unpacked": width
         * max([0, *(layer.shape.numel() for _, layer in matrices(model) if layer.store is not None)]),
         "gradients": gradients,
-        "optimizer": tables.OPTIMIZERS[config.optim].state_bytes * trained,
+        "optimizer": state_of(config.optim, model).bytes,
         "activations": activation_bytes(config, model, here, gpu),
         "states": 4 * state * rows,
         "head": head_bytes(config, model, here, gpu),
@@ -133,6 +135,8 @@ def block_bytes(model: RWKV, width: int, layer: int) -> int:
         if matrix.adaptation is not None:
             extra += matrix.in_features * (DROPPED if matrix.adaptation.dropout else 0.0)
             extra += matrix.out_features * tables.ADAPTERS[matrix.adaptation.mode].output_copies
+    if model.dropout:
+        extra += MASKS * sizes.n_embd
     return int(width * (facts.activations * sizes.n_embd + extra) + facts.recurrence_bytes * sizes.dim_att)
 
 

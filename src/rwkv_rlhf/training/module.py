@@ -31,8 +31,8 @@ from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.scoring.teacher import Teacher
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.settings.implementations import load
-from rwkv_rlhf.training.optimizers import parameter_groups
+from rwkv_rlhf.training.loss_scale import LossScale
+from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.step_figures import StepFigures
 from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, leaves_out_itself, norm_of_last_step
@@ -107,6 +107,7 @@ class TrainingModule(pl.LightningModule):
         self.rollouts = rollouts  # as the teacher
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
+        self.loss_scale = LossScale() if config.precision == "fp16" else None
         self.loss = LOSSES[config.loss or tables.PRETRAINING]
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with the record of each optimizer step
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
@@ -157,7 +158,8 @@ class TrainingModule(pl.LightningModule):
             if not self.together:
                 return None
             value = value * math.nan  # in every gradient, so that all ranks see it
-        return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        return value * (self.trainer.world_size * self.trainer.accumulate_grad_batches * scale)
 
     def _with_kl(self, batch: RatedBatch) -> RatedBatch:
         """With KTO's divergence of the running optimizer step, estimated over all ranks at its first micro-batch."""
@@ -190,11 +192,8 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""
-        c = self.config
-        groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(c.layerwise_lr))
-        make = load(tables.OPTIMIZERS[c.optim].implementation)
-        optimizer: torch.optim.Optimizer = make(groups, (c.beta1, c.beta2), c.adam_eps)
-        return optimizer
+        groups = parameter_groups(self.model, self.plan, self.model.sizes.version, bool(self.config.layerwise_lr))
+        return make_optimizer(self.config, groups)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer.
@@ -204,18 +203,23 @@ class TrainingModule(pl.LightningModule):
         if clips_itself(self.trainer):
             return
         most = self.config.grad_clip
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale_([p.grad for p in parameters])
         norm = self._figures.norm = gradient_norm(self.trainer, optimizer)
-        if leaves_out_itself(optimizer, norm):
+        if self.loss_scale is None and leaves_out_itself(optimizer, norm):
             self._figures.send()  # they are read when the update is queued
             if most > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)  # multiplies shorter ones by 1
             setattr(optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010  # torch's name
             return
-        self._read_figures()
+        self._read_figures()  # a scale of the loss is the host's to choose
         if self._bad:
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
-        elif 0 < most < self.grad_norm:
+            return
+        if self.loss_scale is not None:
+            self.loss_scale.took_step()
+        if 0 < most < self.grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
     def _read_figures(self) -> dict[str, float]:
@@ -227,14 +231,33 @@ class TrainingModule(pl.LightningModule):
                     self._skip(f"the loss is {loss}", batch, index)
             if norm is not None:
                 self.grad_norm = norm
-                if not self._bad and not math.isfinite(norm):
-                    self._skip(f"the gradient's norm is {norm}")
+                if not math.isfinite(norm):
+                    self._not_a_number(norm)
         return self._sums
 
+    def _not_a_number(self, norm: float) -> None:
+        """The norm of the gradient, which all ranks know, says that the step must be left out. In half precision a
+        smaller scale may help; raises NonFiniteLoss when none is left."""
+        if self.loss_scale is None:
+            if not self._bad:
+                self._skip(f"the gradient's norm is {norm}")
+            return
+        self._bad = True
+        helps = self.loss_scale.overflowed()
+        step, scale = self.trainer.global_step, self.loss_scale.scale
+        if not helps:
+            raise NonFiniteLoss(
+                f"the gradient overflows at optimizer step {step} even with the loss scaled by {scale:.1e}: use "
+                "--precision bf16 or fp32, or lower --lr_init. The checkpoints written so far are intact"
+            )
+        log.info("the gradient overflows at optimizer step %d: the step is left out, the loss scale is %g", step, scale)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give every group the rate of this very step."""
+        """Give every group the rate and the decay of this very step."""
+        step, final = self.trainer.global_step, self.config.weight_decay_final
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule.rate(self.trainer.global_step, group["lr_init"], group["lr_final"])
+            group["lr"] = self.schedule.rate(step, group["lr_init"], group["lr_final"])
+            group["weight_decay"] = self.schedule.decay(step, group["decay_init"], final)
 
     def on_train_start(self) -> None:
         """Start the clock of the first step when everything is loaded."""
@@ -270,6 +293,8 @@ class TrainingModule(pl.LightningModule):
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
         record |= {"tokens": int(tokens), "tokens_per_s": tokens / max(now - self._clock, 1e-9)}
         record |= {"grad_norm": self.grad_norm}
+        if self.loss_scale is not None:
+            record |= {"loss_scale": self.loss_scale.scale, "overflows": self.loss_scale.overflows}
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
             record["pref_percentage"] = self.pref_percentage
@@ -283,7 +308,9 @@ class TrainingModule(pl.LightningModule):
     def counters(self) -> dict[str, Any]:
         """What a resumed run must know of the steps before it."""
         found = {name: getattr(self, name) for name in COUNTERS}
-        return found if self.rollouts is None else found | {"rollouts": self.rollouts.state()}
+        if self.rollouts is not None:
+            found["rollouts"] = self.rollouts.state()
+        return found if self.loss_scale is None else found | {"loss_scale": self.loss_scale.state_dict()}
 
     def take_counters(self, counters: dict[str, Any]) -> None:
         """Go on counting where `counters` was called."""
@@ -291,3 +318,5 @@ class TrainingModule(pl.LightningModule):
             setattr(self, name, counters[name])
         if self.rollouts is not None:
             self.rollouts.take_state(counters["rollouts"])
+        if self.loss_scale is not None:
+            self.loss_scale.load_state_dict(counters["loss_scale"])

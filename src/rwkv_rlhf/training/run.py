@@ -24,6 +24,7 @@ from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
 from rwkv_rlhf.training.fit import fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
+from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.resume import about_run, take_weights
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
 
@@ -75,7 +76,7 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
         take_weights(start.model, point, start.hash)
     elif config.load_adapter:
         resume_adapter(config, start)
-    for line in start.report.lines():
+    for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     sidecar = run_sidecar(config, folder, start)

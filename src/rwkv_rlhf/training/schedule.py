@@ -1,4 +1,4 @@
-"""Learning rate by optimizer step: warm-up from one fifth, then exponential, cosine, linear or constant."""
+"""Learning rate by optimizer step (warm-up from one fifth, then exponential, cosine, linear or constant), and decay."""
 
 from __future__ import annotations
 
@@ -15,22 +15,39 @@ class Schedule:
     kind: str = "exp"
     offset: int = 0
 
-    def rate(self, step: int, initial: float, final: float) -> float:
-        """The learning rate of optimizer step `step` (0 is the first one of this run).
+    def progress(self, step: int) -> float:
+        """How far optimizer step `step` (0 is the first one of this run) is: p = (s-w)/(total-w) in [0, 1], w the
+        steps of warm-up."""
+        warmup = max(0, self.warmup)
+        horizon = max(1, self.total - warmup)
+        return min(1.0, max(0.0, (step + self.offset - warmup) / horizon))
 
-        lr = initial * (0.2 + 0.8 s/w) while s < w, else initial * (final/initial)^p with p = (s-w)/(total-w) in
-        [0, 1]; an end at 0 makes the exponential a straight line.
+    def rate(self, step: int, initial: float, final: float) -> float:
+        """The learning rate of optimizer step `step`.
+
+        lr = initial * (0.2 + 0.8 s/w) while s < w, else initial * (final/initial)^p with p = `progress`; an end at 0
+        makes the exponential a straight line.
         """
         s = step + self.offset
-        warmup = max(0, self.warmup)
-        if s < warmup:
-            return initial * (0.2 + 0.8 * s / warmup)
-        horizon = max(1, self.total - warmup)
-        progress = min(1.0, max(0.0, (s - warmup) / horizon))
+        if s < self.warmup:
+            return initial * (0.2 + 0.8 * s / self.warmup)
+        progress = self.progress(step)
         if self.kind == "constant":
             return initial
         if self.kind == "cosine":
             return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * progress))
-        if self.kind == "linear" or initial <= 0 or final <= 0:
+        if self.kind == "linear":
             return initial + (final - initial) * progress
-        return initial * math.pow(final / initial, progress)
+        return exponential(initial, final, progress)
+
+    def decay(self, step: int, initial: float, final: float) -> float:
+        """The weight decay of optimizer step `step`, as RWKV-LM has it: initial * (final/initial)^p, whatever the
+        learning rate does. `initial` 0 stays 0; `final` below 0 changes nothing."""
+        return initial if initial == 0 or final < 0 else exponential(initial, final, self.progress(step))
+
+
+def exponential(initial: float, final: float, progress: float) -> float:
+    """initial * (final/initial)^progress, or a straight line where an end is 0."""
+    if initial <= 0 or final <= 0:
+        return initial + (final - initial) * progress
+    return initial * math.pow(final / initial, progress)

@@ -40,7 +40,7 @@ from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains
-from rwkv_rlhf.training.optimizers import NOTHING
+from rwkv_rlhf.training.optimizers import NOTHING, check_optimizer
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +134,8 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
 
     With `point` PiSSA has the initial factors of the run that is resumed.
     """
+    if trains(config):
+        check_optimizer(config)
     return_pages()
     path = base_path(config, folder, point)
     sizes = file_sizes(path)
@@ -165,6 +167,7 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
             device=device_for(config.accelerator),
             grad_cp=config.grad_cp,
             wkv_backend=config.wkv_backend,
+            dropout=config.dropout,
         ),
         source=path,
         reopen=read,
@@ -203,6 +206,7 @@ def shape_model(config: Config) -> tuple[RWKV, Report]:
             limited=config.limited_lora,
             rslora=config.rslora,
             device="meta",
+            dropout=config.dropout,
         ),
         source="the shape",
     )

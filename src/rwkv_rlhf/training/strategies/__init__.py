@@ -53,7 +53,7 @@ def leaves_out_itself(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
     return bool(norm.is_cuda and able and not spread)
 
 
-def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
+def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Any]]]:
     """(what the optimizer updates on this rank, its state of it), always in the same order: the parameters, or
     DeepSpeed's float32 shares of them. A state is empty before the first step."""
     optimizer: Any = trainer.optimizers[0]
@@ -63,30 +63,38 @@ def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
     return [(p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
 
 
-def rank_state(trainer: pl.Trainer) -> dict[str, dict[str, Tensor]]:
+def rank_state(trainer: pl.Trainer) -> dict[str, dict[str, Any]]:
     """What this rank alone must keep, beside the trained tensors of the model, to go on exactly: the optimizer's state
-    of what this rank updates, the tensors themselves by number and name."""
+    of what this rank updates, the tensors themselves and plain numbers, by number and name."""
     return {
-        str(number): {name: local(value).detach() for name, value in state.items()}
+        str(number): {name: _kept(value) for name, value in state.items()}
         for number, (_, state) in enumerate(own_states(trainer))
     }
 
 
-def load_rank_state(trainer: pl.Trainer, state: dict[str, dict[str, Tensor]]) -> None:
+def _kept(value: Any) -> Any:
+    return local(value).detach() if isinstance(value, Tensor) else value
+
+
+def load_rank_state(trainer: pl.Trainer, state: dict[str, dict[str, Any]]) -> None:
     """Take up what `rank_state` gave, on the same rank of as many under the same strategy; the model's trained tensors
     must be back in the model before the strategy splits it. Raises ValueError when it is of another run."""
     own = own_states(trainer)
     if sorted(state) != sorted(str(number) for number in range(len(own))):
         raise ValueError(f"the optimizer's state is of {len(state)} tensors, this run has {len(own)} on this rank")
     for number, (parameter, current) in enumerate(own):
+        shape = local(parameter).shape
+        tensors = {name: value for name, value in state[str(number)].items() if isinstance(value, Tensor)}
+        shapes = {value.shape for value in tensors.values() if value.dim()}
+        if shapes and shape not in shapes:  # beside a moment there may be its scales
+            found = ", ".join(str(tuple(other)) for other in sorted(shapes))
+            raise ValueError(
+                f"the optimizer's state of tensor {number} is {found} instead of {tuple(shape)}: it is of another run, "
+                "or of another number of ranks"
+            )
         current.clear()
-        for name, value in state[str(number)].items():
-            if value.dim() and value.shape != local(parameter).shape:
-                raise ValueError(
-                    f"the optimizer's {name} of tensor {number} is {tuple(value.shape)} instead of "
-                    f"{tuple(local(parameter).shape)}: it is of another run, or of another number of ranks"
-                )
-            current[name] = _like(parameter, value.to(parameter.device))
+        current.update(state[str(number)])
+        current.update({name: _like(parameter, value.to(parameter.device)) for name, value in tensors.items()})
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -137,6 +137,8 @@ def zero(config: Config, model: RWKV) -> Zero:
         "memory_efficient_linear": False,  # it would replace torch's own for the whole process
         "stage3_param_persistence_threshold": 2 * model.sizes.n_embd,  # vectors are not worth a message
         "contiguous_gradients": True,
+        # each share is sent to its owner alone: by default a bucket is added up on every rank, half as much again
+        "use_multi_rank_bucket_allreduce": False,
         "overlap_comm": torch.cuda.is_available(),
         "reduce_bucket_size": elements,
         "allgather_bucket_size": elements,
