@@ -15,6 +15,7 @@ from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.help import EXAMPLES, explain, short_help
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.not_built import NOT_BUILT
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -49,7 +50,7 @@ def test_a_version_has_a_block(name):
     assert re.fullmatch(r"x0\d\d", name) and tables.VERSIONS[name].activations > 0
 
 
-@pytest.mark.parametrize("table", [tables.STRATEGIES, tables.OPTIMIZERS, EXPORTS], ids=["strategy", "optim", "export"])
+@pytest.mark.parametrize("table", [tables.STRATEGIES, OPTIMIZERS, EXPORTS], ids=["strategy", "optim", "export"])
 def test_what_is_built_can_be_loaded(table):
     """If this breaks, a run ends in an import error after its model was loaded."""
     for facts in table.values():

@@ -11,8 +11,8 @@ from torch import nn
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree, write_tree
 from rwkv_rlhf.plan import make_plan
-from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.training.optimizers import check_optimizer, make_optimizer, parameter_groups, state_of, takes
 from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 from tests.support.models import random_tensors
@@ -22,12 +22,12 @@ STEPS = 4
 # cpu_adam is compiled at its first use, which takes a minute, and many on a busy machine; a compiler that is killed
 # leaves a lock behind that the next one waits for
 COMPILED = (pytest.mark.slow, pytest.mark.timeout(1800))
-OPTIMS = [pytest.param(name, marks=COMPILED) if facts.host else name for name, facts in tables.OPTIMIZERS.items()]
+OPTIMS = [pytest.param(name, marks=COMPILED) if facts.host else name for name, facts in OPTIMIZERS.items()]
 
 
 def optimizer_of(optim, named, **more):
     """The optimizer over parameters by name, in one group."""
-    if package := tables.OPTIMIZERS[optim].needs:
+    if package := OPTIMIZERS[optim].needs:
         pytest.importorskip(package)
     group = {"params": list(named.values()), "names": list(named), "lr": RATE, "weight_decay": DECAY}
     return make_optimizer(Config(optim=optim, beta1=BETAS[0], beta2=BETAS[1], adam_eps=EPS, **more), [group])
@@ -70,7 +70,7 @@ def test_steps_are_those_of_the_paper(optim):
     generator = torch.Generator().manual_seed(2)
     p = nn.Parameter(torch.randn(7, generator=generator))
     named = {"blocks.0.ln1.weight": p}
-    if tables.OPTIMIZERS[optim].matrices:
+    if OPTIMIZERS[optim].matrices:
         named["blocks.0.att.key.weight"] = nn.Parameter(torch.randn(4, 4, generator=generator))
     optimizer = optimizer_of(optim, named)
     want, memory = p.detach().double().numpy(), {}
@@ -134,7 +134,7 @@ def trained():
 def test_the_state_is_as_large_as_the_plan_says(optim, mode, trained):
     """If this breaks, a run that the dry run promised to fit dies at its first step. To the byte, but for a few numbers
     that a tensor has in common with all others."""
-    if package := tables.OPTIMIZERS[optim].needs:
+    if package := OPTIMIZERS[optim].needs:
         pytest.importorskip(package)
     model, groups = trained(mode)
     if optim == "muon" and mode == "bone":
@@ -174,7 +174,7 @@ def test_muon_takes_the_matrices_of_the_blocks(trained):
 @pytest.mark.parametrize("optim", OPTIMS)
 def test_a_stopped_optimizer_goes_on_with_the_same_bits(optim, trained, tmp_path):
     """If this breaks, a resumed run ends elsewhere than one that was not stopped."""
-    if package := tables.OPTIMIZERS[optim].needs:
+    if package := OPTIMIZERS[optim].needs:
         pytest.importorskip(package)
     model, groups = trained()
     generator = torch.Generator().manual_seed(3)

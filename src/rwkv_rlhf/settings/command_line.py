@@ -25,6 +25,7 @@ from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def words_of(flag: str) -> dict[str, Any]:
     """Words of the command line that stand for another value behind `--flag`."""
     spellings: dict[str, dict[str, str]] = {
         "my_testing": {word: name for name, facts in tables.VERSIONS.items() for word in facts.spellings},
-        "optim": {word: name for name, facts in tables.OPTIMIZERS.items() for word in facts.spellings},
+        "optim": {word: name for name, facts in OPTIMIZERS.items() for word in facts.spellings},
     }
     words: dict[str, Any] = dict(WORDS.get(flag, {}))
     return words | spellings.get(flag, {})

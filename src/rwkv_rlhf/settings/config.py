@@ -15,6 +15,7 @@ from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.policy_tables import ADVANTAGES, GRPO_LOSSES, SCALES
 from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 from rwkv_rlhf.settings.tables import LossFacts
@@ -185,7 +186,7 @@ class Config:
     accumulate_grad_batches: int = setting(1, "micro-batches per optimizer step", at_least=1)
 
     # --- optimizer
-    optim: str = setting("adamw", "optimizer", choices=lambda: tuple(tables.OPTIMIZERS))
+    optim: str = setting("adamw", "optimizer", choices=lambda: tuple(OPTIMIZERS))
     lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
     lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
     lr_schedule: str = setting("exp", "shape between the two", choices=("exp", "cosine", "linear", "constant"))

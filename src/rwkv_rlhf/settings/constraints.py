@@ -13,6 +13,7 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Choices, Config, choices_of, new_versions, settings
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.policy_tables import ADVANTAGES
 
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
@@ -301,17 +302,17 @@ CONSTRAINTS = (
 OPTIMIZER_CONSTRAINTS = (
     Constraint(
         "optimizer_of_whole_tensors",
-        lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and not tables.OPTIMIZERS[c.optim].flat,
+        lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and not OPTIMIZERS[c.optim].flat,
         "{optim=} needs whole matrices, and {strategy=} makes one long share of them for each rank; use {strategy} ddp",
     ),
     Constraint(
         "optimizer_of_shards",
-        lambda c: trains(c) and c.strategy == "fsdp" and not tables.OPTIMIZERS[c.optim].sharded,
+        lambda c: trains(c) and c.strategy == "fsdp" and not OPTIMIZERS[c.optim].sharded,
         "{optim=} cannot take the parts that {strategy=} splits tensors into; use {strategy} ddp",
     ),
     Constraint(
         "optimizer_of_float32",
-        lambda c: trains(c) and c.precision == "fp64" and not tables.OPTIMIZERS[c.optim].float64,
+        lambda c: trains(c) and c.precision == "fp64" and not OPTIMIZERS[c.optim].float64,
         "{optim=} computes in float32, so {precision=} would be less than it says; use {optim} adamw",
     ),
     Constraint(

@@ -18,6 +18,7 @@ from rwkv_rlhf.settings.constraints import LIMITS
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
 from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
 from rwkv_rlhf.settings.not_built import values_not_built
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.shapes import SHAPES
 
 # setting -> the table that explains its choices
@@ -28,7 +29,7 @@ EXPLAINED: dict[str, Mapping[str, Any]] = {
     "peft": tables.ADAPTERS,
     "data_type": FORMATS,
     "format": SHAPES,
-    "optim": tables.OPTIMIZERS,
+    "optim": OPTIMIZERS,
     "wkv_backend": tables.BACKENDS,
     "grpo_loss": policy_tables.GRPO_LOSSES,
     "grpo_advantage": policy_tables.ADVANTAGES,

@@ -19,6 +19,7 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.implementations import load
+from rwkv_rlhf.settings.optimizers import ADAMW, OPTIMIZERS
 
 NOTHING = "the layer profile trains nothing: give at least one row a mode other than freeze, or --state 1"
 MIB = 1 << 20
@@ -55,7 +56,7 @@ def parameter_groups(model: nn.Module, plan: Plan, version: str, layerwise: bool
 
 def check_optimizer(config: Config) -> None:
     """Raises ValueError, before anything is loaded, when --optim cannot run here."""
-    facts = tables.OPTIMIZERS[config.optim]
+    facts = OPTIMIZERS[config.optim]
     if facts.needs and importlib.util.find_spec(facts.needs) is None:
         raise ValueError(f"{{optim}} {config.optim} needs the package {facts.needs}: pip install {facts.needs}")
     offloaded = tables.STRATEGIES[config.strategy].offload
@@ -68,14 +69,14 @@ def check_optimizer(config: Config) -> None:
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that --optim names over the groups of `parameter_groups`. Raises ValueError in one sentence."""
-    make = load(tables.OPTIMIZERS[config.optim].implementation)
+    make = load(OPTIMIZERS[config.optim].implementation)
     optimizer: torch.optim.Optimizer = make(groups, (config.beta1, config.beta2), config.adam_eps)
     return optimizer
 
 
 def takes(optim: str, name: str, parameter: Tensor) -> bool:
     """Whether the optimizer updates the tensor `name` in its own way; else in AdamW's, with float32 moments."""
-    facts = tables.OPTIMIZERS[optim]
+    facts = OPTIMIZERS[optim]
     if facts.matrices and not (parameter.dim() == 2 and is_block_matrix(name)):
         return False
     return parameter.numel() >= facts.least
@@ -92,8 +93,8 @@ class StateSize(NamedTuple):
     @property
     def bytes(self) -> int:
         """Bytes of its state."""
-        facts = tables.OPTIMIZERS
-        return round(self.own * facts[self.optim].state_bytes + self.rest * facts[tables.ADAMW].state_bytes)
+        facts = OPTIMIZERS
+        return round(self.own * facts[self.optim].state_bytes + self.rest * facts[ADAMW].state_bytes)
 
     def line(self) -> str:
         """In a sentence."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 
 
 def _library() -> ModuleType:
@@ -28,14 +28,14 @@ def _library() -> ModuleType:
 
 def adam8bit(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     """The library's Adam8bit. It differs from AdamW8bit only in the decay of groups that name none; all of ours do."""
-    least = tables.OPTIMIZERS["adam8bit"].least
+    least = OPTIMIZERS["adam8bit"].least
     made: torch.optim.Optimizer = _library().Adam8bit(list(groups), betas=betas, eps=eps, min_8bit_size=least)
     return made
 
 
 def adamw8bit(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
     """The library's AdamW8bit."""
-    least = tables.OPTIMIZERS["adamw8bit"].least
+    least = OPTIMIZERS["adamw8bit"].least
     made: torch.optim.Optimizer = _library().AdamW8bit(list(groups), betas=betas, eps=eps, min_8bit_size=least)
     return made
 
