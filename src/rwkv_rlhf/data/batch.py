@@ -8,7 +8,7 @@ segments begin (`starts`, `segments`) and which positions carry a loss (`trained
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -87,6 +87,7 @@ class PairExample:
     chosen: list[int]
     reject: list[int]
     reference: tuple[float, float] | None = None
+    _: KW_ONLY
     margin: float | None = None
 
 
@@ -100,6 +101,7 @@ class RatedExample(PairExample):
     """One answer, `chosen`, that is good or bad; `reject` is the answer to another prompt, from which KTO estimates its
     divergence. `reference`: summed log-probabilities of both after this prompt."""
 
+    _: KW_ONLY
     good: bool = True
 
 

@@ -70,7 +70,7 @@ def sample(model: Path, options: dict[str, object]) -> tuple[list[list[int]], Wa
                 DEVICE.waits.clear()
 
         prompts = [[5, 7, 9], [3], [250, 1, 2, 8]]
-        done = sampler.generate(prompts, SamplingParams(stop_texts=(), **options), on_token=said)
+        done = sampler.generate(prompts, SamplingParams(**options), on_token=said)
     return [one.tokens for one in done], Waits([wait for step in steps for wait in step], steps)
 
 

@@ -33,7 +33,7 @@ def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
 def _tokenise(row: Rated, template: Template, tokenizer: Tokenizer) -> RatedExample:
     prompt, (text,) = template.render(row.turns, [row.completion])
     answer = [*template.ids(text, tokenizer), *template.end_ids]
-    return RatedExample(template.ids(prompt, tokenizer), answer, [], None, row.good)
+    return RatedExample(template.ids(prompt, tokenizer), answer, [], good=row.good)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -60,7 +60,7 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
         if examples[other].prompt == examples[index].prompt:  # only in a group of more than half of all
             other = rest[at % len(rest)]
         found[index] = examples[other].chosen
-    return [RatedExample(e.prompt, e.chosen, found[i], None, e.good) for i, e in enumerate(examples)]
+    return [RatedExample(e.prompt, e.chosen, found[i], good=e.good) for i, e in enumerate(examples)]
 
 
 def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int, seed: int) -> Pairs:
@@ -107,9 +107,7 @@ def open_rated(
         if max_len:
             report.cut("prompt", len(example.prompt) > max_len)
             report.cut("completion", len(example.chosen) > max_len)
-            example = RatedExample(
-                cap_prompt(example.prompt, max_len), example.chosen[:max_len], [], None, example.good
-            )
+            example = RatedExample(cap_prompt(example.prompt, max_len), example.chosen[:max_len], [], good=example.good)
         examples.append(example)
     return _finished(examples, report, ctx_len, seed)
 
@@ -119,6 +117,6 @@ def unpair(pairs: Pairs, seed: int = TEMPLATE_SEED) -> Pairs:
     halves = []
     for index in range(len(pairs)):
         pair: PairExample = pairs[index]
-        halves.append(RatedExample(pair.prompt, pair.chosen, [], None, True))
-        halves.append(RatedExample(pair.prompt, pair.reject, [], None, False))
+        halves.append(RatedExample(pair.prompt, pair.chosen, [], good=True))
+        halves.append(RatedExample(pair.prompt, pair.reject, [], good=False))
     return _finished(halves, pairs.report, pairs.ctx_len, seed)
