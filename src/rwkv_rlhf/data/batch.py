@@ -5,7 +5,7 @@ token like any other. All token tensors are int64.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -70,12 +70,16 @@ class TextExample:
 
 @dataclass(frozen=True)
 class PairExample:
-    """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known."""
+    """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known.
+
+    conversation: the same for examples of one prompt, whatever the template; "" = not known.
+    """
 
     prompt: list[int]
     chosen: list[int]
     reject: list[int]
     reference: tuple[float, float] | None = None
+    conversation: str = field(default="", kw_only=True, compare=False)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,8 @@ class Inputs:
         if c.val_split > 0:
             if not isinstance(examples, Pairs | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
+            if isinstance(examples, Pairs):
+                examples.check_prompts("{val_split}")
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))

@@ -4,19 +4,22 @@ Each answer is given the answer to another prompt, once and for all: from those 
 moved, and their reference scores are computed with its own.
 """
 
+import dataclasses
 import os
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn, refuse_nul
 from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.pairs.same_prompt import conversation_id, prompt_key
 from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import has_rows, read_rows
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
 LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -46,13 +49,26 @@ def _label(value: object) -> bool:
     return found
 
 
-def _tokenise(record: dict[str, Any], name: str, rng: random.Random, tokenizer: Tokenizer) -> RatedExample:
+class RatedAnswer(NamedTuple):
+    """A row as text: the turns before the answer, the answer, and whether it is good."""
+
+    turns: tuple[Turn, ...]
+    text: str
+    good: bool
+
+
+def parse_rated(record: dict[str, Any]) -> RatedAnswer:
+    """A row (keys in lower case); RowError for what is wrong with it."""
     answer = parse_answer(record.get("completion"), "completion", True)
     turns = complete_prompt(parse_prompt(record) + answer.before, record)
     refuse_nul([*turns, Turn("assistant", answer.text)])
-    good, template = _label(record.get("label")), draw_template(name, rng)
-    prompt, (text,) = template.render(turns, [answer.text])
-    return RatedExample(tokenizer.encode(prompt), [*tokenizer.encode(text), *template.end_ids], [], None, good)
+    return RatedAnswer(tuple(turns), answer.text, _label(record.get("label")))
+
+
+def _tokenise(row: RatedAnswer, template: Template, tokenizer: Tokenizer) -> RatedExample:
+    prompt, (text,) = template.render(row.turns, [row.text])
+    answer = [*tokenizer.encode(text), *template.end_ids]
+    return RatedExample(tokenizer.encode(prompt), answer, [], None, row.good, conversation=conversation_id(row.turns))
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -62,9 +78,10 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
     with its prompt, unless one prompt has more than half of all answers; those borrow from the rest in turn.
     Raises ValueError when there is only one prompt.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(tuple(example.prompt), []).append(index)
+    keys = [prompt_key(example) for example in examples]
+    groups: dict[object, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     if len(groups) < 2:
         raise ValueError(f"{source}: KTO needs answers to at least two different prompts; there is one")
     some = list(groups.values())
@@ -76,17 +93,23 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
     found: dict[int, list[int]] = {}
     for at, index in enumerate(order):
         other = order[(at + step) % len(order)]
-        if examples[other].prompt == examples[index].prompt:  # only in a group of more than half of all
+        if keys[other] == keys[index]:  # only in a group of more than half of all
             other = rest[at % len(rest)]
         found[index] = examples[other].chosen
-    return [RatedExample(e.prompt, e.chosen, found[i], None, e.good) for i, e in enumerate(examples)]
+    return [dataclasses.replace(example, reject=found[i]) for i, example in enumerate(examples)]
 
 
-def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int, seed: int) -> Pairs:
+def _finished(
+    examples: Sequence[RatedExample],
+    report: DataReport,
+    ctx_len: int,
+    seed: int,
+    about: dict[str, Any] | None = None,
+) -> Pairs:
     """Mismatched, counted and warned about."""
     if not examples:
         raise ValueError(f"{report.source}: holds no usable answer ({report.rows} rows read)")
-    rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len)
+    rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len, about)
     good = sum(1 for example in examples if example.good)
     report.notice(f"{report.source}: {good} good and {len(examples) - good} bad answers")
     return rated
@@ -111,19 +134,18 @@ def open_rated(
     examples, seen = [], set()
     for where, record in read_rows(path, report, _COLUMNS):
         try:
-            example = _tokenise(record, template, rng, tokenizer)
+            row = parse_rated(record)
+            example = _tokenise(row, draw_template(template, rng), tokenizer)
         except RowError as error:
             report.bad(where, error)
             continue
-        key = hash((tuple(example.prompt), tuple(example.chosen), example.good))
-        report.remark("repeat another one", key in seen)
-        seen.add(key)
+        report.remark("repeat another one", hash(row) in seen)
+        seen.add(hash(row))
         if max_len:
             report.cut("prompt", len(example.prompt) > max_len)
             report.cut("completion", len(example.chosen) > max_len)
-            example = RatedExample(
-                cap_prompt(example.prompt, max_len), example.chosen[:max_len], [], None, example.good
-            )
+            prompt = cap_prompt(example.prompt, max_len)
+            example = dataclasses.replace(example, prompt=prompt, chosen=example.chosen[:max_len])
         examples.append(example)
     return _finished(examples, report, ctx_len, seed)
 
@@ -133,6 +155,6 @@ def unpair(pairs: Pairs, seed: int = TEMPLATE_SEED) -> Pairs:
     halves = []
     for index in range(len(pairs)):
         pair: PairExample = pairs[index]
-        halves.append(RatedExample(pair.prompt, pair.chosen, [], None, True))
-        halves.append(RatedExample(pair.prompt, pair.reject, [], None, False))
-    return _finished(halves, pairs.report, pairs.ctx_len, seed)
+        for answer, good in ((pair.chosen, True), (pair.reject, False)):
+            halves.append(RatedExample(pair.prompt, answer, [], None, good, conversation=pair.conversation))
+    return _finished(halves, pairs.report, pairs.ctx_len, seed, pairs.sidecar)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.pairs.same_prompt import conversation_id
 from rwkv_rlhf.data.pairs.text_pairs import TextPair, read_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
@@ -46,7 +47,9 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     """
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
-    capped = PairExample(cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len])
+    capped = PairExample(
+        cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len], conversation=pair.conversation
+    )
     if capped.chosen == capped.reject:
         raise RowError(
             f"chosen and reject do not differ in their first {max_len} tokens (--rlhf_max_corpus_len)",
@@ -158,7 +161,7 @@ class PairTokeniser:
         try:
             prompt, answers = template.render(row.turns, [row.chosen, row.reject])
             chosen, reject = ([*self.tokenizer.encode(text), *template.end_ids] for text in answers)
-            pair = PairExample(self.tokenizer.encode(prompt), chosen, reject)
+            pair = PairExample(self.tokenizer.encode(prompt), chosen, reject, conversation=conversation_id(row.turns))
             return cap_pair(pair, self.options.max_len, self.report)
         except RowError as error:
             self.report.bad(row.where, error)
