@@ -26,6 +26,7 @@ from rwkv_rlhf.plan import is_state
 log = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"^rwkv-(\d+)\.(pth|safetensors)$")
+INITIAL = "rwkv-init.pth"  # what --train_stage 1 writes
 SAVED = re.compile(r"^rwkv-(\d+|final|best|last)\.(pth|safetensors)$")  # the names that a run writes
 WHOLE_MATRIX = (".weight",)  # saved in the base's dtype unless --save_dtype fp32
 NORMS = (".ln0.", ".ln1.", ".ln2.", ".ln_x.", "ln_out.")
@@ -56,10 +57,10 @@ def newest_checkpoint(folder: Path) -> Path:
             return numbered[number]
         except ValueError as damage:
             log.warning("%s: the one before it is used", damage)
-    initial = folder / "rwkv-init.pth"
+    initial = folder / INITIAL
     if not initial.exists():
         raise ValueError(
-            f"--load_model 0 found neither rwkv-<n>.pth nor rwkv-init.pth in {folder}: run --train_stage 1 first"
+            f"--load_model 0 found neither rwkv-<n>.pth nor {INITIAL} in {folder}: run --train_stage 1 first"
         )
     return initial
 

@@ -33,7 +33,8 @@ class Sidecar:
     `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
     `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
-    base before training ("" without). `sha256` is that of the checkpoint itself, "" in files of older programs.
+    base before training ("" without). `run` is the id of the run in its folder's run.json, `sha256` that of the
+    checkpoint itself; both are "" in files of older programs.
     """
 
     version: str
@@ -47,6 +48,7 @@ class Sidecar:
     initial_sha256: str = ""
     cold_file: str = ""
     cold_sha256: str = ""
+    run: str = ""
     sha256: str = ""
     state_layout: str = STATE_LAYOUT
     program_version: str = PROGRAM_VERSION
