@@ -15,6 +15,7 @@ from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable, refuse_same_file
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 
 
 def add_document_flags(flags: Parser, output: str) -> None:
@@ -46,6 +47,7 @@ def check_document_flags(flags: Namespace) -> list[Path]:
     files = input_files(flags)
     for path in files:
         refuse_same_file(path, flags.output_parquet, "--output_parquet")
+    refuse_other_format(flags.output_parquet, "--output_parquet", "h5")
     check_writable(flags.output_parquet)
     return files
 

@@ -23,6 +23,7 @@ from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import add_sampling_flags, options, sampling_params
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("rejects")
 
@@ -63,15 +64,19 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--batch_size and --tries must be at least 1")
     find_templates(flags.template)
     refuse_same_file(flags.input_csv, flags.output_csv, "--output_csv")
+    refuse_other_format(flags.output_csv, "--output_csv", "csv", "jsonl")
     report = DataReport(flags.input_csv, skip_bad=flags.skip_bad)
     columns, tasks = read_tasks(flags.input_csv, flags.template, report)
+    output = RejectFile(flags.output_csv, columns, made_by(flags))
+    for task in tasks:  # whatever cannot be written is known before anything is sampled
+        output.row(task.cells, task.reject)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     begun = time.perf_counter()
     with progress_bar(len(tasks), "rejects", shown=True) as done:
         tally = fill(
             Sampler(model, tokenizer),
             tasks,
-            RejectFile(flags.output_csv, columns, made_by(flags)),
+            output,
             params,
             batch_size=flags.batch_size,
             tries=flags.tries,

@@ -1,6 +1,7 @@
 """Rows of CSV, JSONL and parquet files as dictionaries with lower-case keys, and the place where each stands."""
 
 import csv
+import datetime
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from rwkv_rlhf.settings.implementations import load
 
 Columns = tuple[tuple[str, ...], ...]  # each one by the names that mean the same
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
+_ARCHIVE = (b"PK\x03\x04", b"\x80\x02")  # of torch.save, new and old
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -77,7 +79,10 @@ def read_csv(path: str | os.PathLike[str], report: DataReport, columns: Columns 
     Raises:
         ValueError: a missing column, or (unless the report skips) a row that cannot be read, with file and line.
     """
-    text = read_bytes(path).removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
+    data = read_bytes(path)
+    if data.startswith(_ARCHIVE):
+        raise ValueError(f"{path}: a checkpoint or an archive, not a CSV")
+    text = data.removeprefix(_BOM).decode("utf-8", errors="surrogateescape")
     rows = _csv_rows(text)
     header = next(rows, _CsvRow(1, [], None))
     if header.problem:
@@ -86,6 +91,8 @@ def read_csv(path: str | os.PathLike[str], report: DataReport, columns: Columns 
     for choices in columns:
         if not set(choices) & set(names):
             found = f"its columns are {', '.join(names)}" if names else "the file is empty"
+            if len(names) == 1 and {*";\t"} & {*names[0]}:
+                found += "; columns are separated by commas: save it so"
             raise ValueError(f"{path}:{header.line}: the column {choices[0]} is missing; {found}")
     for number, (line, cells, problem) in enumerate(rows, 1):
         where = f"{path}:{line} (row {number})"
@@ -139,13 +146,31 @@ def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Colu
     except ImportError as error:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from error
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        for batch in table.iter_batches():
-            for record in batch.to_pylist():
-                report.rows += 1
-                yield Row(f"{path} row {report.rows}", {key.strip().lower(): item for key, item in record.items()})
+        with open(path, "rb") as file:  # its own opening knows UTF-8 names only
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+                for record in batch.to_pylist():
+                    report.rows += 1
+                    cells = {key.strip().lower(): plain(item) for key, item in record.items()}
+                    yield Row(f"{path} row {report.rows}", cells)
     except Exception as error:  # a damaged file, or a value that Python has no form for, raises nearly anything
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def plain(value: Any) -> Any:
+    """A parquet value as JSON has it: dates and times in ISO 8601, bytes as text (in hex if they are none), others as
+    their text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def read_rows(path: str | os.PathLike[str], report: DataReport, columns: Columns = ()) -> Iterator[Row]:
