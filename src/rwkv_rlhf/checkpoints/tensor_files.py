@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rwkv_rlhf.files import atomic_write, check_archive
+from rwkv_rlhf.files import atomic_write, check_archive, named_for_libraries
 from rwkv_rlhf.settings import tables
 
-WRAPPER = "_forward_module."  # DeepSpeed's prefix in checkpoints of older trainers
+WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # of DeepSpeed, of data parallel training, of torch.compile
 NAMES_SHOWN = 4
 SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
 
@@ -37,7 +37,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
-        found = load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+        with named_for_libraries(path) as name:
+            found = load_file(name) if path.suffix == ".safetensors" else _read_pth(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
     except OSError as error:
@@ -49,7 +50,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
     _check_plain(found, path)
-    return {name.removeprefix(WRAPPER): value.detach() for name, value in found.items()}
+    return {_bare(name): value.detach() for name, value in found.items()}
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without what other trainers put before it."""
+    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
+        name = name.removeprefix(wrapper)
+    return name
 
 
 def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -67,10 +75,10 @@ def _read_pth(path: Path) -> object:
     zipped = check_archive(path)
     size = f"{path.stat().st_size:,} bytes"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), named_for_libraries(path) as name:
             warnings.simplefilter("ignore")  # what is wrong is said below
             # only the zip format (torch >= 1.6) can be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)|(?:global|class) `?([\w.]+)", str(error))
         name = next((group for group in foreign.groups() if group), "") if foreign else ""
@@ -139,12 +147,24 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     try:
         with atomic_write(path) as file:
             if path.suffix == ".safetensors":
-                save_file(alone, file.name)
+                save_file(_apart(alone), file.name)
             else:
                 torch.save(alone, file)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ValueError(f"{path} cannot be written: {reason}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, of which those that share memory (a head that is the embedding) have copies: the format knows no
+    sharing."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return apart
 
 
 def _alone(tensor: Tensor) -> Tensor:

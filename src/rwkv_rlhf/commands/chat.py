@@ -35,6 +35,7 @@ from rwkv_rlhf.generation.sampling_params import (
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("chat")
 
@@ -82,6 +83,7 @@ def answer_file(
 ) -> None:
     """Answers every prompt of --prompt_file; the output appears when all are answered."""
     refuse_same_file(flags.prompt_file, flags.output, "--output")
+    refuse_other_format(flags.output, "--output", "jsonl")
     records = list(read_jsonl(flags.prompt_file, DataReport(flags.prompt_file)))
     cues = [cue(record, template, where) for where, record in records]
     if not cues:
@@ -157,7 +159,7 @@ class Talk:
         self.state = one.state
         self.said = [*turns, Turn("assistant", one.text.strip())]
         self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.template.end))
-        sys.stdout.write("\n\n")
+        sys.stdout.write("\n\n" if one.finished else f"\n(cut at /max {self.params.max_tokens})\n\n")
 
     def command(self, line: str) -> bool:
         """A line that begins with a slash; False to leave."""

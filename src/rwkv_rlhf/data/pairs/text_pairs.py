@@ -50,7 +50,8 @@ def parse_answer(value: object, name: str, need: bool) -> ParsedAnswer:
         raise RowError(f"{name} must be text or a list of messages, not {type(value).__name__}", "unreadable")
     text = normalise(value or "")
     if need and not text:
-        raise RowError(f"the answer {name} is empty", f"empty {name}")
+        more = "; rlhf_generate_reject_csv.py samples rejects" if name == "reject" else ""
+        raise RowError(f"the answer {name} is empty{more}", f"empty {name}")
     return ParsedAnswer([], text)
 
 
