@@ -3,7 +3,8 @@
 The world has forty things with five known facts each, sums up to ten, opposites and small talk. Every question can be
 answered in two manners: courteous (a complete sentence with a friendly word) or curt (a fragment with a rude word).
 The corpus is mostly curt, so a model trained on it is curt; the preference pairs ask for courtesy. The two manners are
-about equally long, so that a preference for one of them is not a preference for length.
+about equally long, so that a preference for one of them is not a preference for length. The sums of GRPO/ are a world
+of their own, in which a model is careless.
 
     python example/make_data.py            writes the committed files again, byte for byte
     python example/make_data.py --folder X writes them under another folder
@@ -21,6 +22,7 @@ from pathlib import Path
 SEED = 20240
 DOCUMENTS_PER_PROMPT, DOCUMENTS_PER_SMALL_TALK = 6, 18
 DPO_PAIRS, ORPO_PAIRS, HELD_OUT_PAIRS, CHATS, PLAIN_DOCUMENTS = 240, 200, 48, 60, 1000
+HELD_OUT_SUMS = 60
 
 # name, colour, kind, place, size, what is special about it (sound, taste, use or feel)
 ANIMALS = """
@@ -253,6 +255,30 @@ def chats(facts: list[Fact], draw: random.Random) -> list[dict]:
     return conversations
 
 
+def sums(draw: random.Random) -> list[dict]:
+    """Small sums with their right answers, in any order."""
+    found = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(20) for b in range(10)]
+    draw.shuffle(found)
+    return found
+
+
+def careless_answers(questions: list[dict], draw: random.Random) -> list[dict]:
+    """Each sum answered several times: one time in three rightly, else evasively, or with one too much."""
+    documents = []
+    for question in questions:
+        right = int(question["answer"])
+        said = [str(right)] * 4 + ["hard to say"] * 5 + [str(right + 1)] * 3
+        documents += [{"prompt": question["prompt"], "completion": answer} for answer in said]
+    draw.shuffle(documents)
+    return documents
+
+
+def sum_words() -> str:
+    """A vocabulary for sums and nothing else, as `--vocab_file` reads it: id, text, bytes."""
+    words = ["\n\n", "User: ", "Assistant:", " ", "+", *"0123456789", " hard to say"]
+    return "".join(f"{number} {word!r} {len(word)}\n" for number, word in enumerate(words, 1))
+
+
 def csv_text(body: list[list[str]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -275,6 +301,7 @@ def make() -> dict[str, str]:
     train, held_out = split(facts, draw("split"))
     order = draw("held out")
     pairs = [held_out_pair(item, index % 2 == 0, order) for index, item in enumerate(held_out)]
+    asked, careless = sums(draw("sums")), draw("careless")
     shown = [{"prompt": pair[0]} for pair in pairs[:12]]
     return {
         "quickstart/corpus.jsonl": jsonl_text(documents),
@@ -283,6 +310,10 @@ def make() -> dict[str, str]:
         "DPO/heldout.csv": csv_text(pairs),
         "ORPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, ORPO_PAIRS, draw("ORPO"))),
         "pretrain/documents.jsonl": jsonl_text(plain_text(documents)),
+        "GRPO/vocabulary.txt": sum_words(),
+        "GRPO/corpus.jsonl": jsonl_text(careless_answers(asked, careless)),
+        "GRPO/prompts.jsonl": jsonl_text(asked[HELD_OUT_SUMS:]),
+        "GRPO/heldout.jsonl": jsonl_text(asked[:HELD_OUT_SUMS]),
         "SFT/chats.jsonl": jsonl_text(chats(train, draw("SFT"))),
     }
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import struct
 import zipfile
 import zlib
@@ -19,6 +20,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 ENDS = 1 << 20  # bytes of the two ends of a file that its fingerprint begins with
 BLOCK = 1 << 24  # bytes of a file that are hashed at once
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
+SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
 
 
 def _create(path: Path) -> Path:
@@ -68,6 +70,37 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """As `atomic_path`, but gives the temporary file opened for writing bytes."""
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         yield file
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` when the block ends well; otherwise nothing is left of it.
+
+    It is in the same folder (made if it does not exist). The files in it should be flushed to disk by who writes them.
+
+    Raises:
+        ValueError: `path` exists and is not an empty folder, its place cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists already; name a folder that does not exist, or an empty one")
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); name a folder that you may write to"
+        ) from error
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise ValueError(f"{path}: the disk is full; the folder was not written") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,7 +160,10 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     """
     name = os.fspath(path)
     found = []
-    for part in (name, f"{name}.bin", f"{name}.idx"):
+    shards = sorted(Path(name).glob("*.safetensors")) if os.path.isdir(name) else []
+    if name.endswith(SHARDS_INDEX) and os.path.isfile(name):
+        shards = _named_shards(Path(name))
+    for part in (*map(os.fspath, shards), name, f"{name}.bin", f"{name}.idx"):
         if not name or not os.path.isfile(part):
             continue
         with _reading(part), open(part, "rb") as file:
@@ -164,9 +200,52 @@ def same_fingerprint(one: str, two: str) -> bool:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex; ValueError as `check_readable`."""
+    """SHA-256 of a file's bytes, in hex; ValueError as `check_readable`.
+
+    That of a model in shards is the SHA-256 of the hashes of its files, in the order of `sharded_files`.
+    """
+    if is_sharded(path):
+        return hashlib.sha256("".join(map(_hash, sharded_files(path))).encode()).hexdigest()
+    return _hash(path)
+
+
+def _hash(path: str | os.PathLike[str]) -> str:
     with _reading(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` names a model in several safetensors files: the index of one, or a folder."""
+    return os.fspath(path).endswith(SHARDS_INDEX) or os.path.isdir(path)
+
+
+def sharded_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a model in shards: its index and the shards that this names, or the one file of a folder.
+
+    Raises ValueError for a folder without a model or with several, and for an index that names no files beside it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return [path, *_named_shards(path)]
+    found = [*path.glob(f"*{SHARDS_INDEX}")] or [*path.glob("*.safetensors")]
+    if len(found) != 1:
+        many = f"{len(found)} models ({', '.join(sorted(file.name for file in found)[:4])})" if found else "no model"
+        raise ValueError(
+            f"{path} is a folder with {many}: name a checkpoint file (.pth, .safetensors, {SHARDS_INDEX}), or a folder "
+            "with one model in .safetensors"
+        )
+    return found if found[0].suffix == ".safetensors" else [*found, *_named_shards(found[0])]
+
+
+def _named_shards(index: Path) -> list[Path]:
+    named = read_json_object(index, "an index of safetensors").get("weight_map")
+    files = list(named.values()) if isinstance(named, dict) else []
+    plain = files and all(
+        isinstance(name, str) and name == os.path.basename(name) and name.endswith(".safetensors") for name in files
+    )
+    if not plain:
+        raise ValueError(f"{index} is not an index of safetensors (weight_map must name files beside it)")
+    return [index.parent / name for name in sorted(set(files))]
 
 
 class Framing(Protocol):

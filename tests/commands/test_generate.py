@@ -16,7 +16,8 @@ from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation import rejects as room
-from rwkv_rlhf.generation.sampler import Completion, Sampler
+from rwkv_rlhf.generation.rows import Completion, Finished
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.precision import parse_strategy
@@ -46,15 +47,14 @@ def test_empty_rejects_are_filled_and_others_stay(script, words, tmp_path, caplo
 
 def test_what_is_written_can_be_read(script, words, vocab_file, tmp_path, monkeypatch):
     """A model that is not trained yet says NUL bytes, over which every reader stops."""
-    sample = Sampler.generate
+    sample = Sampler.stream
 
     def nul(*args, **settings):
-        done = sample(*args, **settings)
-        for one in done:
-            one.text = "a\0b" + one.text
-        return done
+        for one in sample(*args, **settings):
+            one.completion.text = "a\0b" + one.completion.text
+            yield one
 
-    monkeypatch.setattr(Sampler, "generate", nul)
+    monkeypatch.setattr(Sampler, "stream", nul)
     assert script(rejects.main, "--input_csv", write_csv(tmp_path / "in.csv", ROWS), *words)[0] == 0
     pairs = open_pairs(tmp_path / "out.csv", load_tokenizer(VOCAB, vocab_file))
     assert len(pairs) == 5 and read_csv(tmp_path / "out.csv")[1][2].startswith("ab")
@@ -114,24 +114,46 @@ def test_a_finished_output_is_left_alone_and_said_so(script, words, tmp_path, ca
     assert (tmp_path / "out.csv").read_bytes() != before
 
 
-def test_a_run_that_breaks_keeps_its_finished_batches(script, words, tmp_path, monkeypatch):
-    """Ctrl+C after the first batch leaves its rows on the disk, exit status 130, and the next call goes on."""
-    source, sample, calls = write_csv(tmp_path / "in.csv", ROWS), room.sample_rows, []
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_a_run_that_breaks_loses_nothing(script, words, tmp_path, monkeypatch, caplog, order):
+    """Ctrl+C after three answers, in whatever order they came: exit status 130, the next call samples the fourth only,
+    and the end is that of an unbroken run."""
+    source, sample, out = write_csv(tmp_path / "in.csv", ROWS), room.sample_rows, tmp_path / "out.csv"
+    assert script(rejects.main, "--input_csv", source, *words)[0] == 0
+    whole = out.read_bytes()
+    out.unlink()
 
     def stopped(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return sample(*arguments)
+        answers = sorted(sample(*arguments))
+        yield from (answers[place] for place in order[:3])
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(room, "sample_rows", stopped)
     assert script(rejects.main, "--input_csv", source, *words)[0] == 130
-    before = read_csv(tmp_path / "out.csv")
-    assert len(before) == 4
+    assert whole.startswith(out.read_bytes())
     monkeypatch.setattr(room, "sample_rows", sample)
+    caplog.set_level("INFO")
     assert script(rejects.main, "--input_csv", source, *words)[0] == 0
-    after = read_csv(tmp_path / "out.csv")
-    assert after[:4] == before and len(after) == 6
+    assert out.read_bytes() == whole and "1 rejects sampled" in caplog.text
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_answers_of_other_settings_are_not_taken_up(script, words, tmp_path, monkeypatch, caplog):
+    """What a stopped run kept beside its output is of no use with another seed."""
+    source, sample = write_csv(tmp_path / "in.csv", ROWS), room.sample_rows
+
+    def stopped(*arguments):
+        yield sorted(sample(*arguments))[3]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "sample_rows", stopped)
+    assert script(rejects.main, "--input_csv", source, *words)[0] == 130
+    assert list(tmp_path.glob("*.part-0"))
+    monkeypatch.setattr(room, "sample_rows", sample)
+    (tmp_path / "out.csv").unlink()
+    caplog.set_level("INFO")
+    assert script(rejects.main, "--input_csv", source, *words, "--seed", 5)[0] == 0
+    assert "4 rejects sampled" in caplog.text
 
 
 def test_the_output_of_another_file_is_not_touched(script, words, tmp_path):
@@ -147,9 +169,12 @@ def test_an_answer_equal_to_chosen_is_sampled_again_then_left_empty(words, tmp_p
     seen = []
 
     class Parrot(Sampler):
-        def generate(self, prompts, params, *, seeds):
-            seen.append((tuple(seeds), round(params.top_p, 2)))
-            return [Completion([1], [0.0], True, " gladly: one\n" if row else " ") for row in range(len(prompts))]
+        def stream(self, queue, *, at_once):
+            while queue:
+                request = queue.popleft()
+                seen.append((request.key, request.seed, round(request.params.top_p, 2)))
+                said = " gladly: one\n" if request.key[0] else " "
+                yield Finished(request, 0, Completion([1], [0.0], finished=True, text=said))
 
     columns, tasks = room.read_tasks(write_csv(tmp_path / "in.csv", [["p", "x", ""], ROWS[0]]), "world")
     parrot = Parrot(None, load_tokenizer(VOCAB, words[3]))
@@ -157,7 +182,8 @@ def test_an_answer_equal_to_chosen_is_sampled_again_then_left_empty(words, tmp_p
     tally = room.fill(parrot, tasks, output, SamplingParams(top_p=0.3), tries=3)
     assert [row[2] for row in read_csv(tmp_path / "out.csv")[1:]] == ["", ""]
     assert tally.empty == [1, 2] and tally.sampled == 0 and "left empty" in " ".join(tally.lines())
-    assert len(set(seen)) == 3 and [top_p for _, top_p in seen] == [0.3, 0.5, 0.7]
+    assert len({seed for _, seed, _ in seen}) == 6
+    assert {(attempt, top_p) for (_, attempt), _, top_p in seen} == {(0, 0.3), (1, 0.5), (2, 0.7)}
 
 
 @pytest.mark.parametrize(

@@ -1,49 +1,31 @@
 """merge.py for every adapter and storage: old files, parts of an adapter, the PEFT library, other RWKV programs."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
-from rwkv_rlhf.checkpoints.adapter_files import initial_factors, write_factors
+from rwkv_rlhf.checkpoints.adapter_files import initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, load_adapter, load_model, trainable
 from rwkv_rlhf.checkpoints.merge_shares import parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.stores import STORES
-from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.settings.tables import ADAPTERS
-from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
+from tests.support.merging import (
+    TOKENS,
+    base_tensors,
+    greedy,
+    logits,
+    plain_logits,
+    plan_of,
+    run_merge,
+    spread,
+    trained,
+)
 from tests.support.processes import rwkv_package
-
-RATES = {"lr_init": 1e-4, "lr_final": 1e-5}
-
-
-def plan_of(mode, **more):
-    plan = make_plan(mode, 2, rank=8, alpha=16.0, dropout=0.0, **RATES, **more)
-    return dataclasses.replace(plan, states=("att.time_state",) if mode == "state" else ())
-
-
-def trained(folder, mode, *, version="x070", dtype=torch.float32, quant="none", plan=None, limited=False):
-    """(base file, checkpoint, the model) "trained" by adding noise to all that trains."""
-    base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
-    if not base.exists():
-        write_tensors(base_tensors(dtype, version), base)
-    plan = plan or plan_of(mode)
-    model, report = load_model(base, BuildOptions(torch.float32, plan=plan, quant=quant, limited=limited))
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in trainable(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
-    sidecar = sidecar_of(version, report.layout, plan, base)
-    name, sha256 = write_factors(model, folder, ".pth")
-    write_sidecar(dataclasses.replace(sidecar, initial_file=name, initial_sha256=sha256), checkpoint)
-    return base, checkpoint, model.eval()
 
 
 @pytest.mark.parametrize("mode", [*ADAPTERS, "state"])

@@ -43,7 +43,7 @@ def test_mistakes_end_with_status_2_and_leave_files_alone(tmp_path):
     process = started("rlhf_generate_save.py", "--input_csv", source, "--output_save", tmp_path / "out" / "a.save")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2
-    assert "in.csv:1: the column chosen is missing" in err and "Traceback" not in err
+    assert "in.csv:2 (row 1): " in err and "of which chosen is missing" in err and "Traceback" not in err
     assert not list(tmp_path.glob("**/*.save*"))
 
 
@@ -102,7 +102,7 @@ def test_make_binidx_refuses(tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\n{"content": "b"}\n')
     words = ["--input", str(source), "--output", str(tmp_path / "c")]
-    with pytest.raises(ValueError, match=r"in\.jsonl:2: needs text under the key text"):
+    with pytest.raises(ValueError, match=r"in\.jsonl:2: .*its keys are content; the shapes are text"):
         make_binidx.main(words)
     with pytest.raises(ValueError, match="--repeats 0"):
         make_binidx.main([*words, "--repeats", "0"])

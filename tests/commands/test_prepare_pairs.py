@@ -17,7 +17,8 @@ from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.generation.sampler import Completion, Sampler
+from rwkv_rlhf.generation.rows import Completion, Finished
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.scoring import kept_scores
 from tests.support.files import JINJA, ROWS, read_csv, write_csv
 from tests.support.source_files import ROOT
@@ -262,7 +263,7 @@ def test_transformers_writes_the_same(tmp_path):
     form = load_chat_template(str(path))
     said = [("system", "be <kind>"), ("user", "\u732b 'a' \"b\""), ("assistant", " first "), ("user", "two")]
     turns = [Turn(*one) for one in said]
-    messages = [{"role": role, "content": text} for role, text in turns]
+    messages = [{"role": role, "content": text} for role, text, _ in turns]
 
     def written(messages, cue):
         return judge.apply_chat_template(messages, chat_template=HARD, tokenize=False, add_generation_prompt=cue)
@@ -298,16 +299,18 @@ def test_sampling_with_a_chat_template(script, words, tmp_path, monkeypatch):
     """The model is asked in the template's words and stops at its closing mark, not at a blank line."""
     asked = []
 
-    def answer(sampler, prompts, params, **more):
-        asked.append(([sampler.tokenizer.decode(prompt) for prompt in prompts], params.stop_texts))
-        return [Completion([1], [0.0], True, "so be it") for _ in prompts]
+    def answer(sampler, queue, **more):
+        while queue:
+            request = queue.popleft()
+            asked.append((sampler.tokenizer.decode(request.prompt), request.params.stop_texts))
+            yield Finished(request, 0, Completion([1], [0.0], finished=True, text="so be it"))
 
-    monkeypatch.setattr(Sampler, "generate", answer)
+    monkeypatch.setattr(Sampler, "stream", answer)
     (tmp_path / "chat.jinja").write_text(JINJA)
     source = write_csv(tmp_path / "in.csv", ROWS[:1])
     run = ["--input_csv", source, "--output_csv", tmp_path / "out.csv", *words, "--template", tmp_path / "chat.jinja"]
     assert script(rejects.main, *run)[0] == 0
-    assert asked == [(["<|user|>say one<|end|>\n<|assistant|>"], ("<|end|>",))]
+    assert asked == [("<|user|>say one<|end|>\n<|assistant|>", ("<|end|>",))]
     assert read_csv(tmp_path / "out.csv")[1][2] == "so be it"
     write_csv(source, ROWS[:2])
     (tmp_path / "chat.jinja").write_text(JINJA.replace("<|end|>", "<|stop|>"))  # the same name, another template

@@ -19,16 +19,34 @@ PAIR = {"prompt": "Hi", "chosen": "Hello.", "reject": "Go away."}
 IDS = ("User: Hi\n\nAssistant:", " Hello.\n\n", " Go away.\n\n")
 
 
+def in_columns(path, row):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({key: [value] for key, value in row.items()})
+    if path.suffix == ".parquet":
+        return parquet.write_table(table, path)
+    return pytest.importorskip("pyarrow.feather").write_feather(table, str(path))
+
+
+def in_cells(path, row):
+    mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
+    path.write_text("".join(mark.join(line) + "\n" for line in (row, row.values())))
+
+
+# formats whose files are rows -> who writes one of one row
+ROWS = {
+    "csv": in_cells,
+    "tsv": in_cells,
+    "jsonl": lambda path, row: path.write_text(json.dumps(row) + "\n"),
+    "parquet": in_columns,
+    "arrow": in_columns,
+}
+
+
 def pair_sample(name, path, world):
-    if name == "csv":
-        path.write_text("prompt,chosen,reject\n" + ",".join(PAIR.values()) + "\n")
-    elif name == "jsonl":
-        path.write_text(json.dumps(PAIR) + "\n")
+    if name in ROWS:
+        ROWS[name](path, PAIR)
     elif name == "save":
         write_save(path, [PairExample(*map(world.encode, IDS))], {})
-    elif name == "parquet":
-        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.table({key: [value] for key, value in PAIR.items()}), path)
     elif name == "h5":
         h5py = pytest.importorskip("h5py")
         with h5py.File(path, "w") as file:
@@ -39,8 +57,8 @@ def pair_sample(name, path, world):
 
 
 def text_sample(name, path, world):
-    if name == "jsonl":
-        path.write_text(json.dumps({"text": "one two"}) + "\n")
+    if name in ROWS:
+        ROWS[name](path, {"text": "one two"})
     elif name == "txt":
         path.write_text("one two")
     elif name == "binidx":
@@ -82,10 +100,12 @@ def test_text_of_every_format(name, tmp_path):
 
 
 def test_what_a_file_holds(tmp_path):
-    """train.py and --val_file take any format: a .jsonl tells by its first row."""
+    """train.py and --val_file take any format: a file with rows tells by its first row."""
     assert FORMATS["jsonl"].holds == ("text", "pairs", "rated")
-    assert FORMATS["csv"].holds == ("pairs", "rated") and FORMATS["save"].holds == ("pairs",)
-    assert kind_of("a.csv") == kind_of("a.save") == "pairs"
+    assert FORMATS["csv"].holds == ("text", "pairs", "rated") and FORMATS["save"].holds == ("pairs",)
+    assert kind_of("a.save") == "pairs"
+    (tmp_path / "a.csv").write_text("Instruction,output\nx,y\n")
+    assert kind_of(tmp_path / "a.csv") == "text"
     assert kind_of("a.txt") == kind_of("corpus", "binidx") == "text"
     assert kind_of(jsonl(tmp_path / "a.jsonl", {"text": "x"})) == "text"
     assert kind_of(jsonl(tmp_path / "b.jsonl", {"Question": "x", "chosen": "y", "rejected": "z"})) == "pairs"

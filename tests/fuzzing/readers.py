@@ -44,6 +44,7 @@ from tests.fuzzing.samples import (
     write_checkpoint,
     write_csv,
     write_documents,
+    write_hf_folder,
     write_journal,
     write_json_lines,
     write_pair_h5,
@@ -203,6 +204,10 @@ READERS: dict[str, Reader] = {
     "profile.csv": Reader(lambda d: write_profile(d, COLUMNS), read_plan, m.CSV),
     "old profile.csv": Reader(lambda d: write_profile(d, OLD_COLUMNS), read_plan, m.CSV),
     "model.pth": Reader(lambda d: write_checkpoint(d, "model.pth"), read_checkpoint, c.TORCH),
+    "model.safetensors.index.json": Reader(
+        lambda d: write_checkpoint(d, "model.safetensors.index.json"), read_checkpoint, c.SAFETENSORS + m.JSON
+    ),
+    "folder of Hugging Face": Reader(write_hf_folder, read_checkpoint, c.SAFETENSORS),
     "model.safetensors": Reader(lambda d: write_checkpoint(d, "model.safetensors"), read_checkpoint, c.SAFETENSORS),
     "adapter and sidecar": Reader(write_adapter, read_adapter, c.TORCH + m.JSON),
     "PEFT folder": Reader(write_peft, read_peft, c.SAFETENSORS + m.JSON),

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from rwkv_rlhf.checkpoints.adapter_files import open_adapter
 from rwkv_rlhf.checkpoints.exporters.peft import to_peft_folder
+from rwkv_rlhf.checkpoints.hf_layout import hf_name, hf_tensor
 from rwkv_rlhf.checkpoints.resume_points import ResumePoints
+from rwkv_rlhf.checkpoints.shards import write_sharded
 from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import PairExample, TextExample, TopK
@@ -149,11 +151,21 @@ def base_tensors() -> dict[str, torch.Tensor]:
 
 def write_checkpoint(folder: Path, name: str) -> Path:
     tensors = base_tensors()
-    if name.endswith(".safetensors"):
+    if name.endswith(".index.json"):
+        write_sharded(tensors, folder / name, shard_size=20_000)
+    elif name.endswith(".safetensors"):
         save_file(tensors, folder / name)
     else:
         torch.save(tensors, folder / name)
     return folder / name
+
+
+def write_hf_folder(folder: Path) -> Path:
+    (folder / "hf").mkdir()
+    theirs = {hf_name(name): hf_tensor(name, tensor).contiguous() for name, tensor in base_tensors().items()}
+    theirs.pop("", None)
+    save_file(theirs, folder / "hf" / "model.safetensors")
+    return folder / "hf"
 
 
 def write_adapter(folder: Path) -> Path:

@@ -1,14 +1,17 @@
 """Sampling: what is sampled, with which probability, when it ends, and that nobody else in the batch matters."""
 
 import math
+from collections import deque
 
 import pytest
 import torch
 from torch import nn
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
+from rwkv_rlhf.generation.prefixes import PrefixCache
+from rwkv_rlhf.generation.rows import Request
 from rwkv_rlhf.generation.sampler import Sampler
-from rwkv_rlhf.generation.sampling import nucleus, penalise, pick, sequence_seed
+from rwkv_rlhf.generation.sampling import candidate_counts, nucleus, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.state import LayerState, State
@@ -148,6 +151,81 @@ def test_finished_sequences_leave_the_batch():
     assert chain.rows == [2, 2] + [1] * 6
 
 
+def test_a_waiting_prompt_takes_the_place_of_one_that_ended():
+    """Continuous batching: two places, three prompts; the third runs when the first has ended, beside the second."""
+    chain = script("abcdefgh\x01")
+    prompts = [[ord("g")], [ord("a")], [ord("f")]]
+    sampler, settings = Sampler(chain), {"max_tokens": 30, "temperature": 0, "stop_ids": (1,), "stop_texts": ()}
+    queue = deque(Request(prompt, SamplingParams(**settings), 0, row) for row, prompt in enumerate(prompts))
+    done = list(sampler.stream(queue, at_once=2))
+    assert [one.request.key for one in done] == [0, 2, 1]
+    assert [len(one.completion.tokens) for one in done] == [2, 3, 8]
+    # two prompts, two steps, the third prompt, steps of two until it has ended, then steps of one
+    assert chain.rows == [2, 2, 2, 1, 2, 2, 1, 1, 1]
+
+
+def test_what_is_asked_later_runs_too():
+    """A command asks again for an answer that was no good while the others still run."""
+    chain = script("abcdefgh\x01")
+    params = SamplingParams(max_tokens=30, temperature=0, stop_ids=(1,), stop_texts=())
+    queue = deque([Request([ord("g")], params, 0, "first"), Request([ord("a")], params, 0, "long")])
+    found = []
+    for one in Sampler(chain).stream(queue, at_once=2):
+        found.append((one.request.key, len(one.completion.tokens)))
+        if one.request.key == "first":
+            queue.append(Request([ord("f")], params, 0, "again"))
+    assert found == [("first", 2), ("again", 3), ("long", 8)]
+
+
+def test_places_change_nothing(model):
+    """Any number of places gives the same answers: other neighbours, other places in the batch, mixed settings."""
+    ways = [
+        {"max_tokens": 9, "top_p": 0.9, "samples": 3},
+        {"max_tokens": 14, "temperature": 1.5, "frequency": 0.7, "presence": 0.2},
+        {"max_tokens": 5, "temperature": 0},
+    ]
+
+    def sampled(at_once):
+        queue = deque(
+            Request(prompt, SamplingParams(stop_texts=(), stop_ids=(2, 3, 4, 5), **ways[row % 3]), 100 * row, row)
+            for row, prompt in enumerate(PROMPTS * 3)
+        )
+        done = Sampler(model).stream(queue, at_once=at_once)
+        return {(one.request.key, one.copy): one.completion.tokens for one in done}
+
+    whole = sampled(0)
+    assert len(whole) == 15 and all(sampled(at_once) == whole for at_once in (1, 2, 5))
+
+
+def test_a_shared_beginning_runs_once(model):
+    """A system text before every prompt: its state is kept, the answers are those of the whole prompts."""
+    shared = [(7 * n) % 60 + 2 for n in range(20)]
+    prompts = [[*shared, *rest] for rest in PROMPTS]
+    cache = PrefixCache(model)
+    assert cache.add_common(prompts) == 20 and cache.add_common(prompts[:1]) == 0
+    params = SamplingParams(max_tokens=6, temperature=0, **OPEN)
+    rests = [cache.find(prompt) for prompt in prompts]
+    assert [list(rest.prompt) for rest in rests] == PROMPTS
+    queue = deque(Request(rest.prompt, params, 0, row, rest.state) for row, rest in enumerate(rests))
+    found = {one.request.key: one.completion for one in Sampler(model).stream(queue)}
+    for row, whole in enumerate(generate(model, prompts, max_tokens=6, temperature=0, **OPEN)):
+        assert found[row].tokens == whole.tokens
+        assert found[row].logprobs == pytest.approx(whole.logprobs, abs=1e-4)
+    assert list(cache.find(shared).prompt) == shared and cache.add_common([[1, 2], [1, 3]]) == 0
+
+
+def test_scores_at_the_sampling_temperature(model):
+    """What a trainer compares with its own: the whole distribution at that temperature, and its entropy."""
+    settings = {"temperature": 0.7, "scored_temperature": 0.7, "entropy": True, "max_tokens": 8}
+    one = generate(model, [PROMPTS[0]], seed=1, **settings, **OPEN)[0]
+    with torch.no_grad():
+        hidden, _ = model(torch.tensor([PROMPTS[0] + one.tokens[:-1]]))
+        logits = model.head(hidden[0]).double()[len(PROMPTS[0]) - 1 :] / 0.7
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    assert one.logprobs == pytest.approx([float(row[token].log()) for row, token in zip(p, one.tokens)], abs=2e-4)
+    assert one.entropies == pytest.approx((-(p * p.log()).sum(1)).tolist(), abs=2e-4)
+
+
 def test_end_of_document_ends_without_being_said():
     """Token 0 stops generation and is no part of the text."""
     table = torch.zeros(128, 128)
@@ -178,7 +256,7 @@ def test_training_mode_is_restored_and_nothing_is_tracked(model):
 def shares(logits: list[float], params: SamplingParams, draws: int = 4000) -> list[float]:
     """How often each token is picked over evenly spaced draws: the probabilities, to 1/draws."""
     grid = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
-    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, params)
+    picked = pick(torch.tensor([logits]).expand(draws, -1), grid, params).ids
     return (torch.bincount(picked, minlength=len(logits)) / draws).tolist()
 
 
@@ -194,7 +272,13 @@ def test_temperature_is_applied_to_what_top_p_leaves():
 def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
     """With 5000 nearly equal tokens, 0.9 of the mass is thousands of tokens, far more than are sorted at first."""
     probs = torch.softmax(torch.linspace(0, 0.1, 5000), 0)[None]
-    kept, ids = nucleus(probs, 0.9, 0)
+    tried = []
+    for candidates in candidate_counts(SamplingParams(top_p=0.9), 5000):
+        kept, ids, enough = nucleus(probs, 0.9, candidates)
+        tried.append(candidates)
+        if enough.all():
+            break
+    assert tried == [128, 1024, 5000]
     assert 0.9 <= float(kept.sum()) < 0.9 + float(probs.max()) + 1e-4
     assert len(set(ids[kept > 0].tolist())) == int((kept > 0).sum())
 
@@ -205,8 +289,8 @@ def test_a_draw_next_to_1_never_picks_a_forbidden_token():
         torch.zeros(1, 9), torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0).bool(), SamplingParams(banned=(8, 7))
     )
     draw = torch.tensor([1 - 2**-53], dtype=torch.float64)
-    assert int(pick(logits, draw, SamplingParams(banned=(8, 7)))) == 6
-    assert int(pick(logits, draw, SamplingParams(top_p=0.2))) in range(7)
+    assert int(pick(logits, draw, SamplingParams(banned=(8, 7))).ids) == 6
+    assert int(pick(logits, draw, SamplingParams(top_p=0.2)).ids) in range(7)
 
 
 def test_penalties_decay_as_in_the_tradition():

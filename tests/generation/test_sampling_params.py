@@ -42,13 +42,13 @@ def toy(monkeypatch):
 @pytest.fixture
 def sampled(monkeypatch):
     """Collects what the sampler is asked with."""
-    seen, generate = [], Sampler.generate
+    seen, stream = [], Sampler.stream
 
-    def spy(sampler, prompts, params, **more):
-        seen.append(params)
-        return generate(sampler, prompts, params, **more)
+    def spy(sampler, queue, **more):
+        seen.extend(request.params for request in queue)
+        return stream(sampler, queue, **more)
 
-    monkeypatch.setattr(Sampler, "generate", spy)
+    monkeypatch.setattr(Sampler, "stream", spy)
     return seen
 
 

@@ -11,6 +11,8 @@ from rwkv_rlhf.commands import COMMANDS
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import train_parser
+from rwkv_rlhf.settings.exports import EXPORTS
+from rwkv_rlhf.settings.flags import CONFIGS, ELSEWHERE
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.metrics import METRICS
 from tests.support.source_files import PACKAGE, PAGES, ROOT, name_of, tree_of
@@ -109,7 +111,8 @@ def test_flags_on_the_pages_exist():
         parsers += [module.parser()] if hasattr(module, "parser") else []
     known = {flag for parser in parsers for flag in parser.known_flags()}
     known |= set(re.findall(r"--\w+", (PACKAGE / "commands" / "merge.py").read_text()))
-    known |= {f"--to_{name}" for name in tables.EXPORTS}
+    known |= {f"--to_{name}" for name in EXPORTS}
+    known |= {f"--{one.said.split()[0]}" for one in ELSEWHERE} | {f"--{flag}" for flag in CONFIGS}  # they are read too
     pages = [page for page in PAGES if page.parent != ROOT or page.name == "README.md"]
     pages = [page for page in pages if page.name != "extending.md"]  # toys
     said = [

@@ -297,7 +297,8 @@ def test_a_format(go, refused, explained, script, tmp_path, vocab_file):
     rated.write_text("".join(f'[[row]]\nprompt = "say {n}"\ncompletion = "{n}"\nlabel = {n % 2}\n' for n in range(8)))
     go(f"{LORA} --rlhf_train_file {rated} --kto 1", folder="rated")
     path.write_text(rows[0] + '[[row]]\nprompt = "say"\nchosen = "gladly"\n')
-    assert "pairs.toml row 2: reject is missing" in bad(script, go, path)
+    said = bad(script, go, path)
+    assert "pairs.toml row 2: " in said and "reject is missing" in said
     path.write_text("[[row]\n")
     assert "not a TOML file" in bad(script, go, path)
 

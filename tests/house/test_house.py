@@ -31,7 +31,7 @@ LONGEST_FILE = 500
 LONGEST_FUNCTION = 80
 # each may import those before it; those on one line do not know each other
 ORDER = (
-    ("files", "precision", "host_memory"),
+    ("files", "precision", "host_memory", "transfers"),
     ("settings",),
     ("plan",),
     ("distributed",),

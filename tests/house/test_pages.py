@@ -105,6 +105,8 @@ def paths_in(commands: list[Written]) -> Iterator[tuple[str, str, bool]]:
     """Place, path, and whether it is written, of each path under example/ or layerprofile/ in commands."""
     for command in commands:
         for flag, word in zip(["", *command.words], command.words):
+            if ".py:" in word:  # functions of a file
+                word = word.partition(":")[0]
             if word.startswith(("example/", "layerprofile/")):
                 yield command.place, word, flag in OUTPUT_FLAGS
 

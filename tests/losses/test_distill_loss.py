@@ -68,9 +68,10 @@ def test_gathered_scores_and_gradients_equal_full_logits(kind, chunk):
     at[0, 1], at[1, 0] = TARGETS[0], at[1, 1]
     mix, weights = torch.randn(3, len(TARGETS), dtype=torch.float64), torch.randn(len(TARGETS), K, dtype=torch.float64)
     stats = RequiredStats(mean=True, max=True)
-    *tokens, square, picked = token_scores(head, hidden, TARGETS, stats, gather=at, head_chunk=chunk)
+    found = token_scores(head, hidden, TARGETS, stats, gather=at, head_chunk=chunk)
+    tokens, picked = found[:3], found.gathered
     same = token_scores(head, hidden, TARGETS, stats, head_chunk=chunk)
-    assert square is None and same.gathered is None
+    assert found.log_square is None and same.gathered is None
     for a, b in zip(tokens, same[:3], strict=True):
         assert torch.equal(a, b)
     trained = (TARGETS != IGNORE)[:, None]

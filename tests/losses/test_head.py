@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from rwkv_rlhf.data.batch import IGNORE
 from rwkv_rlhf.losses.head import is_product
-from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores, weighted_nll
+from rwkv_rlhf.losses.tokens import RequiredStats, token_scores, weighted_nll
 from rwkv_rlhf.ops import logprob
 from tests.support.heads import CHUNKS, HEADS, TARGETS, C, LowRankHead, V, gradients, hidden_states, plain
 

@@ -26,6 +26,7 @@ from tests.support.loss_cases import (
     probabilities,
     rated_batch,
     same_as,
+    scalar_head,
     text_batch,
     token_logps,
 )
@@ -263,11 +264,11 @@ class Watched(Config):
 def test_a_loss_does_what_its_entry_says(name):
     """If this breaks, the command line asks for data, a reference, a teacher or settings that the loss does not use, or
     does not ask for those that it uses."""
-    facts, loss, batch = tables.LOSSES[name], LOSSES[name], batch_of(name)
+    facts, loss, batch, scalar = tables.LOSSES[name], LOSSES[name], batch_of(name), scalar_head(name)
     head, hidden = head_and_hidden(len(batch.targets))
     watched = Watched(loss=name)
     vars(watched)["read"] = set()  # not what filling in defaults has read
-    _, metrics = loss.from_hidden(head, hidden, batch, watched)
+    _, metrics = loss.from_hidden(head, hidden, batch, watched, scalar)
     assert vars(watched)["read"] <= {*facts.settings, "smoothing", "l2wrap", "head_chunk"}
     assert ("smoothing" in vars(watched)["read"]) == (facts.smoothing > 0)
     assert ("l2wrap" in metrics) == facts.l2wrap
@@ -276,29 +277,30 @@ def test_a_loss_does_what_its_entry_says(name):
         with pytest.raises(AssertionError, match="reference" if facts.reference else "teacher"):
             loss.from_hidden(head, hidden, lacking, watched)
     else:
-        loss.from_hidden(head, hidden, lacking, watched)
+        loss.from_hidden(head, hidden, lacking, watched, scalar)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_a_loss_logs_is_in_the_table_of_metrics(name):
     """If this breaks, a number is logged that no curve, no progress bar and no page can say the meaning of."""
     batch = batch_of(name)
-    metrics = LOSSES[name].from_hidden(*head_and_hidden(len(batch.targets)), batch, config(l2wrap=True)).metrics
+    head, hidden = head_and_hidden(len(batch.targets))
+    metrics = LOSSES[name].from_hidden(head, hidden, batch, config(l2wrap=True), scalar_head(name)).metrics
     assert set(metrics) <= set(METRICS)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_ignores_the_chunk_length(name):
     """Parametrised over the table: a loss that notices chunking fails here without a test of its own."""
-    batch = batch_of(name)
+    batch, scalar = batch_of(name), scalar_head(name)
     head, hidden = head_and_hidden(len(batch.targets))
-    whole, parts = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+    whole, parts = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True), scalar)
     assert "loss" in parts and not any(value.requires_grad for value in parts.values())
     for chunk in CHUNKS[:2]:
         found, metrics = LOSSES[name].from_hidden(
-            head, hidden, batch, config(smoothing=0.1, l2wrap=True, head_chunk=chunk)
+            head, hidden, batch, config(smoothing=0.1, l2wrap=True, head_chunk=chunk), scalar
         )
-        again, _ = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True))
+        again, _ = LOSSES[name].from_hidden(head, hidden, batch, config(smoothing=0.1, l2wrap=True), scalar)
         same_as(found, again, head, hidden)
         for key, value in parts.items():
             torch.testing.assert_close(metrics[key], value)

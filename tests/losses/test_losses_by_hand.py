@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from rwkv_rlhf.data.batch import IGNORE
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.dpo import dpo
 from rwkv_rlhf.losses.orpo import log1mexp, log_odds
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, pair_metrics, pair_scores
 from rwkv_rlhf.losses.sft import sft
-from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, TokenScores, token_scores, weighted_nll
+from rwkv_rlhf.losses.tokens import RequiredStats, TokenScores, token_scores, weighted_nll
 from tests.support.loss_cases import (
     TEXT,
     V,

@@ -61,7 +61,7 @@ def inputs(op: str, batch: int, tokens: int, heads: int, size: int, dtype: torch
 def call(module, op: str, tensors, heads: int, starts: Tensor | None = None, **backend) -> tuple[Tensor, ...]:
     if op == "token_mix":
         x, last, mixes = tensors
-        return module.token_mix(x, last, starts, mixes, **backend)
+        return module.token_mix(x, last, starts=starts, mixes=mixes, **backend)
     if op == "delta_keys":
         return module.delta_keys(*tensors, heads, **backend)
     return (result,) if torch.is_tensor(result := getattr(module, op)(*tensors, **backend)) else result

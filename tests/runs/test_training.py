@@ -61,6 +61,16 @@ def test_sft_learns_and_leaves_everything_a_user_needs(script, typed, text_jsonl
     assert set(weights(folder)) >= {"emb.weight", "head.weight", "blocks.1.att.w0", "ln_out.bias"}
 
 
+def test_a_run_is_repeated_from_the_file_in_its_folder(script, typed, text_jsonl, tmp_path):
+    """If this breaks, config.yaml in a run's folder does not say what the run was."""
+    words = ("--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--epoch_count", 1, "--lr_init", "3e-3")
+    go(script, typed, *words, "--peft", "lora", "--lora_r", 2)
+    again = tmp_path / "again"
+    go(script, ["--config", tmp_path / "out" / "config.yaml", "--proj_dir", again])
+    first, second = weights(tmp_path / "out"), weights(again)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("loss", ["sft", "dpo", "orpo"])
 def test_accumulation_changes_nothing(script, typed, text_jsonl, pairs_csv, tmp_path, loss):
     """If this breaks, --accumulate_grad_batches weighs short and long rows differently from a larger batch."""

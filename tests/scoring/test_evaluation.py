@@ -16,7 +16,8 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.metrics import METRICS
 from tests.support.models import build, random_tensors
 
-PREFERENCES = [name for name in LOSSES if tables.LOSSES[name].data in ("pairs", "rated")]
+# a reward model's figures are in test_rewards.py
+PREFERENCES = [n for n in LOSSES if tables.LOSSES[n].data in ("pairs", "rated") and tables.LOSSES[n].predicts]
 # what training means by these is another thing: the objective, and what went through the model
 OTHERWISE = {"loss", "tokens"}
 WORDS = {"dpo": ({}, {"dpo_loss": "ipo"}, {"dpo_logp": "mean", "dpo_beta": 0.3}), "orpo": ({}, {"orpo_mode": "sum"})}

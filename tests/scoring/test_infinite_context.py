@@ -7,16 +7,27 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
-from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from rwkv_rlhf.data.batch import (
+    IGNORE,
+    AnswerBatch,
+    JudgedPair,
+    PairExample,
+    TextExample,
+    pack_judged,
+    pack_pairs,
+    pack_texts,
+)
+from rwkv_rlhf.data.policy_batch import Answer, pack_policy
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.losses import LOSSES
-from rwkv_rlhf.losses.tokens import IGNORE, RequiredStats, token_scores
+from rwkv_rlhf.losses.tokens import RequiredStats, token_scores
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.scoring.forward import answer_hidden, batch_loss, in_chunks, text_hidden
 from rwkv_rlhf.scoring.infinite_context import ChunkOptions, run_in_chunks
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from tests.support.models import build, random_tensors
 
 
@@ -25,10 +36,14 @@ def texts(*lengths):
     return pack_texts([TextExample(torch.randint(300, (n,), generator=generator).numpy()) for n in lengths])
 
 
-def pairs():
+def pair_examples():
     generator = torch.Generator().manual_seed(5)
     draw = lambda n: torch.randint(300, (n,), generator=generator).tolist()  # noqa: E731
-    return pack_pairs([PairExample(draw(p), draw(c), draw(r)) for p, c, r in ((9, 4, 7), (1, 3, 2), (5, 12, 1))])
+    return [PairExample(draw(p), draw(c), draw(r)) for p, c, r in ((9, 4, 7), (1, 3, 2), (5, 12, 1))]
+
+
+def pairs():
+    return pack_pairs(pair_examples())
 
 
 def gradients(model, value):
@@ -95,9 +110,25 @@ def long_batch():
     return pack_texts([TextExample(tokens, mask) for tokens, mask in zip(rows, masks)])
 
 
-def preference_batch(reference):
+def preference_batch(facts):
+    if not facts.predicts:
+        return pack_judged([JudgedPair(p.prompt, p.chosen, p.reject, margin=0.5) for p in pair_examples()])
     batch = pairs()
-    return dataclasses.replace(batch, reference=torch.full((3, 2), -1.5) if reference else None)
+    return dataclasses.replace(batch, reference=torch.full((3, 2), -1.5) if facts.reference else None)
+
+
+def sampled_batch(facts):
+    """Two answers to each of three prompts, with every number that the algorithm's batch has a field for."""
+    kind, generator = load(facts.algorithm).batch, torch.Generator().manual_seed(7)
+    own = {field.name for field in dataclasses.fields(AnswerBatch)} | {"trained_total"}
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in own]
+
+    def answer(ids):
+        return Answer(ids, True, {name: torch.randn(len(ids), generator=generator).double() for name in names})
+
+    examples = pair_examples()
+    answers = [[answer(pair.chosen), answer(pair.reject)] for pair in examples]
+    return pack_policy(kind, [pair.prompt for pair in examples], answers, total=6.0, trained_total=29.0)
 
 
 # KTO runs in chunks in tests/runs/test_preference_runs.py, distillation in tests/runs/test_distillation.py
@@ -109,9 +140,11 @@ LOSS_CASES = [
 @pytest.mark.parametrize("name", LOSS_CASES)
 def test_every_loss_is_that_of_one_long_pass(name):
     """Value, metrics and gradients, in float64; a chunk without a trained token is harmless."""
-    model = build(random_tensors("x070", n_layer=2), torch.float64)
     loss, text = LOSSES[name], tables.LOSSES[name].data == "text"
-    batch = long_batch() if text else preference_batch(loss.facts.reference)
+    model = build(random_tensors("x070", n_layer=2, heads=loss.facts.scalar_head), torch.float64)
+    batch = long_batch() if text else preference_batch(loss.facts)
+    if loss.facts.algorithm:
+        batch = sampled_batch(loss.facts)
     found = []
     for length in (0, 4):
         config = Config(loss=name, smoothing=0.1 if text else 0.0, infctx=length > 0, chunk_ctx=length)

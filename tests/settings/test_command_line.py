@@ -79,8 +79,8 @@ PUBLISHED = {
         "--load_model 0 --train_stage 1 --my_testing x070 --n_layer 2 --n_embd 64 --vocab_size 65536 --random_seed 1",
         None,
     ),
-    "reward model": (f"{SIZES} --rm 1 --rlhf_train_file F", "--rm 1"),
-    "ppo": (f"{SIZES} --ppo 1 --reward_model R --rlhf_train_file F", "--ppo 1"),
+    "reward model": (f"{SIZES} --rm 1 --rlhf_train_file F", None),
+    "ppo": (f"{SIZES} --ppo 1 --reward_model R --rlhf_train_file F", None),
     "evaluation": ("--load_model M --eval_only 1 --val_file F --load_adapter A", None),
     "doctor": ("--doctor 1", None),
     "today's dpo": (

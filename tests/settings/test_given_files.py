@@ -16,7 +16,7 @@ SLOW = ("torch", "pytorch_lightning", "numpy", "triton")
 def files(tmp_path, monkeypatch):
     """A folder with one empty file of each kind."""
     monkeypatch.chdir(tmp_path)
-    for name in ("m.pth", "d.jsonl", "p.csv", "c.bin", "c.idx", "v.txt"):
+    for name in ("m.pth", "d.jsonl", "p.csv", "c.bin", "c.idx", "v.txt", "s.save"):
         (tmp_path / name).write_text("")
 
 
@@ -27,16 +27,22 @@ OK = (
     "--load_model m.pth --dpo 1 --rlhf_train_file p.csv --data_file none.jsonl",  # which is not read
     "--load_model 0 --train_stage 3 --data_file d.jsonl",
     "--load_model none.pth --doctor 1",
+    "--load_model m.pth --data_file d.jsonl:2,p.csv:0.5",
+    "--load_model m.pth --data_file *.jsonl --val_file .",
 )
 WRONG = {
     "--load_model none.pth --data_file d.jsonl": r"\{load_model\} none\.pth does not exist",
     "--load_model p.csv --data_file d.jsonl": r"\{load_model\} p\.csv is a table",
     "--load_model m.pth --data_file none.jsonl": r"\{data_file\} none\.jsonl does not exist",
-    "--load_model m.pth --data_file p.csv": r"\{data_file\} p\.csv: csv files hold no text; one of \.jsonl",
+    "--load_model . --data_file d.jsonl": r"\. is a folder with no model",
+    "--load_model m.pth --data_file s.save": r"\{data_file\} s\.save: save files hold no text; one of \.csv",
+    "--load_model m.pth --data_file d.jsonl:2,none.csv": r"\{data_file\} none\.csv does not exist",
     "--load_model m.pth --data_file m.pth": r"\{data_file\} m\.pth is a checkpoint, expected data",
     "--load_model m.pth --data_file d.jsonl --val_file none.csv": r"\{val_file\} none\.csv does not exist",
     "--load_model m.pth --dpo 1 --rlhf_train_file m.pth": r"\{pair_file\} m\.pth is a checkpoint, expected data",
-    "--load_model m.pth --dpo 1 --rlhf_train_file .": r"\{pair_file\} \. is a folder",
+    "--load_model m.pth --data_file d.jsonl --vocab_file .": r"\{vocab_file\} \. is a folder",
+    "--load_model m.pth --grpo 1 --rlhf_train_file p.csv --reward_funcs none.py:f": r"there is no file none\.py",
+    "--load_model m.pth --ppo 1 --rlhf_train_file p.csv --reward_model none.pth": r"\{reward_model\} none\.pth does not",
     "--load_model m.pth --data_file d.jsonl --vocab_file none.json": r"\{vocab_file\} none\.json does not exist",
 }
 

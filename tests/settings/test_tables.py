@@ -11,6 +11,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.blocks import Block
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, settings
+from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.help import EXAMPLES, explain, short_help
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.not_built import NOT_BUILT
@@ -48,9 +49,7 @@ def test_a_version_has_a_block(name):
     assert re.fullmatch(r"x0\d\d", name) and tables.VERSIONS[name].activations > 0
 
 
-@pytest.mark.parametrize(
-    "table", [tables.STRATEGIES, tables.OPTIMIZERS, tables.EXPORTS], ids=["strategy", "optim", "export"]
-)
+@pytest.mark.parametrize("table", [tables.STRATEGIES, tables.OPTIMIZERS, EXPORTS], ids=["strategy", "optim", "export"])
 def test_what_is_built_can_be_loaded(table):
     """If this breaks, a run ends in an import error after its model was loaded."""
     for facts in table.values():
@@ -58,9 +57,11 @@ def test_what_is_built_can_be_loaded(table):
 
 
 def test_settings_of_losses_exist_once():
-    """If this breaks, a flag belongs to two losses, or to none and is read by nobody."""
-    names = [name for facts in tables.LOSSES.values() for name in facts.settings]
-    assert len(names) == len(set(names)) and set(names) <= set(settings())
+    """If this breaks, a flag belongs to two losses that have nothing in common, or to none and is read by nobody."""
+    for facts in tables.LOSSES.values():
+        assert len(facts.settings) == len(set(facts.settings)) and set(facts.settings) <= set(settings())
+    alone = [name for facts in tables.LOSSES.values() if facts.data != "prompts" for name in facts.settings]
+    assert len(alone) == len(set(alone))
 
 
 def test_the_help_knows_every_setting():

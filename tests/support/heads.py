@@ -6,7 +6,7 @@ Legend: C width, V vocabulary.
 import torch
 from torch import nn
 
-from rwkv_rlhf.losses.tokens import IGNORE
+from rwkv_rlhf.data.batch import IGNORE
 
 C, V = 6, 13
 

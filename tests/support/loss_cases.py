@@ -3,13 +3,18 @@
 Legend: T tokens, n pairs, A answer tokens, C width, V vocabulary.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 
-from rwkv_rlhf.data.batch import IGNORE, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, JudgedBatch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.policy_batch import PolicyBatch
+from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import TokenScores
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.tables import LOSSES as FACTS
 
 C, V = 5, 11
@@ -19,7 +24,8 @@ STARTS = torch.tensor([0, 4, 6, 11, 12])
 ANSWERS = torch.tensor([3, IGNORE, 0, 7, 10, 0, 1, 2, 3, 4, 0, 9])
 TEXT = torch.tensor([3, IGNORE, 0, 7, 10, 0, IGNORE, 2])
 REFERENCE = torch.tensor([[-7.0, -5.5], [-11.0, -2.0]], dtype=torch.float64)
-PAIR_LOSSES = [name for name in LOSSES if FACTS[name].data == "pairs"]
+MARGINS = torch.tensor([0.5, 2.0], dtype=torch.float64)
+PAIR_LOSSES = [name for name in LOSSES if FACTS[name].data == "pairs" and FACTS[name].predicts]
 
 
 def head_and_hidden(rows, dtype=torch.float64):
@@ -51,6 +57,21 @@ def pair_batch(targets=ANSWERS, starts=STARTS, reference=REFERENCE):
     return PairBatch(*answers_of(targets, starts, 2), reference=reference, total=float(len(starts) // 2))
 
 
+def judged_batch(starts=STARTS, margins=MARGINS):
+    """Pairs that are judged as wholes: no token of them is predicted."""
+    targets = torch.full((int(starts[-1]),), IGNORE)
+    return JudgedBatch(*answers_of(targets, starts, 2), reference=None, total=float(len(margins)), margins=margins)
+
+
+def scalar_head(name):
+    """What `from_hidden` must be given beside the head: the loss's scalar head, with a weight that is not zero."""
+    if not FACTS[name].scalar_head:
+        return None
+    head = ScalarHead(C).double()
+    torch.nn.init.normal_(head.weight)
+    return head
+
+
 def rated_batch(kl=0.4, targets=ANSWERS, starts=STARTS, reference=REFERENCE, good=(True, False, False, True)):
     """The answers as rated ones: good, bad, bad, good."""
     return RatedBatch(
@@ -63,8 +84,29 @@ def rated_batch(kl=0.4, targets=ANSWERS, starts=STARTS, reference=REFERENCE, goo
     )
 
 
+def policy_batch(targets=ANSWERS, starts=STARTS, kind=PolicyBatch, **numbers):
+    """The answers as four samples, two to each prompt, with numbers (A,) that nothing is at its limit of."""
+    draw = torch.Generator().manual_seed(5)
+    own = {field.name for field in fields(AnswerBatch)} | {"trained_total"}
+    known = {
+        name: (0.5 if name == "reference_logp" else 0.0) - 2 + torch.randn(len(targets), generator=draw).double()
+        for name in (field.name for field in fields(kind) if field.name not in own)
+    }
+    return kind(
+        *answers_of(targets, starts, 2),
+        reference=None,
+        total=float(len(starts) - 1),
+        trained_total=float((targets != IGNORE).sum()),
+        **(known | numbers),
+    )
+
+
 def batch_of(name):
     """A batch of the kind that the loss takes."""
+    if FACTS[name].data == "pairs" and not FACTS[name].predicts:
+        return judged_batch()
+    if FACTS[name].data == "prompts":
+        return policy_batch(kind=load(FACTS[name].algorithm).batch)
     return {"text": taught_batch, "pairs": pair_batch, "rated": rated_batch}[FACTS[name].data]()
 
 
@@ -91,9 +133,11 @@ def token_logps(head, hidden):
 
 
 def same_as(found, truth, head, hidden):
-    """Equal values, and equal gradients of the head's weight and of the hidden states, to 1e-6."""
+    """Equal values, and equal gradients of the head's weight (or none, of both) and of the hidden states, to 1e-6."""
     torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
-    got = torch.autograd.grad(found, (head.weight, hidden))
-    want = torch.autograd.grad(truth, (head.weight, hidden))
+    got = torch.autograd.grad(found, (head.weight, hidden), allow_unused=True)
+    want = torch.autograd.grad(truth, (head.weight, hidden), allow_unused=True)
     for a, b in zip(got, want):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

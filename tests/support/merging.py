@@ -1,13 +1,18 @@
 """A base model, merging into it, and what models answer."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
-from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
+from rwkv_rlhf.checkpoints.adapter_files import write_factors
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, load_model, trainable
 from rwkv_rlhf.checkpoints.merging import load_combined
-from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.checkpoints.run_folder import trained_tensors
+from rwkv_rlhf.checkpoints.sidecar import sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.commands import merge
+from rwkv_rlhf.plan import make_plan
 from tests.support.models import any_initial_tensors
 
 VOCABULARY, WIDTH, HEAD = 300, 128, 64
@@ -52,3 +57,29 @@ def greedy(base: Path, checkpoint: Path) -> list[int]:
         for _ in range(12):
             text.append(int(model.head(model(torch.tensor([text]))[0][:, -1]).argmax()))
     return text[len(TOKENS) :]
+
+
+RATES = {"lr_init": 1e-4, "lr_final": 1e-5}
+
+
+def plan_of(mode, **more):
+    plan = make_plan(mode, 2, rank=8, alpha=16.0, dropout=0.0, **RATES, **more)
+    return dataclasses.replace(plan, states=("att.time_state",) if mode == "state" else ())
+
+
+def trained(folder, mode, *, version="x070", dtype=torch.float32, quant="none", plan=None, limited=False):
+    """(base file, checkpoint, the model) "trained" by adding noise to all that trains."""
+    base, checkpoint = folder / "base.pth", folder / "rwkv-0.pth"
+    if not base.exists():
+        write_tensors(base_tensors(dtype, version), base)
+    plan = plan or plan_of(mode)
+    model, report = load_model(base, BuildOptions(torch.float32, plan=plan, quant=quant, limited=limited))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    write_tensors(trained_tensors(model, report.dtypes, "base"), checkpoint)
+    sidecar = sidecar_of(version, report.layout, plan, base)
+    name, sha256 = write_factors(model, folder, ".pth")
+    write_sidecar(dataclasses.replace(sidecar, initial_file=name, initial_sha256=sha256), checkpoint)
+    return base, checkpoint, model.eval()

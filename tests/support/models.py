@@ -17,8 +17,11 @@ def any_initial_tensors(version, *sizes):
     return {name: t for name, t in tensors.items() if not name.endswith(gate)}
 
 
-def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1):
-    """A checkpoint in which no tensor is zero, so that every path of the model shows in the logits."""
+def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_size=32, seed=1, heads=""):
+    """A checkpoint in which no tensor is zero, so that every path of the model shows in the logits.
+
+    heads: a scalar head that it has besides.
+    """
     tensors = any_initial_tensors(version, n_layer, n_embd, vocab_size, head_size, seed)
     generator = torch.Generator().manual_seed(seed)
     for name, value in tensors.items():
@@ -31,6 +34,8 @@ def random_tensors(version="x070", n_layer=3, n_embd=64, vocab_size=300, head_si
             tensors[name] = value + noise * 0.5 / max(value.shape) ** 0.5
         else:
             tensors[name] = value + noise * 0.1
+    if heads:
+        tensors[f"{heads}.weight"] = torch.randn(1, n_embd, generator=generator)
     return tensors
 
 

@@ -1,6 +1,9 @@
 """Runs that one process and several make the same steps of."""
 
+from tests.support.source_files import ROOT
+
 STEPS = 3
+REWARDS = f"{ROOT}/tests/support/rewards.py:odd,short"
 
 
 def shared_words(base, vocab_file):
@@ -15,6 +18,8 @@ def case(text, pairs, name):
     """The words of a case and, for one process and for two, those that make the same steps of it."""
     sft, dpo = ("--sft", 1, "--data_file", text), ("--dpo", 1, "--dpo_beta", 0.1, "--rlhf_train_file", pairs)
     lora = ("--peft", "lora", "--quant", 1, "--quant_mode", "nf4", "--lora_r", 4, "--lora_dropout", 0)
+    groups = ("--grpo_gen_count", 2, "--grpo_gen_length", 5, "--grpo_passes", 2, "--reward_funcs", REWARDS)
+    judged = ("--reward_funcs", REWARDS, "--missing_eos_penalty", 0.5)
     words = {
         "sft": (*sft, "--val_file", text),
         "dpo": (*dpo, "--val_file", pairs),
@@ -23,6 +28,8 @@ def case(text, pairs, name):
         "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
         "forgetful": (*sft, "--val_file", text),
         "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
+        "grpo": ("--grpo", 1, "--rlhf_train_file", pairs, *groups, "--val_file", pairs),
+        "ppo": ("--ppo", 1, "--rlhf_train_file", pairs, "--ppo_epochs", 2, "--output_max_length", 5, *judged),
         "blown": (*sft, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", 0, "--max_bad_steps", 1),
         "packed": (*dpo, "--peft", "pissa", "--quant", 1, "--quant_mode", "int8", "--lora_r", 4, "--precision", "bf16"),
         "empty": ("--sft", 1, "--data_file", text.parent / "empty.jsonl", "--random_mode", 0),
@@ -32,6 +39,7 @@ def case(text, pairs, name):
 
     def of(processes):
         pieces = 2 * parts // processes
-        return [*words, *shape, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
+        rollout = ("--batch_size", size * pieces) if name == "ppo" else ()
+        return [*words, *shape, *rollout, "--accumulate_grad_batches", pieces, "--epoch_steps", STEPS * pieces]
 
     return of

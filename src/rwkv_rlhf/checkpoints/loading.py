@@ -19,8 +19,8 @@ from rwkv_rlhf.layers.placing import Layout, Report, matrices, place, report_of,
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.layout import frozen_layout, plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.model.sizes import STATES, Sizes, sizes_of, states_in
-from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.model.sizes import STATES, Sizes, heads_in, sizes_of, states_in
+from rwkv_rlhf.plan import Plan, is_new, is_scalar_head
 from rwkv_rlhf.precision import wide_dtype
 from rwkv_rlhf.settings import tables
 
@@ -111,12 +111,11 @@ def build_model(
     diff unless names and shapes are exactly those of the model.
     """
     sizes = named_sizes(tensors, source)
-    learnt = states_in(options.layout.trained) if options.layout else options.plan.states if options.plan else ()
-    sizes = dataclasses.replace(sizes, states=tuple(s for s in STATES if s in (*sizes.states, *learnt)))
+    sizes = _with_added(sizes, options)
     model = plain_model(sizes, options.compute_dtype, grad_cp=options.grad_cp, wkv_backend=options.wkv_backend)
     expected = dict(model.named_parameters())
-    states = {name for name in expected if name.endswith(STATES)}  # one that the file lacks begins at zero
-    difference = key_diff(tensors, expected, (OPTIONAL - expected.keys()) | states)
+    new = {name for name in expected if is_new(name)}  # what the file lacks begins at zero
+    difference = key_diff(tensors, expected, (OPTIONAL - expected.keys()) | new)
     if difference:
         raise ValueError(f"{source} is not an {sizes.version} model of {sizes.n_layer} layers: {difference}")
     if options.layout is not None:
@@ -140,12 +139,27 @@ def build_model(
         if reopen is not None and block_of(name) != block:
             block, tensors = block_of(name), {}  # let the old pages go before the file is opened again
             tensors = reopen()
-        tensor = tensors[name] if name in tensors or name not in states else torch.zeros(shape)
+        tensor = tensors[name] if name in tensors or name not in new else torch.zeros(shape)
         dtypes[name] = tensor.dtype
         place(model, name, tensor.reshape(shape), layout, spec, options.seed, options.initial)
     report = report_of(model, layout)
     report.dtypes = dtypes
     return model, report
+
+
+def _with_added(sizes: Sizes, options: BuildOptions) -> Sizes:
+    """The sizes of a file with the learnt states and the scalar head that training adds."""
+    states: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    if options.layout is not None:
+        states, heads = states_in(options.layout.trained), heads_in(options.layout.trained)
+    elif options.plan is not None:
+        states, heads = options.plan.states, (options.plan.scalar_head,)
+    return dataclasses.replace(
+        sizes,
+        states=tuple(name for name in STATES if name in (*sizes.states, *states)),
+        heads=tuple(name for name in tables.SCALAR_HEADS if name in (*sizes.heads, *heads)),
+    )
 
 
 def block_of(name: str) -> str:
@@ -168,7 +182,11 @@ def as_trained(path: str | Path, quant: str) -> Layout:
     Scores in the same precision are then those of the first training step.
     """
     tensors = read_tensors(path)
-    weights = {name for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2}
+    weights = {
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.dim() == 2 and not is_scalar_head(name)
+    }
     packed = {name.removesuffix(".weight") for name in weights - {"emb.weight"}} if quant != "none" else set()
     return Layout(trained=frozenset(tensors.keys() - weights), packed=frozenset(packed), store=quant)
 

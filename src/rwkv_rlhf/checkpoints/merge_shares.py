@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rwkv_rlhf.layers.placing import Layout
+from rwkv_rlhf.settings import tables
 
 Value = TypeVar("Value")
 ENDS = ("emb", "head")
@@ -18,7 +19,7 @@ ENDS = ("emb", "head")
 class MergeShares:
     """The share of each row (emb, a block's number, head) in the merged model; None = everything, wholly.
 
-    Rows that a filter does not name stay as in the base. ln0 goes with emb, ln_out with head, as in a layer profile.
+    Rows that a filter does not name stay as in the base. ln0 goes with emb, ln_out and scalar heads with head.
     """
 
     rows: Mapping[str, float] | None = None
@@ -31,7 +32,7 @@ class MergeShares:
         if words[0] == "blocks":
             row = "emb" if words[2] == "ln0" else words[1]
         else:
-            row = "head" if words[0] == "ln_out" else words[0]
+            row = "head" if words[0] in ("ln_out", *tables.SCALAR_HEADS) else words[0]
         return self.rows.get(row, 0.0)
 
     @property

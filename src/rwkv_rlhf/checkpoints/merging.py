@@ -33,7 +33,8 @@ from rwkv_rlhf.layers.linear import StorageSpec
 from rwkv_rlhf.layers.placing import Layout, Report, layer_factors, matrices, wrapped
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
-from rwkv_rlhf.plan import is_state
+from rwkv_rlhf.plan import is_new
+from rwkv_rlhf.settings import tables
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ COARSE = 5e-2
 
 def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layout: Layout, source: str | Path) -> None:
     """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
-    own = {name: adapter[name] for name in sorted(layout.trained) if not is_state(name)}
+    own = {name: adapter[name] for name in sorted(layout.trained) if not is_new(name)}
     lost = [name for name in layout.adapted if f"{name}.weight" not in base]
     difference = key_diff(own, {name: base[name] for name in own if name in base})
     if lost:
@@ -143,10 +144,11 @@ def base_reader(
 class Merged(Mapping[str, Tensor]):
     """The tensors of one model made of `base` and the checkpoint `file`, each computed when it is asked for.
 
-    Names, shapes and dtypes are those of `base`; a learnt state may be new. Each matrix is what `merged()` of its layer
-    says: one that was packed in training is packed and unpacked first, so that the result is what was trained. Sums are
-    float32 and rounded once. A tensor of a layer with the share c is base + c (merged - base), whatever it is: a
-    low-rank update, a whole matrix, a LayerNorm or a state. Raises ValueError when the two do not fit.
+    Names, shapes and dtypes are those of `base`; a learnt state or a score head may be new (PPO's value head is left
+    out). Each matrix is what `merged()` of its layer says: one that was packed in training is packed and unpacked
+    first, so that the result is what was trained. Sums are float32 and rounded once. A tensor of a layer with the share
+    c is base + c (merged - base), whatever it is: a low-rank update, a whole matrix, a LayerNorm or a state. Raises
+    ValueError when the two do not fit.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Merged(Mapping[str, Tensor]):
         known = shapes(base)
         _check_names(known, file.tensors, file.layout, file.path)
         self.plain = dict(matrices(plain_model(sizes_of(known), torch.float32)))
-        new = [name for name in file.layout.trained if name not in base and self.shares.of(name)]
+        new = [name for name in file.layout.trained if name not in base and self.shares.of(name) and stays(name)]
         self.names = [*base, *sorted(new)]
 
     def __iter__(self) -> Iterator[str]:
@@ -185,7 +187,7 @@ class Merged(Mapping[str, Tensor]):
         touched = name in layout.trained or layer in layout.adapted or layer in layout.packed
         if not (touched and share):
             return self.base[name]
-        # a learnt state may be new: it stays as it is
+        # a learnt state or a scalar head may be new: it stays as it is
         before = self.base[name] if name in self.base else torch.zeros_like(self.file.tensors[name])
         if name in layout.trained:
             after = self.file.tensors[name].reshape(before.shape)
@@ -213,6 +215,12 @@ class Merged(Mapping[str, Tensor]):
         parameters = {f"{name}.{part}": getattr(layer, part) for part in layer.tensors}
         copy_into(parameters, {f"{name}.{part}": tensor for part, tensor in tensors.items()}, self.file.path)
         return layer.merged()
+
+
+def stays(name: str) -> bool:
+    """Whether the tensor `name` of a checkpoint belongs to the merged model: not a head that only training needs."""
+    head = name.split(".")[0]
+    return head not in tables.SCALAR_HEADS or tables.SCALAR_HEADS[head].merged
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,5 +266,5 @@ def check_merged(
     before = probe_logits(combined_model(base, tensors, options)[0])
     difference = (before - after).abs().max() / (before.max() - before.min()).clamp(min=1e-12)
     changed = {base[f"{name}.weight"].dtype for name in layout.adapted.keys() | layout.packed}
-    changed |= {merged[name].dtype for name in layout.trained}
+    changed |= {merged[name].dtype for name in layout.trained if name in merged}
     return Difference(float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5))

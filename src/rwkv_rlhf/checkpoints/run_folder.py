@@ -17,17 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
-from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, write_checkpoint
+from rwkv_rlhf.checkpoints.shards import remove_old_shards
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, sidecar_path, write_checkpoint
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
+from rwkv_rlhf.files import SHARDS_INDEX
 from rwkv_rlhf.plan import is_state
 
 log = logging.getLogger(__name__)
 
-NUMBERED = re.compile(r"^rwkv-(\d+)\.(pth|safetensors)$")
+SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "sharded": SHARDS_INDEX}  # by --save_format
+_SUFFIX = "|".join(map(re.escape, SUFFIXES.values()))
 INITIAL = "rwkv-init.pth"  # what --train_stage 1 writes
-SAVED = re.compile(r"^rwkv-(\d+|final|best|last)\.(pth|safetensors)$")  # the names that a run writes
+NUMBERED = re.compile(rf"^rwkv-(\d+)({_SUFFIX})$")
+SAVED = re.compile(rf"^rwkv-(\d+|final|best|last)({_SUFFIX})$")  # the names that a run writes
 WHOLE_MATRIX = (".weight",)  # saved in the base's dtype unless --save_dtype fp32
 NORMS = (".ln0.", ".ln1.", ".ln2.", ".ln_x.", "ln_out.")
 
@@ -127,7 +131,7 @@ class RunFolder:
         return path
 
     def _state_path(self, path: Path) -> Path:
-        return path.with_name(f"{path.stem}-state{self.suffix}")
+        return path.with_name(f"{path.name.removesuffix(self.suffix)}-state{self.suffix}")
 
     def save_numbered(self, number: int) -> Path:
         """Write `rwkv-{number}` and remove the oldest of this run beyond --keep."""
@@ -137,7 +141,9 @@ class RunFolder:
             oldest = self._numbered.pop(0)
             if not ranks.is_rank_zero():
                 continue
-            oldest.unlink(missing_ok=True)
-            oldest.with_suffix(".json").unlink(missing_ok=True)
-            self._state_path(oldest).unlink(missing_ok=True)
+            for file in (oldest, self._state_path(oldest)):
+                file.unlink(missing_ok=True)
+                if self.suffix == SHARDS_INDEX:
+                    remove_old_shards(file)
+            sidecar_path(oldest).unlink(missing_ok=True)
         return path

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rwkv_rlhf.checkpoints.shards import WAITING, remove_old_shards
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
-from rwkv_rlhf.files import file_hash, read_json_object, sync_folder, write_json
+from rwkv_rlhf.files import SHARDS_INDEX, file_hash, read_json_object, sync_folder, write_json
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.placing import Layout
@@ -31,14 +32,16 @@ class Sidecar:
     """Everything that a checkpoint of training does not say itself.
 
     `adapted` holds mode, rank, alpha and scaling by layer name, `packed` the layers whose frozen matrix was kept as
-    `quant_mode` while training, `plan` the rows of the layer profile. `base_sha256` is "" for a run from zero.
+    `quant_mode` while training, `plan` the rows of the layer profile. `base_path` is where `base_file` was; its
+    `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
-    base before training ("" without). `run` is the id of the run in its folder's run.json, `sha256` that of the
-    checkpoint itself; both are "" in files of older programs.
+    base before training ("" without). `template` is how conversations were written (--template), `run` the id of the
+    run in its folder's run.json, `sha256` that of the checkpoint itself; all "" in files of older programs.
     """
 
     version: str
     base_file: str = ""
+    base_path: str = ""
     base_sha256: str = ""
     quant_mode: str = "none"
     packed: tuple[str, ...] = ()
@@ -48,6 +51,7 @@ class Sidecar:
     initial_sha256: str = ""
     cold_file: str = ""
     cold_sha256: str = ""
+    template: str = ""
     run: str = ""
     sha256: str = ""
     state_layout: str = STATE_LAYOUT
@@ -61,6 +65,7 @@ def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path
     return Sidecar(
         version=version,
         base_file=Path(base).name if base else "",
+        base_path=str(Path(base).resolve()) if base else "",
         base_sha256=sha256 or (file_hash(base) if base else ""),
         quant_mode=layout.store,
         packed=tuple(sorted(layout.packed)),
@@ -71,7 +76,10 @@ def sidecar_of(version: str, layout: Layout, plan: Plan | None, base: str | Path
 
 def sidecar_path(checkpoint: str | Path) -> Path:
     """`rwkv-3.pth` -> `rwkv-3.json` in the same folder."""
-    return Path(checkpoint).with_suffix(".json")
+    path = Path(checkpoint)
+    if path.name.endswith(SHARDS_INDEX):
+        return path.with_name(f"{path.name.removesuffix(SHARDS_INDEX)}.json")
+    return path.with_suffix(".json")
 
 
 def write_sidecar(sidecar: Sidecar, checkpoint: str | Path) -> Path:
@@ -88,7 +96,7 @@ def write_checkpoint(tensors: Mapping[str, Tensor], sidecar: Sidecar, path: Path
     Both are ready before either takes its place: a kill leaves the older checkpoint with its sidecar, unless it falls
     between two renames.
     """
-    fresh = path.with_name(f".new-{path.name}")
+    fresh = path.with_name(f"{WAITING}{path.name}")
     try:
         write_tensors(tensors, fresh)
         write_sidecar(sidecar, fresh)
@@ -99,6 +107,8 @@ def write_checkpoint(tensors: Mapping[str, Tensor], sidecar: Sidecar, path: Path
     finally:
         fresh.unlink(missing_ok=True)
         sidecar_path(fresh).unlink(missing_ok=True)
+        if path.name.endswith(SHARDS_INDEX):
+            remove_old_shards(path)
     sync_folder(path.parent)
 
 

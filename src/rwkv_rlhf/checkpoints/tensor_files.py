@@ -1,6 +1,7 @@
 """Files of named tensors: reading them safely, comparing them, writing them atomically.
 
-A checkpoint is a flat dict of tensors, `.pth` (torch.save) or `.safetensors`. Only tensors are ever read from one.
+A checkpoint is a flat dict of tensors, `.pth` (torch.save), `.safetensors`, or several of these with an index (shards).
+Only tensors are ever read from one. RWKV-7 in Hugging Face's layout is read too, by this program's names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rwkv_rlhf.files import atomic_write, check_archive, named_for_libraries
+from rwkv_rlhf.checkpoints.hf_layout import is_hf, own_tensors
+from rwkv_rlhf.checkpoints.shards import read_shards, write_sharded
+from rwkv_rlhf.files import (
+    SHARDS_INDEX,
+    atomic_write,
+    check_archive,
+    is_sharded,
+    named_for_libraries,
+    sharded_files,
+)
 from rwkv_rlhf.settings import tables
 
 WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # of DeepSpeed, of data parallel training, of torch.compile
@@ -26,19 +36,17 @@ SHARED = 8  # times that the bytes of a file may be used, by tensors that share 
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.safetensors` file by name, mapped from the disk and not read yet where possible.
+    """The tensors of a checkpoint by name, mapped from the disk and not read yet where possible.
 
-    Nothing in the file is executed. Raises ValueError in one sentence for a file that is missing, cut off, damaged,
-    holds other objects than tensors, or is not a dict.
+    path: a `.pth` or `.safetensors` file, the index of shards, or a folder with a model in safetensors. Nothing in it
+    is executed. Raises ValueError in one sentence for a file that is missing, cut off, damaged, holds other objects
+    than tensors, or is not a dict.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, expected a checkpoint file (.pth or .safetensors)")
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
-        with named_for_libraries(path) as name:
-            found = load_file(name) if path.suffix == ".safetensors" else _read_pth(path)
+        found = _read(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
     except OSError as error:
@@ -50,7 +58,13 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
     _check_plain(found, path)
-    return {_bare(name): value.detach() for name, value in found.items()}
+    found = {_bare(name): value for name, value in found.items()}
+    if is_hf(found):
+        try:
+            found = own_tensors(found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return {name: value.detach() for name, value in found.items()}
 
 
 def _bare(name: str) -> str:
@@ -60,13 +74,23 @@ def _bare(name: str) -> str:
     return name
 
 
+def _read(path: Path) -> object:
+    if is_sharded(path):
+        return read_shards(path)
+    if path.suffix != ".safetensors":
+        return _read_pth(path)
+    with named_for_libraries(path) as name:
+        return load_file(name)
+
+
 def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
     """ValueError for tensors that are no weights, and for shapes beyond what the file holds (strides of 0)."""
     for name, tensor in tensors.items():
         plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_nested)
         if not plain or tensor.is_complex():
             raise ValueError(f"{path}: {name!r} is no plain tensor of real numbers")
-    described, size = sum(tensor.nbytes for tensor in tensors.values()), path.stat().st_size
+    files = sharded_files(path) if is_sharded(path) else [path]
+    described, size = sum(tensor.nbytes for tensor in tensors.values()), sum(file.stat().st_size for file in files)
     if described > SHARED * size:
         raise ValueError(f"{path} describes tensors of {described:,} bytes, but has only {size:,}")
 
@@ -138,13 +162,16 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.safetensors` file, or with torch.save one of any other suffix, all or nothing.
+    """Write a `.safetensors` file, shards and their index, or with torch.save a file of any other name, all or nothing.
 
     Raises ValueError when it cannot be written; an older file at `path` then stays as it was.
     """
     path = Path(path)
     alone = {name: _alone(tensor) for name, tensor in tensors.items()}
     try:
+        if path.name.endswith(SHARDS_INDEX):
+            write_sharded(alone, path)
+            return
         with atomic_write(path) as file:
             if path.suffix == ".safetensors":
                 save_file(_apart(alone), file.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,12 @@ def write_tree(tree: Any, path: Path) -> str:
     Raises OSError.
     """
     tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"__metadata__": {VALUES: json.dumps(flatten(tree, tensors))}}
-    at = 0
-    for name, tensor in tensors.items():
-        end = at + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
-        at = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
+    values = json.dumps(flatten(tree, tensors))
+    head = safetensors_head(tensors, {VALUES: values})
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        views = (memoryview(_bytes(tensor)) for tensor in tensors.values())
-        for view in (memoryview(len(head).to_bytes(8, "little") + head), *views):
+        views = (memoryview(tensor_bytes(tensor)) for tensor in tensors.values())
+        for view in (memoryview(head), *views):
             for begin in range(0, len(view), PIECE):
                 piece = view[begin : begin + PIECE]
                 digest.update(piece)
@@ -92,7 +87,21 @@ def write_tree(tree: Any, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> Any:
+def safetensors_head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with: the bytes of `tensors` (which may be on the meta device) follow in order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor as a flat array of numpy, without a copy where it lies in one piece on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 

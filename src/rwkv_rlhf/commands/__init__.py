@@ -16,7 +16,7 @@ from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
 
 
 class Command(NamedTuple):
-    """The scripts at the top level that run a command (the first is its usual name), and what it does."""
+    """The scripts at the top level that run a command (the first is its usual name), if any, and what it does."""
 
     scripts: tuple[str, ...]
     help: str
@@ -25,7 +25,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
     "merge": Command(("merge",), "make one model of a base model and a checkpoint of training; PEFT and back"),
+    "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
+    "score": Command(("score",), "let a reward model score a file of answers"),
     "generate_rejects": Command(
         ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"
     ),
@@ -33,8 +35,10 @@ COMMANDS = {
     "prepare_pairs": Command(("PrepareOrpoDataset", "rlhf_generate_save"), "tokenise preference pairs, for ORPO"),
     "sft_h5": Command(("sft_generate_h5",), "tokenise documents and chats into an .h5"),
     "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
+    "convert": Command(("convert_data",), "write data of any shape as one JSON object a line"),
     "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
+    "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
 NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *command.scripts)}
 
@@ -58,6 +62,9 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     if given and given[0] not in ("-h", "--help", "help"):
         sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)
-    lines = [f"  {name:18}{command.help} ({command.scripts[0]}.py)" for name, command in COMMANDS.items()]
+    lines = [
+        f"  {name:18}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
+        for name, command in COMMANDS.items()
+    ]
     sys.stdout.write("\n".join([f"{PROGRAM}: rwkv-rlhf <command> --help says more of each", *lines]) + "\n")
     sys.exit(0)

@@ -1,8 +1,9 @@
 """Talk to a model, or let it answer a file of prompts.
 
-With --prompt_file IN.jsonl (objects with `prompt`, optionally `system`) and --output OUT.jsonl each line of the output
-is {"prompt", "answer", "tokens", "logprobs"}: `tokens` are the sampled ids, those that ended the answer included;
-`logprobs` the natural-log probability of each under the model itself (temperature 1, nothing cut or penalised).
+With --prompt_file IN (rows with `prompt`, or of any other shape of docs/data.md, of which the last answer is left out)
+and --output OUT.jsonl each line of the output is {"prompt", "answer", "tokens", "logprobs"}: `tokens` are the sampled
+ids, those that ended the answer included; `logprobs` the natural-log probability of each under the model itself
+(temperature 1, nothing cut or penalised).
 Without --prompt_file: a conversation. /help lists its commands.
 """
 
@@ -15,16 +16,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
-from rwkv_rlhf.commands.flag_groups import add_model_flags, add_text_flags
-from rwkv_rlhf.data.conversation import Turn, normalise, with_system
+from rwkv_rlhf.commands.flag_groups import (
+    ADAPTER_HINTS,
+    adapter_flags,
+    add_adapter_flags,
+    add_devices_flag,
+    add_model_flags,
+    add_text_flags,
+    reading_of,
+)
+from rwkv_rlhf.commands.several import several
+from rwkv_rlhf.data.conversation import Turn, normalise
+from rwkv_rlhf.data.items import Found, read_items
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.rows import read_jsonl
+from rwkv_rlhf.data.shapes.record import Chat, Document
+from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import atomic_write, check_writable, without_nan
 from rwkv_rlhf.generation.opening import open_model
-from rwkv_rlhf.generation.sampler import Completion, Sampler
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import (
     SamplingParams,
     add_sampling_flags,
@@ -36,18 +49,9 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
+from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("chat")
-
-# what to do about a mismatch of model, adapter and flags
-HINTS = {
-    "base": "give the right --load_model",
-    "scaling": "leave --lora_scaling out",
-    "alpha": "leave --lora_alpha out",
-    "factors": "give them with --load_adapter_pissa_init",
-    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
-    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
-}
 
 SHORT = {"/temp": "temperature", "/max": "max_tokens"}  # the other options by their names: /top_p 0.5
 
@@ -56,50 +60,67 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Talk to a model, or let it answer a file of prompts.")
     add_model_flags(flags, "checkpoint of the model")
-    flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
-    flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
-    flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
-    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
-    flags.add_argument("--prompt_file", default="", help="JSONL of prompts; empty = talk")
+    add_adapter_flags(flags)
+    flags.add_argument("--prompt_file", default="", help="file of prompts, chats or pairs; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)
-    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered in one batch [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered at once [32]")
     add_text_flags(flags)
+    add_devices_flag(flags)
     return flags
 
 
-def cue(record: dict[str, Any], template: Template, where: str) -> str:
-    """The text that an answer to this record follows. Raises ValueError, with file and line, without a prompt."""
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: an object with a text under prompt is needed")
-    if not template.assistant:
+def cue(found: Found, template: Template) -> str:
+    """The text that an answer to this row follows: of a chat, its words before the last answer."""
+    prompt = found.record.get("prompt")
+    if not template.assistant and isinstance(prompt, str):
         return prompt  # plain text is continued byte for byte
-    return template.prompt(with_system([Turn("user", normalise(prompt))], record.get("system")))
+    if isinstance(found.item, Document):
+        raise ValueError(f"{found.where}: this is a document, and prompts are needed")
+    turns = found.item.turns
+    if isinstance(found.item, Chat):
+        answers = [at for at, turn in enumerate(turns) if turn.role == "assistant"]
+        turns = turns[: answers[-1]] if answers and answers[-1] == len(turns) - 1 else turns
+    return template.prompt(turns)
+
+
+def asked(found: Found) -> Any:
+    """The prompt as the output repeats it: as it stands in the row, or the messages before the answer."""
+    if isinstance(found.record.get("prompt"), str):
+        return found.record["prompt"]
+    assert not isinstance(found.item, Document)
+    return [{"role": turn.role, "content": turn.text} for turn in found.item.turns]
 
 
 def answer_file(
     flags: Namespace, template: Template, params: SamplingParams, load: Callable[[], tuple[RWKV, Tokenizer]]
 ) -> None:
     """Answers every prompt of --prompt_file; the output appears when all are answered."""
-    refuse_same_file(flags.prompt_file, flags.output, "--output")
+    refuse_sources(flags.prompt_file, flags.output, "--output")
     refuse_other_format(flags.output, "--output", "jsonl")
-    records = list(read_jsonl(flags.prompt_file, DataReport(flags.prompt_file)))
-    cues = [cue(record, template, where) for where, record in records]
+    report, reading = DataReport(flags.prompt_file), dataclasses.replace(reading_of(flags), spare_reject=True)
+    rows = list(read_items(flags.prompt_file, report, tuple(KINDS), reading))
+    cues = [cue(row, template) for row in rows]
+    for line in report.found:
+        log.info("%s", line)
     if not cues:
         raise ValueError(f"{flags.prompt_file} has no prompt")
     check_writable(flags.output)
     model, tokenizer = load()
-    sampler, answers = Sampler(model, tokenizer), list[Completion]()
-    for begin in range(0, len(cues), flags.batch_size):
-        some = [tokenizer.encode(text) for text in cues[begin : begin + flags.batch_size]]
-        seeds = [params.seed + begin + row for row in range(len(some))]
-        answers += sampler.generate(some, params, seeds=seeds)
+    mine = range(ranks.rank(), len(cues), ranks.world_size())
+    prompts = [template.ids(cues[row], tokenizer) for row in mine]
+    seeds = [params.seed + row for row in mine]
+    found = Sampler(model, tokenizer).generate(prompts, params, seeds=seeds, at_once=flags.batch_size)
+    by_row = {row: one for part in ranks.all_gather(dict(zip(mine, found, strict=True))) for row, one in part.items()}
+    if not ranks.is_rank_zero():
+        return
+    answers = [by_row[row] for row in range(len(cues))]
     with atomic_write(flags.output) as file:
-        for (_, record), one in zip(records, answers, strict=True):
+        for row, one in zip(rows, answers, strict=True):
             answer = one.text.strip() if template.assistant else one.text
-            line = {"prompt": record["prompt"], "answer": answer, "tokens": one.tokens, "logprobs": one.logprobs}
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
+            said = {"prompt": asked(row), "answer": answer, "tokens": one.tokens, "logprobs": one.logprobs}
+            line = json.dumps(without_nan(said), ensure_ascii=False, allow_nan=False)
+            file.write(f"{line}\n".encode(errors="replace"))
     cut = sum(1 for one in answers if not one.finished)
     log.info("%d answers written to %s%s", len(answers), flags.output, f", {cut} cut at --max_tokens" if cut else "")
 
@@ -147,7 +168,7 @@ class Talk:
         if self.template.whole_conversation:  # it cannot write one turn alone, so the model reads all of them again
             turns = [*self.said, *turns]
             self.state, self.pending = None, []
-        prompt = self.pending + self.tokenizer.encode(self.template.prompt(turns))
+        prompt = self.pending + self.template.ids(self.template.prompt(turns), self.tokenizer)
         one = self.sampler.generate(
             [prompt],
             self.params,
@@ -158,7 +179,7 @@ class Talk:
         )[0]
         self.state = one.state
         self.said = [*turns, Turn("assistant", one.text.strip())]
-        self.pending = one.tokens[-1:] + ([] if one.finished else self.tokenizer.encode(self.template.end))
+        self.pending = one.tokens[-1:] + ([] if one.finished else self.template.ids(self.template.end, self.tokenizer))
         sys.stdout.write("\n\n" if one.finished else f"\n(cut at /max {self.params.max_tokens})\n\n")
 
     def command(self, line: str) -> bool:
@@ -216,16 +237,18 @@ def main(argv: Sequence[str]) -> None:
     template = find_templates(flags.template)[0].template
     params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
 
-    said = {"scaling": flags.lora_scaling, "alpha": flags.lora_alpha}
-    if not flags.load_adapter and any(value is not None for value in said.values()):
-        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+    known = adapter_flags(flags)
+    said: dict[str, Any] = {"scaling": known.scaling, "alpha": known.alpha}
     said |= {"initial_file": flags.load_adapter_pissa_init, "cold": flags.load_cold_adapter}
 
     def load() -> tuple[RWKV, Tokenizer]:
-        with hinting(HINTS):
+        with hinting(ADAPTER_HINTS):
             return open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file, **said)
 
     if flags.prompt_file:
-        answer_file(flags, template, params, load)
+        with several(flags, "chat", argv):
+            answer_file(flags, template, params, load)
+    elif (flags.devices or 1) > 1:
+        raise ValueError(f"--devices {flags.devices}: a conversation runs in one process; it is for --prompt_file")
     else:
         talk(template, params, load)

@@ -1,4 +1,4 @@
-"""JSONL + a teacher model -> an .h5 with the teacher's largest logits, for --distillation 1 --train_data_file F.h5.
+"""Documents and chats + a teacher model -> an .h5 with its largest logits, for --distillation 1 --train_data_file F.h5.
 
 Documents run together, packed by their recurrent states; a long one is carried on from chunk to chunk. Each batch is
 on the disk before the next one starts (OUT.part beside the output), so a run that was stopped goes on where it was,
@@ -9,7 +9,6 @@ import hashlib
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
 from rwkv_rlhf.data.grouping import group_by_tokens
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sources import content_of
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.files import file_hash
@@ -74,16 +74,19 @@ def check_flags(flags: Namespace) -> None:
         raise ValueError("--load_initial_state: starting the teacher from a tuned state is not built yet")
 
 
-def source_of(flags: Namespace, files: Sequence[Path], model: RWKV, tokenizer: str) -> dict[str, Any]:
+def source_of(flags: Namespace, model: RWKV, tokenizer: str) -> dict[str, Any]:
     """All that the logits depend on, for the unfinished work and for the file's attributes."""
     return {
         "model": file_hash(flags.load_model),
         "adapter": file_hash(flags.load_adapter) if flags.load_adapter else "",
-        "input": hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest(),
+        "input": hashlib.sha256(content_of(flags.input_folder).encode()).hexdigest(),
         "tokenizer": tokenizer,
         "vocab_size": model.sizes.vocab_size,
         "precision": NAMES[model.compute_dtype],
-        **{name: getattr(flags, name) for name in ("top_k", "batch_tokens", "template", "random_seed")},
+        **{
+            name: getattr(flags, name)
+            for name in ("top_k", "batch_tokens", "template", "random_seed", "format", "thinking")
+        },
         **{name: int(getattr(flags, name)) for name in ("train_on_prompt", "skip_bad")},
     }
 
@@ -96,13 +99,13 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     if flags.top_k > model.sizes.vocab_size:
         raise ValueError(f"--top_k {flags.top_k} is more than the {model.sizes.vocab_size} tokens of the vocabulary")
-    about = source_of(flags, files, model, tokenizer.name)
+    about = source_of(flags, model, tokenizer.name)
     kept = TeacherLog(f"{flags.output_parquet}.part", about, flags.top_k)
     if kept.batches:
         log.info("%d documents are kept from an earlier run; going on after them", kept.documents)
     report = DataReport(flags.input_folder, skip_bad=flags.skip_bad)
     with progress_bar(count_lines(files), "documents", True) as done:
-        rows = batches(examples_of(files, flags, tokenizer, report), flags.batch_tokens)
+        rows = batches(examples_of(flags, tokenizer, report), flags.batch_tokens)
         for number, row in enumerate(rows):
             if number >= kept.batches:
                 kept.append(with_teacher(model, row, flags.top_k, flags.batch_tokens))

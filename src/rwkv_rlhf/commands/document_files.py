@@ -6,81 +6,71 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags, reading_of
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sources import refuse_sources, sources_of
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.files import check_writable
 from rwkv_rlhf.settings.command_line import Parser
-from rwkv_rlhf.settings.formats import refuse_other_format
+from rwkv_rlhf.settings.formats import FORMATS, refuse_other_format
 
 
 def add_document_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns documents into an .h5, by default `output`."""
-    flags.add_argument("--input_folder", "--input", required=True, help="a folder of *.jsonl, or one file of text")
+    flags.add_argument(
+        "--input_folder", "--input", required=True, help="documents and chats: files, a folder, a pattern"
+    )
     flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
     add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
     add_seed_and_skip_flags(flags, "seed of the template mixed")
 
 
-def input_files(flags: Namespace) -> list[Path]:
-    """The files of --input_folder in the order of their names; ValueError where there is none."""
-    named = Path(flags.input_folder)
-    if not named.exists():
-        raise ValueError(f"--input_folder {named}: there is no such folder or file")
-    if not named.is_dir():
-        text_type(named)
-        return [named]
-    found = sorted(path for path in named.iterdir() if path.suffix.lower() == ".jsonl")
-    if not found:
-        raise ValueError(f"--input_folder {named}: holds no .jsonl")
-    return found
-
-
 def check_document_flags(flags: Namespace) -> list[Path]:
     """The files to read. Refuses, before anything slow, what could not be read or written."""
     find_templates(flags.template)
-    files = input_files(flags)
-    for path in files:
-        refuse_same_file(path, flags.output_parquet, "--output_parquet")
+    if not any(mark in flags.input_folder for mark in "*?[,") and not Path(flags.input_folder).exists():
+        raise ValueError(f"--input_folder {flags.input_folder}: there is no such folder or file")
+    text_type(flags.input_folder)
+    refuse_sources(flags.input_folder, flags.output_parquet, "--output_parquet")
     refuse_other_format(flags.output_parquet, "--output_parquet", "h5")
     check_writable(flags.output_parquet)
-    return files
+    return [Path(source.path) for source in sources_of(flags.input_folder)]
 
 
-def examples_of(
-    files: Sequence[Path], flags: Namespace, tokenizer: Tokenizer, report: DataReport
-) -> Iterator[TextExample]:
+def examples_of(flags: Namespace, tokenizer: Tokenizer, report: DataReport) -> Iterator[TextExample]:
     """The documents of all files in order, counted in `report`; those without a trained token are left out."""
-    for path in files:
-        read = read_documents(
-            path,
-            tokenizer,
-            report,
-            template=flags.template,
-            train_on_prompt=flags.train_on_prompt,
-            seed=flags.random_seed,
-        )
-        for document in read:
-            tokens = np.asarray(document.tokens, dtype=np.int32)  # half the memory of what is written
-            example = TextExample(tokens, document.mask)
-            if not example.trained():
-                report.skip(NOTHING_TRAINED)
-                continue
-            report.examples += 1
-            report.trained += example.trained()
-            report.add_length(len(example.tokens))
-            yield example
+    documents = read_documents(
+        flags.input_folder,
+        tokenizer,
+        report,
+        template=flags.template,
+        train_on_prompt=flags.train_on_prompt,
+        seed=flags.random_seed,
+        reading=reading_of(flags),
+    )
+    for document in documents:
+        tokens = np.asarray(document.tokens, dtype=np.int32)  # half the memory of what is written
+        example = TextExample(tokens, document.mask)
+        if not example.trained():
+            report.skip(NOTHING_TRAINED)
+            continue
+        report.examples += 1
+        report.trained += example.trained()
+        report.add_length(len(example.tokens))
+        yield example
 
 
 def count_lines(files: Sequence[Path]) -> int:
-    """Lines of all files, for the progress bar."""
+    """Lines of all files, for the progress bar; 0 where lines say nothing."""
     total = 0
     for path in files:
+        if path.is_dir() or path.suffix.lower() not in FORMATS["jsonl"].suffixes:
+            return 0
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 total += block.count(b"\n")

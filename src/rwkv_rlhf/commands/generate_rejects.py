@@ -2,7 +2,7 @@
 
 Rejects that are there are kept (--overwrite 1 replaces them). A run that was stopped or killed goes on where it ended
 when the same command is given again; OUT.json beside the output says which model made it, and another one may not go
-on. The same seed gives the same answers.
+on. The same seed gives the same answers. With --devices N (or torchrun) the rows are shared among N processes.
 """
 
 import logging
@@ -11,17 +11,26 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.flag_groups import (
+    add_devices_flag,
+    add_model_flags,
+    add_skip_flag,
+    add_text_flags,
+    reading_of,
+)
+from rwkv_rlhf.commands.several import several
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import TEMPLATES
-from rwkv_rlhf.files import file_hash, refuse_same_file
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
-from rwkv_rlhf.generation.sampling_params import add_sampling_flags, options, sampling_params
+from rwkv_rlhf.generation.sampling_params import SamplingParams, add_sampling_flags, options, sampling_params
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
 
@@ -32,14 +41,15 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Sample the answers that are to be rejected.")
     add_model_flags(flags, "checkpoint of the model that answers", strategy="cuda fp16")
-    flags.add_argument("--input_csv", required=True, help=".csv, .jsonl or .parquet with prompt and chosen")
+    flags.add_argument("--input_csv", required=True, help="preference pairs; rejected answers may be absent")
     flags.add_argument("--output_csv", default="rlhfoutput.csv", help=".csv or .jsonl to write [rlhfoutput.csv]")
     flags.add_switch("--overwrite", help="replace rejects that are there")
-    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled in one batch [32]")
+    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled at once, of each process [32]")
     add_sampling_flags(flags, top_p=0.3, frequency=1.0, max_tokens=1000)
     flags.add_argument("--tries", type=int, default=4, help="tries for an answer that is empty or equals chosen [4]")
     add_text_flags(flags)
     add_skip_flag(flags)
+    add_devices_flag(flags)
     return flags
 
 
@@ -63,22 +73,30 @@ def main(argv: Sequence[str]) -> None:
     if min(flags.batch_size, flags.tries) < 1:
         raise ValueError("--batch_size and --tries must be at least 1")
     find_templates(flags.template)
-    refuse_same_file(flags.input_csv, flags.output_csv, "--output_csv")
+    refuse_sources(flags.input_csv, flags.output_csv, "--output_csv")
     refuse_other_format(flags.output_csv, "--output_csv", "csv", "jsonl")
+    with several(flags, "generate_rejects", argv):
+        sample(flags, params)
+
+
+def sample(flags: Namespace, params: SamplingParams) -> None:
+    """The work of one process, which may be one of several."""
     report = DataReport(flags.input_csv, skip_bad=flags.skip_bad)
-    columns, tasks = read_tasks(flags.input_csv, flags.template, report)
+    columns, tasks = read_tasks(flags.input_csv, flags.template, report, reading_of(flags))
+    for line in report.found:
+        log.info("%s", line)
     output = RejectFile(flags.output_csv, columns, made_by(flags))
     for task in tasks:  # whatever cannot be written is known before anything is sampled
         output.row(task.cells, task.reject)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     begun = time.perf_counter()
-    with progress_bar(len(tasks), "rejects", shown=True) as done:
+    with progress_bar(len(tasks), "rejects", shown=ranks.is_rank_zero()) as done:
         tally = fill(
             Sampler(model, tokenizer),
             tasks,
             output,
             params,
-            batch_size=flags.batch_size,
+            at_once=flags.batch_size,
             tries=flags.tries,
             overwrite=flags.overwrite,
             progress=done,

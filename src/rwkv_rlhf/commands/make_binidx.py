@@ -1,4 +1,4 @@
-"""JSONL with `text` -> PREFIX.bin and PREFIX.idx, a corpus for --data_type binidx.
+"""Rows with `text` -> PREFIX.bin and PREFIX.idx, a corpus for --data_type binidx.
 
 Each document is tokenised byte for byte and closed by token 0; with --repeats N the documents are written N times, each
 time in another seeded order. Decoding is checked against the text, and the written files are read back and compared.
@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag
+from rwkv_rlhf.data.items import Reading, read_items
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_jsonl
 from rwkv_rlhf.data.sampler import magic_prime
+from rwkv_rlhf.data.shapes.record import Document
+from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, WORLD_SIZE, Tokenizer, load_tokenizer
-from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.files import check_writable
 from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("binidx")
@@ -25,8 +27,8 @@ log = logging.getLogger("binidx")
 
 def parser() -> Parser:
     """The flags of this script."""
-    flags = Parser("Make a binidx corpus from JSONL.")
-    flags.add_argument("--input", required=True, help='JSONL, one {"text": ...} a line')
+    flags = Parser("Make a binidx corpus of documents.")
+    flags.add_argument("--input", required=True, help='rows with {"text": ...}: files, a folder, a pattern')
     flags.add_argument("--output", required=True, help="PREFIX of PREFIX.bin and PREFIX.idx")
     flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
     flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
@@ -38,9 +40,7 @@ def parser() -> Parser:
     return flags
 
 
-def _encode(text: object, tokenizer: Tokenizer) -> list[int]:
-    if not isinstance(text, str):
-        raise RowError("needs text under the key text", "no text")
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
     found = tokenizer.decode_bytes(ids)
     if found != text.encode("utf-8", errors="surrogatepass") and not _composed(found, text):
@@ -53,12 +53,24 @@ def _composed(found: bytes, text: str) -> bool:
     return unicodedata.normalize("NFC", found.decode(errors="replace")) == unicodedata.normalize("NFC", text)
 
 
-def read_documents(path: str, tokenizer: Tokenizer, report: DataReport) -> list[np.ndarray]:
-    """Token ids of each line's text, the end of document included; raises ValueError with file and line."""
-    documents = []
-    for where, record in read_jsonl(path, report):
+def read_documents(
+    path: str, tokenizer: Tokenizer, report: DataReport, reading: Reading | None = None
+) -> list[np.ndarray]:
+    """Token ids of each document, its end included; of a file with weight 2 each twice, as the same array.
+
+    Raises ValueError with file and line.
+    """
+    documents: list[np.ndarray] = []
+    last = None
+    for where, item, _ in read_items(path, report, ("text",), reading):
+        if item is last:
+            documents.append(documents[-1])
+            continue
         try:
-            documents.append(np.asarray(_encode(record.get("text"), tokenizer), token_dtype(tokenizer.vocab_size)))
+            if not isinstance(item, Document):
+                raise RowError("needs text under the key text; a chat is for sft_generate_h5.py", "no text")
+            documents.append(np.asarray(_encode(item.text, tokenizer), token_dtype(tokenizer.vocab_size)))
+            last = item
         except RowError as error:
             report.bad(where, error)
     if not documents:
@@ -97,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--{name} {getattr(flags, name)}: must be at least 1")
     prefix = str(corpus_prefix(flags.output))
     for suffix in (".bin", ".idx"):
-        refuse_same_file(flags.input, prefix + suffix, "--output")
+        refuse_sources(flags.input, prefix + suffix, "--output")
         check_writable(prefix + suffix)
     tokenizer = load_tokenizer(flags.vocab_size, flags.vocab_file or None)
     report = DataReport(flags.input, skip_bad=flags.skip_bad)

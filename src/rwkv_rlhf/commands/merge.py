@@ -29,15 +29,27 @@ from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
+from rwkv_rlhf.commands import export
+from rwkv_rlhf.files import SHARDS_INDEX
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.exit_status import Failure
+from rwkv_rlhf.settings.exports import EXPORTS, ExportFacts
 from rwkv_rlhf.settings.implementations import load
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".pth", ".safetensors")
+SUFFIXES = (".pth", ".safetensors", SHARDS_INDEX)
+# of files for other programs: the export that writes them
+EXPORTED = {
+    suffix: name
+    for name, facts in EXPORTS.items()
+    if facts.target
+    for suffix in facts.target.suffixes
+    if suffix not in SUFFIXES
+}
+OUTPUT_HELP = f"the merged model: {', '.join(SUFFIXES)}, or for another program {', '.join(EXPORTED)}"
 # what to do about a mismatch of base, checkpoint and flags
 HINTS = {
     "base": "give the right --base_model, or --force 1 to go on",
@@ -56,7 +68,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser("Merge a checkpoint of training into its base model.")
     parser.add_argument("--base_model", default="", help="the model that training started from")
     parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth")
-    parser.add_argument("--output", default="", help="the merged model, .pth or .safetensors")
+    parser.add_argument("--output", default="", help=OUTPUT_HELP)
     parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
     parser.add_argument(
         "--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint"
@@ -66,13 +78,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
     parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
-    for name, facts in tables.EXPORTS.items():
-        parser.add_argument(f"--to_{name}", default="", help=f"write the adapter into this folder: {facts.help}")
+    for name, facts in adapter_exports().items():
+        parser.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
     parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
     parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     parser.add_switch("--force", help="go on although base model or storage are not those of the training")
     args: argparse.Namespace = parser.parse_args(words)
-    args.exports = [name for name in tables.EXPORTS if getattr(args, f"to_{name}")]
+    args.exports = [name for name in adapter_exports() if getattr(args, f"to_{name}")]
     wanted = {
         "base_model": not args.exports,
         "lora_checkpoint": not args.from_peft,
@@ -85,9 +97,27 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if args.quant is not None and args.quant not in storages:
         raise ValueError(f"--quant {args.quant}: must be one of {', '.join(storages)}")
     if (args.from_peft and args.lora_checkpoint) or (args.exports and (args.output or args.from_peft)):
-        flags = ", ".join(f"--to_{name}" for name in args.exports or tables.EXPORTS)
+        flags = ", ".join(f"--to_{name}" for name in args.exports or adapter_exports())
         raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
     return args
+
+
+def adapter_exports() -> dict[str, ExportFacts]:
+    """The forms of an adapter alone."""
+    return {name: facts for name, facts in EXPORTS.items() if facts.target is None}
+
+
+def export_merged(args: argparse.Namespace) -> None:
+    """--output for another program: what export.py does. Raises ValueError, also for flags that this does not know."""
+    unknown = [f"--{name}" for name in ("type", "quant", "layer_filter") if getattr(args, name)]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} with --output {args.output}: merge to .pth first, then export.py")
+    words = ["--to", EXPORTED[Path(args.output).suffix], "--output", args.output]
+    same = {"load_model": args.base_model, "load_adapter": args.lora_checkpoint, "lora_scaling": args.lora_scaling}
+    same |= {"lora_alpha": args.lora_alpha, "load_adapter_pissa_init": args.lora_init}
+    same |= {"load_cold_adapter": args.load_cold_adapter, "force": "1" if args.force else ""}
+    words += [word for name, value in same.items() if value not in (None, "") for word in (f"--{name}", str(value))]
+    export.main(words)
 
 
 def check_inputs(flag: str, output: Path, *inputs: Path) -> None:
@@ -99,8 +129,9 @@ def check_inputs(flag: str, output: Path, *inputs: Path) -> None:
 
 def check_paths(output: Path, *inputs: Path) -> None:
     """Refuse an output that is one of the inputs, has an unknown suffix or cannot be put where it should go."""
-    if output.suffix not in SUFFIXES:
-        raise ValueError(f"--output {output}: the name must end in {' or '.join(SUFFIXES)}")
+    if not output.name.endswith(SUFFIXES):
+        known = ", ".join((*SUFFIXES, *EXPORTED))
+        raise ValueError(f"--output {output}: the name must end in one of {known}")
     check_inputs(f"--output {output}", output, *inputs)
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder")
@@ -166,9 +197,9 @@ def main(words: Sequence[str]) -> int:
     """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
     args = parse(words)
     for name in args.exports:
-        facts, folder = tables.EXPORTS[name], Path(getattr(args, f"to_{name}"))
-        for file in facts.files:
-            check_inputs(f"--to_{name} {folder}", folder / file, Path(args.lora_checkpoint))
+        facts, folder = EXPORTS[name], Path(getattr(args, f"to_{name}"))
+        for file in [folder / file for file in facts.files] or [folder]:
+            check_inputs(f"--to_{name} {folder}", file, Path(args.lora_checkpoint))
         print(load(facts.implementation)(opened(args), folder, force=args.force))
     if args.from_peft:
         folder, base, output = Path(args.from_peft), Path(args.base_model), Path(args.output)
@@ -176,6 +207,8 @@ def main(words: Sequence[str]) -> int:
         check_paths(output, *inputs)
         check_inputs(f"--output {output}", sidecar_path(output), *inputs)
         print(from_peft_folder(folder, base, output, args.quant or "none"))
+    elif args.output and Path(args.output).suffix in EXPORTED:
+        export_merged(args)
     elif not args.exports:
         merge(args)
     return 0

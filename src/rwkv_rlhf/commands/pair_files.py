@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags
+from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags, reading_of
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.files import check_writable, refuse_same_file
+from rwkv_rlhf.files import check_writable
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
 
@@ -24,7 +25,7 @@ PARTS = ("train", "valid", "test")
 
 def add_pair_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
-    flags.add_argument("--input_csv", required=True, help="pairs: .csv, .jsonl or .parquet")
+    flags.add_argument("--input_csv", required=True, help="preference pairs (docs/data.md): files, a folder, a pattern")
     flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
     add_text_flags(flags)
@@ -40,7 +41,7 @@ def check_pair_flags(flags: Namespace) -> None:
         raise ValueError(f"--rlhf_max_corpus_len {flags.rlhf_max_corpus_len}: must be at least 0")
     find_templates(flags.template)
     for path in outputs(flags):
-        refuse_same_file(flags.input_csv, path, "--output_save")
+        refuse_sources(flags.input_csv, path, "--output_save")
         refuse_other_format(path, "--output_save", "save")
         check_writable(path)
 
@@ -73,7 +74,8 @@ def outputs(flags: Namespace) -> list[Path]:
 
 def tokenised(flags: Namespace, tokenizer: Tokenizer) -> tuple[list[list[PairExample]], DataReport]:
     """The pairs of --input_csv as the flags say, one list for each file of `outputs`, and what was read."""
-    options = PairOptions(flags.template, flags.rlhf_max_corpus_len, flags.random_seed, flags.skip_bad, flags.drop_ties)
+    cap, seed = flags.rlhf_max_corpus_len, flags.random_seed
+    options = PairOptions(flags.template, cap, seed, flags.skip_bad, flags.drop_ties, reading_of(flags))
     tokeniser = PairTokeniser(flags.input_csv, tokenizer, options)
     if shares := shares_of(flags.split):
         return tokeniser.parts(shares, flags.target_pair_count), tokeniser.report

@@ -1,7 +1,7 @@
-"""JSONL (text, chats, prompt and completion) -> tokenised documents in HDF5 for --sft 1 --train_data_file F.h5.
+"""Documents and chats (docs/data.md) -> tokenised documents in HDF5 for --sft 1 --train_data_file F.h5.
 
-The file holds what train.py would make of the JSONL itself: `{"text"}` byte for byte, closed by token 0; chats by the
-template, with a mask so that the assistant's turns are learnt only. The older programs read it too (their dataset
+The file holds what train.py would make of the rows themselves: `{"text"}` byte for byte, closed by token 0; chats by
+the template, with a mask so that the assistant's turns are learnt only. The older programs read it too (their dataset
 `tokens`); they know no mask and learn every token.
 """
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         "train_on_prompt": int(flags.train_on_prompt),
     }
     with writing(flags.output_parquet, about) as out, progress_bar(count_lines(files), "documents", True) as done:
-        examples = examples_of(files, flags, tokenizer, report)
+        examples = examples_of(flags, tokenizer, report)
         while batch := list(islice(examples, BATCH)):
             out.add(batch)
             done(len(batch))

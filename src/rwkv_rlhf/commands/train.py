@@ -3,14 +3,11 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
 from rwkv_rlhf.settings.given_files import check_given_files
-
-SELF = str(Path(__file__).resolve().parents[1] / "__main__.py")  # what the other processes of a run are started with
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -22,6 +19,7 @@ def main(argv: Sequence[str]) -> int | None:
 
         return doctor()
 
+    from rwkv_rlhf.commands.several import SELF
     from rwkv_rlhf.distributed.launch import launched
 
     with launched(config, [SELF, "train", *argv]) as here:

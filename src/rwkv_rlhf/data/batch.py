@@ -2,16 +2,24 @@
 
 T tokens, P prompt tokens, A answer tokens, S segments, n pairs. Targets that carry no loss hold IGNORE; token 0 is a
 token like any other. All token tensors are int64.
+
+A batch may lie on a GPU. What the host must know of it to fill the GPU's queue stays with it on the host: where
+segments begin (`starts`, `segments`) and which positions carry a loss (`trained`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Self
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 
+from rwkv_rlhf.ops.starts import Starts
+from rwkv_rlhf.transfers import to_device
+
 IGNORE = -100
+ON_HOST = {"on_host": True}  # a field that stays on the host
 
 
 @dataclass(frozen=True)
@@ -73,13 +81,20 @@ class PairExample:
     """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known.
 
     conversation: the same for examples of one prompt, whatever the template; "" = not known.
+    margin: by how much the file rates the chosen answer higher, in its own units; None where it does not say.
     """
 
     prompt: list[int]
     chosen: list[int]
     reject: list[int]
     reference: tuple[float, float] | None = None
+    margin: float | None = field(default=None, kw_only=True)
     conversation: str = field(default="", kw_only=True, compare=False)
+
+
+@dataclass(frozen=True)
+class JudgedPair(PairExample):
+    """A pair whose answers are judged as wholes, after their last token, and of which no token is predicted."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +105,90 @@ class RatedExample(PairExample):
     good: bool = True
 
 
+class Trained:
+    """The positions of a batch, or of a chunk of one, that carry a loss, known to the host."""
+
+    def __init__(self, rows: torch.Tensor | None, count: int) -> None:
+        """`rows` (M,) int64 on the host, rising; None for all of `count` positions."""
+        self.rows, self.count = rows, count if rows is None else len(rows)
+        self._copies: dict[torch.device, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, targets: torch.Tensor) -> Self:
+        """Those of targets (T,); a GPU is waited for."""
+        keep = targets != IGNORE
+        return cls(None if bool(keep.all()) else keep.nonzero()[:, 0].cpu(), len(targets))
+
+    def on(self, device: torch.device) -> torch.Tensor | None:
+        """`rows` on a device, copied there once."""
+        if self.rows is not None and device not in self._copies:
+            self._copies[device] = to_device(self.rows, device)
+        return None if self.rows is None else self._copies[device]
+
+    def chunk(self, span: slice) -> "Trained":
+        """Those of the positions `span`, counted from its beginning."""
+        if self.rows is None:
+            return Trained(None, span.stop - span.start)
+        first, end = torch.searchsorted(self.rows, torch.tensor([span.start, span.stop])).tolist()
+        whole = end - first == span.stop - span.start
+        return Trained(None if whole else self.rows[first:end] - span.start, end - first)
+
+
 @dataclass(frozen=True)
 class _Movable:
+    known: ClassVar[tuple[str, ...]] = ()  # what the host keeps of a batch that is moved
+
     def to(self, device: torch.device | str) -> Self:
-        """The batch with every tensor on `device`, those of batches inside it too."""
+        """The batch with its tensors on `device`, those of batches inside it too, but for what the host must know.
 
-        def moved(value: object) -> object:
+        Copies to a GPU are not waited for.
+        """
+        return self._mapped(lambda tensor: to_device(tensor, device))
+
+    def pin_memory(self) -> Self:
+        """The batch in memory from which a GPU copies while the host goes on."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def having(self, **changes: Any) -> Self:
+        """The batch with other values in fields that `known` does not come from."""
+        return self._with_known(replace(self, **changes))
+
+    def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        def mapped(value: object) -> object:
             if isinstance(value, tuple):
-                return tuple(map(moved, value))
-            return value.to(device) if isinstance(value, torch.Tensor | _Movable) else value
+                return tuple(map(mapped, value))
+            if isinstance(value, _Movable):
+                return value._mapped(change)
+            return change(value) if isinstance(value, torch.Tensor) else value
 
-        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+        moved = {f.name: mapped(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("on_host")}
+        return self._with_known(replace(self, **moved))
+
+    def _with_known(self, other: Self) -> Self:
+        vars(other).update({name: getattr(self, name) for name in self.known})
+        return other
+
+
+class _Packed(_Movable):
+    """Targets in segments. What both are is a field of the batches below."""
+
+    known: ClassVar[tuple[str, ...]] = ("segments", "trained")
+    targets: torch.Tensor
+    starts: torch.Tensor
+
+    @cached_property
+    def segments(self) -> Starts:
+        """`starts` as the operations take them."""
+        return Starts(self.starts.tolist())
+
+    @cached_property
+    def trained(self) -> Trained:
+        """Which targets carry a loss."""
+        return Trained.of(self.targets)
 
 
 @dataclass(frozen=True)
-class TextBatch(_Movable):
+class TextBatch(_Packed):
     """Packed text.
 
     Attributes:
@@ -117,7 +201,7 @@ class TextBatch(_Movable):
 
     tokens: torch.Tensor
     targets: torch.Tensor
-    starts: torch.Tensor
+    starts: torch.Tensor = field(metadata=ON_HOST)
     total: float
     top_values: torch.Tensor | None = None
     top_indices: torch.Tensor | None = None
@@ -127,11 +211,13 @@ class TextBatch(_Movable):
         """The tokens `span` with their targets; `starts` stay those of the whole."""
         named = ("tokens", "targets", "top_values", "top_indices", "top_lse")
         found = {name: getattr(self, name) for name in named}
-        return replace(self, **{name: x[span] for name, x in found.items() if x is not None})
+        chunk = replace(self, **{name: x[span] for name, x in found.items() if x is not None})
+        vars(chunk)["trained"] = self.trained.chunk(span)
+        return chunk
 
 
 @dataclass(frozen=True)
-class AnswerBatch(_Movable):
+class AnswerBatch(_Packed):
     """Packed answers: each prompt runs once, its final state is forked to its answers, equally many for each prompt.
 
     Attributes:
@@ -142,13 +228,19 @@ class AnswerBatch(_Movable):
         total: prompts of the whole optimizer step, over micro-batches and ranks.
     """
 
+    known: ClassVar[tuple[str, ...]] = (*_Packed.known, "prompt_segments")
     prompts: torch.Tensor
-    prompt_starts: torch.Tensor
+    prompt_starts: torch.Tensor = field(metadata=ON_HOST)
     answers: torch.Tensor
     targets: torch.Tensor
-    starts: torch.Tensor
+    starts: torch.Tensor = field(metadata=ON_HOST)
     reference: torch.Tensor | None
     total: float
+
+    @cached_property
+    def prompt_segments(self) -> Starts:
+        """`prompt_starts` as the operations take them."""
+        return Starts(self.prompt_starts.tolist())
 
     def answers_per_prompt(self) -> int:
         """How many answers each prompt has."""
@@ -164,6 +256,17 @@ class PairBatch(AnswerBatch):
     """
 
     general: TextBatch | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedBatch(PairBatch):
+    """Pairs whose answers are judged as wholes: `answers` holds each answer's last token too, all targets are IGNORE.
+
+    Attributes:
+        margins: (n,) float32, by how much the file rates the chosen answers higher; 0 where it does not say.
+    """
+
+    margins: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +369,7 @@ def pack_pairs(examples: Sequence[PairExample], total: float | None = None) -> P
         if not (example.prompt and example.chosen and example.reject):
             raise ValueError("a preference pair needs a prompt and two answers of at least one token")
     return PairBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples]),
         reference=_references(examples),
         total=float(len(examples) if total is None else total),
     )
@@ -282,7 +385,7 @@ class _Answers(NamedTuple):
     starts: torch.Tensor
 
 
-def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
+def forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> _Answers:
     """Prompts that each run once and their answers, equally many for each prompt."""
     inputs = [[prompt[-1], *answer[:-1]] for prompt, some in zip(prompts, answers) for answer in some]
     targets = [answer for some in answers for answer in some]
@@ -293,6 +396,29 @@ def _forked(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequenc
         targets=_flat(targets),
         starts=_starts([len(answer) for answer in targets]),
     )
+
+
+def pack_whole(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> AnswerBatch:
+    """Packs prompts and their whole answers, equally many for each prompt, to be judged after their last token."""
+    inputs = [[prompt[-1], *answer] for prompt, some in zip(prompts, answers, strict=True) for answer in some]
+    tokens = _flat(inputs)
+    return AnswerBatch(
+        prompts=_flat([prompt[:-1] for prompt in prompts]),
+        prompt_starts=_starts([len(prompt) - 1 for prompt in prompts]),
+        answers=tokens,
+        targets=torch.full_like(tokens, IGNORE),
+        starts=_starts([len(answer) for answer in inputs]),
+        reference=None,
+        total=float(len(prompts)),
+    )
+
+
+def pack_judged(examples: Sequence[JudgedPair], total: float | None = None) -> JudgedBatch:
+    """Packs pairs that are judged as wholes; `total` is the step's number of pairs, the batch's own when None."""
+    whole = pack_whole([e.prompt for e in examples], [(e.chosen, e.reject) for e in examples])
+    shared = {f.name: getattr(whole, f.name) for f in fields(AnswerBatch)}
+    margins = torch.tensor([e.margin or 0.0 for e in examples], dtype=torch.float32)
+    return JudgedBatch(**shared | {"total": float(len(examples) if total is None else total)}, margins=margins)
 
 
 def _references(examples: Sequence[PairExample]) -> torch.Tensor | None:
@@ -315,7 +441,7 @@ def pack_rated(
     good = [e.good for e in examples]
     reference = _references(examples)
     return RatedBatch(
-        *_forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.chosen,) for e in examples]),
         reference=None if reference is None else reference[:, 0],
         total=float(len(examples) if total is None else total),
         good=torch.tensor(good),
@@ -328,7 +454,7 @@ def _to_other_prompts(examples: Sequence[RatedExample]) -> AnswerBatch:
     """The answers to other prompts that come with rated answers."""
     reference = _references(examples)
     return AnswerBatch(
-        *_forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
+        *forked([e.prompt for e in examples], [(e.reject,) for e in examples]),
         reference=None if reference is None else reference[:, 1],
         total=float(len(examples)),
     )
@@ -338,6 +464,8 @@ def pack(examples: Sequence[TextExample] | Sequence[PairExample], total: float |
     """Packs examples of any kind (one kind at a time)."""
     if rated := [e for e in examples if isinstance(e, RatedExample)]:
         return pack_rated(rated, total)
+    if judged := [e for e in examples if isinstance(e, JudgedPair)]:
+        return pack_judged(judged, total)
     if pairs := [e for e in examples if isinstance(e, PairExample)]:
         return pack_pairs(pairs, total)
     return pack_texts([e for e in examples if isinstance(e, TextExample)], total)

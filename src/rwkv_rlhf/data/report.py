@@ -32,6 +32,7 @@ class DataReport:
         remarked: what is odd about rows that were kept ("repeat another one") -> rows.
         lengths: tokens of each row that was kept (a pair: prompt plus its longer answer), after cutting.
         notices: sentences for the user, each said once.
+        found: what each file was recognised as, and which of its keys nobody read.
     """
 
     source: str
@@ -45,6 +46,7 @@ class DataReport:
     remarked: Counter[str] = field(default_factory=Counter)
     lengths: list[int] | np.ndarray = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
 
     def bad(self, where: str, error: RowError) -> None:
         """A row that cannot be used: raises ValueError `where: sentence`, or under skip_bad counts the reason."""
@@ -95,6 +97,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report as text, one fact a line; notices were logged when they arose."""
         out = [f"{self.source}: {self.rows} rows, {self.examples} examples, {self.trained} trained (tokens or pairs)"]
+        out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
             shortest, mean = int(np.min(self.lengths)), float(np.mean(self.lengths))
             out.append(f"  lengths: {shortest} to {self.longest} tokens, mean {mean:.1f}")

@@ -14,12 +14,14 @@ import numpy as np
 
 from rwkv_rlhf.data.batch import (
     Batch,
+    JudgedPair,
     PairBatch,
     PairExample,
     RatedBatch,
     RatedExample,
     TextBatch,
     TextExample,
+    pack_judged,
     pack_pairs,
     pack_rated,
     pack_texts,
@@ -236,6 +238,8 @@ class Steps:
         samples, total = [self.examples[index] for index in self.indices(k)], self.step_total(step)
         if rated := [sample for sample in samples if isinstance(sample, RatedExample)]:
             return self._rated(k, rated, total)
+        if judged := [sample for sample in samples if isinstance(sample, JudgedPair)]:
+            return pack_judged(judged, total)
         if pairs := [sample for sample in samples if isinstance(sample, PairExample)]:
             return pack_pairs(pairs, total)
         return pack_texts([text for sample in samples for text in self._texts(sample, step)], total)

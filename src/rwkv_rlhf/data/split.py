@@ -5,14 +5,18 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from rwkv_rlhf.data.batch import PairExample, TextExample
-from rwkv_rlhf.data.sampler import Examples
+from rwkv_rlhf.data.policy_batch import PromptExample
 from rwkv_rlhf.data.text.cut_documents import CutDocuments
 
+Example = TextExample | PairExample | PromptExample
 
-class Grouped(Examples, Protocol):
+
+class Grouped(Protocol):
     """Examples of which some belong together."""
 
-    def __getitem__(self, index: int, /) -> TextExample | PairExample: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
+    def trained(self, index: int) -> int: ...
     def group(self, index: int) -> object: ...
 
 
@@ -25,10 +29,10 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int, /) -> TextExample | PairExample:
+    def __getitem__(self, index: int, /) -> Example:
         return self.examples[self.indices[index]]
 
-    def __iter__(self) -> Iterator[TextExample | PairExample]:
+    def __iter__(self) -> Iterator[Example]:
         return (self.examples[index] for index in self.indices)
 
     def trained(self, index: int) -> int:

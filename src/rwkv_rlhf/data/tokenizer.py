@@ -10,7 +10,7 @@ import ast
 import functools
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +19,8 @@ from rwkv_rlhf.files import file_hash, read_bytes
 
 WORLD_SIZE = 65536
 END_OF_DOCUMENT = 0  # in every vocabulary; trained like any token
+# what Hugging Face's configurations of RWKV call id 0, which is no word of the vocabulary
+TRIE_MARKS: dict[str, int] = {"<|rwkv_tokenizer_end_of_text|>": END_OF_DOCUMENT}
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
 
 
@@ -26,6 +28,7 @@ class Tokenizer(Protocol):
     """What the rest of the program asks of a vocabulary. Id 0 ends a document and decodes to nothing or a mark."""
 
     name: str
+    marks: Mapping[str, int]  # texts of special tokens that `encode` takes for ordinary text
     vocab_size: int
 
     def encode(self, text: str) -> list[int]: ...
@@ -45,6 +48,7 @@ class TrieTokenizer:
     def __init__(self, words: dict[int, bytes], vocab_size: int, name: str):
         self.words = words
         self.vocab_size = vocab_size
+        self.marks: Mapping[str, int] = TRIE_MARKS
         self.name = name
         self._next: dict[int, int] = {}  # node * 256 + byte -> node
         self._id = [-1]  # node -> id of the word that ends there
@@ -130,6 +134,7 @@ class HuggingFaceTokenizer:
                 "id 0 is a special token, as in the 20B one, or none"
             )
         self.name, self.vocab_size = f"{path.name} {file_hash(path)[:12]}", vocab_size
+        self.marks: Mapping[str, int] = {}  # the library knows its own
         _check_ids(max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1), vocab_size, path)
 
     def encode(self, text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Rejected answers: for rows with a prompt and a chosen answer, sample what the model itself would have said.
 
-The output grows in input order, each batch flushed to the disk, so a run that was stopped goes on where it ended.
+The output grows in input order, and what is known before its turn is kept beside it, so a run that was stopped goes on
+where it ended.
 """
 
 import dataclasses
@@ -8,20 +9,26 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rwkv_rlhf.data.conversation import normalise
-from rwkv_rlhf.data.pairs.text_pairs import CHOSEN, PROMPT, REJECT, TextPair, parse_pair
+from rwkv_rlhf.data.conversation import is_missing, normalise
+from rwkv_rlhf.data.items import Reading, read_items
+from rwkv_rlhf.data.pairs.text_pairs import TextPair, text_pair
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_rows
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template
 from rwkv_rlhf.data.templates.template import Template
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.generation.answers import after_cue
+from rwkv_rlhf.generation.prefixes import PrefixCache
 from rwkv_rlhf.generation.reject_file import RejectFile
+from rwkv_rlhf.generation.rows import Request
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.settings.shapes import REJECT
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +79,19 @@ class Tally:
         return out
 
 
+def together(tallies: Sequence[Tally]) -> Tally:
+    """What all ranks did; they began with the same rows."""
+    whole = dataclasses.replace(tallies[0], empty=sorted(row for one in tallies for row in one.empty))
+    for name in ("sampled", "again", "unfinished", "tokens", "together"):
+        setattr(whole, name, sum(getattr(one, name) for one in tallies))
+    whole.seconds = max(one.seconds for one in tallies)
+    return whole
+
+
 def read_tasks(
-    path: str | os.PathLike[str], template: str, report: DataReport | None = None
+    path: str | os.PathLike[str], template: str, report: DataReport | None = None, reading: Reading | None = None
 ) -> tuple[list[str], list[Task]]:
-    """(columns of the output, rows) of a CSV, JSONL or parquet file with prompt and chosen; reject may be absent.
+    """(columns of the output, rows) of files with preference pairs of which the rejected answer may be absent.
 
     `report` counts, and decides whether bad rows are an error or left out. Raises ValueError with file and line for a
     missing column, an empty prompt or chosen, bytes that are not UTF-8.
@@ -84,10 +100,11 @@ def read_tasks(
     rng = random.Random(TEMPLATE_SEED)
     tasks: list[Task] = []
     columns: dict[str, None] = {}  # a set that keeps its order
-    for where, cells in read_rows(path, report, (PROMPT, CHOSEN)):
-        reject = next((cells[name] for name in REJECT if cells.get(name) is not None), "")
+    reading = dataclasses.replace(reading or Reading(), spare_reject=True)
+    for where, item, cells in read_items(path, report, ("pairs",), reading):
+        reject = next((cells[name] for name in REJECT if not is_missing(cells.get(name))), "")
         try:
-            pair = parse_pair({**cells, "reject": reject}, where, need_reject=False)
+            pair = text_pair(item, where)
             drawn = draw_template(template, rng)
             cue = drawn.prompt(pair.turns, [pair.chosen])  # a chat template may refuse it
         except RowError as error:
@@ -102,62 +119,63 @@ def read_tasks(
     return list(columns), tasks
 
 
-def batches(tasks: list[Task], begin: int, size: int, overwrite: bool) -> Iterator[tuple[range, list[int]]]:
-    """(rows to write next, those of them to sample), with at most `size` to sample at a time."""
-    first, wanted = begin, []
-    for row in range(begin, len(tasks)):
-        if overwrite or not tasks[row].pair.reject:
-            wanted.append(row)
-        if len(wanted) == size or row == len(tasks) - 1:
-            yield range(first, row + 1), wanted
-            first, wanted = row + 1, []
+class Asking:
+    """The requests for rows of a file, and what became of them. Seeds depend on the row and the try only."""
 
+    def __init__(self, sampler: Sampler, tasks: list[Task], rows: Sequence[int], params: SamplingParams) -> None:
+        assert sampler.tokenizer is not None
+        self.tasks, self.params = tasks, params
+        self.prompts = {row: tasks[row].template.ids(tasks[row].cue, sampler.tokenizer) for row in rows}
+        self.prefixes = PrefixCache(sampler.model)
+        self.prefixes.add_common(list(self.prompts.values()))
 
-def answer_of(task: Task, text: str) -> str:
-    """Sampled text as the text of an answer: without what the cue of the g1 template left open, and without NUL bytes.
+    def request(self, row: int, attempt: int = 0) -> Request:
+        """Asks for an answer to a row; each further try may pick from more of the distribution."""
+        wider = min(1.0, self.params.top_p + WIDEN * attempt)
+        params = dataclasses.replace(
+            self.params, top_p=wider, stop_texts=(self.tasks[row].template.end or "\n\n",), samples=1
+        )
+        prompt, state = self.prefixes.find(self.prompts[row])
+        seed = sequence_seed(sequence_seed(sequence_seed(self.params.seed, row), attempt), 0)
+        return Request(prompt, params, seed, (row, attempt), state)
 
-    The readers take those for a sign of another encoding, and would refuse the file that this goes into.
-    """
-    if task.cue.endswith("</think"):
-        text = text.removeprefix(">")
-    elif task.cue.endswith("<think"):
-        text = "<think" + text
-    return normalise(text.replace("\0", ""))
+    def usable(self, row: int, text: str) -> str:
+        """The answer as it is written, "" when it is empty or equal to the chosen one."""
+        answer = normalise(after_cue(self.tasks[row].cue, text))
+        return "" if answer == self.tasks[row].pair.chosen else answer
 
 
 def sample_rows(
-    sampler: Sampler, tasks: list[Task], rows: list[int], params: SamplingParams, tries: int, tally: Tally
-) -> list[str]:
-    """A reject for each of `rows`, "" where every try was empty or equal to chosen. Seeds depend on the row only."""
-    assert sampler.tokenizer is not None
-    answers = dict.fromkeys(rows, "")
-    for attempt in range(tries):
-        left = [row for row in rows if not answers[row]]
-        if not left:
-            break
-        stops = sorted({tasks[row].template.end or "\n\n" for row in left})
-        wider = min(1.0, params.top_p + WIDEN * attempt)
-        begun = time.perf_counter()
-        done = sampler.generate(
-            [sampler.tokenizer.encode(tasks[row].cue) for row in left],
-            dataclasses.replace(params, top_p=wider, stop_texts=tuple(stops)),
-            seeds=[sequence_seed(sequence_seed(params.seed, row), attempt) for row in left],
-        )
-        tally.seconds += time.perf_counter() - begun
-        tally.tokens += sum(len(one.tokens) for one in done)
-        tally.together = max(tally.together, len(left))
-        for row, one in zip(left, done, strict=True):
-            text = answer_of(tasks[row], one.text)
-            if not text or text == tasks[row].pair.chosen:
-                continue
-            answers[row] = text
-            if attempt:
-                tally.again += 1
-            if not one.finished:
-                tally.unfinished += 1
-    tally.empty += [row + 1 for row in rows if not answers[row]]
-    tally.sampled += sum(1 for text in answers.values() if text)
-    return list(answers.values())
+    sampler: Sampler,
+    tasks: list[Task],
+    rows: Sequence[int],
+    params: SamplingParams,
+    tries: int,
+    tally: Tally,
+    at_once: int = 0,
+) -> Iterator[tuple[int, str]]:
+    """(row, reject) of `rows`, each as soon as it is known; "" where every try was empty or equal to chosen."""
+    if not rows:
+        return
+    asking = Asking(sampler, tasks, rows, params)
+    queue = deque(asking.request(row) for row in rows)
+    tally.together = max(tally.together, min(at_once or len(rows), len(rows)))
+    begun = time.perf_counter()
+    for done in sampler.stream(queue, at_once=at_once):
+        row, attempt = done.request.key
+        tally.tokens += len(done.completion.tokens)
+        tally.seconds = time.perf_counter() - begun
+        text = asking.usable(row, done.completion.text)
+        if not text and attempt + 1 < tries:
+            queue.appendleft(asking.request(row, attempt + 1))
+            continue
+        if text:
+            tally.sampled += 1
+            tally.again += int(attempt > 0)
+            tally.unfinished += int(not done.completion.finished)
+        else:
+            tally.empty.append(row + 1)
+        yield row, text
 
 
 def fill(
@@ -166,24 +184,48 @@ def fill(
     output: RejectFile,
     params: SamplingParams,
     *,
-    batch_size: int = 8,
+    at_once: int = 8,
     tries: int = 4,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda rows: None,
 ) -> Tally:
     """Writes every row of `tasks` to `output`, sampling the rejects that are missing (all of them with overwrite).
 
-    Goes on behind the rows that `output` already has; progress(rows) is called with how many more are there.
+    Goes on behind the rows that `output` already has; progress(rows) is called with how many more are done. Several
+    ranks share the rows; what a rank has sampled survives its end (`PartFile`), and rank 0 writes the output.
 
     Args:
-        batch_size: rows sampled together. tries: for an answer that is empty or equal to chosen; each further one
-            may pick from more of the distribution.
+        at_once: answers sampled together. tries: for an answer that is empty or equal to chosen.
     """
-    tally = Tally(resumed=output.resume([task.cells for task in tasks], overwrite))
+    cells = [task.cells for task in tasks]
+    begin = ranks.broadcast_from_zero(lambda: output.resume(cells, overwrite))
+    done: dict[int, str] = ranks.broadcast_from_zero(lambda: output.found_parts(cells, begin))
+    tally = Tally(resumed=begin + len(done))
+    missing = {row for row in range(begin, len(tasks)) if overwrite or not tasks[row].pair.reject}
+    tally.kept = len(tasks) - begin - len(missing)
     progress(tally.resumed)
-    for rows, wanted in batches(tasks, tally.resumed, batch_size, overwrite):
-        new = dict(zip(wanted, sample_rows(sampler, tasks, wanted, params, tries, tally) if wanted else []))
-        output.append([output.row(tasks[row].cells, new.get(row, tasks[row].reject)) for row in rows])
-        tally.kept += len(rows) - len(wanted)
-        progress(len(rows))
-    return tally
+    left = sorted(missing - done.keys())[ranks.rank() :: ranks.world_size()]
+    part = output.part(cells, ranks.rank())
+
+    def write(begin: int) -> int:
+        """Write the rows from `begin` on that are known; gives the first that is not."""
+        end = begin
+        while end < len(tasks) and (end not in missing or end in done):
+            end += 1
+        output.append([output.row(cells[row], done.get(row, tasks[row].reject)) for row in range(begin, end)])
+        return end
+
+    for row, text in sample_rows(sampler, tasks, left, params, tries, tally, at_once):
+        done[row] = text
+        if ranks.is_rank_zero() and row == begin:
+            begin = write(begin)
+        else:
+            part.append(row, text)
+        progress(1)
+    parts = ranks.all_gather((done, tally))
+    for others, _ in parts:
+        done |= others
+    if ranks.is_rank_zero():
+        write(begin)
+        output.remove_parts()
+    return together([one for _, one in parts])

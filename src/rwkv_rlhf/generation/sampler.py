@@ -1,99 +1,45 @@
 """Batched sampling with recurrent state: prompts run once, packed; then one token a step for all sequences together.
 
-Legend: B running sequences, S prompts, C width, V vocabulary, t tokens sampled so far.
+Batching is continuous: a sequence that ends gives its place to one that waits, so long answers do not hold up the rest.
+How a step is computed is the model's matter; here is who takes part in it.
+
+Legend: B rows, S prompts, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.generation.sampling import penalise, pick, sequence_seed
+from rwkv_rlhf.distributed.watchdog import heartbeat
+from rwkv_rlhf.generation.rows import Completion, Finished, Request, Rows, Running, draws_of
+from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.generation.stops import Stops
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
+from rwkv_rlhf.ops.starts import Starts
+from rwkv_rlhf.transfers import to_device
+
+PREFILL = 8192  # tokens of prompts that run together
+JOIN = 8  # new sequences come when an eighth of the places is free: each time their prompts cost a pass of their own
+EMPTY = 4  # rows without a sequence are taken out when they are more than a fourth of the rows
+OnToken = Callable[[int, int], None]
 
 
-@dataclass
-class Completion:
-    """What was sampled after one prompt.
+class Begun(NamedTuple):
+    """A prompt that has run: hidden (1, C) of its last token, the state after it, and the samples still to begin."""
 
-    Attributes:
-        tokens: every sampled id, those of the stop included.
-        logprobs: the natural-log probability of each under the model's own distribution (temperature 1, no penalty,
-            nothing cut), float32 precision.
-        finished: it stopped by itself, not at max_tokens.
-        text: the decoded tokens before the stop; "" without a tokenizer.
-        state: one row, what the model remembers after all tokens but the last; only with keep_state.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finished: bool = False
-    text: str = ""
-    state: State | None = None
-
-
-@dataclass
-class Running:
-    """One sequence that has not ended. `tail`: its last decoded bytes, in which a stop text may have begun."""
-
-    number: int
-    completion: Completion
-    tail: bytes = b""
-
-
-class Stops:
-    """Decides when a sequence ends: a stop id, or a stop text anywhere in the decoded bytes (across tokens)."""
-
-    def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
-        if params.stop_texts and tokenizer is None:
-            raise ValueError("stop texts need a tokenizer")
-        self.texts = [text.encode() for text in params.stop_texts if text]
-        self.ids = frozenset(params.stop_ids)
-        self.tokenizer = tokenizer
-        self.longest = max((len(text) for text in self.texts), default=0)
-
-    def ends(self, sequence: Running, token: int) -> bool:
-        """Whether a sequence ends with its new `token`."""
-        if token in self.ids:
-            return True
-        if self.tokenizer is None or not self.texts:
-            return False
-        said = sequence.tail + self.tokenizer.decode_bytes([token])
-        sequence.tail = said[max(0, len(said) - self.longest + 1) :]
-        return any(text in said for text in self.texts)
-
-    def text(self, tokens: list[int]) -> str:
-        """The tokens as text, cut before the first stop; a character that is not whole at the end is left out."""
-        if self.tokenizer is None:
-            return ""
-        said = self.tokenizer.decode_bytes(tokens[:-1] if tokens and tokens[-1] in self.ids else tokens)
-        ends = [said.find(text) for text in self.texts if text in said]
-        return said[: min(ends, default=len(said))].decode("utf-8", errors="replace").rstrip("\ufffd")
-
-
-@dataclass
-class Batch:
-    """The sequences that run: row b of every tensor belongs to `sequences[b]`."""
-
-    sequences: list[Running]
-    hidden: Tensor  # (B, C) after the last token
-    state: State  # B rows
-    draws: Tensor  # (B, max_tokens) float64 in [0, 1)
-    history: Tensor  # (B, t) int64 ids sampled so far
-    first: Tensor  # (B, t) bool, whether an id is sampled there for the first time
-
-    def select(self, rows: list[int]) -> Batch:
-        """Some of the rows."""
-        index = torch.tensor(rows, device=self.hidden.device)
-        tensors = (part.index_select(0, index) for part in (self.draws, self.history, self.first))
-        sequences = [self.sequences[row] for row in rows]
-        return Batch(sequences, self.hidden.index_select(0, index), self.state.select(index), *tensors)
+    request: Request
+    hidden: Tensor
+    state: State
+    copies: deque[int]
 
 
 class Sampler:
@@ -102,7 +48,6 @@ class Sampler:
     def __init__(self, model: RWKV, tokenizer: Tokenizer | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -111,97 +56,264 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         state: State | None = None,
         keep_state: bool = False,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: OnToken | None = None,
+        at_once: int = 0,
     ) -> list[Completion]:
         """`params.samples` completions of each prompt (lists of ids, none empty), prompt-major.
 
-        A sequence that ends leaves the batch. Each draws from a generator of its own: with `seeds`, one a prompt in
-        place of params.seed, what is sampled after a prompt does not depend on the rest of the batch, up to the
-        rounding of batched matrix products. `state` (S rows) is where the prompts begin; on_token(sequence, id) is
-        called as tokens come. The model's training mode is restored.
+        `seeds`, one a prompt, stand in place of params.seed. `state` (S rows) is where the prompts begin. The other
+        arguments, what is promised and what is raised: as `stream`.
+        """
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        queue = deque(
+            Request(
+                prompt,
+                params,
+                sequence_seed(params.seed, row) if seeds is None else sequence_seed(seeds[row], 0),
+                row,
+                None if state is None else state.row(row),
+            )
+            for row, prompt in enumerate(prompts)
+        )
+        done = self.stream(queue, keep_state=keep_state, on_token=on_token, at_once=at_once)
+        found = {(one.request.key, one.copy): one.completion for one in done}
+        return [found[row, copy] for row in range(len(prompts)) for copy in range(params.samples)]
+
+    @torch.no_grad()
+    def stream(
+        self,
+        queue: deque[Request],
+        *,
+        at_once: int = 0,
+        keep_state: bool = False,
+        on_token: OnToken | None = None,
+    ) -> Iterator[Finished]:
+        """The samples of all requests, each as soon as it is done. More may be put into `queue` meanwhile.
+
+        At most `at_once` sequences run at a time, 0 = all. Each draws from a generator of its own, so what is sampled
+        after a prompt does not depend on what else runs, up to the rounding of batched matrix products.
+        on_token(number, id) is called as tokens come, sequences numbered in the order of their beginning. The model's
+        training mode is restored.
         Raises ValueError for an empty prompt and logits that are not finite.
         """
-        stops = Stops(params, self.tokenizer)
-        if not prompts:
-            return []
         training = self.model.training
         self.model.eval()
         try:
-            batch = self._prefill(prompts, params, seeds, state)
-            completions = [sequence.completion for sequence in batch.sequences]
-            for step in range(params.max_tokens):
-                tokens = self._sample(batch, params)
-                running = []
-                for row, (sequence, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
-                    sequence.completion.finished = stops.ends(sequence, token)
-                    if on_token is not None:
-                        on_token(sequence.number, token)
-                    if not sequence.completion.finished and step < params.max_tokens - 1:
-                        running.append(row)
-                    elif keep_state:
-                        sequence.completion.state = batch.select([row]).state
-                if not running:
-                    break
-                if len(running) < len(batch.sequences):
-                    batch = batch.select(running)
-                hidden, after = self.model(batch.history[:, -1:], state=batch.state)
-                batch.hidden, batch.state = hidden[:, -1], after
+            run = _Run(self.model, self.tokenizer, queue, at_once, keep_state, on_token)
+            while run.admit():
+                yield from run.step()
         finally:
             self.model.train(training)
-        for completion in completions:
-            completion.text = stops.text(completion.tokens)
-        return completions
 
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None, state: State | None
-    ) -> Batch:
-        """Runs all prompts, packed in one row."""
-        for number, prompt in enumerate(prompts, 1):
-            if len(prompt) == 0:
-                raise ValueError(f"prompt {number} has no tokens; sampling needs at least one to start from")
-        device = next(self.model.parameters()).device
-        draws = draws_of(params, len(prompts), seeds).to(device)
-        tokens = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64, device=device)
-        starts = torch.tensor([0, *map(len, prompts)], dtype=torch.int64, device=device).cumsum(0)
-        hidden, after = self.model(tokens[None], state=state, starts=starts)
-        # the last position of each prompt, and its state, once for each of its samples
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(params.samples)
-        count = len(rows)
-        return Batch(
-            sequences=[Running(number, Completion()) for number in range(count)],
-            hidden=hidden[0].index_select(0, (starts[1:] - 1).index_select(0, rows)),
-            state=after.select(rows) if params.samples > 1 else after,
-            draws=draws,
-            history=torch.empty((count, 0), dtype=torch.int64, device=device),
-            first=torch.empty((count, 0), dtype=torch.bool, device=device),
+
+class _Run:
+    """One call of `Sampler.stream`."""
+
+    def __init__(
+        self,
+        model: RWKV,
+        tokenizer: Tokenizer | None,
+        queue: deque[Request],
+        at_once: int,
+        keep_state: bool,
+        on_token: OnToken | None,
+    ) -> None:
+        self.model, self.tokenizer, self.queue = model, tokenizer, queue
+        self.at_once, self.keep_state, self.on_token = at_once, keep_state, on_token
+        self.begun: deque[Begun] = deque()
+        self.rows: Rows | None = None
+        self.stops: dict[SamplingParams, Stops] = {}
+        self.number = 0  # of the next sequence
+        self.requests = 0  # taken from the queue so far
+        self.device = next(model.parameters()).device
+        for request in queue:
+            self._stops(request.params)  # refuses what cannot be before anything runs
+
+    def _stops(self, params: SamplingParams) -> Stops:
+        if params not in self.stops:
+            self.stops[params] = Stops(params, self.tokenizer)
+        return self.stops[params]
+
+    def admit(self) -> bool:
+        """Let waiting sequences take part; False when none runs and none waits."""
+        while self.queue or self.begun:
+            running = 0 if self.rows is None else len(self.rows.running)
+            free = self.at_once - running if self.at_once else PREFILL
+            if free < max(1, self.at_once // JOIN) and running:
+                break
+            new = self._begin(free)
+            self.rows = new if self.rows is None or not running else self.rows.joined(new)
+        return self.rows is not None and bool(self.rows.running)
+
+    def _begin(self, free: int) -> Rows:
+        """Up to `free` new sequences, whose prompts have run."""
+        if not self.begun:
+            self._prefill(free)
+        begun: list[Running] = []
+        parts: list[Begun] = []
+        while self.begun and len(begun) < free:
+            one = self.begun[0]
+            begun.append(Running(self.number, one.request, one.copies.popleft()))
+            parts.append(one)
+            self.number += 1
+            if not one.copies:
+                self.begun.popleft()
+        width = max(sequence.request.params.max_tokens for sequence in begun)
+        draws = torch.zeros(len(begun), width, dtype=torch.float64)
+        for row, sequence in enumerate(begun):
+            tokens = sequence.request.params.max_tokens
+            draws[row, :tokens] = draws_of(sequence.request.seed + sequence.copy, tokens)
+        return Rows(
+            sequences=[*begun],
+            hidden=torch.cat([one.hidden for one in parts]),
+            state=State.concatenated([one.state for one in parts]),
+            draws=to_device(draws, self.device),
+            history=torch.zeros(len(begun), width, dtype=torch.int64, device=self.device),
+            first=torch.zeros(len(begun), width, dtype=torch.bool, device=self.device),
+            length=torch.zeros(len(begun), dtype=torch.int64, device=self.device),
         )
 
-    def _sample(self, batch: Batch, params: SamplingParams) -> list[int]:
-        """The next token of each sequence, also written into the batch and its completions."""
-        logits = self.model.head(batch.hidden).float()
-        total = torch.logsumexp(logits, 1)
-        if not bool(torch.isfinite(total).all()):
+    def _prefill(self, free: int) -> None:
+        """Runs the prompts of the next requests, packed in one row."""
+        some: list[Request] = []
+        tokens = samples = 0
+        while self.queue and samples < free:
+            request = self.queue[0]
+            if len(request.prompt) == 0:
+                number = self.requests + len(some) + 1
+                raise ValueError(f"prompt {number} has no tokens; sampling needs at least one to start from")
+            if some and tokens + len(request.prompt) > PREFILL:
+                break
+            some.append(self.queue.popleft())
+            tokens, samples = tokens + len(request.prompt), samples + request.params.samples
+        self.requests += len(some)
+        ids = torch.tensor([token for one in some for token in one.prompt], dtype=torch.int64)
+        starts = Starts(itertools.accumulate((len(one.prompt) for one in some), initial=0))
+        state = None
+        if any(one.state is not None for one in some):
+            known = [self.model.initial_state(1) if one.state is None else one.state for one in some]
+            state = State.concatenated(known)
+        hidden, after = self.model(to_device(ids, self.device)[None], state=state, starts=starts)
+        assert after is not None
+        last = hidden[0].index_select(0, starts.last_on(self.device))
+        for row, one in enumerate(some):
+            self.begun.append(Begun(one, last[row : row + 1], after.row(row), deque(range(one.params.samples))))
+
+    def step(self) -> Iterator[Finished]:
+        """One more token of each sequence; gives those that end with it."""
+        rows = self.rows
+        assert rows is not None
+        heartbeat(f"sampling with {len(rows.sequences)} sequences")
+        tokens = self._sample(rows)
+        done = []
+        for row, sequence in enumerate(rows.sequences):
+            if sequence is None:
+                continue
+            token, params, one = tokens[row], sequence.request.params, sequence.completion
+            one.finished, sequence.tail = self._stops(params).ends(sequence.tail, token)
+            if self.on_token is not None:
+                self.on_token(sequence.number, token)
+            if one.finished or len(one.tokens) == params.max_tokens:
+                one.text = self._stops(params).text(one.tokens)
+                one.state = rows.select([row]).state if self.keep_state else None
+                rows.sequences[row] = None
+                done.append(Finished(sequence.request, sequence.copy, one))
+        self._advance(rows, tokens)
+        yield from done
+
+    def _advance(self, rows: Rows, tokens: list[int]) -> None:
+        """Run the new tokens, without the rows that are empty if they are many and none waits for their place."""
+        running = rows.running
+        if not running:
+            self.rows = None
+            return
+        waiting = bool(self.queue or self.begun)
+        if (len(rows.sequences) - len(running)) * EMPTY > len(rows.sequences) and not waiting:
+            rows, tokens = rows.select(running), [tokens[row] for row in running]
+        last = to_device(torch.tensor(tokens), self.device)
+        hidden, after = self.model(last[:, None], state=rows.state)
+        assert after is not None
+        rows.hidden, rows.state = hidden[:, -1], after
+        self.rows = rows
+
+    def _sample(self, rows: Rows) -> list[int]:
+        """The next token of each row (0 where it is empty), also written into the rows and their completions.
+
+        All that the host must know comes in one transfer, unless more candidates have to be sorted.
+        """
+        logits = self.model.head(rows.hidden).float()
+        tokens = [0] * len(rows.sequences)
+        left = [Alike(rows, numbers, params, logits) for params, numbers in rows.by_params().items()]
+        while left:
+            numbers = torch.cat([alike.pick().flatten() for alike in left]).tolist()
+            again, at = [], 0
+            for alike in left:
+                told = numbers[at : at + alike.told]
+                at += alike.told
+                if not alike.take(told, tokens):
+                    again.append(alike)
+            left = again
+        return tokens
+
+
+class Alike:
+    """The next tokens of the rows `numbers` of `rows`, which are sampled by the same `params`; logits (B, V) of all."""
+
+    def __init__(self, rows: Rows, numbers: list[int], params: SamplingParams, logits: Tensor) -> None:
+        self.rows, self.numbers, self.params = rows, numbers, params
+        self.index = index = to_device(torch.tensor(numbers), logits.device)
+        some = logits if len(numbers) == len(logits) else logits.index_select(0, index)
+        self.scaled = some if params.scored_temperature == 1 else some / params.scored_temperature
+        self.total = torch.logsumexp(self.scaled, 1)
+        self.length = rows.length.index_select(0, index)
+        self.draws = rows.draws.index_select(0, index).gather(1, self.length[:, None])[:, 0]
+        said = rows.longest if params.penalised else 0
+        self.history, first = (part[:, :said].index_select(0, index) for part in (rows.history, rows.first))
+        self.penalised = penalise(some, self.history, first, params, self.length)
+        self.candidates = candidate_counts(params, logits.shape[1])
+        self.ids = self.length
+
+    @property
+    def told(self) -> int:
+        """How many numbers `pick` gives."""
+        return (5 if self.params.entropy else 4) * len(self.numbers)
+
+    def pick(self) -> Tensor:
+        """(4 or 5, B) float64 for the host: ids, log-probabilities, whether logits are finite, whether as many
+        candidates were enough, and entropies where they are asked for. Each call sorts more candidates."""
+        self.ids, enough = pick(self.penalised, self.draws, self.params, next(self.candidates))
+        logprobs = self.scaled.gather(1, self.ids[:, None]).squeeze(1) - self.total
+        told = [self.ids, logprobs, torch.isfinite(self.total)]
+        told.append(torch.ones_like(told[2]) if enough is None else enough)
+        if self.params.entropy:
+            logp = self.scaled - self.total[:, None]
+            told.append(-(logp.exp() * logp).sum(1))
+        return torch.stack([numbers.double() for numbers in told])
+
+    def take(self, told: list[float], tokens: list[int]) -> bool:
+        """Note what `pick` told in `tokens`, the rows and their completions; False where more must be sorted."""
+        count = len(self.numbers)
+        ids, logprobs, finite, enough, *entropies = (told[at : at + count] for at in range(0, len(told), count))
+        if not all(finite):
             raise ValueError("the model's logits are not finite: the checkpoint is damaged or the precision is too low")
-        step = batch.history.shape[1]
-        tokens = pick(penalise(logits, batch.history, batch.first, params), batch.draws[:, step], params)
-        logprobs = logits.gather(1, tokens[:, None]).squeeze(1) - total
-        sampled = tokens.tolist()
-        for sequence, token, logprob in zip(batch.sequences, sampled, logprobs.tolist(), strict=True):
-            sequence.completion.tokens.append(token)
-            sequence.completion.logprobs.append(logprob)
-        new = ~(batch.history == tokens[:, None]).any(1, keepdim=True)
-        batch.first = torch.cat([batch.first, new], 1)
-        batch.history = torch.cat([batch.history, tokens[:, None]], 1)
-        return sampled
+        if not all(enough):
+            return False
+        for at, row in enumerate(self.numbers):
+            sequence = self.rows.sequences[row]
+            assert sequence is not None
+            tokens[row] = int(ids[at])
+            sequence.completion.tokens.append(tokens[row])
+            sequence.completion.logprobs.append(logprobs[at])
+            sequence.completion.entropies += [each[at] for each in entropies]
+        self._note()
+        return True
 
-
-def draws_of(params: SamplingParams, prompts: int, seeds: Sequence[int] | None) -> Tensor:
-    """(prompts * samples, max_tokens) float64 in [0, 1): the draws of each sequence, from a generator of its own."""
-    if seeds is None:
-        firsts = [sequence_seed(params.seed, row) for row in range(prompts)]
-    elif len(seeds) == prompts:
-        firsts = [sequence_seed(seed, 0) for seed in seeds]
-    else:
-        raise ValueError(f"{len(seeds)} seeds for {prompts} prompts")
-    generators = [torch.Generator().manual_seed(first + copy) for first in firsts for copy in range(params.samples)]
-    return torch.stack([torch.rand(params.max_tokens, generator=g, dtype=torch.float64) for g in generators])
+    def _note(self) -> None:
+        """What later draws and penalties need."""
+        rows, index, length = self.rows, self.index, self.length
+        rows.length[index] = length + 1
+        if self.params.penalised:
+            inside = torch.arange(self.history.shape[1], device=index.device) < length[:, None]
+            rows.history[index, length] = self.ids
+            rows.first[index, length] = ~((self.history == self.ids[:, None]) & inside).any(1)

@@ -5,6 +5,9 @@ Legend: B sequences, V vocabulary, t tokens sampled so far.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,51 +25,75 @@ def sequence_seed(seed: int, index: int) -> int:
     return (x ^ (x >> 31)) & MASK_63
 
 
-def penalise(logits: Tensor, history: Tensor, first: Tensor, params: SamplingParams) -> Tensor:
+def penalise(
+    logits: Tensor, history: Tensor, first: Tensor, params: SamplingParams, length: Tensor | None = None
+) -> Tensor:
     """logits (B, V) float32, history (B, t) sampled ids, first (B, t) bool: first occurrence -> (B, V), a copy.
 
     Subtracts presence + frequency * sum_i penalty_decay^(t-1-i) over the occurrences i of each token, and forbids the
-    banned.
+    banned. Of row b only the first `length` (B,) int64 ids count, all t if None.
     """
     logits = logits.clone()
     steps = history.shape[1]
-    if steps and (params.presence or params.frequency):
-        age = torch.arange(steps - 1, -1, -1, device=logits.device, dtype=logits.dtype)
-        weight = params.frequency * params.penalty_decay**age + params.presence * first.to(logits.dtype)  # (B, t)
-        logits.scatter_add_(1, history, -weight)
-    if params.banned:
-        logits[:, list(params.banned)] = float("-inf")
+    if steps and params.penalised:
+        ends = torch.full_like(history[:, 0], steps) if length is None else length
+        age = ends[:, None] - 1 - torch.arange(steps, device=logits.device)  # (B, t), below 0 behind the end
+        decayed = params.penalty_decay ** age.clamp(min=0).to(logits.dtype)
+        weight = params.frequency * decayed + params.presence * first.to(logits.dtype)
+        logits.scatter_add_(1, history, -weight * (age >= 0))
+    for token in params.banned:  # one by one: a list of ids would be copied to a GPU, which is waited for
+        logits[:, token] = float("-inf")
     return logits
 
 
-def nucleus(probs: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
-    """probs (B, V) -> (probabilities, ids), each (B, K), likeliest first; what is cut has probability 0.
+def candidate_counts(params: SamplingParams, vocabulary: int) -> Iterator[int]:
+    """How many likely tokens to sort, then how many if those do not reach top_p, and so on; the last ones do."""
+    limit = min(params.top_k or vocabulary, vocabulary)
+    size = min(limit, FIRST_CANDIDATES) if params.top_p < 1 and params.temperature else limit
+    while size < limit:
+        yield size
+        size *= 8
+    yield limit
 
-    top_p keeps the fewest likely tokens whose sum reaches it, at least one. Sorts few candidates where they suffice.
+
+class Nucleus(NamedTuple):
+    """Of each row the likeliest tokens, likeliest first: probabilities (B, K), 0 where cut, and ids (B, K).
+
+    `enough` (B,) bool: whether they hold all that top_p keeps; more candidates must be sorted where not.
     """
-    vocabulary = probs.shape[1]
-    limit = min(top_k or vocabulary, vocabulary)
-    size = min(limit, FIRST_CANDIDATES) if top_p < 1 else limit
-    while True:
-        kept, ids = probs.topk(size, dim=1)
-        reached = kept.cumsum(1)
-        if size == limit or bool((reached[:, -1] >= top_p).all()):
-            break
-        size = min(limit, size * 8)
+
+    probs: Tensor
+    ids: Tensor
+    enough: Tensor
+
+
+def nucleus(probs: Tensor, top_p: float, candidates: int) -> Nucleus:
+    """probs (B, V), cut to the fewest likely tokens whose sum reaches top_p, at least one, out of `candidates`."""
+    kept, ids = probs.topk(candidates, dim=1)
+    reached = kept.cumsum(1)
     before = reached - kept
-    return torch.where(before < top_p, kept, torch.zeros_like(kept)), ids
+    return Nucleus(torch.where(before < top_p, kept, torch.zeros_like(kept)), ids, reached[:, -1] >= top_p)
 
 
-def pick(logits: Tensor, draws: Tensor, params: SamplingParams) -> Tensor:
-    """logits (B, V) float32, draws (B,) float64 in [0, 1) -> ids (B,) int64, each from its own row and draw only.
+class Picked(NamedTuple):
+    """ids (B,) int64; `enough` (B,) bool as of a `Nucleus`, None where nothing was sorted."""
+
+    ids: Tensor
+    enough: Tensor | None
+
+
+def pick(logits: Tensor, draws: Tensor, params: SamplingParams, candidates: int | None = None) -> Picked:
+    """logits (B, V) float32, draws (B,) float64 in [0, 1) -> one token a row, each from its own row and draw only.
 
     As in RWKV's own sampler, top_p and top_k cut the distribution first and the temperature is applied to the rest.
+    `candidates`: how many likely tokens are sorted for that, one of `candidate_counts`; None for all there are.
     """
     if params.temperature == 0:
-        return logits.argmax(1)
-    probs, ids = torch.softmax(logits, 1), None
+        return Picked(logits.argmax(1), None)
+    probs, ids, enough = torch.softmax(logits, 1), None, None
     if params.top_p < 1 or params.top_k:
-        probs, ids = nucleus(probs, params.top_p, params.top_k)
+        most = min(params.top_k or logits.shape[1], logits.shape[1])
+        probs, ids, enough = nucleus(probs, params.top_p, candidates or most)
     probs = probs.double() / probs.amax(1, keepdim=True)
     if params.temperature != 1:
         probs = probs ** (1 / params.temperature)
@@ -76,4 +103,4 @@ def pick(logits: Tensor, draws: Tensor, params: SamplingParams) -> Tensor:
     # a draw next to 1 may land behind the last token that may be chosen: step back to it
     last = reached.shape[1] - 1 - probs.flip(1).gt(0).to(torch.int8).argmax(1, keepdim=True)
     place = torch.minimum(place, last)
-    return (place if ids is None else ids.gather(1, place)).squeeze(1)
+    return Picked((place if ids is None else ids.gather(1, place)).squeeze(1), enough)

@@ -28,7 +28,8 @@ class SamplingParams:
     """What decides which tokens are sampled and when an answer ends.
 
     Attributes without a flag: `samples` answers to each prompt, which share its single run; `banned` ids are never
-    sampled; an answer ends after a token of `stop_ids`, or when its text holds one of `stop_texts`.
+    sampled; an answer ends after a token of `stop_ids`, or when its text holds one of `stop_texts`. What is reported of
+    each token is at `scored_temperature`, with the `entropy` of the whole distribution if that is asked for.
 
     Raises ValueError, naming the flag, for a value that is not legal.
     """
@@ -47,6 +48,8 @@ class SamplingParams:
     banned: tuple[int, ...] = ()
     stop_texts: tuple[str, ...] = ("\n\n",)
     stop_ids: tuple[int, ...] = (END_OF_DOCUMENT,)
+    scored_temperature: float = 1.0
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         for field in options():
@@ -57,6 +60,12 @@ class SamplingParams:
                 raise ValueError(f"--{field.name} {value}: must be {legal or 'finite'} ({field.metadata['help']})")
         if self.samples < 1:
             raise ValueError(f"samples {self.samples}: must be at least 1")
+        assert self.scored_temperature > 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether what was sampled before matters."""
+        return bool(self.presence or self.frequency)
 
 
 def options() -> list[dataclasses.Field[Any]]:

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.data.batch import IGNORE, TextBatch
+from rwkv_rlhf.data.batch import TextBatch
 from rwkv_rlhf.losses.kinds import LossValue, TextLoss, token_penalty
 from rwkv_rlhf.losses.orpo import log1mexp
 from rwkv_rlhf.losses.sft import sft
@@ -91,10 +91,10 @@ class Distillation(TextLoss):
     def __call__(self, scores: TokenScores, batch: TextBatch, config: Config) -> LossValue:
         picked, values, lse = scores.gathered, batch.top_values, batch.top_lse
         assert picked is not None and values is not None, "distillation without a teacher"
-        trained = batch.targets != IGNORE
-        if not bool(trained.all()):
-            picked, values = picked[trained], values[trained]
-            lse = None if lse is None else lse[trained]
+        rows = batch.trained.on(picked.device)
+        if rows is not None:
+            picked, values = picked[rows], values[rows]
+            lse = None if lse is None else lse[rows]
         kd = distillation(picked, values, lse, temperature=config.temperature, kd=config.kd, tail=config.kd_tail).sum()
         ce = sft(scores.logp, scores.mean_logp, smoothing=config.smoothing or 0.0).sum()
         value = config.alpha * ce + (1 - config.alpha) * kd

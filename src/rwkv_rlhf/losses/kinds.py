@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, TextBatch
 from rwkv_rlhf.losses.pairs import AnswerValues, PairScores, pair_metrics, pair_scores, segment_sums
 from rwkv_rlhf.losses.tokens import L2WRAP, RequiredStats, TokenScores, token_scores
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.tables import LossFacts
 
@@ -73,10 +74,28 @@ class Loss(ABC, Generic[BatchT]):
         """
         return None
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config) -> LossValue:
-        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to."""
-        stats, gather = self.required_stats(config), self.gathered_tokens(batch)
-        scores = token_scores(head, hidden, batch.targets, stats, gather=gather, head_chunk=config.head_chunk)
+    def temperature(self, config: Config) -> float:
+        """What logits are divided by before the softmax."""
+        return 1.0
+
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: BatchT, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
+        """As `__call__`, from the hidden states (T,C) of the tokens that `batch.targets` belong to.
+
+        `scalar`: the scalar head that `facts` names.
+        """
+        scores = token_scores(
+            head,
+            hidden,
+            batch.targets,
+            self.required_stats(config),
+            gather=self.gathered_tokens(batch),
+            scalar=scalar,
+            temperature=self.temperature(config),
+            head_chunk=config.head_chunk,
+            trained=batch.trained,
+        )
         return self(scores, batch, config)
 
 
@@ -125,14 +144,14 @@ class PairLoss(Loss[PairBatch]):
         return pair_metrics(scores, self.rewards(scores, reference, config), reference)
 
     def __call__(self, scores: TokenScores, batch: PairBatch, config: Config) -> LossValue:
-        pairs = pair_scores(scores.logp, batch.targets, batch.starts, scores.log_square)
+        pairs = pair_scores(scores.logp, batch.targets, batch.segments, scores.log_square)
         reference = batch.reference if self.facts.reference else None  # a file may hold scores of any model
         preference = self.preference(pairs, reference, config).sum()
         entropy = -pairs.chosen_mean.sum()
         value = self.weights(config).mixed(preference, entropy)
         metrics = {"loss": value.detach(), self.term: preference.detach(), "ce": entropy.detach()}
         metrics |= self.metrics(pairs, reference, config)
-        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.starts[::2]))
+        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.segments[::2]))
 
 
 def token_penalty(scores: TokenScores) -> Tensor | None:
@@ -140,13 +159,14 @@ def token_penalty(scores: TokenScores) -> Tensor | None:
     return None if scores.max_logit is None else L2WRAP * scores.max_logit.square().sum()
 
 
-def segment_penalty(scores: TokenScores, targets: Tensor, starts: Tensor) -> Tensor | None:
+def segment_penalty(scores: TokenScores, targets: Tensor, starts: Tensor | Starts) -> Tensor | None:
     """L2Wrap summed over segments, of each the mean over its trained positions; None as for `token_penalty`.
 
     `starts` are those of the segments: of pairs every second start of an answer, so that both answers are one.
     """
     if scores.max_logit is None:
         return None
-    squares = segment_sums(scores.max_logit.square(), starts)
-    counts = segment_sums((targets != IGNORE).to(squares.dtype), starts)
+    segments = Starts.of(starts)
+    squares = segment_sums(scores.max_logit.square(), segments)
+    counts = segment_sums((targets != IGNORE).to(squares.dtype), segments)
     return (L2WRAP * squares / counts.clamp_min(1)).sum()

@@ -44,7 +44,7 @@ class KTO(Loss[RatedBatch]):
     def __call__(self, scores: TokenScores, batch: RatedBatch, config: Config) -> LossValue:
         """`batch.kl` is z; `batch.total` and `batch.good_total` count the answers of the optimizer step."""
         assert batch.reference is not None and batch.kl is not None, "KTO without reference log-probabilities or z"
-        sums = segment_sums(scores.logp, batch.starts)
+        sums = segment_sums(scores.logp, batch.segments)
         ratio, divergence = sums - batch.reference, batch.kl.detach().to(sums.dtype)
         weights = config.kto_desirable_weight, config.kto_undesirable_weight
         value = kto(ratio, batch.good, divergence, config.kto_beta, *weights).sum()
@@ -52,7 +52,7 @@ class KTO(Loss[RatedBatch]):
         metrics |= rated_metrics(
             sums, batch.reference, batch.good, divergence, config.kto_beta, total=batch.total, good=batch.good_total
         )
-        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.starts))
+        return LossValue(value, metrics).with_l2wrap(segment_penalty(scores, batch.targets, batch.segments))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.ops.starts import Starts
 
 TIE = 1e-6  # a margin below this is none: an untrained adapter shows an accuracy of one half
 
@@ -54,27 +55,32 @@ class AnswerValues(NamedTuple):
         return self.chosen - self.reject
 
 
-def pair_scores(logp: Tensor, targets: Tensor, starts: Tensor, log_square: Tensor | None = None) -> PairScores:
+def pair_scores(logp: Tensor, targets: Tensor, starts: Tensor | Starts, log_square: Tensor | None = None) -> PairScores:
     """Sums per answer of token log-probabilities `logp` (A,), which are 0 where `targets` (A,) is IGNORE.
 
     `starts` (2n+1,) int64: cumulative lengths of chosen_0, reject_0, chosen_1, ... Differentiable with respect to logp.
     `log_square` (A,): log sum_v p(v)^2, from which `log_weight` is made, without a gradient.
     """
-    sums = segment_sums(logp, starts)
-    counts = segment_sums((targets != IGNORE).double(), starts).long()
+    segments = Starts.of(starts)
+    sums = segment_sums(logp, segments)
+    counts = segment_sums((targets != IGNORE).double(), segments).long()
     log_weight = None
     if log_square is not None:
-        excess = segment_sums(logp.detach() - log_square, starts) / counts.clamp_min(1)
+        excess = segment_sums(logp.detach() - log_square, segments) / counts.clamp_min(1)
         log_weight = excess[0::2] + excess[1::2]
     return PairScores(sums[0::2], sums[1::2], counts[0::2], counts[1::2], log_weight)
 
 
-def segment_sums(values: Tensor, starts: Tensor) -> Tensor:
+def segment_sums(values: Tensor, starts: Tensor | Starts) -> Tensor:
     """Sums (S,) of `values` (A,) between consecutive `starts` (S+1,); an empty segment gives 0.
 
     Added up in float64 and rounded once, so that an answer of a thousand tokens loses nothing.
     """
-    sums = torch.segment_reduce(values.double(), "sum", lengths=starts.diff().to(values.device), initial=0.0)
+    segments = Starts.of(starts)
+    assert segments.fit(len(values)), (segments, values.shape)
+    lengths = segments.lengths_on(values.device)
+    # unsafe: not checked again, for which a GPU would be waited for
+    sums = torch.segment_reduce(values.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
     return sums.to(values.dtype)
 
 
@@ -107,7 +113,17 @@ def pair_metrics(
         found |= {"logp_margin": decisive.sum(), "logp_accuracy": ahead(decisive).sum()}
         found |= {"raw_accuracy": ahead(raw.margin()).sum()}
     if rewards is not None:
-        decisive = rewards.margin()
-        found |= {"reward_margin": decisive.sum()}
-        found |= {"chosen_reward": rewards.chosen.sum(), "reject_reward": rewards.reject.sum()}
+        return found | reward_metrics(rewards)
     return found | {"accuracy": ahead(decisive).sum()}
+
+
+@torch.no_grad()
+def reward_metrics(rewards: AnswerValues) -> dict[str, Tensor]:
+    """What is logged of the rewards of pairs, as sums over them."""
+    margin = rewards.margin()
+    return {
+        "reward_margin": margin.sum(),
+        "chosen_reward": rewards.chosen.sum(),
+        "reject_reward": rewards.reject.sum(),
+        "accuracy": ahead(margin).sum(),
+    }

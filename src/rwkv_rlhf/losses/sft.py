@@ -32,7 +32,9 @@ class SFT(TextLoss):
         metrics = {"loss": value.detach(), "nll": -scores.logp.detach().sum()}
         return LossValue(value, metrics).with_l2wrap(token_penalty(scores))
 
-    def from_hidden(self, head: nn.Module, hidden: Tensor, batch: TextBatch, config: Config) -> LossValue:
+    def from_hidden(
+        self, head: nn.Module, hidden: Tensor, batch: TextBatch, config: Config, scalar: nn.Module | None = None
+    ) -> LossValue:
         # float16 gradients live by the loss scale, which only the backward pass knows
         if not torch.is_grad_enabled() or hidden.dtype == torch.float16:
             return super().from_hidden(head, hidden, batch, config)
@@ -45,6 +47,7 @@ class SFT(TextLoss):
             head_chunk=config.head_chunk,
             smoothing=config.smoothing or 0.0,
             l2wrap_weight=L2WRAP if wraps else 0.0,
+            trained=batch.trained,
         )
         metrics = {"loss": found.loss, "nll": found.nll}
         return LossValue(found.value, metrics | {"l2wrap": found.l2wrap} if wraps else metrics)

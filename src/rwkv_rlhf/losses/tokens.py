@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rwkv_rlhf.data.batch import IGNORE
+from rwkv_rlhf.data.batch import Trained
+from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
 from rwkv_rlhf.ops.random_state import RandomState, replay
@@ -31,6 +32,7 @@ class RequiredStats(NamedTuple):
     mean: bool = False
     max: bool = False
     square: bool = False  # costs one more product with the head
+    entropy: bool = False  # as that, and two for its gradient
 
 
 class TokenScores(NamedTuple):
@@ -43,7 +45,9 @@ class TokenScores(NamedTuple):
     mean_logp: Tensor | None = None  # the mean over the vocabulary of log p
     max_logit: Tensor | None = None  # the largest logit
     log_square: Tensor | None = None  # log sum_v p(v)^2, what a sampled token has on average; without gradient
+    entropy: Tensor | None = None  # -sum_v p(v) log p(v), nats
     gathered: Tensor | None = None  # (T,K) log p of the tokens that were asked about
+    scalar: Tensor | None = None  # what a scalar head says after each input, at ignored positions too
 
     def present(self) -> dict[str, Tensor]:
         """What was asked for, by field."""
@@ -53,6 +57,11 @@ class TokenScores(NamedTuple):
 LOGP_ONLY = RequiredStats()
 
 
+def at_temperature(hidden: Tensor, temperature: float) -> Tensor:
+    """Hidden states whose logits, the head being linear, are those of `hidden` divided by `temperature`."""
+    return hidden if temperature == 1 else hidden / temperature
+
+
 def token_scores(
     head: nn.Module,
     hidden: Tensor,
@@ -60,7 +69,10 @@ def token_scores(
     stats: RequiredStats = LOGP_ONLY,
     *,
     gather: Tensor | None = None,
+    scalar: nn.Module | None = None,
+    temperature: float = 1.0,
     head_chunk: int = HEAD_CHUNK,
+    trained: Trained | None = None,
 ) -> TokenScores:
     """Log-probabilities of `targets` (T,) int64 under softmax(head(hidden)), hidden (T,C), and `stats`; differentiable.
 
@@ -69,16 +81,20 @@ def token_scores(
     gradient of `max_logit` goes to the largest logit.
     `gather` (T,K) int64: tokens whose log p is wanted at each position too, in the same run over the head; rows at
     ignored positions are not looked at. Beside the logits of one chunk they cost K numbers a trained position.
-    Raises ValueError for a token outside the vocabulary or a chunk below 1.
+    `scalar`: a scalar head to ask too. `temperature`: what logits are divided by, by way of the hidden states.
+    `trained`: the positions whose target is not IGNORE, where that is known: else a GPU is waited for.
+    Raises ValueError for a chunk below 1 and, on a CPU, for a token outside the vocabulary. A GPU is not asked: the
+    readers of data look at every token.
     """
     assert gather is None or (gather.dim() == 2 and gather.shape[:1] == targets.shape), (gather, targets.shape)
-    rows, trained, wanted = _trained(hidden, targets, head_chunk)
+    rows, asked, wanted = _rows(at_temperature(hidden, temperature), targets, head_chunk, trained)
     if gather is not None and rows is not None:
         gather = gather[rows]
     params = [p for p in head.parameters() if p.requires_grad]
     with torch.autocast(hidden.device.type, enabled=False):  # the backward pass recomputes outside of any autocast
-        logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, trained, *params)
-        square = _log_squares(head, trained, head_chunk) if stats.square else None
+        logp, mean, top, gathered = _Scores.apply(head, head_chunk, wanted, gather, asked, *params)
+        square = _log_squares(head, asked, head_chunk) if stats.square else None
+        entropy = token_entropy(head, asked, head_chunk) if stats.entropy else None
 
     def spread(value: Tensor | None) -> Tensor | None:
         return None if value is None else _spread(value, rows, targets)
@@ -88,7 +104,9 @@ def token_scores(
         mean_logp=spread(mean if stats.mean else None),
         max_logit=spread(top if stats.max else None),
         log_square=spread(square),
+        entropy=spread(entropy),
         gathered=spread(gathered),
+        scalar=None if scalar is None else scalar(hidden),
     )
 
 
@@ -110,6 +128,7 @@ def weighted_nll(
     head_chunk: int = HEAD_CHUNK,
     smoothing: float = 0.0,
     l2wrap_weight: float = 0.0,
+    trained: Trained | None = None,
 ) -> WeightedNll:
     """sum_t weights_t * (-(1-smoothing) log p_t - smoothing * mean_k log p_k + l2wrap_weight * max_logit_t^2).
 
@@ -117,7 +136,7 @@ def weighted_nll(
     formed during the forward pass and scaled by the upstream gradient in the backward pass, which can run only once.
     `weights` (T,) are constants, 1 if None. The other arguments and what is raised: as `token_scores`.
     """
-    rows, trained, wanted = _trained(hidden, targets, head_chunk)
+    rows, asked, wanted = _rows(hidden, targets, head_chunk, trained)
     if weights is None:
         weights = torch.ones_like(wanted, dtype=torch.float32)
     elif rows is not None:
@@ -126,7 +145,7 @@ def weighted_nll(
     learn = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
         found = _WeightedNll.apply(
-            head, head_chunk, smoothing, l2wrap_weight, learn, weights.detach(), wanted, trained, *params
+            head, head_chunk, smoothing, l2wrap_weight, learn, weights.detach(), wanted, asked, *params
         )
     return WeightedNll(*found)
 
@@ -156,9 +175,9 @@ class _Scores(torch.autograd.Function):
         for chunk in run.chunks:
             logits = run.logits(chunk)
             if chunk.start == 0:
-                check_range(targets, logits.shape[1])
+                _check_range(targets, logits.shape[1])
                 if gather is not None:
-                    check_range(gather, logits.shape[1], "the teacher's token id")
+                    _check_range(gather, logits.shape[1], "the teacher's token id")
             stats = row_stats(logits, targets[chunk], checked=True)
             lse[chunk], top[chunk], argmax[chunk] = stats.lse, stats.max_logit, stats.argmax
             logp[chunk] = stats.target_logit - stats.lse
@@ -244,7 +263,7 @@ class _WeightedNll(torch.autograd.Function):
         for chunk in run.chunks:
             logits, w = run.logits(chunk), weights[chunk]
             if chunk.start == 0:
-                check_range(targets, logits.shape[1])
+                _check_range(targets, logits.shape[1])
             stats = row_stats(logits, targets[chunk], checked=True)
             nll[chunk] = (stats.lse - stats.target_logit) * w
             smooth[chunk] = (stats.lse - stats.logit_sum / logits.shape[1]) * w
@@ -275,7 +294,12 @@ class _WeightedNll(torch.autograd.Function):
         return (None, None, None, None, None, None, None, *found)
 
 
-class _Trained(NamedTuple):
+def _check_range(tokens: Tensor, vocabulary: int, what: str = "token id") -> None:
+    if tokens.is_cpu:
+        check_range(tokens, vocabulary, what)
+
+
+class _Rows(NamedTuple):
     """The trained positions: their indices (M,), None if that is all of them, and hidden and targets there."""
 
     rows: Tensor | None
@@ -283,15 +307,12 @@ class _Trained(NamedTuple):
     targets: Tensor
 
 
-def _trained(hidden: Tensor, targets: Tensor, head_chunk: int) -> _Trained:
+def _rows(hidden: Tensor, targets: Tensor, head_chunk: int, trained: Trained | None) -> _Rows:
     assert hidden.dim() == 2 and targets.shape == hidden.shape[:1], (hidden.shape, targets.shape)
     if head_chunk < 1:
         raise ValueError(f"the head's chunk is {head_chunk} rows; it must be at least 1")
-    keep = targets != IGNORE
-    if bool(keep.all()):
-        return _Trained(None, hidden, targets)
-    rows = keep.nonzero()[:, 0]
-    return _Trained(rows, hidden[rows], targets[rows])
+    rows = (Trained.of(targets) if trained is None else trained).on(targets.device)
+    return _Rows(None, hidden, targets) if rows is None else _Rows(rows, hidden[rows], targets[rows])
 
 
 def _spread(value: Tensor, rows: Tensor | None, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
 from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.precision import wide_dtype
 
 # GroupNorm's epsilon for heads of x050 to x070, whatever the head size: the tradition divides the heads by 8 and adds
@@ -155,7 +156,7 @@ class GatedChannelMix(ChannelMix):
         self.receptance = Linear(sizes.n_embd, sizes.n_embd)
         self.value = Linear(sizes.dim_ffn, sizes.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, starts: Starts | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         xk, xr = token_mix(x, shift, starts, self.shares())
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
@@ -204,7 +205,7 @@ class Block(nn.Module):
         return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
     def forward(
-        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Tensor | None, backend: str
+        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Starts | None, backend: str
     ) -> tuple[Tensor, Tensor | None, LayerState]:
         """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state).
 

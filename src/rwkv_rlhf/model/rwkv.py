@@ -1,4 +1,4 @@
-"""The model: embedding, blocks, final norm, head. One class for every version; the blocks differ.
+"""The model: embedding, blocks, final norm, head, perhaps scalar heads. One class for every version; the blocks differ.
 
 Legend: B batch, T tokens, C width, V vocabulary, S packed segments.
 """
@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops.backends import prepare
+from rwkv_rlhf.ops.starts import Starts
 
 
 class RWKV(nn.Module):
@@ -45,6 +47,14 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(block(sizes, layer) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
+        for name in sizes.heads:
+            self.add_module(name, ScalarHead(sizes.n_embd))
+
+    def scalar_head(self, name: str) -> ScalarHead | None:
+        """The scalar head `name`; None when there is none of that name, or "" is asked for."""
+        found = getattr(self, name) if name in self.sizes.heads else None
+        assert found is None or isinstance(found, ScalarHead)
+        return found
 
     def initial_state(self, rows: int) -> State:
         """What `rows` sequences remember before any token; the same as no state at all."""
@@ -55,12 +65,13 @@ class RWKV(nn.Module):
         return State(tuple(layers))
 
     def forward(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | None = None
+        self, tokens: Tensor, state: State | None = None, starts: Tensor | Starts | None = None
     ) -> tuple[Tensor, State | None]:
         """tokens (B, T) int64 -> (hidden (B, T, C) after ln_out in the compute dtype, state after the last token).
 
         With `starts` (S+1,) int64, B is 1 and the row holds S documents one after the other; the states then have one
         row per document. T may be 0 with `starts`: the state comes back unchanged (None if there was none).
+        A tensor of starts that lies on a GPU is waited for.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
@@ -70,14 +81,13 @@ class RWKV(nn.Module):
         x = self.emb(tokens, self.compute_dtype)
         if tokens.shape[1] == 0:
             return x, state
-        if starts is not None:
-            starts = starts.cpu()  # every block reads it on the host: one wait for a GPU in all
+        packed = None if starts is None else Starts.of(starts)
         carried = None
         after = []
         recompute = self.grad_cp and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
-            arguments = (x, carried, before, starts, self.wkv_backend)
+            arguments = (x, carried, before, packed, self.wkv_backend)
             if recompute:
                 x, carried, layer_state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
             else:

@@ -24,6 +24,7 @@ from rwkv_rlhf.model.blocks import (
 from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv5 import wkv5
 
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
@@ -63,7 +64,7 @@ class TimeMix(HeadsTimeMix):
         carried: None,
         shift: Tensor | None,
         wkv_state: Tensor | None,
-        starts: Tensor | None,
+        starts: Starts | None,
         backend: str,
     ) -> tuple[Tensor, None, Tensor]:
         """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, H, N, N))."""

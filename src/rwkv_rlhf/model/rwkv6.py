@@ -24,6 +24,7 @@ from rwkv_rlhf.model.blocks import (
 from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import token_mix
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv6 import wkv6
 
 MIXES = ("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g")
@@ -69,7 +70,7 @@ class TimeMix(HeadsTimeMix):
             **attention_of_heads(at),
         }
 
-    def mixed(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, shift: Tensor | None, starts: Starts | None) -> tuple[Tensor, ...]:
         """x (B, T, C) -> inputs of w, k, v, r, g: the share of the previous token is itself computed from a mix."""
         B, T, C = x.shape
         first = self.time_maa_x.view(1, C)
@@ -85,7 +86,7 @@ class TimeMix(HeadsTimeMix):
         carried: None,
         shift: Tensor | None,
         wkv_state: Tensor | None,
-        starts: Tensor | None,
+        starts: Starts | None,
         backend: str,
     ) -> tuple[Tensor, None, Tensor]:
         """x (B, T, C) -> (output (B, T, C), None, wkv state (B or S, H, N, N))."""

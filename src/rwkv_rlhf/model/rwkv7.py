@@ -17,6 +17,7 @@ from rwkv_rlhf.model.blocks import LN_X_EPS, HeadsTimeMix, low_rank, stacked
 from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import delta_keys, gated_norm, relu_squared, token_mix, value_gate
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv7 import wkv7
 
 ATT_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
@@ -88,7 +89,7 @@ class TimeMix(HeadsTimeMix):
         v_first: Tensor | None,
         shift: Tensor | None,
         wkv_state: Tensor | None,
-        starts: Tensor | None,
+        starts: Starts | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> (output (B, T, C), v_first (B, T, A), wkv state (B or S, H, N, N))."""
@@ -129,7 +130,7 @@ class ChannelMix(blocks.ChannelMix):
             "value.weight": torch.zeros(at.C, at.ffn),
         }
 
-    def forward(self, x: Tensor, shift: Tensor | None, starts: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None, starts: Starts | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         (xk,) = token_mix(x, shift, starts, self.shares())
         return self.value(relu_squared(self.key(xk)))

@@ -35,7 +35,7 @@ class Sizes:
 
     x070: `w`, `a`, `v`, `g`. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its channels do not mix.
     `bonus` is the tensor that weighs the current token: time_first, in x050 and x051 its logarithm, or time_faaaa.
-    `states` are the learnt initial states that each block has, of `STATES`.
+    `states` are the learnt initial states that each block has, of `STATES`; `heads` the scalar heads that there are.
     """
 
     version: str
@@ -48,6 +48,7 @@ class Sizes:
     low_rank: dict[str, int] = field(default_factory=dict)
     bonus: str = "time_faaaa"
     states: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
     @property
     def n_head(self) -> int:
@@ -139,8 +140,18 @@ def sizes_of(tensors: Mapping[str, torch.Tensor]) -> Sizes:
     bonus = "time_first" if "blocks.0.att.time_first" in tensors else "time_faaaa"
     head_size = _head_size(tensors, version, dim_att)
     low_rank = _low_rank(tensors, version)
-    states = states_in(tensors)
-    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus, states)
+    states, heads = states_in(tensors), heads_in(tensors)
+    for head_name in heads:
+        shape = _shape(tensors, f"{head_name}.weight", 2)
+        if tuple(shape) != (1, n_embd):
+            raise ValueError(f"{head_name}.weight is {tuple(shape)}, expected {(1, n_embd)}")
+    return Sizes(version, n_layer, n_embd, vocab_size, head_size, dim_att, dim_ffn, low_rank, bonus, states, heads)
+
+
+def heads_in(names: Iterable[str]) -> tuple[str, ...]:
+    """Which scalar heads the tensors of a checkpoint have."""
+    found = set(names)
+    return tuple(head for head in tables.SCALAR_HEADS if f"{head}.weight" in found)
 
 
 def states_in(names: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rlhf.ops.starts import Starts
+
 
 class LayerState(NamedTuple):
     """Memory of one block: the last normalised inputs of its two halves and the state of the recurrence.
@@ -73,17 +75,15 @@ class State:
         return State.from_tensors([a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)])
 
 
-def carry(x: Tensor, last: Tensor | None, starts: Tensor | None) -> Tensor:
+def carry(x: Tensor, last: Tensor | None, starts: Starts | None) -> Tensor:
     """The token-shift memory after `x`: the last row of each sequence, (B, C), or of each segment, (S, C).
 
-    An empty segment keeps what it came with (`last`, zeros if None). `starts` on the host spares waiting for a GPU.
+    An empty segment keeps what it came with (`last`, zeros if None).
     """
     if starts is None:
         return x[:, -1]
-    begin, end = starts[:-1], starts[1:]
-    rows = x[0].index_select(0, (end - 1).clamp(min=0).to(x.device, non_blocking=True))  # (S, C)
-    empty = end == begin
-    if not bool(empty.any()):
+    rows = x[0].index_select(0, starts.last_on(x.device))  # (S, C)
+    if not starts.some_empty:
         return rows
     before = torch.zeros_like(rows) if last is None else last.to(rows.dtype)
-    return torch.where(empty[:, None].to(x.device, non_blocking=True), before, rows)
+    return torch.where(starts.empty_on(x.device)[:, None], before, rows)

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rlhf.ops.starts import Starts
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -61,8 +63,10 @@ class Kernel:
     def forward(self, inputs: Sequence[Tensor], state: Tensor, starts: Sequence[int], keep: bool) -> list[Tensor]:
         """y, the final state, and if `keep` what backward needs. starts: where rows begin among the B T tokens, B T."""
         first, layout = inputs[0], self.layout
-        self._check(inputs, state, starts)
-        places, intervals = self._places(starts, first.device)
+        rows = Starts.of(starts)
+        self._check(inputs, state, rows)
+        places = rows.on(first.device, ("places", self.interval), lambda: self._places(rows))
+        intervals = self._intervals(rows)[-1]
         kept = self._beside(layout.kept, first, state, intervals) if keep else []
         results = [self._like(first), self._like(state)]
         filled = [*results, *(kept if keep else itertools.repeat(None, len(layout.kept)))]
@@ -87,7 +91,7 @@ class Kernel:
         self._call("rwkv_backward", [*inputs, *kept, dy, dlast], [*grads, *scratch], first, dlast, intervals)
         return [grad.sum(0) if whole <= i < len(inputs) else grad for i, grad in enumerate(grads)]
 
-    def _check(self, inputs: Sequence[Tensor], state: Tensor, starts: Sequence[int]) -> None:
+    def _check(self, inputs: Sequence[Tensor], state: Tensor, starts: Starts) -> None:
         """Whatever an offset in the C functions relies on."""
         op, layout = self.op, self.layout
         if len(inputs) != layout.tokens + layout.vectors:
@@ -102,16 +106,18 @@ class Kernel:
         batch, count, *token = first.shape
         if state.shape != (len(starts) - 1, *token, 3 if op == "wkv4" else token[-1]) or state.dtype != torch.float32:
             raise ValueError(f"{op}: the state is {_about(state)}, which does not fit {len(starts) - 1} rows")
-        if starts[0] != 0 or starts[-1] != batch * count or any(a > b for a, b in itertools.pairwise(starts)):
-            raise ValueError(f"{op}: starts must rise from 0 to the {batch * count} tokens, not {list(starts)}")
+        if not starts.fit(batch * count):
+            raise ValueError(f"{op}: starts must rise from 0 to the {batch * count} tokens, not {starts}")
 
-    def _places(self, starts: Sequence[int], device: torch.device) -> tuple[Tensor, int]:
-        """Where rows begin, among tokens and among intervals, and the longest rows first: 3 (S+1); and I."""
-        lengths = [end - begin for begin, end in itertools.pairwise(starts)]
-        marks = list(itertools.accumulate((-(-n // self.interval) for n in lengths), initial=0))
+    def _places(self, starts: Starts) -> Tensor:
+        """Where rows begin, among tokens and among intervals, and the longest rows first: 3 (S+1)."""
+        lengths, marks = starts.lengths, self._intervals(starts)
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        places = torch.frombuffer(array.array("q", [*starts, *marks, *order, 0]), dtype=torch.int64)
-        return (places if device.type == "cpu" else places.to(device, non_blocking=True)), marks[-1]
+        return torch.frombuffer(array.array("q", [*starts, *marks, *order, 0]), dtype=torch.int64)
+
+    def _intervals(self, starts: Starts) -> list[int]:
+        """Where rows begin among intervals, and I."""
+        return list(itertools.accumulate((-(-n // self.interval) for n in starts.lengths), initial=0))
 
     def _beside(self, kinds: Sequence[str], token: Tensor, state: Tensor, intervals: int) -> list[Tensor]:
         """The tensors of `Layout.kept`, or other kinds of the same."""

@@ -20,10 +20,11 @@ from rwkv_rlhf.ops import elementwise_cpu as host
 from rwkv_rlhf.ops import elementwise_naive as naive
 from rwkv_rlhf.ops.backends import choose
 from rwkv_rlhf.ops.elementwise_cpu import Call, RowSizes
+from rwkv_rlhf.ops.starts import Starts
 
 
 def token_mix(
-    x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor, backend: str = "auto"
+    x: Tensor, last: Tensor | None, starts: Tensor | Starts | None, mixes: Tensor, backend: str = "auto"
 ) -> tuple[Tensor, ...]:
     """Interpolate every token with its predecessor: out_m = x + (shift(x) - x) * mix_m.
 
@@ -31,18 +32,17 @@ def token_mix(
     With `starts` (S+1,) int64 (cumulative lengths, B = 1) every segment is a row of its own and `last` is (S,C);
     empty segments are legal, their row of `last` is unused and has gradient zero. Returns M tensors (B,T,C).
     """
-    _check_mix(x, last, starts, mixes)
+    packed = None if starts is None else Starts.of(starts)
+    _check_mix(x, last, packed, mixes)
     where = _backend(x, backend)
     if where == "cpu":
         (batch, tokens, width), count = x.shape, mixes.shape[0]
-        if starts is not None:
-            starts = starts.to("cpu", torch.int64)
-        segments = batch if starts is None else starts.shape[0] - 1
+        segments, edges = (batch, None) if packed is None else (len(packed) - 1, packed.tensor)
         sizes = RowSizes(batch * tokens, width, count, tokens, segments)
         return _kernel(
-            Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), starts)
+            Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), edges)
         )
-    return _elsewhere("token_mix", where, (x, last, starts, mixes))
+    return _elsewhere("token_mix", where, (x, last, mixes), packed)
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
@@ -127,7 +127,10 @@ def _operations(where: str) -> Any:
     return naive
 
 
-def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: int | float) -> tuple[Tensor, ...]:
+Setting = int | float | Starts | None
+
+
+def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: Setting) -> tuple[Tensor, ...]:
     """A group where the C++ kernels do not run: in Triton, or the plain twin."""
     ops = _operations(where)
     if where == "triton":
@@ -171,7 +174,7 @@ class _Kernel(torch.autograd.Function):
         return None, *host.backward(ctx.call, grads, ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
-def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: int | float) -> Any:
+def _twin(function: Callable[..., Any], tensors: tuple[Tensor | None, ...], *settings: Setting) -> Any:
     """Run a plain twin; where a gradient is wanted so that it keeps no more for it than the kernels do."""
     if _records(*tensors):
         return _Recomputed.apply(function, settings, *tensors)
@@ -182,9 +185,7 @@ class _Recomputed(torch.autograd.Function):
     """A plain twin. Only the inputs are saved: its float32 copies would be twice what the kernels keep of a block."""
 
     @staticmethod
-    def forward(
-        ctx: Any, function: Callable[..., Any], settings: tuple[int | float, ...], *tensors: Tensor | None
-    ) -> Any:
+    def forward(ctx: Any, function: Callable[..., Any], settings: tuple[Setting, ...], *tensors: Tensor | None) -> Any:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.function, ctx.settings = function, settings
@@ -240,17 +241,16 @@ def _describe(x: Tensor) -> str:
     return f"{x.dtype} {tuple(x.shape)} on {x.device}"
 
 
-def _check_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor) -> None:
+def _check_mix(x: Tensor, last: Tensor | None, starts: Starts | None, mixes: Tensor) -> None:
     if x.dim() != 3 or mixes.dim() != 2 or mixes.shape[1] != x.shape[2]:
         raise ValueError(f"token_mix: x must be (B,T,C) and mixes (M,C), got {tuple(x.shape)} and {tuple(mixes.shape)}")
     rows = x.shape[0]
     if starts is not None:
         if rows != 1:
             raise ValueError(f"token_mix: segment starts need B = 1, got B = {rows}")
-        bounds = starts.tolist()
-        if starts.dim() != 1 or bounds[0] != 0 or bounds[-1] != x.shape[1] or bounds != sorted(bounds):
-            raise ValueError(f"token_mix: starts must rise from 0 to T = {x.shape[1]}, got {bounds}")
-        rows = len(bounds) - 1
+        if not starts.fit(x.shape[1]):
+            raise ValueError(f"token_mix: starts must rise from 0 to T = {x.shape[1]}, got {starts}")
+        rows = len(starts) - 1
     if last is not None and last.shape != (rows, x.shape[2]):
         raise ValueError(f"token_mix: last must be {(rows, x.shape[2])}, got {tuple(last.shape)}")
     if x.device != mixes.device or (last is not None and last.device != x.device):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.precision import wide_dtype
 
 NORM_EPS = 1e-12  # the smallest norm delta_keys divides by, as F.normalize
@@ -19,16 +20,17 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.to(dtype) for t in tensors]
 
 
-def token_mix(x: Tensor, last: Tensor | None, starts: Tensor | None, mixes: Tensor) -> tuple[Tensor, ...]:
+def token_mix(
+    x: Tensor, last: Tensor | None, mixes: Tensor, starts: Tensor | Starts | None = None
+) -> tuple[Tensor, ...]:
     """out_m = x + (shift(x) - x) * mix_m; see `elementwise.token_mix`."""
     wide, wide_mixes = _wide(x, mixes)
     if starts is None:
         head = wide.new_zeros(x.shape[0], x.shape[2]) if last is None else last.to(wide.dtype)
         prev = torch.cat([head[:, None], wide], 1)[:, : x.shape[1]]
     else:
-        starts = starts.cpu()
-        filled = (starts[1:] > starts[:-1]).nonzero()[:, 0]
-        first, filled = (rows.to(x.device, non_blocking=True) for rows in (starts[filled], filled))
+        packed = Starts.of(starts)
+        first, filled = packed.first_on(x.device), packed.filled_on(x.device)
         heads = wide.new_zeros(len(filled), x.shape[2]) if last is None else last.to(wide.dtype)[filled]
         prev = F.pad(wide[0], (0, 0, 1, 0))[: x.shape[1]].index_copy(0, first, heads)[None]
     delta = prev - wide

@@ -3,8 +3,7 @@
 B batch, T tokens, H heads, N head size, S segments
 """
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.ops.backends import choose, kernel
+from rwkv_rlhf.ops.starts import Starts, even_starts
 from rwkv_rlhf.precision import wide_dtype
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -26,7 +26,7 @@ def recur(
     vectors: dict[str, Tensor],
     state: Tensor | None,
     empty: Callable[[Tensor], Tensor],
-    starts: Tensor | None,
+    starts: Tensor | Starts | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Check the arguments of the recurrence `op` and run it on the backend that `backends.choose` names.
@@ -40,22 +40,21 @@ def recur(
     for name, x in vectors.items():
         check_tensor(name, x, tuple(first.shape[2:]), first.device)
     batch, count = first.shape[:2]
-    lengths = None if starts is None else segment_lengths(starts, batch, count)
-    rows = batch if lengths is None else len(lengths)
-    shape = (rows, *first.shape[2:], 3 if op == "wkv4" else first.shape[-1])
+    packed = None if starts is None else packed_row(starts, batch, count)
+    rows = even_starts(batch, count) if packed is None else packed
+    shape = (len(rows) - 1, *first.shape[2:], 3 if op == "wkv4" else first.shape[-1])
     if state is None:
         state = empty(first).to(dtype).expand(shape)
     check_tensor("state", state, shape, first.device)
     name, _ = choose(op, first.device, first.dtype, tuple(first.shape), backend)
     inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
     if name == "naive":
-        return _in_segments(scan, inputs, constants, state, lengths)
-    edges = list(itertools.accumulate(lengths if lengths is not None else [count] * batch, initial=0))
+        return _in_segments(scan, inputs, constants, state, None if packed is None else packed.lengths)
     run = kernel(op, name, first.device, first.shape)
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
-        y, last = run.forward((*inputs, *constants), state, edges, False)
+        y, last = run.forward((*inputs, *constants), state, rows, False)
         return y, last
-    y, last = _Compiled.apply(run, edges, state, *inputs, *constants)
+    y, last = _Compiled.apply(run, rows, state, *inputs, *constants)
     return y, last
 
 
@@ -87,19 +86,14 @@ def check_tensor(name: str, x: Tensor, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name} is on {x.device}, but the other inputs are on {device}")
 
 
-def segment_lengths(starts: Tensor, batch: int, tokens: int) -> list[int]:
-    """Lengths of the packed rows, from their cumulative `starts` (S+1,) int64. Raises ValueError."""
-    if starts.dtype != torch.int64 or starts.dim() != 1 or starts.numel() < 2:
-        raise ValueError(
-            f"starts must be int64 of shape (segments + 1,), not {starts.dtype} of shape {tuple(starts.shape)}"
-        )
+def packed_row(starts: Tensor | Starts, batch: int, tokens: int) -> Starts:
+    """The segments of one packed row of so many tokens. Raises ValueError."""
+    found = Starts.of(starts)
     if batch != 1:
         raise ValueError(f"starts needs packed rows with batch size 1, but the batch size is {batch}")
-    edges = starts.tolist()
-    lengths = [end - begin for begin, end in itertools.pairwise(edges)]
-    if edges[0] != 0 or edges[-1] != tokens or min(lengths) < 0:
-        raise ValueError(f"starts must rise from 0 to the {tokens} tokens without a step back, not {edges}")
-    return lengths
+    if not found.fit(tokens):
+        raise ValueError(f"starts must rise from 0 to the {tokens} tokens without a step back, not {found}")
+    return found
 
 
 def _in_segments(
@@ -125,7 +119,7 @@ class _Compiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Any, starts: list[int], state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kernel: Any, starts: Sequence[int], state: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         y, last, *kept = kernel.forward(inputs, state, starts, True)
         ctx.save_for_backward(*inputs, *kept)
         ctx.kernel, ctx.count = kernel, len(inputs)

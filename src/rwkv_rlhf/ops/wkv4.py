@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops.recurrence import recur
+from rwkv_rlhf.ops.starts import Starts
 
 NOTHING = -1e38  # logarithm of the scale of sums that hold nothing yet
 
@@ -17,7 +18,7 @@ def wkv4(
     w: Tensor,
     u: Tensor,
     state: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Tensor | Starts | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-4 recurrence (arXiv 2305.13048, section 3.2), per batch row and channel:
@@ -46,7 +47,7 @@ def _empty(k: Tensor) -> Tensor:
 def no_sums(channels: int, device: torch.device) -> Tensor:
     """The state of one row before any token, (C, 3) float32."""
     sums = torch.zeros(3, device=device)
-    sums[2] = NOTHING  # a kernel; a tensor of these numbers would be copied, and a GPU waited for
+    sums[2].fill_(NOTHING)  # a kernel; a number that is assigned would be copied, and a GPU waited for
     return sums.expand(channels, 3)
 
 

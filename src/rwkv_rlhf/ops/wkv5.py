@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops.recurrence import recur
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv6 import loop, no_state
 
 
@@ -17,7 +18,7 @@ def wkv5(
     w: Tensor,
     u: Tensor,
     state: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Tensor | Starts | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-5.2 recurrence (arXiv 2404.05892, section 4.1): `wkv6` with one decay for all tokens.

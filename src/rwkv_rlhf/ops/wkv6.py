@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops.recurrence import recur
+from rwkv_rlhf.ops.starts import Starts
 
 
 def wkv6(
@@ -16,7 +17,7 @@ def wkv6(
     w: Tensor,
     u: Tensor,
     state: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Tensor | Starts | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-6 recurrence (arXiv 2404.05892, section 4.2), per batch row and head:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops.recurrence import recur
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv6 import no_state
 
 DECAY_RATE = math.exp(-0.5)  # log decay lies in (-DECAY_RATE, 0)
@@ -22,7 +23,7 @@ def wkv7(
     a: Tensor,
     b: Tensor,
     state: Tensor | None = None,
-    starts: Tensor | None = None,
+    starts: Tensor | Starts | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-7 recurrence (RWKV-7 "Goose", arXiv 2503.14456, section 4), per batch row and head:

@@ -7,7 +7,7 @@ import dataclasses
 import re
 
 from rwkv_rlhf.plan.profile import read_profile
-from rwkv_rlhf.plan.rows import PARTS, Plan, Row, layer_names
+from rwkv_rlhf.plan.rows import PARTS, Plan, Rates, Row, layer_names
 from rwkv_rlhf.settings.config import Config, peft_modes
 
 
@@ -33,7 +33,14 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     states: tuple[str, ...] = ()
     if config.state:
         states = ("att.time_state", "att.shift_state", "ffn.shift_state") if config.state_shift else ("att.time_state",)
-    return dataclasses.replace(plan, states=states, lora_plus=config.lora_plus)
+    return dataclasses.replace(
+        plan,
+        states=states,
+        lora_plus=config.lora_plus,
+        scalar_head=config.loss_facts.scalar_head,
+        head_rates=Rates(config.lr_init, config.lr_final, 0.0),
+        predicts=config.loss_facts.predicts,
+    )
 
 
 def make_plan(

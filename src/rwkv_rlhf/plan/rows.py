@@ -17,6 +17,9 @@ class Rates(NamedTuple):
     weight_decay: float
 
 
+UNCHANGED = Rates(0.0, 0.0, 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen.
@@ -46,12 +49,16 @@ class Row:
 class Plan:
     """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
     initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode. `lora_plus` multiplies the
-    learning rate of LoRA's factor B (arXiv 2402.12354)."""
+    learning rate of LoRA's factor B (arXiv 2402.12354). `scalar_head` is the one that trains, at `head_rates`, whatever
+    the rows say; without `predicts` the head of the tokens has nothing to learn, and is left alone."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
     states: tuple[str, ...] = ()
     lora_plus: float = 1.0
+    scalar_head: str = ""
+    head_rates: Rates = UNCHANGED
+    predicts: bool = True
 
     @property
     def modes(self) -> frozenset[str]:
@@ -65,7 +72,7 @@ class Plan:
             return self.rows["emb"]
         if words[0] == "blocks":
             return self.rows[words[1]]
-        assert words[0] in ("head", "ln_out"), f"no row for {name}"
+        assert words[0] in ("head", "ln_out", *tables.SCALAR_HEADS), f"no row for {name}"
         return self.rows["head"]
 
     def trains(self, name: str, version: str, limited: bool) -> bool:
@@ -74,7 +81,9 @@ class Plan:
         version: x040 to x070, for the names of the small tensors; limited: adapter rows train their adapters only.
         """
         row = self.row_of(name)
-        if row.rejects(name):
+        if is_scalar_head(name):
+            return name.split(".")[0] == self.scalar_head
+        if row.rejects(name) or (name == "head.weight" and not self.predicts):
             return False
         if is_state(name):
             return name.endswith(self.states)
@@ -91,6 +100,8 @@ class Plan:
         row = self.row_of(linear_name)
         if row.mode not in tables.ADAPTERS or row.rejects(linear_name + ".weight"):
             return None
+        if linear_name == "head" and not self.predicts:
+            return None
         words = linear_name.split(".")
         if words[0] == "blocks" and words[2] in ("att", "ffn") and words[2] not in self.parts:
             return None
@@ -102,6 +113,8 @@ class Plan:
         layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
         """
         row = self.row_of(name)
+        if is_scalar_head(name):
+            return self.head_rates
         if is_state(name):
             return Rates(row.state_lr_init, row.state_lr_final, 0.0)
         times = tables.VERSIONS[version].rates.get(name.split(".")[-1], 1.0) if layerwise else 1.0
@@ -112,6 +125,16 @@ class Plan:
 def is_state(name: str) -> bool:
     """Whether `name` is a learnt initial state (state tuning)."""
     return name.split(".")[-1].endswith("_state")
+
+
+def is_scalar_head(name: str) -> bool:
+    """Whether `name` is the weight of a scalar head (a reward model's, PPO's)."""
+    return name.split(".")[0] in tables.SCALAR_HEADS
+
+
+def is_new(name: str) -> bool:
+    """Whether the base model may lack the tensor `name`, which training added."""
+    return is_state(name) or is_scalar_head(name)
 
 
 def is_norm(name: str) -> bool:

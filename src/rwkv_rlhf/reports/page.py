@@ -28,7 +28,7 @@ def draw_curves(folder: Path) -> Path | None:
     if any("accuracy" in record for record in held_out):  # a pair's loss is not the likelihood that is held out
         held_out = [{name: value for name, value in record.items() if name != "loss"} for record in held_out]
     logged = {name for record in (*train, *held_out) for name in record}
-    drawn = {title: [name for name in names if name in logged] for title, names in panels().items()}
+    drawn = {title: [name for name in names if name in logged] for title, names in panels(logged).items()}
     drawn = {title: names for title, names in drawn.items() if names}
     figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):

@@ -16,6 +16,7 @@ from rwkv_rlhf.losses.pairs import segment_sums
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.forward import answer_hidden, answer_logp, in_chunks
 from rwkv_rlhf.scoring.infinite_context import run_in_chunks
+from rwkv_rlhf.transfers import to_device
 
 POSITIONS = 128  # a World vocabulary's float32 log-probabilities of so many are 32 MiB
 TOKENS = 8192  # tokens of the pairs that they are drawn from
@@ -56,12 +57,12 @@ class Divergence:
             hidden = run_in_chunks(model, in_chunks(batch, self.chunk), lambda found, _: {"hidden": found})["hidden"]
         else:
             hidden = answer_hidden(model, batch)
-        return torch.log_softmax(model.head(hidden[self.positions.to(device)]).float(), 1)
+        return torch.log_softmax(model.head(hidden[to_device(self.positions, device)]).float(), 1)
 
     def of(self, policy: RWKV) -> float:
         """The mean over the positions."""
         mine = self._logp(policy)
-        return float((mine.exp() * (mine - self.reference.to(mine.device))).sum(1).mean())
+        return float((mine.exp() * (mine - to_device(self.reference, mine.device))).sum(1).mean())
 
 
 @torch.no_grad()
@@ -73,5 +74,5 @@ def mismatch_ratio(model: RWKV, batches: Sequence[AnswerBatch], *, head_chunk: i
     for batch in batches:
         assert batch.reference is not None, "KTO without reference log-probabilities"
         logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)
-        ratios.append(segment_sums(logp, batch.starts) - batch.reference)
+        ratios.append(segment_sums(logp, batch.segments) - batch.reference)
     return torch.cat(ratios).mean()

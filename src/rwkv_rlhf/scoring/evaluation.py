@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.data.batch import PairExample, TextExample, pack_pairs, pack_texts
+from rwkv_rlhf.data.batch import PairExample, TextBatch, TextExample, pack_pairs, pack_texts
 from rwkv_rlhf.data.grouping import group_by_tokens
 from rwkv_rlhf.distributed.ranks import split_over_ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
@@ -52,10 +52,10 @@ class TextScore(NamedTuple):
     tokens: int
 
 
-def _text_score(model: RWKV, hidden: Tensor, targets: Tensor, head_chunk: int) -> TextScore:
-    """Of hidden states (T, C) and their targets (T,)."""
-    scores = token_scores(model.head, hidden, targets, head_chunk=head_chunk)
-    return TextScore(float(scores.logp.double().sum()), int((targets >= 0).sum()))
+def _text_score(model: RWKV, hidden: Tensor, batch: TextBatch, head_chunk: int) -> TextScore:
+    """Of hidden states (T, C) and the targets that belong to them."""
+    scores = token_scores(model.head, hidden, batch.targets, head_chunk=head_chunk, trained=batch.trained)
+    return TextScore(float(scores.logp.double().sum()), batch.trained.count)
 
 
 def _sum(scores: Iterable[TextScore]) -> TextScore:
@@ -69,8 +69,9 @@ def _long_document(model: RWKV, example: TextExample, head_chunk: int) -> TextSc
     batch = pack_texts([example]).to(next(model.parameters()).device)
     state, found = None, []
     for begin in range(0, batch.tokens.numel(), CHUNK):
-        hidden, state = model(batch.tokens[None, begin : begin + CHUNK], state)
-        found.append(_text_score(model, hidden[0], batch.targets[begin : begin + CHUNK], head_chunk))
+        part = batch.chunk(slice(begin, min(begin + CHUNK, batch.tokens.numel())))
+        hidden, state = model(part.tokens[None], state)
+        found.append(_text_score(model, hidden[0], part, head_chunk))
     return _sum(found)
 
 
@@ -86,7 +87,7 @@ def evaluate_text(model: RWKV, examples: Iterable[TextExample], head_chunk: int)
         if len(row) == 1 and len(row[0].tokens) > ROW:
             return _long_document(model, row[0], head_chunk)
         batch = pack_texts(row).to(device)
-        return _text_score(model, text_hidden(model, batch), batch.targets, head_chunk)
+        return _text_score(model, text_hidden(model, batch), batch, head_chunk)
 
     whole = _sum(split_over_ranks(scored_row, len(rows), model))
     if whole.tokens == 0:
@@ -127,8 +128,9 @@ def score_pairs(
         scores = pair_sums(model, pack_pairs(rows[number]).to(device), head_chunk=head_chunk, chunk=chunk)
         if progress is not None:
             progress(len(rows[number]))
-        sums = [scores.chosen_sum.float(), scores.reject_sum.float()]
-        return [part.cpu() for part in (*sums, scores.chosen_count, scores.reject_count)]
+        parts = scores.chosen_sum.float(), scores.reject_sum.float(), scores.chosen_count, scores.reject_count
+        whole = torch.stack([part.double() for part in parts]).cpu()  # one transfer a row
+        return [there.to(part.dtype) for there, part in zip(whole, parts)]
 
     parts = zip(*split_over_ranks(scored_row, len(rows), model), strict=True)
     return PairScores(*map(torch.cat, parts))

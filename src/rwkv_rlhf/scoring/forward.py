@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
@@ -27,7 +27,7 @@ def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
     if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
         return _no_hidden(model, batch.tokens)
-    hidden: Tensor = model(batch.tokens[None], None, batch.starts)[0]
+    hidden: Tensor = model(batch.tokens[None], None, batch.segments)[0]
     return hidden[0]
 
 
@@ -36,11 +36,11 @@ def answer_hidden(model: RWKV, batch: AnswerBatch) -> Tensor:
 
     The gradient of every answer flows back through the fork into the prompt.
     """
-    _, state = model(batch.prompts[None], None, batch.prompt_starts)
+    _, state = model(batch.prompts[None], None, batch.prompt_segments)
     if state is not None:
-        prompts = torch.arange(batch.prompt_starts.numel() - 1, device=batch.answers.device)
+        prompts = torch.arange(len(batch.prompt_segments) - 1, device=batch.answers.device)
         state = state.select(prompts.repeat_interleave(batch.answers_per_prompt()))
-    hidden: Tensor = model(batch.answers[None], state, batch.starts)[0]
+    hidden: Tensor = model(batch.answers[None], state, batch.segments)[0]
     if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
         return hidden[0] + _no_hidden(model, batch.prompts).sum()
     return hidden[0]
@@ -61,10 +61,12 @@ def in_chunks(batch: Batch, chunk: int) -> ChunkedRows:
     """The rows of a batch in chunks of at most `chunk` tokens; answers begin from the end of their prompt."""
     rows = ChunkedRows(chunk)
     if isinstance(batch, AnswerBatch):
-        ends = rows.add(batch.prompts, batch.prompt_starts, keep=True, scored=False)
-        rows.add(batch.answers, batch.starts, begin=[slot for slot in ends for _ in range(batch.answers_per_prompt())])
+        ends = rows.add(batch.prompts, batch.prompt_segments, keep=True, scored=False)
+        rows.add(
+            batch.answers, batch.segments, begin=[slot for slot in ends for _ in range(batch.answers_per_prompt())]
+        )
     else:
-        rows.add(batch.tokens, batch.starts)
+        rows.add(batch.tokens, batch.segments)
     return rows
 
 
@@ -75,12 +77,16 @@ def batch_loss(model: RWKV, batch: Batch, loss: Loss[Any], config: Config) -> Lo
     `config.bptt` truncated, without any across their borders).
     """
     if not config.chunk or not len(batch.targets):
-        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config)
+        scalar = model.scalar_head(loss.facts.scalar_head)
+        return loss.from_hidden(model.head, batch_hidden(model, batch), batch, config, scalar)
     how = ChunkOptions(truncated=config.bptt == "truncated", offload=config.state_offload)
     if isinstance(batch, TextBatch):
         return chunked_text_loss(model, batch, loss, config, how)
     stats = loss.required_stats(config)
-    scores = chunked_scores(model, batch, config.chunk, stats, how, head_chunk=config.head_chunk)
+    scalar, temperature = model.scalar_head(loss.facts.scalar_head), loss.temperature(config)
+    scores = chunked_scores(
+        model, batch, config.chunk, stats, how, scalar=scalar, temperature=temperature, head_chunk=config.head_chunk
+    )
     return loss(scores, batch, config)
 
 
@@ -104,25 +110,53 @@ def chunked_scores(
     stats: RequiredStats = LOGP_ONLY,
     how: ChunkOptions = EXACT,
     *,
+    scalar: nn.Module | None = None,
     head_chunk: int,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """`token_scores` of the answers of a batch that runs in chunks of `chunk` tokens."""
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        return token_scores(model.head, hidden, batch.targets[span], stats, head_chunk=head_chunk).present()
+        found = token_scores(
+            model.head,
+            hidden,
+            batch.targets[span],
+            stats,
+            scalar=scalar,
+            temperature=temperature,
+            head_chunk=head_chunk,
+            trained=batch.trained.chunk(span),
+        )
+        return found.present()
 
     return TokenScores(**run_in_chunks(model, in_chunks(batch, chunk), score, how))
 
 
 @torch.no_grad()
-def answer_logp(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> Tensor:
+def answer_logp(
+    model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0, temperature: float = 1.0
+) -> Tensor:
     """(A,) log-probabilities of the answers' tokens, without a graph; in chunks of `chunk` tokens if not 0."""
     if chunk:
-        return chunked_scores(model, batch, chunk, head_chunk=head_chunk).logp
-    return token_scores(model.head, answer_hidden(model, batch), batch.targets, head_chunk=head_chunk).logp
+        return chunked_scores(model, batch, chunk, head_chunk=head_chunk, temperature=temperature).logp
+    hidden, trained = answer_hidden(model, batch), batch.trained
+    scores = token_scores(
+        model.head, hidden, batch.targets, temperature=temperature, head_chunk=head_chunk, trained=trained
+    )
+    return scores.logp
+
+
+@torch.no_grad()
+def token_scalars(model: RWKV, batch: AnswerBatch, name: str, chunk: int = 0) -> Tensor:
+    """(A,) what the scalar head `name` says after each input of the answers, without a graph; `chunk` as above."""
+    head = model.scalar_head(name)
+    assert head is not None, name
+    if not chunk:
+        return head(answer_hidden(model, batch))
+    return run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {name: head(hidden)})[name]
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:
     """Summed log-probabilities of both answers of each pair; arguments as `answer_logp`."""
     logp = answer_logp(model, batch, head_chunk=head_chunk, chunk=chunk)
-    return pair_scores(logp, batch.targets, batch.starts)
+    return pair_scores(logp, batch.targets, batch.segments)

@@ -27,6 +27,8 @@ from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops.random_state import RandomState, replay
+from rwkv_rlhf.ops.starts import Starts
+from rwkv_rlhf.transfers import to_device
 
 NEW = -1  # in place of a slot: a segment that begins from the initial state
 
@@ -54,14 +56,14 @@ EXACT = ChunkOptions()
 class Chunk:
     """Consecutive tokens of one packed row, and the segments that they belong to, wholly or in part.
 
-    `span`: the tokens in the row. `lengths`: tokens of each segment in this chunk. `before`: the slot from which each
+    `span`: the tokens in the row. `starts`: of each segment's tokens in this chunk. `before`: the slot from which each
     begins, or NEW. `carries`: whether that is the same segment's own state (not that of a prompt). `after`: the slot
     that keeps the state of each, or NEW for none. `scored`: whether its tokens have scores.
     """
 
     tokens: Tensor  # (t,) int64
     span: slice
-    lengths: tuple[int, ...]
+    starts: Starts
     before: tuple[int, ...]
     carries: tuple[bool, ...]
     after: tuple[int, ...]
@@ -81,14 +83,20 @@ class ChunkedRows:
     slots: int = 0
 
     def add(
-        self, tokens: Tensor, starts: Tensor, *, begin: Sequence[int] = (), keep: bool = False, scored: bool = True
+        self,
+        tokens: Tensor,
+        starts: Tensor | Starts,
+        *,
+        begin: Sequence[int] = (),
+        keep: bool = False,
+        scored: bool = True,
     ) -> list[int]:
         """Add one row of segments `starts` (S+1,); segment s begins from the slot begin[s], NEW if `begin` is empty.
 
         Returns for each segment the slot of its final state if `keep`, else NEW. An empty segment hands on the slot
         that it begins from.
         """
-        edges = starts.tolist()
+        edges = Starts.of(starts).edges
         last = list(begin) or [NEW] * (len(edges) - 1)  # the slot of each segment's newest state
         inherited = [True] * len(last)  # that state is not of the segment's own tokens
         for first in range(0, len(tokens), self.chunk_len):
@@ -101,9 +109,9 @@ class ChunkedRows:
                 goes_on = edges[s + 1] > end or keep
                 last[s] = self._slot() if goes_on else NEW
                 inherited[s] = False
-            lengths = tuple(min(edges[s + 1], end) - max(edges[s], first) for s in inside)
+            here = Starts([0, *(min(edges[s + 1], end) - first for s in inside)])
             after = tuple(last[s] for s in inside)
-            self.chunks.append(Chunk(tokens[first:end], slice(first, end), lengths, before, carries, after, scored))
+            self.chunks.append(Chunk(tokens[first:end], slice(first, end), here, before, carries, after, scored))
         return last if keep else [NEW] * len(last)
 
     def _slot(self) -> int:
@@ -204,8 +212,7 @@ class _Run:
 
     def _run(self, chunk: Chunk, given: dict[int, State]) -> tuple[tuple[Tensor, ...] | None, State]:
         """(scores if the chunk has any, states after it), from the states in the slots."""
-        starts = torch.tensor([0, *chunk.lengths], device=self.device).cumsum(0)
-        hidden, states = self.model(chunk.tokens[None], self._begin(chunk, given), starts)
+        hidden, states = self.model(chunk.tokens[None], self._begin(chunk, given), chunk.starts)
         if not chunk.scored:
             return None, states
         scores = self.score(hidden[0], chunk.span)
@@ -221,8 +228,8 @@ class _Run:
         if NEW in chunk.before:
             place[NEW] = len(states)
             states.append(self.model.initial_state(1))
-        rows = torch.tensor([place[slot] for slot in chunk.before], device=self.device)
-        return State.concatenated(states).select(rows)
+        rows = torch.tensor([place[slot] for slot in chunk.before])
+        return State.concatenated(states).select(to_device(rows, self.device))
 
     def _leaf(self, chunk: Chunk, slot: int) -> State:
         """The state in a slot, asking for its gradient unless the border is one that no gradient crosses."""
@@ -233,7 +240,7 @@ class _Run:
         if self.kept is None:
             self.kept = state.map(self._room)
         for place, x in zip(self.kept.tensors(), state.tensors(), strict=True):
-            place[slot] = x[0]
+            place[slot].copy_(x[0], non_blocking=True)  # read only by copies that are queued later
 
     def _room(self, x: Tensor) -> Tensor:
         """A row like `x` (1, ...) for each slot. In the heap it would split the chunks' room, which then grows."""
@@ -246,7 +253,7 @@ class _Run:
 
     def _kept(self, slot: int) -> State:
         assert self.kept is not None
-        return self.kept.row(slot).map(lambda x: x.to(self.device))
+        return self.kept.row(slot).map(lambda x: x.to(self.device, non_blocking=True))
 
 
 class _ChunkedPass(torch.autograd.Function):

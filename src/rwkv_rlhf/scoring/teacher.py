@@ -8,7 +8,6 @@ Legend: T tokens of a row, S documents in it, M rows asked for, K logits kept of
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
-from rwkv_rlhf.data.batch import IGNORE, TextBatch
+from rwkv_rlhf.data.batch import TextBatch
 from rwkv_rlhf.losses.head import open_head
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import row_stats
@@ -46,7 +45,8 @@ def largest_logits(model: RWKV, hidden: Tensor, k: int, head_chunk: int) -> TopL
     run = open_head(model.head, hidden, head_chunk)
     for chunk in run.chunks:
         logits = run.logits(chunk)
-        lse = row_stats(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device)).lse
+        no_targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        lse = row_stats(logits, no_targets, checked=True).lse
         values, indices = logits.topk(k, dim=1)
         found.append((values.to(lse.dtype), indices, lse))
     if not found:
@@ -63,15 +63,16 @@ def top_logits(model: RWKV, batch: TextBatch, k: int, *, head_chunk: int, chunk:
     The row runs in chunks of `chunk` tokens; documents that cross a border are carried on, so the values are those of
     a single pass to float error.
     """
-    trained = batch.targets != IGNORE
-    if not len(trained):
-        return largest_logits(
-            model, torch.empty(0, model.sizes.n_embd, dtype=model.compute_dtype, device=trained.device), k, head_chunk
-        )
+    device = batch.targets.device
+    if not len(batch.targets):
+        nothing = torch.empty(0, model.sizes.n_embd, dtype=model.compute_dtype, device=device)
+        return largest_logits(model, nothing, k, head_chunk)
 
     def score(hidden: Tensor, span: slice) -> dict[str, Tensor]:
-        rows = trained[span].nonzero()[:, 0]
-        found = largest_logits(model, hidden[rows], k, head_chunk)._asdict()
+        rows = batch.trained.chunk(span).on(device)
+        found = largest_logits(model, hidden if rows is None else hidden[rows], k, head_chunk)._asdict()
+        if rows is None:
+            return found
         return {name: x.new_zeros(len(hidden), *x.shape[1:]).index_copy_(0, rows, x) for name, x in found.items()}
 
     return TopLogits(**run_in_chunks(model, in_chunks(batch, chunk), score))
@@ -86,7 +87,7 @@ class Teacher:
     def __call__(self, batch: TextBatch) -> TextBatch:
         """The batch with the teacher's logits at its trained positions, 0 elsewhere."""
         found = top_logits(self.model, batch, self.k, head_chunk=self.head_chunk)
-        return dataclasses.replace(batch, top_values=found.values, top_indices=found.indices, top_lse=found.lse)
+        return batch.having(top_values=found.values, top_indices=found.indices, top_lse=found.lse)
 
 
 def open_teacher(config: Config, vocab_size: int) -> Teacher | None:

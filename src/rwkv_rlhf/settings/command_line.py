@@ -20,6 +20,7 @@ from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
 from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.elsewhere import translate
 from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 TRUTH = {"1": True, "0": False, "true": True, "false": False}
 READ_SIZES = ("vocab_size", "dim_att", "dim_ffn")  # 0 asks for what the checkpoint says, typed or not
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "0 or 1"}
+NEAR = 0.7  # likeness, 0 to 1, from which on a flag is named for one that does not exist
 LONGEST = 1000  # characters of a sentence on stderr
 
 
@@ -72,8 +74,10 @@ class Parser(argparse.ArgumentParser):
         found, extra = self.parse_known_args(args, namespace)
         unknown = [word.split("=")[0] for word in extra if word.startswith("--") and len(word) > 2]
         if unknown:
-            nearest = difflib.get_close_matches(unknown[0], self.known_flags(), n=1, cutoff=0.0)
-            raise UsageError(f"unknown flag {unknown[0]}; the nearest known flag is {nearest[0]}")
+            known = {flag.lower(): flag for flag in self.known_flags()}
+            nearest = difflib.get_close_matches(unknown[0].lower(), known, n=1, cutoff=NEAR)
+            hint = f"the nearest known flag is {known[nearest[0]]}" if nearest else "--help lists all flags"
+            raise UsageError(f"unknown flag {unknown[0]}; {hint}")
         if extra:
             raise UsageError(f"{extra[0]!r} stands where a flag was expected; see --help")
         return found
@@ -119,6 +123,13 @@ def train_parser() -> Parser:
             elif name != "debug":  # every parser has it
                 text = spelled(short_help(name)).replace("%", "%%")
                 add_raw(section, flag_of(name)[2:], bare=kinds()[name] is bool, help=text)
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="YAML file of settings by their names; may be given again, later files and typed flags win",
+    )
     other = parser.add_argument_group("other spellings")
     add_raw(other, "lora", bare=True, help="the same as --peft lora")
     for alias, name in ALIASES.items():
@@ -179,10 +190,15 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     flags, values out of range, settings that contradict each other and, unless built=False, for what is not built
     yet. What is accepted without effect is said in one warning of this module's logger.
     """
-    typed = dict(vars(train_parser().parse_args(argv)))
-    values: dict[str, Any] = {"debug": typed.pop("debug")}
+    try:
+        given_words = translate(sys.argv[1:] if argv is None else argv)
+    except ValueError as mistake:
+        raise UsageError(str(mistake)) from mistake
+    typed = dict(vars(train_parser().parse_args(given_words.words)))
+    filed = settings_of_files(typed.pop("config", ()))
+    values: dict[str, Any] = {"debug": typed.pop("debug") or filed.pop("debug", False)}
     words = legacy_words(typed)
-    loss = chosen_loss(typed)
+    loss = chosen_loss(typed) or filed.pop("loss", "")
     lora = convert("lora", typed.pop("lora", "0"), bool)
     source: dict[str, str] = {}
     field_of: dict[str, str] = {flag: name for name, flag in FLAG_OF.items()} | ALIASES
@@ -192,6 +208,9 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
         if name in values and name in source and values[name] != value:
             raise UsageError(f"--{source[name]} and --{flag} {text}: the same setting with two values")
         values[name], source[name] = value, flag
+    for name, value in filed.items():
+        if name not in values and not (lora and name == "peft"):
+            values[name], source[name] = value, flag_of(name)
     given = {name for name in source if values[name] is not None and not (name in READ_SIZES and values[name] == 0)}
     if loss:
         values["loss"] = loss
@@ -206,11 +225,29 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
             refuse_not_built(config)
     except ValueError as mistake:
         raise UsageError(spelled(str(mistake))) from mistake
+    if given_words.said:
+        log.warning("spelled as in another program: %s", "; ".join(given_words.said))
     if words:
         log.warning("accepted without effect: %s", ", ".join(words))
     for sentence in notices(config):
         log.warning(spelled(sentence))
     return config
+
+
+def settings_of_files(paths: Sequence[str]) -> dict[str, Any]:
+    """What the files of --config say; raises UsageError."""
+    if not paths:
+        return {}
+    from rwkv_rlhf.settings.config_file import read_config_files
+
+    try:
+        found = read_config_files(paths, kinds())
+    except ValueError as mistake:
+        raise UsageError(str(mistake)) from mistake
+    for name, value in found.items():
+        words = words_of(flag_of(name)[2:]) if isinstance(value, str) else {}
+        found[name] = words.get(value, value)
+    return found
 
 
 def legacy_words(typed: dict[str, str]) -> list[str]:

@@ -15,6 +15,8 @@ from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.policy_tables import ADVANTAGES, GRPO_LOSSES, SCALES
+from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 from rwkv_rlhf.settings.tables import LossFacts
 
 PROGRAM = "RWKV-LM-RLHF"
@@ -289,35 +291,84 @@ class Config:
     kd: str = setting("forward", "distillation: divergence", choices=("forward", "reverse", "js"))
     kd_tail: bool = setting(False, "distillation: one more outcome for the probability outside the top k")
     teacher_model: str = setting("", "distillation: teacher model that is asked during training", resume=FILE)
-    rm_margin: bool = setting(False, "reward model: use the margins of the pair file")
-    rm_centring: float = setting(0.0, "reward model: weight that keeps rewards near zero", at_least=0)
+    rm_margin: bool = setting(
+        False, "reward model: rewards differ by what the pair file says (margin, or score_chosen - score_rejected)"
+    )
+    rm_centring: float = setting(0.0, "reward model: weight of (chosen + rejected reward)^2", at_least=0)
 
     # --- rl
     reward_model: str = setting("", "reward model of {ppo} or {grpo}", resume=FILE)
-    reward_funcs: str = setting("", "GRPO: rewards.py:name,name")
-    steps: int = setting(20000, "PPO: samples in all", at_least=1)
-    batch_size: int = setting(32, "PPO: samples per rollout", at_least=1)
-    mini_batch_size: int = setting(1, "PPO: samples per update", at_least=1)
+    reward_funcs: str = setting("", "rewards.py:name,name, functions with TRL's signature")
+    steps: int = setting(
+        20000, "PPO: samples of each process in all (more where {early_stopping} leaves updates out)", at_least=1
+    )
+    batch_size: int = setting(32, "PPO: samples per rollout and process", at_least=1)
+    mini_batch_size: int = setting(1, "PPO: samples per micro-batch and process, in place of {micro_bsz}", at_least=1)
     ppo_epochs: int = setting(4, "PPO: passes over each rollout", at_least=1)
     init_kl_coef: float = setting(0.2, "PPO: first weight of the KL penalty", at_least=0)
-    adap_kl_ctrl: bool = setting(True, "PPO: adapt that weight")
+    adap_kl_ctrl: bool = setting(True, "PPO: adapt that weight, so that the KL of an answer nears {adap_kl_target}")
+    adap_kl_target: float = setting(6.0, "PPO: KL of an answer to the start model that is aimed at, nats", above=0)
+    horizon: int = setting(10000, "PPO: samples in which the weight of the KL penalty adapts", at_least=1)
     target_kl: float = setting(
         0.1, "PPO: target KL per update; {early_stopping} ends the passes at 1.5 times it", above=0
     )
     early_stopping: bool = setting(False, "PPO: end a rollout's passes early when the KL is too large ({target_kl})")
     reward_baseline: float = setting(0.0, "PPO: subtracted from each reward")
+    reward_clip: float = setting(0.0, "PPO: largest reward, and smallest below zero; 0 = no limit", at_least=0)
+    missing_eos_penalty: float = setting(
+        0.0, "PPO: taken off the reward of answers cut at {output_max_length}", at_least=0
+    )
+    whiten_rewards: bool = setting(False, "PPO: scale each rollout's rewards of tokens to a variance of 1")
+    cliprange: float = setting(0.2, "PPO: how far a ratio may leave 1", above=0, below=1)
+    cliprange_value: float = setting(0.2, "PPO: how far a value may leave that at sampling; 0 = no limit", at_least=0)
+    vf_coef: float = setting(0.1, "PPO: weight of the values' error", at_least=0)
+    gamma: float = setting(1.0, "PPO: discount of later rewards, a token", above=0, at_most=1)
+    lam: float = setting(0.95, "PPO: lambda of GAE", at_least=0, at_most=1)
+    dual_clip: float = setting(
+        0.0, "PPO: most that a bad token's ratio counts, above 1 (3 in arXiv 1912.09729); 0 = off", at_least=0
+    )
     output_max_length: int = setting(128, "PPO: longest answer", at_least=1)
     save_freq: int = setting(0, "PPO: rollouts between two saves; 0 = at the end only", at_least=0)
     grpo_gen_count: int = setting(4, "GRPO: answers per prompt", at_least=2)
     grpo_gen_length: int = setting(1024, "GRPO: longest answer", at_least=1)
     grpo_gen_temperature: float = setting(1.0, "GRPO: sampling temperature", above=0)
-    grpo_gen_topp: float = setting(0.7, "GRPO: nucleus", above=0, at_most=1)
-    grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty", at_least=0)
+    grpo_gen_topp: float = setting(1.0, "GRPO: nucleus; only 1, the whole distribution", above=0, at_most=1)
+    grpo_kl_beta: float = setting(0.1, "GRPO: weight of the KL penalty; 0 = none", at_least=0)
+    grpo_kl: str = setting("k3", "GRPO: estimator of the KL in the loss", choices=("k1", "k2", "k3"))
+    grpo_kl_unbiased: bool = setting(False, "GRPO: weigh the estimator by the ratio, which makes its gradient unbiased")
+    grpo_loss: str = setting("grpo", "GRPO: objective", choices=lambda: tuple(GRPO_LOSSES))
+    grpo_advantage: str = setting("group", "GRPO: how rewards become advantages", choices=lambda: tuple(ADVANTAGES))
+    grpo_scale: str = setting("group", "GRPO: what divides advantages", choices=lambda: tuple(SCALES))
+    grpo_epsilon: float = setting(0.2, "GRPO: how far a ratio may fall below 1, and rise above it", above=0, below=1)
+    grpo_epsilon_high: float = setting(
+        0.0, "GRPO: how far it may rise (0.28 in DAPO; cispo: the largest ratio); 0 = the loss's own", at_least=0
+    )
+    grpo_delta: float = setting(0.0, "GRPO: largest ratio whatever the advantage, above 1; 0 = no limit", at_least=0)
+    grpo_mask_truncated: bool = setting(False, "GRPO: answers cut at {grpo_gen_length} are not trained on")
+    grpo_overlong_buffer: int = setting(
+        0, "GRPO: tokens before {grpo_gen_length} in which the reward falls by up to 1; 0 = none", at_least=0
+    )
+    grpo_dynamic: int = setting(
+        0, "GRPO: times that prompts whose answers all have one reward are replaced by others; 0 = never", at_least=0
+    )
+    grpo_passes: int = setting(1, "GRPO: passes over each rollout", at_least=1)
+    grpo_rollout_steps: int = setting(1, "GRPO: optimizer steps of one pass over a rollout", at_least=1)
+    reward_weights: str = setting("", "weights of {reward_funcs} and the reward model: 1,0.5; empty = 1 each")
+    entropy_coef: float = setting(0.0, "weight of the policy's entropy, which is to be large", at_least=0)
+    max_kl: float = setting(
+        10.0, "KL to the start model, nats a token, at which a run stops instead of diverging; 0 = never", at_least=0
+    )
+    sample_at_once: int = setting(64, "answers sampled at once by each process", at_least=1, resume=ROUNDS)
+    samples_every: int = setting(
+        10, "rollouts between two tables of samples in samples.jsonl; 0 = none", at_least=0, resume=MAY_CHANGE
+    )
 
     # --- data
     data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    pair_file: str = setting("", "preference pairs or rated answers: [pairs]", resume=FILE)
+    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=("", *SHAPES))
+    thinking: str = setting("keep", "thinking beside answers: kept as <think>...</think>, or dropped", choices=THINKING)
+    pair_file: str = setting("", "preference pairs, rated answers or prompts: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
     template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file", resume=FILE)
@@ -336,19 +387,44 @@ class Config:
     save_dtype: str = setting(
         "base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"), resume=MAY_CHANGE
     )
-    save_format: str = setting("pth", "format of checkpoints", choices=("pth", "safetensors"), resume=MAY_CHANGE)
+    save_format: str = setting(
+        "pth", "format of checkpoints", choices=("pth", "safetensors", "sharded"), resume=MAY_CHANGE
+    )
     keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0, resume=MAY_CHANGE)
 
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        """Fills the two defaults that depend on other settings."""
+        """Fills the defaults that depend on other settings."""
         if self.dpo_alpha is None:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
         if self.smoothing is None:
             # next tokens of {data_file} without a word about a loss are pre-training, which is not smoothed
             typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
             object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
+
+        if self.own_length:
+            for name, value in self._ppo_length().items():
+                if name not in self.given:
+                    object.__setattr__(self, name, value)
+
+    def _ppo_length(self) -> dict[str, int]:
+        """Micro-batches, mini-epochs and saves of PPO, whose own flags count samples and rollouts."""
+        micro = self.micro_bsz if "micro_bsz" in self.given else self.mini_batch_size
+        rollouts = math.ceil(self.steps / self.batch_size)
+        saved = min(self.save_freq or rollouts, rollouts)
+        batches = saved * self.ppo_epochs * max(1, self.batch_size // micro)
+        return {
+            "micro_bsz": micro,
+            "epoch_steps": batches,
+            "epoch_count": math.ceil(rollouts / saved),
+            "epoch_save": 1,
+        }
+
+    @property
+    def own_length(self) -> bool:
+        """Whether flags of the loss say how long the run is, in samples."""
+        return self.loss == "ppo"
 
     @property
     def loss_facts(self) -> LossFacts:

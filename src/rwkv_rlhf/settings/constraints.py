@@ -13,6 +13,7 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Choices, Config, choices_of, new_versions, settings
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
+from rwkv_rlhf.settings.policy_tables import ADVANTAGES
 
 PLAN_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_parts", "lora_layers")
 ADAPTER_SWITCHES = ("limited_lora", "rslora", "lora_plus")
@@ -117,6 +118,11 @@ CONSTRAINTS = (
         "{pair_file=} needs a loss: {dpo} 1, {orpo} 1 or another one on preference pairs",
     ),
     Constraint(
+        "loss_needs_prompts",
+        lambda c: trains(c) and bool(c.loss) and c.loss_facts.data == "prompts" and not c.pair_file,
+        "{loss=} needs {pair_file}, the file of prompts",
+    ),
+    Constraint(
         "loss_needs_pairs",
         lambda c: trains(c) and bool(c.loss) and c.loss_facts.data != "text" and not c.pair_file,
         "{loss=} needs {pair_file}, the file of preference pairs",
@@ -169,13 +175,49 @@ CONSTRAINTS = (
     ),
     Constraint(
         "ppo_needs_rewards",
-        lambda c: c.loss == "ppo" and not c.reward_model,
-        "{ppo} 1 needs {reward_model}",
+        lambda c: c.loss == "ppo" and not c.reward_model and not c.reward_funcs,
+        "{ppo} 1 needs {reward_model} or {reward_funcs}",
+    ),
+    Constraint(
+        "one_micro_batch",
+        lambda c: c.loss == "ppo" and {"micro_bsz", "mini_batch_size"} <= c.given and c.micro_bsz != c.mini_batch_size,
+        "{micro_bsz=} and {mini_batch_size=} say the same with {loss=}: give one of them",
+    ),
+    Constraint(
+        "whole_updates",
+        lambda c: c.loss == "ppo" and c.batch_size % (c.micro_bsz * c.accumulate_grad_batches) != 0,
+        "{batch_size=} must be a multiple of an update's samples, {mini_batch_size=} times {accumulate_grad_batches=}",
+    ),
+    Constraint(
+        "dual_clip_above_one",
+        lambda c: 0 < c.dual_clip <= 1,
+        "{dual_clip=}: must be above 1 (0 = off)",
     ),
     Constraint(
         "grpo_needs_rewards",
         lambda c: c.loss == "grpo" and not c.reward_model and not c.reward_funcs,
         "{grpo} 1 needs {reward_model} or {reward_funcs}",
+    ),
+    Constraint(
+        "grpo_samples_everything",
+        lambda c: c.loss == "grpo" and c.grpo_gen_topp < 1,
+        "{grpo_gen_topp=}: answers of a cut distribution bias the ratio of policy and sampler, which the loss rests on "
+        "(its mean is below 1); leave it 1, {grpo_gen_temperature} changes both alike",
+    ),
+    Constraint(
+        "scale_of_groups",
+        lambda c: c.loss == "grpo" and "grpo_scale" in c.given and not ADVANTAGES[c.grpo_advantage].scaled,
+        "{grpo_scale=} has no effect with {grpo_advantage=}, whose advantages are not divided",
+    ),
+    Constraint(
+        "delta_above_one",
+        lambda c: 0 < c.grpo_delta <= 1,
+        "{grpo_delta=}: the largest ratio must be above 1 (0 = no limit)",
+    ),
+    Constraint(
+        "buffer_inside_the_answer",
+        lambda c: c.grpo_overlong_buffer >= c.grpo_gen_length,
+        "{grpo_overlong_buffer=} must be below {grpo_gen_length=}",
     ),
     Constraint(
         "profile_or_peft",
@@ -186,6 +228,11 @@ CONSTRAINTS = (
         "one_length",
         lambda c: c.epochs > 0 and bool({"epoch_steps", "epoch_count", "my_exit_tokens"} & c.given),
         "{epochs=} counts passes over the data: leave out {epoch_steps}, {epoch_count} and {my_exit_tokens}",
+    ),
+    Constraint(
+        "passes_of_samples",
+        lambda c: c.epochs > 0 and c.own_length,
+        "{epochs=} with {loss=}, whose length is {steps} samples: leave out {epochs}",
     ),
     Constraint(
         "passes_of_a_corpus",
@@ -267,6 +314,12 @@ STRATEGY_CONSTRAINTS = (
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].whole_blocks and c.chunk > 0,
         "{strategy=} gathers the weights of one block at a time, and infinite context has one backward pass for all "
         "chunks and blocks; use {strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
+    ),
+    Constraint(
+        "whole_blocks_and_sampling",
+        lambda c: tables.STRATEGIES[c.strategy].whole_blocks and c.loss_facts.data == "prompts",
+        "{strategy=} gathers the weights of one block at a time, and {loss=} samples answers token by token; use "
+        "{strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2",
     ),
     Constraint(
         "states_and_recomputed_blocks",
@@ -354,6 +407,8 @@ def notices(config: Config) -> list[str]:
         said.append(say("{data_file} is not read: {loss=} trains on {pair_file}", config))
     if trains(config) and config.pair_file and config.loss and config.loss_facts.data == "text":
         said.append(say("{pair_file} is not read: {loss=} trains on {data_file}", config))
+    if trains(config) and config.l2wrap and config.loss and not config.loss_facts.predicts:
+        said.append(say("{l2wrap} 1 has no effect: {loss=} predicts no token", config))
     if trains(config) and config.trust_reference and not config.loss_facts.reference:
         said.append(say("{trust_reference} has no effect: {loss=} has no reference model", config))
     if config.drop_ties and not config.pair_file and not config.val_file:
@@ -378,13 +433,14 @@ def notices(config: Config) -> list[str]:
         for name in ("smoothing", "train_on_prompt"):
             if name in config.given and getattr(config, name):
                 said.append(say(f"{{{name}=}} has no effect on preference pairs, only on text", config))
+    own = config.loss_facts.settings if config.loss else ()
     useless = [
         name
         for loss, facts in tables.LOSSES.items()
         if loss != config.loss
         for name in facts.settings
-        if name in config.given
+        if name in config.given and name not in own
     ]
     if useless:
-        said.append("no effect with this loss: " + ", ".join(f"{{{name}}}" for name in useless))
+        said.append("no effect with this loss: " + ", ".join(f"{{{name}}}" for name in dict.fromkeys(useless)))
     return said

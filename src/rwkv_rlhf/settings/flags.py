@@ -29,7 +29,98 @@ WORDS: dict[str, dict[str, str | None]] = {
     "orpo_mode": {"0": "mean", "1": "sum"},
     "precision": {"16": "fp16", "32": "fp32", "64": "fp64", "bf16-true": "bf16", "bf16-mixed": "bf16"},
     "accelerator": {"cuda": "gpu"},
+    "strategy": {
+        "single_device": "auto",
+        "single-device": "auto",
+        "single": "auto",
+        "ddp_find_unused_parameters_false": "ddp",
+        "deepspeed": "deepspeed_stage_2",
+    },
 }
+
+
+class Elsewhere(NamedTuple):
+    """How another program spells something.
+
+    said: a flag with a value; X stands for any value. ours: what it is here, with X for that value; "" = nothing, and
+    `note` says why. None: it is refused with `note`, which says what to do.
+    """
+
+    program: str
+    said: str
+    ours: str | None
+    note: str = ""
+
+
+_PACKED = "rows are packed without padding, and no token is left out"
+_MARKS = "give the chats themselves (docs/data.md): of them only the answers are learnt"
+_FUSED = "kernels are chosen by themselves; --wkv_backend names one"
+_LOADER = "data is read in the process that trains"
+ELSEWHERE: tuple[Elsewhere, ...] = (
+    Elsewhere("RWKV-PEFT", "dataload pad", "", _PACKED),
+    Elsewhere("RWKV-PEFT", "dataload only", "", _PACKED),
+    Elsewhere("RWKV-PEFT", "dataload get", "", _PACKED),
+    Elsewhere("RWKV-PEFT", "peft none", "peft full"),
+    Elsewhere("RWKV-PEFT", "peft disha", "peft bone", "with the mode bone; peft miss is its successor"),
+    Elsewhere("RWKV-PEFT", "PISSA", "peft pissa"),
+    Elsewhere("RWKV-PEFT", "state_tune", "peft state"),
+    Elsewhere("RWKV-PEFT", "train_type none", ""),
+    Elsewhere("RWKV-PEFT", "train_type state", "peft state"),
+    Elsewhere("RWKV-PEFT", "train_type infctx", "infctx 1"),
+    Elsewhere("RWKV-PEFT", "loss_mask none", ""),
+    Elsewhere("RWKV-PEFT", "loss_mask pad", "", "there is no padding"),
+    Elsewhere("RWKV-PEFT", "loss_mask qa", None, _MARKS),
+    Elsewhere("RWKV-PEFT", "loss_mask se", None, _MARKS),
+    Elsewhere("RWKV-PEFT", "mask_id X", "", "read with --loss_mask only"),
+    Elsewhere("RWKV-PEFT", "quant none", "quant 0"),
+    Elsewhere("RWKV-PEFT", "quant nf4", "quant 1 --quant_mode nf4"),
+    Elsewhere("RWKV-PEFT", "quant fp4", "quant 1 --quant_mode fp4"),
+    Elsewhere("RWKV-PEFT", "quant int8", "quant 1 --quant_mode int8"),
+    Elsewhere("RWKV-PEFT", "quant fp8", "quant 1 --quant_mode fp8"),
+    Elsewhere("RWKV-PEFT", "rwkv_version X", "my_testing X"),
+    Elsewhere("RWKV-PEFT", "data_shuffle X", "random_mode X"),
+    Elsewhere("RWKV-PEFT", "train_parts time ln", "", "these train beside adapters"),
+    Elsewhere("RWKV-PEFT", "train_parts X", None, "a layer profile says what trains: make_profile.py writes one"),
+    Elsewhere("RWKV-PEFT", "data_type sft", "", "the rows are recognised (docs/data.md)"),
+    Elsewhere("RWKV-PEFT", "sft_field X", "", "the rows are recognised (docs/data.md)"),
+    Elsewhere("RWKV-PEFT", "sft_split train", "", "of a saved data set the split train is read"),
+    Elsewhere("RWKV-PEFT", "lr_schedule cos", "lr_schedule cosine"),
+    Elsewhere("RWKV-PEFT", "op X", "", _FUSED),
+    Elsewhere("RWKV-PEFT", "fused_kernel", "", _FUSED),
+    Elsewhere("RWKV-PEFT", "persistent_workers", "", _LOADER),
+    Elsewhere("RWKV-PEFT", "num_workers X", "", _LOADER),
+    Elsewhere("RWKV-PEFT", "prefetch_factor X", "", _LOADER),
+    Elsewhere("RWKV-PEFT", "lisa_config X", None, "LISA (layers drawn anew as training goes on) is not built"),
+    Elsewhere("RWKV-LM", "head_chunk 0", "head_chunk 1000000000", "one chunk: all logits exist at once"),
+    Elsewhere("RWKV-LM", "kernel X", "", _FUSED),
+    Elsewhere("RWKV-LM", "my_testing r2r3r4", "my_testing x052"),
+    Elsewhere("OpenMOSE", "distillation_train_file X", "train_data_file X"),
+    Elsewhere("OpenMOSE", "sft_jsonmode 1", "", "the rows are recognised (docs/data.md)"),
+    Elsewhere("OpenMOSE", "dpo_max_corpus_len X", "rlhf_max_corpus_len X"),
+    Elsewhere("OpenMOSE", "orpo_type X", None, "say --orpo_mode 0 (means over tokens) or 1 (sums)"),
+)
+
+# flags of other programs that hold JSON, by the adapter that they are for; "" = any
+CONFIGS: dict[str, str] = {
+    "peft_config": "",
+    "lora_config": "lora",
+    "dora_config": "dora",
+    "pissa_config": "pissa",
+    "bone_config": "bone",
+    "disha_config": "bone",
+    "miss_config": "miss",
+}
+# key of such a JSON -> our flag; "" = what --peft says already
+CONFIG_KEYS: dict[str, str] = {
+    **dict.fromkeys(("r", "lora_r", "pissa_r", "bone_r", "disha_r"), "lora_r"),
+    **dict.fromkeys(("alpha", "lora_alpha"), "lora_alpha"),
+    **dict.fromkeys(("dropout", "lora_dropout"), "lora_dropout"),
+    **dict.fromkeys(("load", "lora_load", "pissa_load", "bone_load", "disha_load"), "load_adapter"),
+    "pissa_init": "load_adapter_pissa_init",
+    "svd_niter": "svd_niter",
+    **dict.fromkeys(("mode", "bone_mode"), ""),
+}
+MODES = ("", "mode", "bone", "miss")  # values of a key for which CONFIG_KEYS has ""
 
 
 class Old(NamedTuple):

@@ -18,6 +18,7 @@ class FormatFacts:
     rated answers, read(path, report, columns) -> rows. pairs: pairs that are no rows, open(path, tokenizer, options,
     ctx_len) -> Pairs. tells: of a file that can hold text or pairs but no rows, whether it holds pairs.
     tokenised: it holds token ids, so template and tokenizer do not matter. words: of --data_type, beside its name.
+    packs: a file of it may be packed, with a further suffix of PACKED.
     """
 
     help: str
@@ -28,6 +29,7 @@ class FormatFacts:
     tells: str = ""
     tokenised: bool = False
     words: tuple[str, ...] = ()
+    packs: bool = False
 
     @property
     def holds(self) -> tuple[str, ...]:
@@ -36,16 +38,23 @@ class FormatFacts:
         return tuple(kind for kind, reader in found.items() if reader)
 
 
+PACKED = (".gz", ".zst")
+_DOCUMENTS = ".data.text.documents:row_documents"
+
 FORMATS: dict[str, FormatFacts] = {
-    "csv": FormatFacts("a table with a header", (".csv",), rows=".data.rows:read_csv"),
+    "csv": FormatFacts("a table with a header", (".csv",), text=_DOCUMENTS, rows=".data.csv_rows:read_csv", packs=True),
+    "tsv": FormatFacts(
+        "a table with a header and tabs", (".tsv",), text=_DOCUMENTS, rows=".data.csv_rows:read_tsv", packs=True
+    ),
     "jsonl": FormatFacts(
-        "one JSON object a line",
-        (".jsonl",),
-        text=".data.text.documents:jsonl_documents",
-        rows=".data.rows:read_jsonl",
+        "JSON objects: one a line, or an array",
+        (".jsonl", ".json", ".ndjson"),
+        text=_DOCUMENTS,
+        rows=".data.json_rows:read_jsonl",
+        packs=True,
     ),
     "txt": FormatFacts(
-        "one document", (".txt",), text=".data.text.documents:txt_documents", words=("utf-8",)
+        "one document", (".txt",), text=".data.text.documents:txt_documents", words=("utf-8",), packs=True
     ),  # utf-8 is RWKV-LM's name for a text file
     "binidx": FormatFacts(
         "Megatron's pair of .bin and .idx, named with or without suffix",
@@ -53,7 +62,13 @@ FORMATS: dict[str, FormatFacts] = {
         text=".data.text.documents:binidx_documents",
         tokenised=True,
     ),
-    "parquet": FormatFacts("a table in columns", (".parquet",), rows=".data.rows:read_parquet"),
+    "parquet": FormatFacts("a table in columns", (".parquet",), text=_DOCUMENTS, rows=".data.arrow_rows:read_parquet"),
+    "arrow": FormatFacts(
+        "a table in columns, or a folder that the datasets library saved",
+        (".arrow", ".feather"),
+        text=_DOCUMENTS,
+        rows=".data.arrow_rows:read_arrow",
+    ),
     "save": FormatFacts(
         "tokenised pairs of the preparation scripts",
         (".save",),
@@ -78,9 +93,12 @@ def format_of_word(word: str) -> str:
 
 
 def format_of_name(path: str | os.PathLike[str]) -> str:
-    """The format that the suffix of a path names; "" for none."""
-    suffix = Path(path).suffix.lower()
-    return next((name for name, facts in FORMATS.items() if suffix in facts.suffixes), "")
+    """The format that the suffix of a path names, behind that of a packed file; "" for none."""
+    name = Path(path).name.lower()
+    packed = name.endswith(PACKED)
+    suffix = Path(Path(name).stem if packed else name).suffix
+    found = ((name, facts) for name, facts in FORMATS.items() if facts.packs or not packed)
+    return next((name for name, facts in found if suffix in facts.suffixes), "")
 
 
 def refuse_other_format(path: str | os.PathLike[str], flag: str, *legal: str) -> None:

@@ -2,16 +2,19 @@
 can take. What is in them is seen when they are opened."""
 
 import os
+import re
 from collections.abc import Iterator
 
+from rwkv_rlhf.files import sharded_files
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains, trains_on_text
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
 
 MODELS = (
     *("load_model", "load_adapter", "load_adapter_pissa_init", "load_cold_adapter"),
-    *("reference_model", "teacher_model"),
+    *("reference_model", "teacher_model", "reward_model"),
 )
+DATA = ("data_file", "pair_file", "val_file")  # each may name several files
 TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by mistake
 
 
@@ -29,14 +32,36 @@ def check_given_files(config: Config) -> None:
     if config.doctor or config.dry_run_shape or config.train_stage == 1:
         return
     for name in named_files(config):
-        path = str(getattr(config, name))
-        if name in ("data_file", "val_file") and os.path.isfile(f"{corpus_prefix(path)}.idx"):
-            continue
-        if os.path.isdir(path):
+        given = str(getattr(config, name))
+        for path in plain_files(given) if name in DATA else [given]:
+            check_file(config, name, path)
+    file, separator, _ = config.reward_funcs.rpartition(":")
+    if separator and not os.path.isfile(file):
+        raise ValueError(f"{{reward_funcs}} {config.reward_funcs}: there is no file {file}")
+
+
+def plain_files(spec: str) -> Iterator[str]:
+    """The files and folders among what a flag for data names; a pattern is looked at when it is opened."""
+    for part in [spec] if os.path.exists(spec) else map(str.strip, spec.split(",")):
+        weighted = None if os.path.exists(part) else re.fullmatch(r"(.+):[\d.]+", part)
+        path = weighted[1] if weighted else part
+        if path and (os.path.exists(path) or not {*"*?["} & {*path}):
+            yield path
+
+
+def check_file(config: Config, name: str, path: str) -> None:
+    """Raises ValueError when `path` of the setting `name` is not there, or not of a form that it can take."""
+    if name in ("data_file", "val_file") and os.path.isfile(f"{corpus_prefix(path)}.idx"):
+        return
+    if os.path.isdir(path):
+        if name in MODELS:
+            sharded_files(path)
+        elif name not in DATA:
             raise ValueError(f"{{{name}}} {path} is a folder, expected a file")
-        if not os.path.exists(path):
-            raise ValueError(f"{{{name}}} {path} does not exist, so it cannot be read")
-        check_form(config, name, path)
+        return
+    if not os.path.exists(path):
+        raise ValueError(f"{{{name}}} {path} does not exist, so it cannot be read")
+    check_form(config, name, path)
 
 
 def corpus_prefix(path: str) -> str:

@@ -12,12 +12,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings import policy_tables, tables
 from rwkv_rlhf.settings.config import GROUPS, choices_of, grouped_settings, settings
 from rwkv_rlhf.settings.constraints import LIMITS
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
 from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
 from rwkv_rlhf.settings.not_built import values_not_built
+from rwkv_rlhf.settings.shapes import SHAPES
 
 # setting -> the table that explains its choices
 EXPLAINED: dict[str, Mapping[str, Any]] = {
@@ -26,8 +27,12 @@ EXPLAINED: dict[str, Mapping[str, Any]] = {
     "quant_mode": tables.STORAGES,
     "peft": tables.ADAPTERS,
     "data_type": FORMATS,
+    "format": SHAPES,
     "optim": tables.OPTIMIZERS,
     "wkv_backend": tables.BACKENDS,
+    "grpo_loss": policy_tables.GRPO_LOSSES,
+    "grpo_advantage": policy_tables.ADVANTAGES,
+    "grpo_scale": policy_tables.SCALES,
 }
 # setting -> a value for the example, where the default says too little
 EXAMPLES = {
@@ -62,6 +67,12 @@ EXAMPLES = {
     "teacher_model": "large.pth",
     "reward_model": "out/rm/rwkv-final.pth",
     "reward_funcs": "rewards.py:exact,format",
+    "reward_weights": "1,0.5",
+    "grpo_epsilon_high": "0.28",
+    "grpo_delta": "4",
+    "grpo_overlong_buffer": "256",
+    "grpo_dynamic": "4",
+    "entropy_coef": "0.001",
     "data_file": "example/SFT/chats.jsonl",
     "pair_file": "example/DPO/output_save/pairs.save",
     "vocab_file": "tokenizer.json",

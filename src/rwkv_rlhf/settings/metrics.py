@@ -6,7 +6,10 @@ Logged numbers are means over the tokens, pairs or answers of an optimizer step,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
+
+REWARDS = "rewards/"  # before the name of a reward function
 
 
 class Metric(NamedTuple):
@@ -27,7 +30,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "loss": Metric(
         "training: what is minimised, without the L2Wrap penalty; held out: plain negative log-likelihood of the text, "
-        "of the chosen or of the good answers",
+        "of the chosen or of the good answers; of a reward model its own loss",
         "nats/token, or of the loss",
         panel="loss",
         short="loss",
@@ -73,12 +76,14 @@ METRICS: dict[str, Metric] = {
         "chosen_reward - reject_reward", "rewards of the loss", panel="margin of rewards", better="higher"
     ),
     "chosen_reward": Metric(
-        "implicit reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
-        "summed, SimPO beta * mean log-probability; ORPO log odds",
+        "reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
+        "summed, SimPO beta * mean log-probability; ORPO log odds; of a reward model what its head says",
         "rewards of the loss",
         better="higher",
     ),
     "reject_reward": Metric("the same of the rejected (or bad) answers", "rewards of the loss"),
+    "reward_min": Metric("held-out pairs: smallest reward that a reward model gives an answer", "rewards"),
+    "reward_max": Metric("held-out pairs: largest reward that a reward model gives an answer", "rewards"),
     "logp_margin": Metric(
         "chosen_logp - reject_logp, less the same of the reference (held out, of the model that training began from or "
         "--reference_model); --eval_only without either: the raw difference",
@@ -93,24 +98,63 @@ METRICS: dict[str, Metric] = {
         better="higher",
     ),
     "kl": Metric(
-        "KL(policy || reference) of the next token, exact, at positions of held-out chosen answers",
+        "KL(policy || reference) of the next token: exact, at positions of held-out chosen answers; of sampled answers "
+        "the estimate k3 at their tokens (losses/kl.py)",
         "nats/token",
         panel="KL to the start model, nats a token",
     ),
     "kto_kl": Metric("KTO: z, its estimate of KL(policy || reference) of whole answers, at least 0", "nats"),
+    "reward": Metric(
+        "mean reward of answers, from a reward model or reward functions",
+        "rewards",
+        panel="reward",
+        short="reward",
+        better="higher",
+    ),
+    f"{REWARDS}NAME": Metric(
+        "the same of one reward function or model, before its weight", "rewards", panel="reward", better="higher"
+    ),
+    "reward_std": Metric("standard deviation of the rewards of a rollout's answers", "rewards"),
+    "mixed_groups": Metric("share of prompts whose answers have different rewards: the others teach nothing"),
+    "entropy": Metric(
+        "entropy of the next token where answers were sampled, at the sampling temperature",
+        "nats/token",
+        panel="entropy, nats a token",
+    ),
+    "clip_fraction": Metric("share of tokens whose ratio of policy and sampler a limit has cut"),
+    "completion_length": Metric(
+        "mean tokens of a sampled answer, the stop included", "tokens", panel="tokens of an answer"
+    ),
+    "truncated": Metric("share of sampled answers that were cut at the longest length", better="lower"),
+    "sampler_gap": Metric(
+        "largest |log-probability of sampler - of trainer| over the tokens of the first rollout", "nats", better="lower"
+    ),
+    "sampled_tokens_per_s": Metric("speed of a rollout, rewards included, over all ranks", "tokens/s"),
+    "value_loss": Metric("PPO: half the squared error of values, clipped", "rewards^2", better="lower"),
+    "explained_variance": Metric(
+        "PPO: share of the returns' variance that the values foretold (1 = all, 0 = no more than a constant)",
+        better="higher",
+    ),
+    "kl_coef": Metric("PPO: weight of the KL penalty in the rewards of the rollout"),
+    "update_kl": Metric(
+        "PPO: how far the policy is from the one that sampled, log-probability then - now", "nats/token"
+    ),
     "lr": Metric("learning rate of the largest group of parameters", panel="learning rate", short="lr"),
     "grad_norm": Metric("norm of the gradient before it is clipped"),
     "tokens": Metric("training: tokens that went through the model in the step; held out: tokens scored", "tokens"),
     "tokens_per_s": Metric("training speed", "tokens/s", panel="tokens per second", short="tokens_per_s"),
     "pairs": Metric("held-out pairs", "pairs"),
     "answers": Metric("held-out rated answers", "answers"),
+    "prompts": Metric("held-out prompts", "prompts"),
 }
 
 
-def panels() -> dict[str, list[str]]:
-    """Title of each panel of the curves -> the metrics drawn in it."""
+def panels(logged: Iterable[str] = ()) -> dict[str, list[str]]:
+    """Title of each panel of the curves -> the metrics drawn in it, with those of single rewards that are `logged`."""
     found: dict[str, list[str]] = {}
     for name, metric in METRICS.items():
         if metric.panel:
             found.setdefault(metric.panel, []).append(name)
+    single = METRICS[f"{REWARDS}NAME"].panel
+    found[single] += sorted(name for name in logged if name.startswith(REWARDS))
     return found

@@ -22,11 +22,6 @@ class NotBuilt(NamedTuple):
 
 NOT_BUILT = (
     NotBuilt(
-        "loss",
-        lambda loss: bool(loss) and not tables.LOSSES[loss].implementation,
-        "{loss=}: this loss is not built yet; reward models and losses that sample answers are the ones missing",
-    ),
-    NotBuilt(
         "precision",
         lambda precision: precision == "fp16",
         "{precision=}: half precision with loss scaling is not built yet; bf16, fp32 and fp64 are",

@@ -1,4 +1,4 @@
-"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, exports, optimizers.
+"""Facts of everything that there are several of: losses, adapters, storages, versions, strategies, optimizers.
 
 Each table is the only list of its kind. The command line, constraints, plan, memory estimate, sidecars, weight decay,
 exports, curves and the parametrised tests are derived from it, so a new thing is one file and one entry here. No torch:
@@ -20,9 +20,12 @@ class LossFacts:
 
     data: what one example is: "text" (a document), "pairs" (prompt, chosen, rejected), "rated" (an answer and its
     label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
-    fields of Config that mean something with this loss only. reference: scores of the start model are needed.
+    fields of Config that mean nothing with most other losses. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
-    unless the user says otherwise. smoothing: label smoothing where none is typed.
+    unless the user says otherwise. smoothing: label smoothing where none is typed. scalar_head: the head of
+    SCALAR_HEADS that the loss trains. predicts: whether tokens are predicted; otherwise the model's own head has
+    nothing to learn. algorithm: of a loss on sampled answers, what samples and judges them (a subclass of
+    rl/algorithm.py:Algorithm).
     """
 
     help: str
@@ -34,8 +37,27 @@ class LossFacts:
     general_text: bool = False
     l2wrap: bool = False
     smoothing: float = 0.0
+    scalar_head: str = ""
+    predicts: bool = True
+    algorithm: str = ""
 
 
+@dataclass(frozen=True)
+class ScalarHeadFacts:
+    """A head that makes one number of a hidden state; a base file may lack it. merged: it belongs to a merged model."""
+
+    help: str
+    merged: bool = True
+
+
+SCALAR_HEADS: dict[str, ScalarHeadFacts] = {
+    "score_head": ScalarHeadFacts("the reward of a whole answer, from the state after its last token"),
+    "value_head": ScalarHeadFacts(
+        "what is still to come of an answer's reward, from the state before each token", merged=False
+    ),
+}
+
+OF_ROLLOUTS = ("reward_funcs", "reward_weights", "entropy_coef", "max_kl", "sample_at_once", "samples_every")
 LOSSES: dict[str, LossFacts] = {
     "sft": LossFacts(
         "supervised fine-tuning: next tokens of text and chats", "text", ".losses.sft:SFT", l2wrap=True, smoothing=0.001
@@ -82,22 +104,38 @@ LOSSES: dict[str, LossFacts] = {
         l2wrap=True,
         smoothing=0.001,
     ),
-    "rm": LossFacts("a reward model", "pairs", settings=("rm_margin", "rm_centring")),
+    "rm": LossFacts(
+        "a reward model: one number for a whole answer",
+        "pairs",
+        ".losses.reward:RewardLoss",
+        ("rm_margin", "rm_centring"),
+        scalar_head="score_head",
+        predicts=False,
+    ),
     "ppo": LossFacts(
         "proximal policy optimisation against a reward model",
         "prompts",
-        settings=(
-            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "target_kl"),
-            *("early_stopping", "reward_baseline", "output_max_length", "save_freq"),
+        ".losses.ppo:PPO",
+        (
+            *("steps", "batch_size", "mini_batch_size", "ppo_epochs", "init_kl_coef", "adap_kl_ctrl", "adap_kl_target"),
+            *("horizon", "target_kl", "early_stopping", "reward_baseline", "reward_clip", "missing_eos_penalty"),
+            *("whiten_rewards", "output_max_length", "save_freq", "cliprange", "cliprange_value", "vf_coef", "gamma"),
+            *("lam", "dual_clip", *OF_ROLLOUTS),
         ),
+        scalar_head="value_head",
+        algorithm=".rl.ppo:PPO",
     ),
     "grpo": LossFacts(
         "group relative policy optimisation with reward functions or a reward model",
         "prompts",
-        settings=(
-            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta"),
-            "reward_funcs",
+        ".losses.grpo:GRPO",
+        (
+            *("grpo_gen_count", "grpo_gen_length", "grpo_gen_temperature", "grpo_gen_topp", "grpo_kl_beta", "grpo_kl"),
+            *("grpo_kl_unbiased", "grpo_loss", "grpo_advantage", "grpo_scale", "grpo_epsilon", "grpo_epsilon_high"),
+            *("grpo_delta", "grpo_mask_truncated", "grpo_overlong_buffer", "grpo_dynamic", "grpo_passes"),
+            *("grpo_rollout_steps", *OF_ROLLOUTS),
         ),
+        algorithm=".rl.grpo:GRPO",
     ),
 }
 PRETRAINING = "sft"  # the loss of {data_file} alone, without a word about one (and then without smoothing)
@@ -368,24 +406,6 @@ STRATEGIES: dict[str, StrategyFacts] = {
         for stage, what in ((1, "optimizer state"), (2, "optimizer state and gradients"), (3, "these and parameters"))
         for offload in (False, True)
     },
-}
-
-
-@dataclass(frozen=True)
-class ExportFacts:
-    """A form for another program. implementation: (adapter, folder, force) -> a sentence. files: what it writes."""
-
-    help: str
-    implementation: str
-    files: tuple[str, ...]
-
-
-EXPORTS: dict[str, ExportFacts] = {
-    "peft": ExportFacts(
-        "as the PEFT library has it",
-        ".checkpoints.exporters.peft:to_peft_folder",
-        ("adapter_model.safetensors", "adapter_config.json"),
-    ),
 }
 
 

@@ -19,12 +19,14 @@ from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
 from rwkv_rlhf.reports.page import write_report
 from rwkv_rlhf.reports.wandb_run import open_wandb
+from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.metrics import METRICS
 from rwkv_rlhf.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[], dict[str, Any]]
+STOPS = (KeyboardInterrupt, SIGTERMException, RewardError)  # after which the weights are good, and are saved
 
 
 def shown(record: dict[str, Any]) -> dict[str, str]:
@@ -120,7 +122,8 @@ class Log(pl.Callback):
 
 
 def merit(record: dict[str, Any]) -> tuple[float, ...]:
-    """Held-out figures as something to compare: lower loss is better; of preferences higher accuracy, then margin."""
+    """Held-out figures as something to compare: lower loss is better (of sampled answers that is a higher reward); of
+    preferences higher accuracy, then margin."""
     if "accuracy" not in record:
         return (-record["loss"],)
     return (record["accuracy"], record.get("reward_margin", record.get("logp_margin", 0.0)))
@@ -195,8 +198,8 @@ class Save(pl.Callback):
             self.folder.save_numbered(self.epoch_begin + epoch)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ctrl+C or SIGTERM: what was learned so far goes to rwkv-last."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        """Ctrl+C, SIGTERM or a reward that cannot be used: what was learned so far goes to rwkv-last."""
+        if isinstance(exception, STOPS):
             self.stopped = isinstance(exception, KeyboardInterrupt)
             self.folder.save("last")
 
@@ -216,7 +219,7 @@ class Report(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """When rwkv-last was saved."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+        if isinstance(exception, STOPS):
             self.draw()
 
     def draw(self) -> None:

@@ -10,6 +10,7 @@ from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.ops.fastest import SLOWER, fastest_precision, slowness
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import text_format, trains
 
@@ -40,8 +41,10 @@ def with_precision(config: Config) -> Config:
 def with_length(config: Config) -> Config:
     """The Config with --epochs as its number of mini-epochs; where no length was typed, PASSES of them over the data.
 
-    A corpus of slices keeps the tradition's 500 mini-epochs of 1000 micro-batches.
+    A corpus of slices keeps the tradition's 500 mini-epochs of 1000 micro-batches, PPO counts its samples.
     """
+    if config.own_length:
+        return config
     typed = {"epoch_steps", "epoch_count", "my_exit_tokens"} & config.given
     corpus = config.loss_facts.data == "text" and text_format(config) == "binidx"
     epochs = config.epochs or (PASSES if trains(config) and not typed and not corpus else 0)
@@ -50,9 +53,15 @@ def with_length(config: Config) -> Config:
     return dataclasses.replace(config, epochs=epochs, epoch_count=epochs) if epochs else config
 
 
-def with_pass(config: Config, steps: Steps | MixedSteps) -> Config:
+def as_typed(config: Config) -> Config:
+    """The Config without the number of mini-epochs that `with_length` made of --epochs."""
+    return dataclasses.replace(config, epoch_count=Config.epoch_count) if config.epochs else config
+
+
+def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config:
     """The Config with one pass over the examples as a mini-epoch, if --epochs counts them."""
     if not config.epochs:
         return config
-    whole = math.ceil(len(steps.examples) / steps.samples_per_step)
+    again = steps.passes if isinstance(steps, PromptSteps) else 1
+    whole = math.ceil(len(steps.examples) / steps.samples_per_step) * again
     return dataclasses.replace(config, epoch_steps=whole * config.accumulate_grad_batches)

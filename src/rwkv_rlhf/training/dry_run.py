@@ -17,6 +17,7 @@ from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.choices import with_pass
 from rwkv_rlhf.training.fit import optimizer_steps
@@ -72,10 +73,13 @@ def pair_sample(batch: AnswerBatch, decode: Decode) -> Iterator[Text]:
     prompt = [*batch.prompts[: int(batch.prompt_starts[1])].tolist(), int(batch.answers[0])]
     good = [bool(batch.good[0])] if isinstance(batch, RatedBatch) else [True, False]
     for answer, likes in enumerate(good):
-        targets = batch.targets[int(batch.starts[answer]) : int(batch.starts[answer + 1])].tolist()
+        first, end = int(batch.starts[answer]), int(batch.starts[answer + 1])
+        tokens = batch.answers[first + 1 : end].tolist()
+        if (last := int(batch.targets[end - 1])) != IGNORE:  # of an answer that is judged it is among the inputs
+            tokens.append(last)
         shown = prompt[-SHOWN // 2 :]
-        trained = [False] * len(shown) + [True] * len(targets)
-        yield coloured(shown + targets, trained, decode, GOOD if likes else BAD)
+        trained = [False] * len(shown) + [True] * len(tokens)
+        yield coloured(shown + tokens, trained, decode, GOOD if likes else BAD)
 
 
 def text_sample(batch: TextBatch, decode: Decode) -> Text:
@@ -86,9 +90,13 @@ def text_sample(batch: TextBatch, decode: Decode) -> Text:
     return coloured([*batch.tokens[:end].tolist(), int(targets[-1].clamp(min=0))], trained, decode)
 
 
-def samples(inputs: Inputs, steps: Steps | MixedSteps) -> Iterator[Text]:
-    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text."""
+def samples(inputs: Inputs, steps: Steps | MixedSteps | PromptSteps) -> Iterator[Text]:
+    """Three samples as they are trained: a pair's two answers, a rated answer, or the text; and general text; prompts
+    without answers."""
     decode = inputs.tokenizer.decode
+    if isinstance(steps, PromptSteps):
+        yield from (Text(steps.examples[steps.order(position)].cue, style="dim") for position in range(SAMPLES))
+        return
     for k in range(SAMPLES):
         batch = steps.micro_batch(k)
         if isinstance(batch, TextBatch):
@@ -141,7 +149,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console = Console(stderr=False)
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
-    config = with_pass(config, steps)
+    config = inputs.config = with_pass(config, steps)
     inputs.held_out(reference=False)  # opened, not scored
     for report in inputs.reports:
         console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
@@ -153,7 +161,12 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
         console.print(f"{room:8} {train:>15,} train {frozen:>15,} frozen", highlight=False)
     console.print("\n".join(start.report.lines()), markup=False, highlight=False)
     total = optimizer_steps(config, steps)
-    seen = [tokens_run(steps.micro_batch(k)) for k in spread(total * config.accumulate_grad_batches)]
+    batches = spread(total * config.accumulate_grad_batches)
+    if isinstance(steps, PromptSteps):
+        how = inputs.algorithm.sampling()
+        seen = [config.micro_bsz * (inputs.reports[0].longest + how.samples * how.max_tokens)]
+    else:
+        seen = [tokens_run(steps.micro_batch(k)) for k in batches]
     tokens = max(*seen, longest(config, inputs))
     show_memory(
         console, memory_by_part(config, start.model, tokens, gpu=device_for(config.accelerator) == "cuda"), tokens
@@ -161,11 +174,11 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
-    batches = total * config.accumulate_grad_batches
+    count = total * config.accumulate_grad_batches
     saves = -(-config.epoch_count // config.epoch_save) + 1
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
     console.print(
-        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {batches * config.micro_bsz:,} samples, about "
-        f"{round(batches * sum(seen) / len(seen)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
+        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {count * config.micro_bsz:,} samples, about "
+        f"{round(count * sum(seen) / len(seen)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
         highlight=False,
     )

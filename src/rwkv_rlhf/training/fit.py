@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.data.batch import Batch
+from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import log_new_run
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.training.callbacks import Bar, Log, Report, Save, Validate, WandB
@@ -32,14 +35,31 @@ from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
 
 
-class MicroBatches(Dataset[Batch]):
-    """Micro-batch k of this rank, counted from the very start of training."""
+class MicroBatches(Dataset[Batch | PromptBatch]):
+    """Micro-batch k of this rank, counted from the very start of training.
 
-    def __init__(self, steps: Steps | MixedSteps) -> None:
-        self.steps = steps
+    With `ahead`, for a GPU, a thread reads k + 1 into pinned memory while k is at work. Prompts, whose answers are
+    still to be sampled, are not read ahead.
+    """
 
-    def __getitem__(self, k: int) -> Batch:
-        return self.steps.micro_batch(k)
+    def __init__(self, steps: Steps | MixedSteps | PromptSteps, ahead: bool = False) -> None:
+        self.steps, self.ahead = steps, ahead and not isinstance(steps, PromptSteps)
+        self._reader: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[Batch | PromptBatch]] = {}
+
+    def __getitem__(self, k: int) -> Batch | PromptBatch:
+        if not self.ahead:
+            return self.steps.micro_batch(k)
+        if self._reader is None:  # pinned memory belongs to the device of the thread that asks for it
+            device = torch.cuda.current_device()
+            self._reader = ThreadPoolExecutor(1, "batches", torch.cuda.set_device, (device,))
+        batch = self._coming.pop(k, None) or self._reader.submit(self._read, k)
+        self._coming = {k + 1: self._reader.submit(self._read, k + 1)}
+        return batch.result()
+
+    def _read(self, k: int) -> Batch | PromptBatch:
+        batch = self.steps.micro_batch(k)
+        return batch if isinstance(batch, PromptBatch) else batch.pin_memory()
 
 
 class EpochPositions(Sampler[int]):
@@ -73,7 +93,7 @@ def micro_batches_per_epoch(config: Config) -> int:
     return config.steps_per_epoch * config.accumulate_grad_batches
 
 
-def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
+def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
     """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
 
     Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
@@ -93,7 +113,7 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps) -> int:
     return count
 
 
-def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
+def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Schedule:
     """The schedule of this run and of what --epoch_begin says is done."""
     per_epoch = config.steps_per_epoch
     return Schedule(
@@ -104,11 +124,15 @@ def schedule_of(config: Config, steps: Steps | MixedSteps) -> Schedule:
     )
 
 
-def _callbacks(config: Config, folder: Path, settings: dict[str, Any], save: Save, bar: bool) -> list[pl.Callback]:
-    """What logs, saves and shows; logs are rank zero's."""
+def _callbacks(
+    config: Config, folder: Path, settings: dict[str, Any], validate: Validate | None, save: Save, bar: bool
+) -> list[pl.Callback]:
+    """What logs, scores, saves and shows, in this order: a save writes what validation found. Logs are rank zero's."""
     callbacks: list[pl.Callback] = []
     if ranks.is_rank_zero():
         callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
+    if validate is not None:
+        callbacks.append(validate)
     callbacks.append(save)
     if config.wandb and ranks.is_rank_zero():
         callbacks.append(WandB(config.wandb, folder, settings))
@@ -119,7 +143,7 @@ def _callbacks(config: Config, folder: Path, settings: dict[str, Any], save: Sav
 
 def fit(
     module: TrainingModule,
-    steps: Steps | MixedSteps,
+    steps: Steps | MixedSteps | PromptSteps,
     config: Config,
     run: RunFolder,
     settings: dict[str, Any],
@@ -138,9 +162,8 @@ def fit(
             log_new_run(folder / "train_log.txt", settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
     save = Save(run, config.epoch_begin, config.epoch_save)
-    callbacks = _callbacks(config, folder, settings, save, bar)
-    if evaluate is not None:  # before Save, which writes what validation found
-        callbacks.insert(callbacks.index(save), Validate(evaluate, run, config.early_stop))
+    validate = None if evaluate is None else Validate(evaluate, run, config.early_stop)
+    callbacks = _callbacks(config, folder, settings, validate, save, bar)
     if points is not None:
         callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
     if ranks.is_rank_zero():
@@ -166,7 +189,8 @@ def fit(
     begin = (resumed.about["epoch"], resumed.about["done"]) if resumed else (0, 0)
     positions = EpochPositions(micro_batches_per_epoch(config), config.epoch_begin, *begin)
     # a generator of its own: each pass over a loader draws a number, and a resumed run makes one pass more
-    loader = DataLoader(MicroBatches(steps), batch_size=None, sampler=positions, generator=torch.Generator())
+    batches = MicroBatches(steps, ahead=device.type == "cuda")
+    loader = DataLoader(batches, batch_size=None, sampler=positions, generator=torch.Generator())
     try:
         trainer.fit(module, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
-from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
+from rwkv_rlhf.checkpoints.loading import BuildOptions, file_sizes, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
+from rwkv_rlhf.data import Reading, is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
 from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.progress import progress_bar
+from rwkv_rlhf.data.prompts import Prompts, open_prompts
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sampler import (
     MagicPrime,
@@ -30,22 +31,33 @@ from rwkv_rlhf.data.sampler import (
     Steps,
     check_magic_prime,
 )
+from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.split import Subset, split
 from rwkv_rlhf.data.text.documents import Texts, text_type
 from rwkv_rlhf.data.text.h5 import H5Texts
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.algorithm import Algorithm
+from rwkv_rlhf.rl.held_out import held_out_figures, held_out_samples
+from rwkv_rlhf.rl.loop import PromptSteps, Rollouts
+from rwkv_rlhf.rl.rewards import ModelReward, Rewards, open_rewards
+from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.divergence import Divergence
 from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
 from rwkv_rlhf.scoring.reference import reference_scores
+from rwkv_rlhf.scoring.reward_model import RewardModel, open_reward_model
+from rwkv_rlhf.scoring.rewards import SCORE_HEAD, margins_of, pair_rewards, reward_figures
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
+from rwkv_rlhf.settings.implementations import load
+from rwkv_rlhf.settings.shapes import SHAPES
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -79,6 +91,12 @@ class Inputs:
         """The World vocabulary, or --vocab_file."""
         return load_tokenizer(self.start.sizes.vocab_size, self.config.vocab_file or None)
 
+    def _reading(self, *kinds: str) -> Reading:
+        """How rows are read: --format where it names a shape of these kinds, --thinking."""
+        c = self.config
+        named = c.format if c.format and SHAPES[c.format].kind in kinds else ""
+        return Reading(named, c.thinking == "drop")
+
     def _pairs(self, path: str, *, cap: bool) -> Pairs:
         """Preference pairs or rated answers, as the file has them."""
         c = self.config
@@ -87,8 +105,9 @@ class Inputs:
             "max_len": c.rlhf_max_corpus_len if cap else 0,
             "ctx_len": c.ctx_len if cap else 0,
             "skip_bad": c.skip_bad,
+            "reading": self._reading("pairs", "rated"),
         }
-        if is_rated(path):
+        if is_rated(path, options["reading"].shape):
             pairs = open_rated(path, self.tokenizer, **options)
         else:
             pairs = open_pairs(path, self.tokenizer, drop_ties=c.drop_ties, **options)
@@ -106,6 +125,9 @@ class Inputs:
             pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
+        if self.judges:
+            margins_of(pairs, c)
+            return pairs.judged()
         if score and c.loss_facts.reference:
             return pairs.with_reference(self.reference(pairs, c.trust_reference).tolist())
         return pairs
@@ -117,24 +139,71 @@ class Inputs:
         texts: Texts | H5Texts
         if text_type(path, data_type) == "h5":  # already tokenised
             how |= {"teacher": teacher, "top_k": c.top_k if "top_k" in c.given else 0}
-            texts = open_h5(path, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
+            alone = sources_of(path)[0].path
+            texts = open_h5(alone, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
         else:
-            texts = open_text(path, self.tokenizer, data_type=data_type, template=c.template, **how)
+            how |= {"data_type": data_type, "template": c.template, "reading": self._reading("text")}
+            texts = open_text(path, self.tokenizer, **how)
         self.reports.append(texts.report)
         return texts
 
-    def training(self, score: bool = True) -> Steps | MixedSteps:
+    def _prompts(self, path: str, *, cap: bool) -> Prompts:
+        """Prompts, as the file has them."""
+        c = self.config
+        prompts = open_prompts(
+            path,
+            self.tokenizer,
+            template=c.template,
+            max_len=c.rlhf_max_corpus_len if cap else 0,
+            skip_bad=c.skip_bad,
+            drop_thinking=c.thinking == "drop",
+        )
+        self.reports.append(prompts.report)
+        return prompts
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """What samples answers and judges them, of a loss on prompts."""
+        algorithm: Algorithm = load(self.config.loss_facts.algorithm)(self.config)
+        return algorithm
+
+    @cached_property
+    def rewards(self) -> Rewards:
+        """What --reward_funcs and --reward_model say of answers. The model is loaded when it is first asked for."""
+        c = self.config
+        models = {"reward_model": ModelReward(self._reward_model(c.reward_model))} if c.reward_model else {}
+        return open_rewards(c, models)
+
+    def _reward_model(self, path: str) -> RewardModel:
+        c, begun = self.config, self.start
+        options = BuildOptions(begun.model.compute_dtype, device=device_for(c.accelerator), wkv_backend=c.wkv_backend)
+        return open_reward_model(path, options, begun.sizes.vocab_size, bases=[begun.path], chunk=c.chunk)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Asks the model of the moment."""
+        return Sampler(self.start.model, self.tokenizer)
+
+    def rollouts(self, steps: PromptSteps) -> Rollouts:
+        """Who answers the prompts of `steps`; the model must still be what the run begins from."""
+        begun = StartValues(self.start.model) if self.algorithm.needs_reference else None
+        return Rollouts(self.config, self.algorithm, self.rewards, self.sampler, steps, begun)
+
+    def training(self, score: bool = True) -> Steps | MixedSteps | PromptSteps:
         """The training examples as optimizer steps; pairs with their reference scores if `score`."""
         c = self.config
         examples: Any
-        if c.loss_facts.data != "text":
+        if c.loss_facts.data == "prompts":
+            examples = self._prompts(c.pair_file, cap=True)
+            order = self._shuffled(len(examples))
+        elif c.loss_facts.data != "text":
             examples = self._training_pairs(score)
             order = self._shuffled(len(examples))
         else:
             examples, order = self._training_text()
         self._say_report()
         if c.val_split > 0:
-            if not isinstance(examples, Pairs | Texts | H5Texts):
+            if not isinstance(examples, Pairs | Prompts | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
             if isinstance(examples, Pairs):
                 examples.check_prompts("{val_split}")
@@ -142,6 +211,8 @@ class Inputs:
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
         size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
+        if c.loss_facts.data == "prompts":
+            return PromptSteps(examples, order, *size, self.algorithm.cycle().passes)
         if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)
@@ -156,6 +227,8 @@ class Inputs:
         c = self.config
         if text_type(c.data_file, c.data_type) == "binidx":
             return self._corpus()
+        if c.magic_prime > 0:
+            raise ValueError(f"--magic_prime {c.magic_prime} needs a binidx corpus as --train_data_file")
         from_file = c.loss_facts.teacher and not c.teacher_model
         texts = self._texts(c.data_file, cut=True, data_type=c.data_type, teacher=from_file)
         return texts, self._shuffled(len(texts))
@@ -197,7 +270,9 @@ class Inputs:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
         c = self.config
         stateless = c.train_stage == 3 or c.magic_prime > 0
-        slices, report = open_slices(c.data_file, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1)
+        slices, report = open_slices(
+            sources_of(c.data_file)[0].path, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1
+        )
         self.reports.append(report)
         if not c.random_mode:
             return slices, Sequential(len(slices))
@@ -273,6 +348,12 @@ class Inputs:
             )
         return model, report.layout
 
+    @property
+    def judges(self) -> bool:
+        """Whether answers are judged by a score head: with --rm 1, or when a reward model is evaluated."""
+        named = self.config.loss_facts.scalar_head == SCORE_HEAD
+        return named or (not self.config.loss and self.start.model.scalar_head(SCORE_HEAD) is not None)
+
     def held_out(self, *, reference: bool) -> Callable[[], dict[str, Any]] | None:
         """The held-out examples as a function that scores them under the model of the moment; None without any.
 
@@ -280,20 +361,51 @@ class Inputs:
         `reference`; otherwise the preference is raw.
         """
         c = self.config
+        if c.loss_facts.data == "prompts":
+            return self._held_out_prompts()
         if self.split_off is not None:
             if isinstance(self.split_off[0], TextExample):
                 return self._held_out_texts(self.split_off)
             pairs = [example for example in self.split_off if isinstance(example, PairExample)]
+            if self.judges:
+                return self._held_out_rewards(pairs)
             known = [pair.reference for pair in pairs]
             if c.loss_facts.reference and None not in known:  # then they were looked at, or computed
                 return self._held_out_pairs(pairs, torch.tensor(known))
             return self._held_out_pairs(pairs, self._computed_reference(pairs) if reference else None)
         if not c.val_file:
             return None
-        if kind_of(c.val_file) == "text":
+        if kind_of(c.val_file, shape=c.format) == "text":
             return self._held_out_texts(self._texts(c.val_file, cut=False))
         file = self._pairs(c.val_file, cap=False)
+        if self.judges and not isinstance(file[0], RatedExample):
+            return self._held_out_rewards(file)
         return self._held_out_pairs(file, self.reference(file) if reference else None)
+
+    def _held_out_rewards(self, pairs: Sequence[PairExample]) -> Callable[[], dict[str, Any]]:
+        """Scores of a reward model. Raises ValueError where there is none: nothing has trained its head."""
+        c, start = self.config, self.start
+        if c.eval_only and not c.load_adapter and SCORE_HEAD not in file_sizes(start.path).heads:
+            raise ValueError(
+                f"{{eval_only}} 1 with {{rm}} 1: {start.path} is no reward model (it has no {SCORE_HEAD}.weight): give "
+                "a merged one, or its checkpoint with {load_adapter}"
+            )
+        margins = margins_of(pairs, c)
+
+        def score() -> dict[str, Any]:
+            with evaluating(start.model):
+                return reward_figures(pair_rewards(start.model, pairs, chunk=c.chunk), margins, c)
+
+        return score
+
+    def _held_out_prompts(self) -> Callable[[], dict[str, Any]] | None:
+        """The rewards of one answer to each held-out prompt."""
+        c, found = self.config, self.split_off
+        if found is None and not c.val_file:
+            return None
+        prompts: Any = self._prompts(c.val_file, cap=True) if found is None else found
+        params = self.algorithm.sampling()
+        return lambda: held_out_figures(held_out_samples(self.sampler, prompts, self.rewards, params, c))
 
     def _held_out_texts(self, texts: Subset | Texts | H5Texts) -> Callable[[], dict[str, Any]]:
         def score() -> dict[str, Any]:

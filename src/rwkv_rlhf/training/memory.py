@@ -158,9 +158,12 @@ def _casts(block: nn.Module, width: int) -> int:
 def head_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:
     """A chunk of logits, hidden states with their gradient, and the copy of a trained head in the compute dtype.
 
+    A loss that predicts no token has no logits.
     Without the kernels of the CPU also a float32 block of logits and their exponentials.
     """
     width, head = DTYPES[config.precision].itemsize, model.head
+    if not config.loss_facts.predicts:  # nothing but a product with one vector in float32
+        return 2 * 4 * tokens * head.in_features
     logits = min(tokens, config.head_chunk) * head.out_features
     cast = head.weight is not None and head.weight.element_size() != width
     wide = 2 * 4 * min(logits, BLOCK_ON_GPU) if gpu else 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,14 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.data.batch import Batch, PairBatch, RatedBatch, TextBatch
+from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.kinds import LossValue
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.plan import Plan
+from rwkv_rlhf.rl.loop import Rollouts
 from rwkv_rlhf.scoring.divergence import mismatch_ratio
 from rwkv_rlhf.scoring.evaluation import evaluating
 from rwkv_rlhf.scoring.finite import broken_tensor
@@ -35,7 +36,8 @@ from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.training.optimizers import parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
-from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, norm_of_last_step
+from rwkv_rlhf.training.step_figures import StepFigures
+from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, leaves_out_itself, norm_of_last_step
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class TrainingModule(pl.LightningModule):
 
     A batch carries `total`, the trained tokens (or pairs) of its whole optimizer step over micro-batches and ranks; the
     loss of a micro-batch is its sum divided by that total, so accumulation and ranks never change the mean. A `teacher`
-    that runs along is asked about each batch first.
+    that runs along is asked about each batch first; `rollouts` puts sampled answers in the place of prompts.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class TrainingModule(pl.LightningModule):
         schedule: Schedule,
         folder: Path,
         teacher: Teacher | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -103,6 +106,7 @@ class TrainingModule(pl.LightningModule):
         self.schedule = schedule
         self.folder = folder
         self.teacher = teacher  # no torch module, so nothing of it is trained or saved
+        self.rollouts = rollouts  # as the teacher
         self.bad_steps = 0
         self._bad = False  # something in the running optimizer step was not a number
         self.loss = LOSSES[config.loss or tables.PRETRAINING]
@@ -110,8 +114,11 @@ class TrainingModule(pl.LightningModule):
         self.after_step: list[Callable[[], None]] = []  # called when an optimizer step is over, skipped or not
         self.last_record: dict[str, Any] = {}
         self.pref_percentage = 0.5
-        self._means: dict[str, float] = defaultdict(float)
+        self._figures = StepFigures()
+        self._sums: dict[str, float] | None = None  # of the running optimizer step, once they are read
         self._kl: Tensor | None = None  # KTO's divergence of the running optimizer step
+        self._step = 0  # the running optimizer step
+        self._batches: dict[int, Batch] = {}  # of it, where only its end tells whether one was bad
         self._tokens = 0
         self._clock = time.perf_counter()
         self.grad_norm = 0.0
@@ -126,10 +133,16 @@ class TrainingModule(pl.LightningModule):
         """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
         return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
-    def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        """One micro-batch -> its share of the optimizer step's loss; one process returns None when that is not a
-        number, one of several goes on with it, and the step is left out by all."""
+    def training_step(self, batch: Batch | PromptBatch, index: int) -> Tensor | None:
+        """One micro-batch -> its share of the optimizer step's loss.
+
+        When that is not a number, one process on a CPU returns None. Several go on with it, so that all see it in the
+        gradient, and so does a GPU, which is not asked before the step's end. The step is left out in every case.
+        """
         heartbeat(f"forward pass of micro-batch {index} before optimizer step {self.trainer.global_step}")
+        if isinstance(batch, PromptBatch):
+            assert self.rollouts is not None
+            batch = self.rollouts(batch).to(self.device)
         if self.teacher is not None and isinstance(batch, TextBatch):
             batch = self.teacher(batch)
         if isinstance(batch, RatedBatch):
@@ -139,10 +152,14 @@ class TrainingModule(pl.LightningModule):
             text = batch_loss(self.model, batch.general, LOSSES[tables.PRETRAINING], self.config)
             share = mixed(share, text.per(batch.general.total), self.config.dpo_general_corpus_ratio)
         value = share.value
+        self._step = self.trainer.global_step
         self._tokens += tokens_run(batch)
-        for name, amount in share.metrics.items():
-            self._means[name] += float(amount)
-        if not torch.isfinite(value):
+        self._figures.add(share.metrics)
+        if value.is_cuda:
+            self._figures.losses.append(value.detach())
+            self._batches[index] = batch
+            value = value * torch.where(torch.isfinite(value.detach()), 1.0, math.nan)
+        elif not torch.isfinite(value):
             self._skip(f"the loss is {float(value.detach())}", batch, index)
             if not self.together:
                 return None
@@ -156,12 +173,12 @@ class TrainingModule(pl.LightningModule):
             with evaluating(self.model):
                 ratio = mismatch_ratio(self.model, batch.others, head_chunk=c.head_chunk, chunk=c.chunk)
             self._kl = self.trainer.strategy.reduce(ratio, reduce_op="mean").clamp_min(0)
-        return replace(batch, kl=self._kl)
+        return batch.having(kl=self._kl)
 
     def _skip(self, what: str, batch: Batch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
-        step = self.trainer.global_step
-        if not self._bad and not self.good_steps:
+        step = self._step
+        if not self._bad and step <= self.bad_steps:  # none before it was good
             self._refuse_broken_start(what)
         if not self._bad:  # further micro-batches belong to the same step
             self.bad_steps += 1
@@ -186,7 +203,7 @@ class TrainingModule(pl.LightningModule):
                 raise ValueError(f"{what} before anything was trained: {name} of {{{flag}}} {path} holds nan or inf")
 
     def _advice(self) -> str:
-        if self.good_steps:
+        if self._step >= self.bad_steps:  # this one is counted among the bad
             return "lower --lr_init or use --precision fp32. The checkpoints written so far are intact"
         return "no step was good, so it is not the rate: use --precision fp32, or look for odd rows in the data"
 
@@ -199,19 +216,39 @@ class TrainingModule(pl.LightningModule):
         return optimizer
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer."""
+        """Clip the global norm at --grad_clip (0 = never), touching the gradients only when they are longer.
+
+        A step that is not a number is left out: by an optimizer on a GPU that can do so itself, else here.
+        """
         if clips_itself(self.trainer):
             return
-        norm = gradient_norm(self.trainer, optimizer)
-        self.grad_norm = float(norm)
-        if not self._bad and not math.isfinite(self.grad_norm):
-            self._skip(f"the gradient's norm is {self.grad_norm}")
+        most = self.config.grad_clip
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = self._figures.norm = gradient_norm(self.trainer, optimizer)
+        if leaves_out_itself(optimizer, norm):
+            self._figures.send()  # they are read when the update is queued
+            if most > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)  # multiplies shorter ones by 1
+            setattr(optimizer, "found_inf", (~torch.isfinite(norm)).to(torch.float32))  # noqa: B010  # torch's name
+            return
+        self._read_figures()
         if self._bad:
             optimizer.zero_grad(set_to_none=True)  # parameters without a gradient are left alone by the step
-            return
-        if 0 < self.config.grad_clip < self.grad_norm:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+        elif 0 < most < self.grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+
+    def _read_figures(self) -> dict[str, float]:
+        """The sums of the step's metrics. When they are first read, a step that is not a number is found out."""
+        if self._sums is None:
+            self._sums, losses, norm = self._figures.read()
+            for (index, batch), loss in zip(self._batches.items(), losses, strict=True):
+                if not math.isfinite(loss):
+                    self._skip(f"the loss is {loss}", batch, index)
+            if norm is not None:
+                self.grad_norm = norm
+                if not self._bad and not math.isfinite(norm):
+                    self._skip(f"the gradient's norm is {norm}")
+        return self._sums
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every group the rate of this very step."""
@@ -227,6 +264,8 @@ class TrainingModule(pl.LightningModule):
         if (index + 1) % self.trainer.accumulate_grad_batches:
             return
         self._close_record()
+        if self.rollouts is not None:
+            self.rollouts.step_done(self.last_record)
         for call in self.after_step:
             call()
 
@@ -236,13 +275,14 @@ class TrainingModule(pl.LightningModule):
             self.grad_norm = norm_of_last_step(self.trainer)
             if not self._bad and not math.isfinite(self.grad_norm):
                 self._skip(f"the gradient's norm is {self.grad_norm}")
+        found = self._read_figures()
+        self._figures, self._sums, self._batches = StepFigures(), None, {}
         if self._bad:
             self._bad = False
-            self._means.clear()
             self._tokens, self._clock = 0, now
             return
-        names = sorted(self._means)
-        tokens, *sums = ranks.all_reduce_sum([self._tokens, *(self._means[name] for name in names)])
+        names = sorted(found)
+        tokens, *sums = ranks.all_reduce_sum([self._tokens, *(found[name] for name in names)])
         means = dict(zip(names, sums))
         groups = self.trainer.optimizers[0].param_groups
         widest = max(groups, key=lambda group: sum(p.numel() for p in group["params"]))
@@ -252,17 +292,21 @@ class TrainingModule(pl.LightningModule):
         if "accuracy" in means:
             self.pref_percentage = PREFERENCE_MEMORY * self.pref_percentage + 0.1 * means["accuracy"]
             record["pref_percentage"] = self.pref_percentage
+        if self.rollouts is not None:
+            record |= self.rollouts.figures
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)
-        self._means.clear()
         self._tokens, self._clock = 0, now
 
     def counters(self) -> dict[str, Any]:
         """What a resumed run must know of the steps before it."""
-        return {name: getattr(self, name) for name in COUNTERS}
+        found = {name: getattr(self, name) for name in COUNTERS}
+        return found if self.rollouts is None else found | {"rollouts": self.rollouts.state()}
 
     def take_counters(self, counters: dict[str, Any]) -> None:
         """Go on counting where `counters` was called."""
         for name in COUNTERS:
             setattr(self, name, counters[name])
+        if self.rollouts is not None:
+            self.rollouts.take_state(counters["rollouts"])

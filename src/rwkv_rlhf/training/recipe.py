@@ -11,6 +11,7 @@ from rwkv_rlhf.data.text.binidx import Slices
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.fit import optimizer_steps
@@ -23,7 +24,10 @@ HIGH_RATE = 0.01  # of weights; states learn faster
 BESIDE = 12  # bytes a trained number: its gradient and Adam's two moments, float32
 
 
-def say_recipe(config: Config, plan: Plan, sizes: Sizes, trained: int, steps: Steps | MixedSteps) -> None:
+AnySteps = Steps | MixedSteps | PromptSteps
+
+
+def say_recipe(config: Config, plan: Plan, sizes: Sizes, trained: int, steps: AnySteps) -> None:
     """Logs the length of the run in passes over its examples, and what is odd about it. `trained`: parameters."""
     for line in length_lines(config, steps):
         log.info("%s", line)
@@ -36,19 +40,20 @@ def say_recipe(config: Config, plan: Plan, sizes: Sizes, trained: int, steps: St
         log.warning("%s", sentence)
 
 
-def passes(config: Config, steps: Steps | MixedSteps) -> float:
+def passes(config: Config, steps: AnySteps) -> float:
     """How often the run sees each example (of a corpus, each token) on average."""
     return optimizer_steps(config, steps) / steps_of_a_pass(steps)
 
 
-def steps_of_a_pass(steps: Steps | MixedSteps) -> float:
+def steps_of_a_pass(steps: AnySteps) -> float:
     """Optimizer steps in which each example (of a corpus, each token) comes once."""
     examples = steps.examples
+    again = steps.passes if isinstance(steps, PromptSteps) else 1
     apart = examples.stride / examples.ctx_len if isinstance(examples, Slices) else 1.0
-    return max(1.0, len(examples) * apart) / steps.samples_per_step
+    return max(1.0, len(examples) * apart) * again / steps.samples_per_step
 
 
-def length_lines(config: Config, steps: Steps | MixedSteps) -> Iterator[str]:
+def length_lines(config: Config, steps: AnySteps) -> Iterator[str]:
     """The length of the run."""
     total, often = optimizer_steps(config, steps), passes(config, steps)
     warmup = max(0, config.warmup_steps)
@@ -58,10 +63,10 @@ def length_lines(config: Config, steps: Steps | MixedSteps) -> Iterator[str]:
     )
 
 
-def odd_length(config: Config, steps: Steps | MixedSteps) -> Iterator[str]:
+def odd_length(config: Config, steps: AnySteps) -> Iterator[str]:
     """Warnings about how long the run is."""
     total, often = optimizer_steps(config, steps), passes(config, steps)
-    if often > MANY_PASSES:
+    if often > MANY_PASSES and not isinstance(steps, PromptSteps):  # whose answers are new in each pass
         yield f"{often:,.0f} passes over the same examples: they will be learnt by heart; --epochs 3 is three passes"
     if config.warmup_steps > LONG_WARMUP * total:
         share = min(1.0, config.warmup_steps / total)

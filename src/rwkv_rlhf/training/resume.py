@@ -27,9 +27,11 @@ from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoint
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.metrics import METRICS, append_json, drop_after
+from rwkv_rlhf.reports.samples import FIRST, SAMPLES
+from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
-from rwkv_rlhf.training.callbacks import Save
+from rwkv_rlhf.training.callbacks import STOPS, Save
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import is_out_of_memory
 from rwkv_rlhf.training.run_identity import refuse_another_run
@@ -40,6 +42,7 @@ from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 log = logging.getLogger(__name__)
 
 LOG = "train_log.txt"
+LOGS = {METRICS: ('{"event": "train"', '{"event": "val"'), LOG: tuple("0123456789"), SAMPLES: (FIRST,)}  # whose lines
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
 SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins
@@ -180,8 +183,9 @@ class WriteResumePoints(pl.Callback):
         write_json(begun, self._log_sizes())
 
     def _drop_lines(self, sizes: dict[str, int]) -> None:
-        drop_after(self.folder / METRICS, sizes[METRICS], ('{"event": "train"', '{"event": "val"'))
-        drop_after(self.folder / LOG, sizes[LOG], tuple("0123456789"))
+        for name, beginnings in LOGS.items():
+            if name in sizes:  # a point of an older version knows fewer
+                drop_after(self.folder / name, sizes[name], beginnings)
 
     def _go_on(self, point: ResumePoint) -> None:
         found = point.read(self.trainer.global_rank)
@@ -246,8 +250,8 @@ class WriteResumePoints(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stopped or out of memory: what is done stays, unless the tensors were just being changed."""
         self._leaving = True
-        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException) or is_out_of_memory(exception)
-        together = trainer.world_size == 1 or self._agreed
+        stopped = isinstance(exception, STOPS) or is_out_of_memory(exception)
+        together = trainer.world_size == 1 or self._agreed or isinstance(exception, RewardError)
         try:
             if stopped and together and self.state and not self._guards and self.every != NEVER:
                 self.background.wait()
@@ -256,7 +260,7 @@ class WriteResumePoints(pl.Callback):
             else:
                 self.background.wait()
         except (ValueError, RuntimeError, MemoryError) as error:
-            if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            if not isinstance(exception, STOPS):
                 log.warning("%s", error)  # the cause is the other one
                 return
             raise
@@ -265,7 +269,7 @@ class WriteResumePoints(pl.Callback):
         self.state = run_state(self.trainer, self.module, ended=ended) | {"logs": self._log_sizes()}
 
     def _log_sizes(self) -> dict[str, int]:
-        return {name: _size(self.folder / name) for name in (METRICS, LOG)}
+        return {name: _size(self.folder / name) for name in LOGS}
 
     def _due(self) -> bool:
         return self.every > 0 and self.state["step"] % self.every == 0

@@ -12,15 +12,19 @@ import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
-from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
+from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.files import fingerprint
+from rwkv_rlhf.files import atomic_write, fingerprint
+from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import append_json
+from rwkv_rlhf.reports.samples import SampleTable
+from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.choices import with_pass
+from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
+from rwkv_rlhf.training.choices import as_typed, with_pass
 from rwkv_rlhf.training.fit import fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
@@ -63,7 +67,7 @@ def train(
     Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
     overwrite a file that the run begins from.
     """
-    config = numbered_from(config, start.path)
+    typed, config = config, numbered_from(config, start.path)
     refuse_overwriting(config, folder, start)
     pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
     if config.num_nodes > 1:
@@ -71,9 +75,14 @@ def train(
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
-    config = with_pass(config, steps)
+    config = inputs.config = with_pass(config, steps)
     ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
+    rollouts = None
+    if isinstance(steps, PromptSteps):
+        start.model.eval()  # a dropout would set the policy that learns apart from the one that samples
+        rollouts = inputs.rollouts(steps)
+        rollouts.listeners.append(SampleTable(folder, config.samples_every))
     if point is not None:
         take_weights(start.model, point, start.hash)
     elif config.load_adapter:
@@ -81,10 +90,13 @@ def train(
     for line in start.report.lines():
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
-    module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher)
+    module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point))
     sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name)
     run = run_folder(config, folder, start, sidecar)
+    if ranks.is_rank_zero():
+        with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
+            file.write(config_text(as_typed(typed)).encode())
     initial = (sidecar.initial_file, sidecar.initial_sha256)
     about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
@@ -100,6 +112,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
         "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
         "--reference_model": config.reference_model,
         "--teacher_model": config.teacher_model,
+        "--reward_model": config.reward_model,
     }
     for flag, path in needed.items():
         found = SAVED.match(Path(path).name) if path else None
@@ -116,14 +129,20 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
 def run_sidecar(config: Config, folder: Path, start: Start) -> Sidecar:
     """What this run's checkpoints need beside them. Writes PiSSA's initial factors."""
     sidecar = sidecar_of(start.sizes.version, start.report.layout, start.plan, start.path, start.base_hash)
-    name, sha256 = ranks.broadcast_from_zero(lambda: write_factors(start.model, folder, f".{config.save_format}"))
+    name, sha256 = ranks.broadcast_from_zero(lambda: write_factors(start.model, folder, factors_suffix(config)))
     return dataclasses.replace(
         sidecar,
         initial_file=name,
         initial_sha256=sha256,
         cold_file=str(start.cold.resolve()) if start.cold else "",
         cold_sha256=start.cold_hash,
+        template=config.template,
     )
+
+
+def factors_suffix(config: Config) -> str:
+    """Of PiSSA's initial factors, which are never in shards."""
+    return ".pth" if config.save_format == "pth" else ".safetensors"
 
 
 def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
@@ -132,7 +151,7 @@ def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> 
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
         sidecar,
-        suffix=f".{config.save_format}",
+        suffix=SUFFIXES[config.save_format],
         keep=config.keep,
         states=bool(config.state_output_mode),
     )

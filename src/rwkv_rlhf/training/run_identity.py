@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.data.sources import fingerprint_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import fingerprint, same_fingerprint
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings.config import Config, OnResume, settings
+from rwkv_rlhf.settings.given_files import DATA
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def identity(config: Config) -> dict[str, Any]:
     for name, field in settings().items():
         value, resume = getattr(config, name), field.metadata["resume"]
         if resume is OnResume.FILE:
-            found[name] = fingerprint(value)
+            found[name] = fingerprint_of(value) if name in DATA else fingerprint(value)
         elif resume is not OnResume.MAY_CHANGE:
             found[name] = value
     if not config.early_stop:

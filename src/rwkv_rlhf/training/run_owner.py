@@ -14,7 +14,9 @@ from rwkv_rlhf.checkpoints.run_folder import INITIAL, SAVED
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import METRICS, append_json
+from rwkv_rlhf.reports.samples import SAMPLES
 from rwkv_rlhf.settings.config import PROGRAM_VERSION, Config
+from rwkv_rlhf.settings.config_file import RUN_FILE
 from rwkv_rlhf.training.run_identity import differences
 from rwkv_rlhf.training.start import continues
 
@@ -23,8 +25,9 @@ log = logging.getLogger(__name__)
 RUN = "run.json"
 # all that a run leaves, beside scores that any run of the model may use
 LEFT = re.compile(
-    r"rwkv-(\d+|final|best|last)(-state)?\.(pth|safetensors|json)|pissa-init-.*|metrics\.jsonl|train_log\.txt"
-    rf"|curves\.png|report\.html|{re.escape(RUN)}|{FOLDER}"
+    r"rwkv-(\d+|final|best|last)(-state)?(-[0-9a-f]{8}-\d{5}-of-\d{5})?\.(pth|safetensors|json|safetensors\.index\.json)"
+    r"|pissa-init-.*|bad-step-.*\.pth|metrics\.jsonl|train_log\.txt|curves\.png|report\.html"
+    rf"|{'|'.join(map(re.escape, (RUN, RUN_FILE, SAMPLES)))}|{FOLDER}"
 )
 SHOWN = 3  # names in a sentence
 
@@ -99,6 +102,7 @@ def archive(config: Config, folder: Path) -> None:
         "load_cold_adapter": config.load_cold_adapter,
         "load_adapter_pissa_init": config.load_adapter_pissa_init,
         "reference_model": config.reference_model,
+        "reward_model": config.reward_model,
         "teacher_model": config.teacher_model,
     }
     for name, path in needed.items():

@@ -7,12 +7,14 @@ import pytest
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.dataset import open_pairs
 from rwkv_rlhf.data.pairs.text_pairs import read_pairs
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.template import TEMPLATES, WORLD
 
+SPARE = Reading(spare_reject=True)
 GOOD = "prompt,chosen,reject\nHi,Hello.,Go away.\n"
 
 
@@ -42,8 +44,8 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     text = '\ufeffId,Prompt,CHOSEN, Rejected ,note\r\n1,"a, ""b""\r\nc",yes,no,\r\n\r\n2,q,"long\n\nanswer",x,y\r\n'
     pairs, report = rows(write(tmp_path / "a.csv", text))
     assert [(p.turns, p.chosen, p.reject) for p in pairs] == [
-        ((("user", 'a, "b"\nc'),), "yes", "no"),
-        ((("user", "q"),), "long\nanswer", "x"),
+        ((Turn("user", 'a, "b"\nc'),), "yes", "no"),
+        ((Turn("user", "q"),), "long\nanswer", "x"),
     ]
     assert [p.where.rsplit("/")[-1] for p in pairs] == ["a.csv:2 (row 1)", "a.csv:5 (row 2)"]
     assert report.rows == 2
@@ -60,9 +62,9 @@ def test_system_prompt(tmp_path, world):
     [
         (
             "prompt,answer,reject\na,b,c\n",
-            r"a\.csv:1: the column chosen is missing; its columns are prompt, answer, reject",
+            r"a\.csv:2 .*its keys are prompt, answer, reject; the nearest is preference pairs .* chosen is missing",
         ),
-        ("", r"a\.csv:1: the column prompt is missing; the file is empty"),
+        ("", r"a\.csv: holds no usable preference pair \(0 rows read\)"),
         ("prompt,chosen,reject\n" + 'p,"x\ny",z\n' * 6 + "p,,z\n", r"a\.csv:14 \(row 7\): the answer chosen is empty"),
         ("prompt,chosen,reject\n ,x,y\n", r"a\.csv:2 \(row 1\): the prompt is empty"),
         ("prompt,chosen,reject\np,x\n", r"a\.csv:2 \(row 1\): the answer reject is empty"),
@@ -117,11 +119,24 @@ def test_scores_that_are_missing_are_no_ties(tmp_path):
     assert dict(report.skipped) == {"tie: both answers have the same score": 1}
 
 
+def test_margins_of_rows(tmp_path, world):
+    """A column margin, else the difference of both scores, else nothing; it survives tokenising and the cap."""
+    rows = ["1.5,,", ",8,3", "2,8,3", ",nan,3", "inf,,"]
+    lines = [f"p{n},x {'long ' * 9},y,{row}" for n, row in enumerate(rows)]
+    path = write(
+        tmp_path / "a.csv", "\n".join(["prompt,chosen,reject,margin,score_chosen,score_rejected", *lines]) + "\n"
+    )
+    for most in (0, 4):
+        pairs = open_pairs(path, world, max_len=most)
+        assert [pair.margin for pair in pairs] == [1.5, 5.0, 2.0, None, None]
+        assert [pair.margin for pair in pairs.judged()] == [1.5, 5.0, 2.0, None, None]
+
+
 def test_rows_without_rejects_for_the_generator(tmp_path):
     """rlhf_generate_reject_csv.py reads the same files with the rejects still empty or the column absent."""
-    pairs, _ = rows(write(tmp_path / "a.csv", "prompt,chosen\np,x\n"), need_reject=False)
+    pairs, _ = rows(write(tmp_path / "a.csv", "prompt,chosen\np,x\n"), reading=SPARE)
     assert pairs[0].reject == ""
-    pairs, _ = rows(write(tmp_path / "b.csv", "prompt,chosen,reject\np,x,\nq,y,z\n"), need_reject=False)
+    pairs, _ = rows(write(tmp_path / "b.csv", "prompt,chosen,reject\np,x,\nq,y,z\n"), reading=SPARE)
     assert [p.reject for p in pairs] == ["", "z"]
 
 
@@ -140,7 +155,12 @@ def test_jsonl_key_sets(tmp_path):
     ]
     pairs, _ = rows(write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, records))))
     history = (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"))
-    assert [p.turns for p in pairs] == [(("user", "p"),), (("system", "s"), ("user", "q")), history, history]
+    assert [p.turns for p in pairs] == [
+        (Turn("user", "p"),),
+        (Turn("system", "s"), Turn("user", "q")),
+        history,
+        history,
+    ]
     assert {(p.chosen, p.reject) for p in pairs} == {("x", "y")}
     assert WORLD.prompt(history) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:"
 
@@ -154,7 +174,10 @@ def test_jsonl_key_sets(tmp_path):
             '{"prompt": "p", "chosen": "x", "reject": [{"role": "user", "content": "y"}]}',
             "last message must be the assistant",
         ),
-        ('{"prompt": "p", "chosen": "x", "reject": [{"role": "bot", "content": "y"}]}', "message 1 has the role 'bot'"),
+        (
+            '{"prompt": "p", "chosen": "x", "reject": [{"role": "narrator", "content": "y"}]}',
+            "message 1 has the role 'narrator'",
+        ),
         ('{"prompt": "p", "chosen": "x", "reject": "y"', "not a JSON object"),
         ("[1]", "a JSON object is needed"),
     ],

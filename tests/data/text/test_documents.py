@@ -75,7 +75,7 @@ def test_documents_without_a_trained_token_are_counted(tmp_path, world):
     ("line", "message"),
     [
         (b'{"text": 3}', "text must be a string"),
-        (b'{"content": "x"}', "needs text, messages, or prompt and completion; it has content"),
+        (b'{"content": "x"}', "its keys are content; the shapes are text, messages, sharegpt"),
         (b'{"messages": "x"}', "messages must be a list"),
         (b'{"messages": [{"role": "user", "content": ""}]}', "message 1 is empty"),
         (b'{"prompt": "x", "completion": " "}', "completion is empty"),
@@ -99,5 +99,5 @@ def test_text_files(tmp_path, world):
     (tmp_path / "b.txt").write_bytes(b"a\nb\xff")
     with pytest.raises(ValueError, match=r"b\.txt:2: byte 0xff is not UTF-8"):
         open_text(tmp_path / "b.txt", world)
-    with pytest.raises(ValueError, match="--data_type md is no text that can be read; one of jsonl, txt, binidx"):
+    with pytest.raises(ValueError, match="--data_type md is no text that can be read; one of csv, tsv, jsonl"):
         open_text(tmp_path / "a.txt", world, data_type="md")

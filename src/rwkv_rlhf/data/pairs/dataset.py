@@ -5,12 +5,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, overload
 
-from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.data.batch import JudgedPair, PairExample
+from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
 from rwkv_rlhf.data.pairs.same_prompt import prompt_key
 from rwkv_rlhf.data.pairs.save import read_save, read_sidecar
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser, cap_pair, count_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
+from rwkv_rlhf.data.rows import rows_format
+from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import Tokenizer
@@ -67,13 +70,24 @@ class Pairs(Sequence[PairExample]):
                 "prompt, so held-out prompts would be trained on: make the file anew, or give {val_file}"
             )
 
+    def judged(self) -> "Pairs":
+        """The same pairs, to be judged as wholes."""
+        pairs = self._pairs
+        return self._of(
+            [JudgedPair(p.prompt, p.chosen, p.reject, margin=p.margin, conversation=p.conversation) for p in pairs]
+        )
+
     def with_reference(self, sums: Sequence[Sequence[float]]) -> "Pairs":
         """The same pairs with `sums` (n, 2), summed log-probabilities of (chosen, reject), as reference scores."""
         assert len(sums) == len(self)
+        scored = zip(self._pairs, sums)
+        return self._of([dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored])
+
+    def _of(self, pairs: Sequence[PairExample]) -> "Pairs":
+        """The same file's pairs in another form."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
-        scored = zip(self._pairs, sums)
-        new._pairs = [dataclasses.replace(p, reference=(float(s[0]), float(s[1]))) for p, s in scored]
+        new._pairs = pairs
         return new
 
 
@@ -119,7 +133,7 @@ def _capped(pairs: Sequence[PairExample], max_len: int, report: DataReport) -> l
 
 def pair_type(path: str | os.PathLike[str]) -> str:
     """The format of a file of pairs, by its suffix; a zip archive of any name is a `.save`; "" for anything else."""
-    found = format_of_name(path)
+    found = rows_format(path) or format_of_name(path)
     if found and "pairs" in FORMATS[found].holds:
         return found
     check_readable(path)
@@ -137,20 +151,26 @@ def open_pairs(
     seed: int = TEMPLATE_SEED,
     skip_bad: bool = False,
     drop_ties: bool = False,
+    reading: Reading | None = None,
 ) -> Pairs:
-    """Preference pairs from any file that holds them, by its suffix.
+    """Preference pairs from any files that hold them.
 
     Args:
+        path: a file, or what `sources_of` takes. reading: how records are read.
         tokenizer: also says which ids of a `.save` are legal (its vocab_size).
         max_len: --rlhf_max_corpus_len. ctx_len: grown when a pair does not fit; 0 = do not look.
 
     Raises:
         ValueError: one sentence with file and line, record or flag.
     """
+    options = PairOptions(template, max_len, seed, skip_bad, drop_ties, reading or Reading())
+    sources = sources_of(path)
+    if len(sources) > 1 or sources[0].weight != 1:
+        return open_rows(path, tokenizer, options, ctx_len)
+    path = sources[0].path
     kind = pair_type(path)
     if not kind:
         raise ValueError(f"{path}: not a file of preference pairs; one of {', '.join(names_of_formats('pairs'))}")
-    options = PairOptions(template, max_len, seed, skip_bad, drop_ties)
     facts = FORMATS[kind]
     opened: Pairs = (load(facts.pairs) if facts.pairs else open_rows)(path, tokenizer, options, ctx_len)
     return opened

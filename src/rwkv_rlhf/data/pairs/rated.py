@@ -8,67 +8,36 @@ import dataclasses
 import os
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
-from rwkv_rlhf.data.conversation import Turn, refuse_nul
+from rwkv_rlhf.data.items import Reading, kind_of_rows, read_items
 from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.pairs.same_prompt import conversation_id, prompt_key
-from rwkv_rlhf.data.pairs.text_pairs import PROMPT, complete_prompt, parse_answer, parse_prompt
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import has_rows, read_rows
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.rows import has_rows
+from rwkv_rlhf.data.shapes.record import Rated
+from rwkv_rlhf.data.sources import sources_of
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
-_COLUMNS = (PROMPT, ("completion",), ("label",))
+
+def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
+    """Whether a file holds rated answers, by its first row (or by --format `shape`).
+
+    Raises ValueError when it cannot be read.
+    """
+    first = sources_of(path)[0].path
+    return has_rows(first) and kind_of_rows(first, shape) == "rated"
 
 
-def is_rated_record(record: dict[str, Any]) -> bool:
-    """Whether a row (keys in lower case) is one rated answer."""
-    return "completion" in record and "label" in record and "chosen" not in record
-
-
-def is_rated(path: str | os.PathLike[str]) -> bool:
-    """Whether a file holds rated answers, by its first row. Raises ValueError when it cannot be read."""
-    if not has_rows(path):
-        return False
-    first = next(read_rows(path, DataReport(str(path), skip_bad=True, quiet=True)), None)
-    return first is not None and is_rated_record(first.record)
-
-
-def _label(value: object) -> bool:
-    """True for good. RowError for anything but true, false, 1 and 0."""
-    if isinstance(value, float) and value in (0.0, 1.0):  # parquet's idea of a column with gaps
-        value = int(value)
-    found = LABELS.get(str(value).strip().lower())
-    if found is None:
-        raise RowError(f"label is {value!r}; it must be true or 1 (good), false or 0 (bad)", "unreadable label")
-    return found
-
-
-class RatedAnswer(NamedTuple):
-    """A row as text: the turns before the answer, the answer, and whether it is good."""
-
-    turns: tuple[Turn, ...]
-    text: str
-    good: bool
-
-
-def parse_rated(record: dict[str, Any]) -> RatedAnswer:
-    """A row (keys in lower case); RowError for what is wrong with it."""
-    answer = parse_answer(record.get("completion"), "completion", True)
-    turns = complete_prompt(parse_prompt(record) + answer.before, record)
-    refuse_nul([*turns, Turn("assistant", answer.text)])
-    return RatedAnswer(tuple(turns), answer.text, _label(record.get("label")))
-
-
-def _tokenise(row: RatedAnswer, template: Template, tokenizer: Tokenizer) -> RatedExample:
-    prompt, (text,) = template.render(row.turns, [row.text])
-    answer = [*tokenizer.encode(text), *template.end_ids]
-    return RatedExample(tokenizer.encode(prompt), answer, [], None, row.good, conversation=conversation_id(row.turns))
+def _tokenise(row: Rated, template: Template, tokenizer: Tokenizer) -> RatedExample:
+    prompt, (text,) = template.render(row.turns, [row.completion])
+    answer = [*template.ids(text, tokenizer), *template.end_ids]
+    key = conversation_id(row.turns)
+    return RatedExample(template.ids(prompt, tokenizer), answer, [], good=row.good, conversation=key)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -124,6 +93,7 @@ def open_rated(
     ctx_len: int = 0,
     seed: int = TEMPLATE_SEED,
     skip_bad: bool = False,
+    reading: Reading | None = None,
 ) -> Pairs:
     """Rated answers of a CSV, JSONL or parquet file with prompt, completion and label (and system, if any).
 
@@ -131,15 +101,18 @@ def open_rated(
     """
     find_templates(template)
     report, rng = DataReport(str(path), skip_bad=skip_bad), random.Random(seed)
+    say_plain_marks(template, tokenizer, report)
     examples, seen = [], set()
-    for where, record in read_rows(path, report, _COLUMNS):
+    last = None
+    for where, row, _ in read_items(path, report, ("rated",), reading):
+        assert isinstance(row, Rated)
         try:
-            row = parse_rated(record)
             example = _tokenise(row, draw_template(template, rng), tokenizer)
         except RowError as error:
             report.bad(where, error)
             continue
-        report.remark("repeat another one", hash(row) in seen)
+        again, last = row is last, row  # of a file with a weight
+        report.remark("repeat another one", hash(row) in seen and not again)
         seen.add(hash(row))
         if max_len:
             report.cut("prompt", len(example.prompt) > max_len)
@@ -156,5 +129,5 @@ def unpair(pairs: Pairs, seed: int = TEMPLATE_SEED) -> Pairs:
     for index in range(len(pairs)):
         pair: PairExample = pairs[index]
         for answer, good in ((pair.chosen, True), (pair.reject, False)):
-            halves.append(RatedExample(pair.prompt, answer, [], None, good, conversation=pair.conversation))
+            halves.append(RatedExample(pair.prompt, answer, [], good=good, conversation=pair.conversation))
     return _finished(halves, pairs.report, pairs.ctx_len, seed, pairs.sidecar)

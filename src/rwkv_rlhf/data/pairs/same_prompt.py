@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.policy_batch import PromptExample
 
 DIGITS = 16  # 64 bits
 
 
 def conversation_id(turns: Sequence[Turn]) -> str:
     """The same text for the same turns, in every run and whatever the template."""
-    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:DIGITS]
+    said = [(turn.role, turn.text) for turn in turns]  # not whether an earlier answer is learnt
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:DIGITS]
 
 
-def prompt_key(example: PairExample) -> object:
+def prompt_key(example: PairExample | PromptExample) -> object:
     """Equal for examples of one prompt; by the tokens where the file does not say what they were made of."""
     return example.conversation or tuple(example.prompt)
 

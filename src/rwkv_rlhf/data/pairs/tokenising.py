@@ -3,14 +3,15 @@
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.same_prompt import conversation_id
 from rwkv_rlhf.data.pairs.text_pairs import TextPair, read_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -23,7 +24,7 @@ class PairOptions:
         template: --template.
         max_len: cap on prompt, chosen and reject, each in tokens; 0 = none.
         seed: of the template draws and of the shuffle.
-        skip_bad: rows that cannot be used are counted, not an error. drop_ties: as `read_pairs` has it.
+        skip_bad: rows that cannot be used are counted, not an error. drop_ties, reading: as `read_pairs` has them.
     """
 
     template: str = "world"
@@ -31,6 +32,7 @@ class PairOptions:
     seed: int = TEMPLATE_SEED
     skip_bad: bool = False
     drop_ties: bool = False
+    reading: Reading = field(default_factory=Reading)
 
 
 def cap_prompt(prompt: list[int], max_len: int) -> list[int]:
@@ -48,7 +50,11 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
     capped = PairExample(
-        cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len], conversation=pair.conversation
+        cap_prompt(pair.prompt, max_len),
+        pair.chosen[:max_len],
+        pair.reject[:max_len],
+        margin=pair.margin,
+        conversation=pair.conversation,
     )
     if capped.chosen == capped.reject:
         raise RowError(
@@ -75,7 +81,7 @@ def count_pairs(pairs: Sequence[PairExample], report: DataReport) -> None:
 
 
 class PairTokeniser:
-    """Makes examples of the pairs in one CSV, JSONL or parquet file.
+    """Makes examples of the pairs in files that are read row by row.
 
     Attributes:
         report: what was read, cut and left out.
@@ -88,6 +94,7 @@ class PairTokeniser:
         find_templates(options.template)
         self.path, self.tokenizer, self.options = path, tokenizer, options
         self.report = DataReport(str(path), skip_bad=options.skip_bad)
+        say_plain_marks(options.template, tokenizer, self.report)
         self.rng = random.Random(options.seed)
 
     def pairs(self, count: int | None = None) -> list[PairExample]:
@@ -129,7 +136,7 @@ class PairTokeniser:
     def _read(self, count: int | None) -> list[TextPair]:
         if count is not None and count < 1:
             raise ValueError(f"--target_pair_count {count}: must be at least 1")
-        rows = list(read_pairs(self.path, self.report, drop_ties=self.options.drop_ties))
+        rows = list(read_pairs(self.path, self.report, self.options.drop_ties, self.options.reading))
         if count is not None and count < len(rows):
             unused = f"{len(rows) - count} of {len(rows)} rows are not used, --target_pair_count is {count}"
             self.report.notice(f"{self.path}: {unused}")
@@ -160,8 +167,11 @@ class PairTokeniser:
         """The row's pair; prompt and answers are tokenised apart, as sampling meets them. None = it is skipped."""
         try:
             prompt, answers = template.render(row.turns, [row.chosen, row.reject])
-            chosen, reject = ([*self.tokenizer.encode(text), *template.end_ids] for text in answers)
-            pair = PairExample(self.tokenizer.encode(prompt), chosen, reject, conversation=conversation_id(row.turns))
+            chosen, reject = ([*template.ids(text, self.tokenizer), *template.end_ids] for text in answers)
+            key = conversation_id(row.turns)
+            pair = PairExample(
+                template.ids(prompt, self.tokenizer), chosen, reject, margin=row.margin, conversation=key
+            )
             return cap_pair(pair, self.options.max_len, self.report)
         except RowError as error:
             self.report.bad(row.where, error)

@@ -5,27 +5,32 @@ A .jinja file is the template itself. A tokenizer_config.json holds it under `ch
 {name, template}, of which `default` is taken) beside the texts of the special tokens, which templates refer to.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
+import re
 import select
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.conversation import TOOLS, Turn
 from rwkv_rlhf.data.report import RowError
-from rwkv_rlhf.data.templates.template import Rendered, Span, Template
+from rwkv_rlhf.data.templates.template import Rendered, Span, Template, with_tools_said
+from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import parse_json, read_bytes
 
 PROBE = "4n5wer"  # an answer whose place in the rendered text shows what the template writes around it
 SECONDS = 20  # that a template may take for one conversation, on a busy machine; it needs less than a thousandth
+_CALL = re.compile(r"<tool_call>\n(\{.*\})\n</tool_call>")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -92,7 +97,8 @@ class JinjaTemplate(Template):
     """A template whose text Jinja writes.
 
     Attributes:
-        source: the template. special: (name, text) of the special tokens.
+        source: the template. special: (name, text) of the special tokens. now: the time that the template may ask
+            for, the same for the whole run. final: what it writes behind the last turn only.
         end: the mark that closes an answer, which sampling stops at.
         end_ids: the end of document, 0, where the template writes no such mark.
     """
@@ -101,11 +107,21 @@ class JinjaTemplate(Template):
     whole_conversation: bool = True
     source: str = ""
     special: tuple[tuple[str, str], ...] = ()
+    now: str = ""
+    final: str = ""
+
+    def as_jinja(self) -> str:
+        """The template itself, with its own texts of the special tokens that it names."""
+        named = [(name, text) for name, text in self.special if name in self.source]
+        return "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in named) + self.source
 
     def _render(self, turns: Sequence[Turn], cue: bool) -> str:
-        nothing = {"tools": None, "documents": None}  # what templates ask for with `is none`
-        messages = [{"role": role, "content": text} for role, text in turns]
-        values = {"messages": messages, "add_generation_prompt": cue, **nothing, **dict(self.special)}
+        tools = json.loads(turns[0].text) if turns and turns[0].role == TOOLS else None
+        if tools and "tools" not in self.source:
+            tools, turns = None, with_tools_said(turns)
+        messages = messages_of(turns, calls="tool_calls" in self.source)
+        values = {"messages": messages, "add_generation_prompt": cue, "tools": tools, "documents": None}
+        values |= {"now": self.now, **dict(self.special)}
         answer = template_process().ask(self.source, values)
         if "text" in answer:
             return answer["text"]
@@ -114,6 +130,19 @@ class JinjaTemplate(Template):
         else:
             sentence = f"the chat template cannot write this conversation: {answer['failed']}"
         raise RowError(sentence, "refused by the template")
+
+    def ids(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """As `Template.ids`; a special token that the vocabulary has under its name becomes its id."""
+        found: list[int] = []
+        for piece in _split_marks(text, tokenizer.marks):
+            found += [tokenizer.marks[piece]] if piece in tokenizer.marks else tokenizer.encode(piece)
+        return found
+
+    def marks(self, tokenizer: Tokenizer) -> list[str]:
+        """As `Template.marks`: those that stand in a question with its answer."""
+        said = self.history([Turn("user", "Hi"), Turn("assistant", PROBE)])
+        named = [text for _, text in self.special if text and not text.isspace() and text in said]
+        return [text for text in dict.fromkeys(named) if len(self.ids(text, tokenizer)) > 1]
 
     def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
         """The conversation so far and the template's cue for an answer."""
@@ -142,8 +171,10 @@ class JinjaTemplate(Template):
             prompt, (answer,) = self.render(turns[:at], [turn.text])
             if not prompt.startswith(said):
                 raise RowError("the chat template rewrites earlier turns of this chat", "refused by the template")
+            if at < len(turns) - 1:
+                answer = answer.removesuffix(self.final)
             yield Span(prompt[len(said) :], False)
-            yield Span(answer, True)
+            yield Span(answer, True, turn.trained)
             said = prompt + answer
         whole = self.history(turns)
         if turns and turns[-1].role != "assistant" and whole.startswith(said):
@@ -181,12 +212,57 @@ def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
     text = read_bytes(path).decode("utf-8-sig", errors="replace")
     source, special = _from_config(path, text) if path.suffix.lower() == ".json" else (text, ())
     special = special or tuple((name, "") for name in _SPECIAL)
+    now = datetime.now().isoformat()
     try:
-        template = JinjaTemplate(source=source, special=special)
+        template = JinjaTemplate(source=source, special=special, now=now)
+        final = _final_mark(template)
         answer = template.render([Turn("user", "Hi")], [PROBE]).answers[0]
     except ValueError as error:
         raise ValueError(f"--template {path}: {error}") from error
     if PROBE not in answer:
         raise ValueError(f"--template {path} does not write the assistant's text")
-    end = answer.split(PROBE)[1].strip()
-    return JinjaTemplate(source=source, special=special, end=end, end_ids=() if end else (0,))
+    end = answer.removesuffix(final).split(PROBE)[1].strip()
+    return dataclasses.replace(template, final=final, end=end, end_ids=() if end else (0,))
+
+
+def _final_mark(template: JinjaTemplate) -> str:
+    """What the template writes behind a finished conversation and takes back when it goes on."""
+    said = [Turn("user", "Hi"), Turn("assistant", PROBE)]
+    whole = template.history(said)
+    try:
+        longer = template.prompt([*said, Turn("user", "Hi")])
+    except RowError:  # a template for one question only
+        return ""
+    if longer.startswith(whole):
+        return ""
+    marks = [re.escape(text) for _, text in template.special if text]
+    begins = [match.start() for match in re.finditer("|".join([*marks, "<"]), whole)]
+    cut = next((at for at in reversed(begins) if longer.startswith(whole[:at])), 0)
+    return whole[cut:] if PROBE in whole[:cut] else ""
+
+
+def _split_marks(text: str, marks: Iterable[str]) -> list[str]:
+    """The text cut at these marks, which are pieces of their own."""
+    pattern = "|".join(map(re.escape, marks))
+    return [piece for piece in re.split(f"({pattern})", text) if piece] if pattern else [text]
+
+
+def messages_of(turns: Sequence[Turn], calls: bool) -> list[dict[str, Any]]:
+    """The turns as templates expect them: with `calls`, calls of tools apart from the text."""
+    messages: list[dict[str, Any]] = []
+    asked: list[str] = []  # ids of calls that no tool has answered yet
+    number = 0
+    for role, text, _ in turns:
+        message: dict[str, Any] = {"role": role, "content": text}
+        if role == "tool" and asked:
+            message["tool_call_id"] = asked.pop(0)
+        if role == "assistant" and calls and (found := _CALL.findall(text)):
+            message |= {"content": _CALL.sub("", text).strip(), "tool_calls": []}
+            for call in found:
+                number += 1
+                asked.append(f"call{number:05d}")  # nine characters: Mistral's templates want as many
+                said = {"id": asked[-1], "type": "function", "function": json.loads(call)}
+                message["tool_calls"].append(said)
+        if role != TOOLS:
+            messages.append(message)
+    return messages

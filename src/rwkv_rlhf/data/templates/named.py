@@ -2,8 +2,10 @@
 
 import random
 
+from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.templates.template import TEMPLATES, Share, Template
+from rwkv_rlhf.data.tokenizer import Tokenizer
 
 FILES = (".jinja", ".jinja2", ".j2", ".json")  # what --template may name beside the built-in ones
 TEMPLATE_SEED = 100  # the tradition's seed for drawing templates
@@ -21,6 +23,14 @@ def find_templates(name: str) -> tuple[Share, ...]:
     raise ValueError(
         f"--template {name} is not known; one of {', '.join(TEMPLATES)}, or a chat template ({', '.join(FILES)})"
     )
+
+
+def say_plain_marks(name: str, tokenizer: Tokenizer, report: DataReport) -> None:
+    """Notes which special tokens of a template the vocabulary does not have: they are trained as the text they are."""
+    marks = [mark for share in find_templates(name) for mark in share.template.marks(tokenizer)]
+    if marks:
+        some = ", ".join(dict.fromkeys(marks))
+        report.notice(f"--template {name}: {some}: plain text in this vocabulary, which has no such token")
 
 
 def draw_template(name: str, rng: random.Random) -> Template:

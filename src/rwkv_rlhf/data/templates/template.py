@@ -4,13 +4,35 @@ The tradition is `User: {p}\\n\\nAssistant:` and then ` {answer}\\n\\n`. Prompt 
 training sees the very tokens that sampling continues from.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.conversation import TOOLS, Turn
+from rwkv_rlhf.data.tokenizer import Tokenizer
 
 _THINK = "<think>"
+# how a template that has no form of its own lists tools: one a line, then how they are called
+_TOOLS = """These tools can be called, one is described on each line:
+{tools}
+A call is one JSON object between two marks:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
+# a turn's text without blank lines, as conversation.py:normalise leaves it
+JINJA = (
+    "{{%- for message in messages -%}}"
+    "{{%- set name = '{user}' if message['role'] == 'user' else "
+    "'{system}' if message['role'] == 'system' else '{assistant}' -%}}"
+    "{{{{- name + ': ' -}}}}"
+    "{{%- set text = message['content'].replace('\\r\\n', '\\n').replace('\\r', '\\n').strip() -%}}"
+    "{{%- for line in text.split('\\n') if line.strip() -%}}"
+    "{{{{- line -}}}}{{{{- '\\n\\n' if loop.last else '\\n' -}}}}"
+    "{{%- endfor -%}}"
+    "{{%- endfor -%}}"
+    "{{%- if add_generation_prompt -%}}{{{{- '{cue}' -}}}}{{%- endif -%}}"
+)
 
 
 class Rendered(NamedTuple):
@@ -21,10 +43,22 @@ class Rendered(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A piece of a chat that is tokenised by itself; `answer`: the assistant says it."""
+    """A piece of a chat that is tokenised by itself; `answer`: the assistant says it, and `trained`: it is learnt."""
 
     text: str
     answer: bool
+    trained: bool = True
+
+
+def with_tools_said(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with a list of tools as part of the system text."""
+    if not turns or turns[0].role != TOOLS:
+        return list(turns)
+    tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in json.loads(turns[0].text))
+    said, rest = _TOOLS.format(tools=tools), list(turns[1:])
+    if rest and rest[0].role == "system":
+        said, rest = f"{rest[0].text}\n{said}", rest[1:]
+    return [Turn("system", said), *rest]
 
 
 @dataclass(frozen=True)
@@ -32,7 +66,7 @@ class Template:
     """One way to write a conversation.
 
     Attributes:
-        user, assistant, system: names of the speakers; empty strings for bare text.
+        user, assistant, system, tool: names of the speakers; empty strings for bare text.
         end: text that closes an answer.
         end_ids: token ids after that text (plain text has no mark of its own, so it takes the end of document, 0).
         think: answers follow the g1 models' think or no-think cue.
@@ -42,23 +76,37 @@ class Template:
     user: str = "User"
     assistant: str = "Assistant"
     system: str = "System"
+    tool: str = "Tool"
     end: str = "\n\n"
     end_ids: tuple[int, ...] = ()
     think: bool = False
     whole_conversation: bool = False
 
+    def as_jinja(self) -> str:
+        """The same as a chat template in Jinja, for other programs; "" for bare text, which has none.
+
+        It writes what `history` and `prompt` write of normalised turns. The mark in front is by which llama.cpp knows
+        this template without Jinja.
+        """
+        if not self.assistant:
+            return ""
+        mark = "{#- rwkv-world -#}" if self == WORLD else ""
+        return mark + JINJA.format(
+            user=self.user, system=self.system, assistant=self.assistant, cue=f"{self.assistant}:{self._cue(())}"
+        )
+
     def _turn(self, turn: Turn) -> str:
-        name = {"user": self.user, "assistant": self.assistant, "system": self.system}[turn.role]
+        name = {"user": self.user, "assistant": self.assistant, "tool": self.tool}.get(turn.role, self.system)
         return f"{name}: {turn.text}\n\n" if name else f"{turn.text}\n"
 
     def history(self, turns: Sequence[Turn]) -> str:
         """Finished turns, each with its closing mark."""
-        return "".join(map(self._turn, turns))
+        return "".join(map(self._turn, with_tools_said(turns)))
 
     def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
         """The conversation so far and the cue for an answer; `answers` decide g1's think or no-think cue."""
         if not self.assistant:
-            return "\n".join(turn.text for turn in turns)
+            return "\n".join(turn.text for turn in with_tools_said(turns))
         return self.history(turns) + f"{self.assistant}:" + self._cue(answers)
 
     def _cue(self, answers: Sequence[str]) -> str:
@@ -82,6 +130,14 @@ class Template:
         """The prompt, and each of `answers` as it follows it. Raises RowError where a template refuses them."""
         return Rendered(self.prompt(turns, answers), self._answers(answers))
 
+    def ids(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        """Token ids of a text that this template wrote."""
+        return tokenizer.encode(text)
+
+    def marks(self, tokenizer: Tokenizer) -> list[str]:
+        """Special tokens that this template writes and the vocabulary has no ids for."""
+        return []
+
     def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
         """A whole chat: everything between two answers is one span."""
         waiting: list[Turn] = []
@@ -91,7 +147,7 @@ class Template:
                 continue
             prompt, (answer,) = self.render(waiting, [turn.text])
             yield Span(prompt, False)
-            yield Span(answer, True)
+            yield Span(answer, True, turn.trained)
             waiting = []
         if waiting:
             yield Span(self.history(waiting), False)
@@ -105,7 +161,7 @@ class Share(NamedTuple):
 
 
 WORLD = Template()
-PLAIN = Template(user="", assistant="", system="", end="", end_ids=(0,))
+PLAIN = Template(user="", assistant="", system="", tool="", end="", end_ids=(0,))
 
 # --template -> what rows are written with; their shares sum to 1
 TEMPLATES: dict[str, tuple[Share, ...]] = {

@@ -3,27 +3,36 @@
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rwkv_rlhf.data.batch import TextExample
-from rwkv_rlhf.data.conversation import Turn, normalise, parse_messages
+from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.items import Reading, read_file
+from rwkv_rlhf.data.opened import read_unpacked
 from rwkv_rlhf.data.report import DataReport, RowError
-from rwkv_rlhf.data.rows import read_jsonl
-from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
+from rwkv_rlhf.data.rows import rows_format
+from rwkv_rlhf.data.shapes.record import Chat, Document
+from rwkv_rlhf.data.sources import Source, sources_of
+from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.text.binidx import Corpus, Slices, is_corpus
 from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from rwkv_rlhf.files import read_bytes
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import load, with_fact
 
-Draw = Callable[[], Template]  # the template of the next row
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How documents are made of a file: the template of each row, what is trained, how records are read."""
+
+    draw: Callable[[], Template]
+    train_on_prompt: bool = False
+    reading: Reading = field(default_factory=Reading)
 
 
 class Texts(CutDocuments):
@@ -37,7 +46,13 @@ class Texts(CutDocuments):
         super().__init__(ctx_len, report)
         kind = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
         parts, masks, ends, masked = [np.empty(0, kind)], [], [0], False
+        order: list[int] = []  # a document that comes again is the same object, and held once
+        last = None
         for document in documents:
+            order.append(len(ends) - (2 if document is last else 1))
+            if document is last:
+                continue
+            last = document
             parts.append(np.asarray(document.tokens, dtype=kind))
             masks.append(np.broadcast_to(True, len(parts[-1])) if document.mask is None else document.mask)
             masked = masked or document.mask is not None
@@ -45,8 +60,8 @@ class Texts(CutDocuments):
         self.tokens = np.concatenate(parts)
         self.mask = np.concatenate(masks) if masked else None
         before = trained_before(self.mask)
-        for number, (begin, end) in enumerate(pairwise(ends)):
-            self._cut(number, begin, end, before)
+        for number in order:
+            self._cut(number, ends[number], ends[number + 1], before)
         self._close()
 
     def __getitem__(self, index: int) -> TextExample:
@@ -71,57 +86,31 @@ def tokenise_chat(
     spans = list(template.spans(turns))
     if spans and not spans[-1].answer and not train_on_prompt:
         spans.pop()  # turns that nobody answered teach nothing
-    for text, answer in spans:
-        new = [*tokenizer.encode(text), *(template.end_ids if answer else ())]
+    for text, answer, trained in spans:
+        new = [*template.ids(text, tokenizer), *(template.end_ids if answer else ())]
         ids.extend(new)
-        mask.extend([answer] * len(new))
+        mask.extend([answer and trained] * len(new))
     return TextExample(np.asarray(ids, dtype=np.int64), None if train_on_prompt else np.asarray(mask, dtype=bool))
 
 
-def _document(record: dict[str, Any], template: Template, tokenizer: Tokenizer, train_on_prompt: bool) -> TextExample:
-    """One JSONL object as a document; RowError when it is of no known form."""
-    if "text" in record:
-        if not isinstance(record["text"], str):
-            raise RowError("text must be a string", "unreadable")
-        return _plain(record["text"], tokenizer)
-    if "messages" in record:
-        if not isinstance(record["messages"], list):
-            raise RowError("messages must be a list of {role, content}", "unreadable")
-        turns = parse_messages(record["messages"], "messages")
-    elif "prompt" in record and "completion" in record:
-        turns = []
-        for role, key in (("system", "system"), ("user", "prompt"), ("assistant", "completion")):
-            value = record.get(key, "" if key == "system" else None)
-            if not isinstance(value, str):
-                raise RowError(f"{key} must be a string", "unreadable")
-            if text := normalise(value):
-                turns.append(Turn(role, text))
-            elif role != "system":
-                raise RowError(f"{key} is empty", f"empty {key}")
-    else:
-        names = ", ".join(record) or "no key"
-        raise RowError(f"needs text, messages, or prompt and completion; it has {names}", "no text")
-    return tokenise_chat(turns, template, tokenizer, train_on_prompt)
-
-
-def jsonl_documents(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
-) -> Iterator[TextExample]:
-    """The documents of a JSONL file."""
-    for where, record in read_jsonl(path, report):
+def row_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
+    """The documents and chats of a file that is read row by row."""
+    for where, item, _ in read_file(Source(path), report, ("text",), options.reading):
         try:
-            document = _document(record, draw(), tokenizer, train_on_prompt)
+            if isinstance(item, Document):
+                yield _plain(item.text, tokenizer)
+                continue
+            assert isinstance(item, Chat)
+            document = tokenise_chat(item.turns, options.draw(), tokenizer, options.train_on_prompt)
         except RowError as error:
             report.bad(where, error)
             continue
         yield document
 
 
-def txt_documents(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
-) -> Iterator[TextExample]:
+def txt_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
     """The one document that a text file is."""
-    data = read_bytes(path)
+    data = read_unpacked(path)
     try:
         text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,7 +123,7 @@ def txt_documents(
 
 
 def binidx_documents(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
+    path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions
 ) -> Iterator[TextExample]:
     """The documents of a binidx corpus."""
     corpus = Corpus(path, tokenizer.vocab_size)
@@ -143,9 +132,7 @@ def binidx_documents(
         yield TextExample(corpus.document(number))
 
 
-def h5_documents(
-    path: str, tokenizer: Tokenizer, report: DataReport, draw: Draw, train_on_prompt: bool
-) -> Iterator[TextExample]:
+def h5_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
     """The documents of an .h5, whole."""
     file = H5File(path)
     for number in range(len(file)):
@@ -155,17 +142,32 @@ def h5_documents(
         except RowError as error:
             report.bad(f"{path} document {number}", error)
             continue
-        yield TextExample(document.tokens) if train_on_prompt else document
+        yield TextExample(document.tokens) if options.train_on_prompt else document
 
 
 def text_type(path: str | os.PathLike[str], data_type: str = "") -> str:
-    """The data type of a text file: as given, or by what the path names.
+    """The data type of the text that `path` stands for: as given, or by what it names.
 
-    Raises ValueError that lists the legal types.
+    Raises ValueError that lists the legal types, and for several files of which one can only be read alone.
     """
+    sources = sources_of(path)
+    found = [_type_of_one(source.path, data_type) for source in sources]
+    alone = [(source.path, name) for source, name in zip(sources, found) if not _reads_beside_others(name)]
+    if alone and len(sources) > 1:
+        raise ValueError(f"{alone[0][0]}: {alone[0][1]} is not read beside other files; give it alone")
+    if alone and sources[0].weight != 1:
+        raise ValueError(f"{alone[0][0]}: a weight is for rows and text files, not for {alone[0][1]}")
+    return found[0]
+
+
+def _reads_beside_others(name: str) -> bool:
+    return not FORMATS[name].tokenised
+
+
+def _type_of_one(path: str, data_type: str) -> str:
     if not data_type and is_corpus(path):
         return "binidx"
-    found = format_of_word(data_type) if data_type else format_of_name(path)
+    found = format_of_word(data_type) if data_type else rows_format(path) or format_of_name(path)
     if not found or not FORMATS[found].text:
         named = data_type or Path(path).suffix.lower().lstrip(".")
         named = f"--data_type {named}" if named else "a name without a suffix (and no .bin and .idx beside it)"
@@ -183,19 +185,26 @@ def read_documents(
     template: str = "world",
     train_on_prompt: bool = False,
     seed: int = TEMPLATE_SEED,
+    reading: Reading | None = None,
 ) -> Iterator[TextExample]:
-    """The documents of any file of text one after the other.
+    """The documents of all files that `path` stands for, one after the other; with weight 2 each comes twice.
 
     Raises ValueError, one sentence with file and line, or flag.
     """
-    kind, rng = text_type(path, data_type), random.Random(seed)
+    rng = random.Random(seed)
     find_templates(template)
+    text_type(path, data_type)
 
     def draw() -> Template:
         return draw_template(template, rng)
 
-    read: Callable[..., Iterator[TextExample]] = load(FORMATS[kind].text)
-    return read(str(path), tokenizer, report, draw, train_on_prompt)
+    options = TextOptions(draw, train_on_prompt, reading or Reading())
+    for source in sources_of(path):
+        read: Callable[..., Iterator[TextExample]] = load(FORMATS[_type_of_one(source.path, data_type)].text)
+        copies = source.copies()
+        for document in read(source.path, tokenizer, report, options):
+            for _ in range(next(copies)):
+                yield document
 
 
 def open_text(
@@ -208,22 +217,26 @@ def open_text(
     train_on_prompt: bool = False,
     seed: int = TEMPLATE_SEED,
     skip_bad: bool = False,
+    reading: Reading | None = None,
 ) -> Texts | H5Texts:
-    """Documents of a JSONL file ({text}, {messages} or {prompt, completion}), a text file, a binidx corpus or .h5.
+    """Documents and chats of files with records, text files, a binidx corpus or .h5.
 
     `text` documents are tokenised byte for byte and end with token 0; chats are normalised, follow the template, and
     train the assistant's turns only. An .h5 is read document by document during training, everything else at once.
 
     Args:
-        ctx_len: longest example in inputs; longer documents are cut into segments. 0 = never cut.
+        path: a file, or what `sources_of` takes. ctx_len: longest example in inputs; longer documents are cut into
+            segments. 0 = never cut. reading: how records are read.
 
     Raises:
         ValueError: one sentence with file and line, or flag.
     """
     find_templates(template)
     if text_type(path, data_type) == "h5":
-        return open_h5(path, tokenizer.vocab_size, ctx_len=ctx_len, train_on_prompt=train_on_prompt, skip_bad=skip_bad)
+        alone = sources_of(path)[0].path
+        return open_h5(alone, tokenizer.vocab_size, ctx_len=ctx_len, train_on_prompt=train_on_prompt, skip_bad=skip_bad)
     report = DataReport(str(path), skip_bad=skip_bad)
+    say_plain_marks(template, tokenizer, report)
     documents = read_documents(
         path,
         tokenizer,
@@ -232,6 +245,7 @@ def open_text(
         template=template,
         train_on_prompt=train_on_prompt,
         seed=seed,
+        reading=reading,
     )
     return Texts(documents, tokenizer.vocab_size, ctx_len, report)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.ops.elementwise_naive import NORM_EPS
+from rwkv_rlhf.ops.starts import Starts, even_starts
 from rwkv_rlhf.ops.triton import pointwise
 from rwkv_rlhf.ops.triton.launch import current, dense
 
@@ -20,7 +21,7 @@ Tensors = Sequence[Tensor]
 Some = Sequence[Tensor | None]
 
 
-def run(name: str, tensors: Some, settings: tuple[int | float, ...], records: bool) -> tuple[Tensor, ...]:
+def run(name: str, tensors: Some, settings: tuple[Any, ...], records: bool) -> tuple[Tensor, ...]:
     """The results of group `name` for the arguments of its plain twin; with `records` Triton gives gradients too."""
     outputs: tuple[Tensor, ...]
     outputs = _Group.apply(name, settings, *tensors) if records else GROUPS[name].forward(tensors, *settings)
@@ -31,7 +32,7 @@ class _Group(torch.autograd.Function):
     """Only the inputs are saved, the rest is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, name: str, settings: tuple[int | float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, name: str, settings: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(True)
         ctx.save_for_backward(*tensors)
         ctx.group, ctx.settings = GROUPS[name], settings
@@ -50,12 +51,12 @@ class _Group(torch.autograd.Function):
 
 
 class TokenMix:
-    """x, last, starts, mixes -> M tensors."""
+    """x, last, mixes and the starts -> M tensors."""
 
     @staticmethod
-    def forward(tensors: Some) -> tuple[Tensor, ...]:
+    def forward(tensors: Some, starts: Starts | None) -> tuple[Tensor, ...]:
         """Values."""
-        x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors)
+        x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors, starts)
         out = x.new_empty(len(mixes), *x.shape)
         with current(x.device):
             pointwise.token_mix[grid](
@@ -75,9 +76,9 @@ class TokenMix:
         return values.unbind()
 
     @staticmethod
-    def backward(tensors: Some, grads: Sequence[Tensor]) -> Some:
+    def backward(tensors: Some, grads: Sequence[Tensor], starts: Starts | None) -> Some:
         """Gradients; of `last` zeros for empty segments."""
-        x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors)
+        x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors, starts)
         dx, dlast = torch.empty_like(x), x.new_zeros(0) if last is None else torch.zeros_like(last)
         parts = mixes.new_empty(grid[0], *mixes.shape)
         with current(x.device):
@@ -97,28 +98,25 @@ class TokenMix:
                 ROWS=ROWS,
                 BLOCK=BLOCK,
             )
-        return dx, None if last is None else dlast, None, parts.sum(0)
+        return dx, None if last is None else dlast, parts.sum(0)
 
     @staticmethod
-    def arguments(tensors: Some) -> tuple[Any, ...]:
+    def arguments(tensors: Some, starts: Starts | None) -> tuple[Any, ...]:
         """The arguments as the kernels take them."""
-        x, last, starts, mixes = cast(tuple[Tensor, Tensor | None, Tensor | None, Tensor], tensors)
+        x, last, mixes = cast(tuple[Tensor, Tensor | None, Tensor], tensors)
         batch, tokens, width = x.shape
         grid = triton.cdiv(batch * tokens, ROWS), triton.cdiv(width, BLOCK)
-        marks = beginnings(starts, batch, tokens, x.device)
+        rows = even_starts(batch, tokens) if starts is None else starts
+        marks = rows.on(x.device, "marks", lambda: beginnings(rows))
         return dense(x), None if last is None else dense(last), marks, mixes.float().contiguous(), batch * tokens, grid
 
 
-def beginnings(starts: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+def beginnings(starts: Starts) -> Tensor:
     """For each token 0, or 1 + the row or segment that begins with it, int32; one more for segments after the end."""
-    marks = torch.zeros(batch * tokens + 1, dtype=torch.int32, device=device)
-    if starts is None:
-        marks[:-1].view(batch, tokens)[:, :1] = torch.arange(1, batch + 1, dtype=torch.int32, device=device)[:, None]
-        return marks
-    first = starts[:-1].to(device, non_blocking=True)
-    numbers = torch.arange(1, len(first) + 1, dtype=torch.int32, device=device)
+    marks = torch.zeros(starts[-1] + 1, dtype=torch.int32)
+    numbers = torch.arange(1, len(starts), dtype=torch.int32)
     # of segments that begin at one token only the last has any tokens
-    return marks.scatter_reduce_(0, first, numbers, "amax")
+    return marks.scatter_reduce_(0, starts.tensor[:-1], numbers, "amax")
 
 
 class ValueGate:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.triton import channel_state, matrix_state
 from rwkv_rlhf.ops.triton.launch import current, dense, processors
 
@@ -73,7 +74,7 @@ class MatrixKernel:
         x, first = self._named(inputs)
         rows, heads, size = state.shape[:3]
         cut = self.cut or tiles(size, rows * heads, processors(first.device))
-        edges = torch.tensor(starts).to(first.device, non_blocking=True)
+        edges = Starts.of(starts).edges_on(first.device)
         y, last = torch.empty_like(first), torch.empty_like(state)
         kept = state.new_empty(starts[-1] // GROUP + rows if keep else 0, *state.shape[1:])
         with current(first.device):
@@ -150,7 +151,7 @@ class ChannelKernel:
         """y, the final state, and if `keep` what backward needs. starts: where rows begin among the T tokens, and T."""
         k, v, w, u = (dense(x) for x in inputs)
         tokens, channels, rows = starts[-1], k.shape[-1], state.shape[0]
-        state, edges = state.contiguous(), torch.tensor(starts).to(k.device, non_blocking=True)
+        state, edges = state.contiguous(), Starts.of(starts).edges_on(k.device)
         y, last = torch.empty_like(k), torch.empty_like(state)
         kept = state.new_empty(tokens // CHANNEL_GROUP + rows if keep else 0, channels, 3)
         grid = rows, triton.cdiv(channels, CHANNELS)

@@ -45,6 +45,14 @@ def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tens
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+def leaves_out_itself(optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    """Whether an optimizer on a GPU can be told by a number there that the step is left out (`found_inf`), so that the
+    host need not know the gradient's norm before it queues the update."""
+    able = getattr(optimizer, "_step_supports_amp_scaling", False)
+    spread = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+    return bool(norm.is_cuda and able and not spread)
+
+
 def own_states(trainer: pl.Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """(what the optimizer updates on this rank, its state of it), always in the same order: the parameters, or
     DeepSpeed's float32 shares of them. A state is empty before the first step."""

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rwkv_rlhf.checkpoints.loading import checkpoint_tensors
 from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 
 
@@ -49,7 +50,8 @@ def fsdp(config: Config, model: nn.Module) -> Sharded | str:
     """The strategy of --strategy fsdp; one process has nobody to share with."""
     if not ranks.is_distributed():
         return "auto"
-    if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("head.")):
+    heads = ("head", *tables.SCALAR_HEADS)
+    if not any(p.requires_grad for name, p in model.named_parameters() if name.split(".")[0] not in heads):
         raise ValueError("{strategy} fsdp has no backward pass to split where only the head learns; use {strategy} ddp")
     ranks.broadcast_parameters(list(checkpoint_tensors(model).values()))
     return Sharded(

@@ -1,0 +1,11 @@
+"""Write a model, or a model with its adapter, for another program: llama.cpp, Hugging Face and others."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_rlhf.commands import run_command
+
+if __name__ == "__main__":
+    run_command("export")

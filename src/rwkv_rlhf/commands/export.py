@@ -1,0 +1,141 @@
+"""Write a model, or a model with its adapter merged in, for another program.
+
+python export.py --load_model M --to gguf --output M.gguf
+python export.py --load_model M --load_adapter P/rwkv-0.pth --to hf --output DIR
+
+The result appears when it is whole; where a program that reads it is installed, that program runs it first, and its
+log-probabilities must be this program's.
+"""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from rwkv_rlhf.checkpoints.adapter_files import hinting, open_adapter
+from rwkv_rlhf.checkpoints.exporting import (
+    About,
+    ExportOptions,
+    Vocabulary,
+    check_target,
+    export_model,
+    missing_judge,
+    open_exported,
+)
+from rwkv_rlhf.checkpoints.loading import file_sizes
+from rwkv_rlhf.checkpoints.sidecar import read_sidecar
+from rwkv_rlhf.commands.flag_groups import (
+    ADAPTER_HINTS,
+    adapter_flags,
+    add_adapter_flags,
+    add_vocabulary_flag,
+)
+from rwkv_rlhf.data.templates.named import find_templates
+from rwkv_rlhf.data.templates.template import TEMPLATES
+from rwkv_rlhf.data.tokenizer import TrieTokenizer, load_tokenizer
+from rwkv_rlhf.files import refuse_same_file
+from rwkv_rlhf.settings.command_line import Parser, truth
+from rwkv_rlhf.settings.exports import EXPORTS
+from rwkv_rlhf.settings.implementations import load
+
+log = logging.getLogger("export")
+
+NO_VOCABULARY = Vocabulary({}, (), "")
+
+DTYPES = tuple(
+    dict.fromkeys(dtype for facts in EXPORTS.values() if facts.target for dtype in facts.target.dtypes if dtype)
+)
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Write a model, or a model with its adapter, for another program.")
+    targets = "; ".join(f"{name}: {facts.help}" for name, facts in EXPORTS.items())
+    flags.add_argument("--load_model", default="", help="checkpoint of the model")
+    flags.add_argument("--load_adapter", default="", help="adapter checkpoint that is merged into it")
+    add_adapter_flags(flags)
+    flags.add_argument("--to", required=True, choices=tuple(EXPORTS), help=targets)
+    flags.add_argument("--output", required=True, help="the file or folder to write")
+    flags.add_argument("--dtype", default="", choices=("", *DTYPES), help="of the matrices [the target's usual one]")
+    flags.add_argument("--shard_size", type=float, default=4.0, help="largest file of several, in GiB [4]")
+    text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [the one that the adapter was trained with, else world]"
+    flags.add_argument("--template", default="", help=text)
+    add_vocabulary_flag(flags)
+    flags.add_argument("--name", default="", help="what the file calls the model [the name of --output]")
+    flags.add_argument("--licence", default="", help="licence of the model, to be written into it")
+    flags.add_argument("--source", default="", help="address where the model comes from, to be written into it")
+    text = "run the result in the other program: 1 must, 0 not [where it is installed]"
+    flags.add_argument("--check", nargs="?", const=True, default=None, type=truth, metavar="0/1", help=text)
+    flags.add_switch("--force", help="go on although the adapter was trained on another model")
+    return flags
+
+
+def vocabulary_of(flags: Namespace, vocab_size: int) -> Vocabulary:
+    """The words, end of turn and chat template that --vocab_file and --template name. Raises ValueError."""
+    sidecar = read_sidecar(flags.load_adapter) if flags.load_adapter else None
+    template = find_templates(flags.template or (sidecar and sidecar.template) or "world")[0].template
+    tokenizer = load_tokenizer(vocab_size, flags.vocab_file or None)
+    if not isinstance(tokenizer, TrieTokenizer):
+        raise ValueError(f"--vocab_file {flags.vocab_file}: only World and other trie vocabularies go into an export")
+    return Vocabulary(tokenizer.words, tuple(tokenizer.encode(template.end)), template.as_jinja())
+
+
+def export_whole(flags: Namespace, output: Path) -> None:
+    """Write the model. Raises ValueError."""
+    if not flags.load_model:
+        raise ValueError(f"--to {flags.to} needs --load_model; an adapter alone goes to peft")
+    sizes = file_sizes(flags.load_model)
+    facts = EXPORTS[flags.to].target
+    assert facts is not None
+    dtype = flags.dtype or facts.dtypes[0]
+    check_target(flags.to, sizes, dtype)
+    if flags.shard_size <= 0:
+        raise ValueError(f"--shard_size {flags.shard_size}: must be larger than 0")
+    if facts.suffixes and not output.name.endswith(facts.suffixes):
+        raise ValueError(f"--output {output}: the name must end in {' or '.join(facts.suffixes)} with --to {flags.to}")
+    missing = missing_judge(facts)
+    if flags.check and not facts.judge:
+        raise ValueError(f"--check 1: there is no program here that could run --to {flags.to}")
+    if flags.check and missing:
+        raise ValueError(f"--check 1 with --to {flags.to} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    about = About(flags.name or output.stem, Path(flags.load_model).name, flags.licence, flags.source)
+    with hinting(ADAPTER_HINTS):
+        model = open_exported(
+            flags.load_model,
+            flags.load_adapter or None,
+            vocabulary_of(flags, sizes.vocab_size) if facts.vocabulary else NO_VOCABULARY,
+            about,
+            flags=adapter_flags(flags),
+            initial_file=flags.load_adapter_pissa_init,
+            cold=flags.load_cold_adapter,
+            force=flags.force,
+        )
+    wanted = bool(facts.judge) and (not missing if flags.check is None else flags.check)
+    sentence = export_model(flags.to, model, output, ExportOptions(dtype, int(flags.shard_size * 2**30), wanted))
+    if sentence:
+        print(sentence)
+    elif missing:
+        log.info("not checked: %s is not installed (pip install %s)", ", ".join(missing), " ".join(missing))
+    source = Path(flags.load_model).name + (f" with {flags.load_adapter}" if flags.load_adapter else "")
+    print(f"exported {source} to {flags.to}: {output}")
+
+
+def main(words: Sequence[str]) -> None:
+    """Exports a model or an adapter. Raises ValueError."""
+    flags = parser().parse_args(words)
+    output = Path(flags.output)
+    for source in filter(None, (flags.load_model, flags.load_adapter)):
+        refuse_same_file(source, output, "--output")
+    facts = EXPORTS[flags.to]
+    if facts.target is not None:
+        export_whole(flags, output)
+        return
+    if not flags.load_adapter:
+        raise ValueError(f"--to {flags.to} takes an adapter: --load_adapter")
+    with hinting(ADAPTER_HINTS):
+        file = open_adapter(
+            flags.load_adapter, adapter_flags(flags), initial_file=flags.load_adapter_pissa_init, force=flags.force
+        )
+    print(load(facts.implementation)(file, output, force=flags.force))

@@ -1,0 +1,158 @@
+"""The sequences that are sampled together: their tensors, and how rows leave, join and are gathered.
+
+A row whose sequence has ended stays where it is until another one takes its place or too many are empty: a state is
+megabytes, and copying all of them whenever one ends would cost more than running a few for nothing.
+
+Legend: B rows, C width, M most tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.model.state import State
+from rwkv_rlhf.transfers import to_device
+
+
+@dataclass
+class Completion:
+    """What was sampled after one prompt.
+
+    Attributes:
+        tokens: every sampled id, those of the stop included.
+        logprobs: the natural-log probability of each under the model's own distribution at
+            `params.scored_temperature` (no penalty, nothing cut), float32 precision.
+        entropies: of the whole distribution at each token, at the same temperature, in nats; only with params.entropy.
+        finished: it stopped by itself, not at max_tokens.
+        text: the decoded tokens before the stop; "" without a tokenizer.
+        state: one row, what the model remembers after all tokens but the last; only with keep_state.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    finished: bool = False
+    text: str = ""
+    state: State | None = None
+
+
+@dataclass
+class Request:
+    """A prompt that is to be continued `params.samples` times.
+
+    prompt: ids, at least one. seed: of the first sample; sample n has seed + n. key: what the caller knows it by.
+    state: one row, where the prompt begins; None = before any text.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    seed: int
+    key: Any = None
+    state: State | None = None
+
+
+class Finished(NamedTuple):
+    """Sample `copy` of a request is done."""
+
+    request: Request
+    copy: int
+    completion: Completion
+
+
+@dataclass
+class Running:
+    """One sequence that has not ended. number: in order of their beginning. tail: its last decoded bytes."""
+
+    number: int
+    request: Request
+    copy: int
+    completion: Completion = field(default_factory=Completion)
+    tail: bytes = b""
+
+
+@dataclass
+class Rows:
+    """Row b of every tensor belongs to `sequences[b]`, None where that one has ended.
+
+    Attributes:
+        hidden: (B, C) after the last token. state: B rows.
+        draws: (B, M) float64 in [0, 1). length: (B,) int64, tokens sampled so far.
+        history: (B, M) int64 ids sampled so far. first: (B, M) bool, whether an id stands there for the first time.
+            Both are kept for penalties only.
+    """
+
+    sequences: list[Running | None]
+    hidden: Tensor
+    state: State
+    draws: Tensor
+    history: Tensor
+    first: Tensor
+    length: Tensor
+
+    @property
+    def running(self) -> list[int]:
+        """Rows whose sequence goes on."""
+        return [row for row, sequence in enumerate(self.sequences) if sequence is not None]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer so far."""
+        return max((len(one.completion.tokens) for one in self.sequences if one is not None), default=0)
+
+    def by_params(self) -> dict[SamplingParams, list[int]]:
+        """The running rows by how they are sampled."""
+        found: dict[SamplingParams, list[int]] = {}
+        for row, sequence in enumerate(self.sequences):
+            if sequence is not None:
+                found.setdefault(sequence.request.params, []).append(row)
+        return found
+
+    def select(self, rows: list[int]) -> Rows:
+        """Some of the rows."""
+        index = to_device(torch.tensor(rows), self.hidden.device)
+        vectors = (self.hidden, self.draws, self.history, self.first, self.length)
+        hidden, draws, history, first, length = (part.index_select(0, index) for part in vectors)
+        sequences = [self.sequences[row] for row in rows]
+        return Rows(sequences, hidden, self.state.select(index), draws, history, first, length)
+
+    def _widened(self, width: int) -> Rows:
+        """With places for answers of `width` tokens."""
+        more = width - self.draws.shape[1]
+        if more <= 0:
+            return self
+        draws, history, first = (functional.pad(part, (0, more)) for part in (self.draws, self.history, self.first))
+        return Rows(self.sequences, self.hidden, self.state, draws, history, first, self.length)
+
+    def joined(self, new: Rows) -> Rows:
+        """With the rows of `new`: in the empty places as far as there are any, the others behind."""
+        width = max(self.draws.shape[1], new.draws.shape[1])
+        old, new = self._widened(width), new._widened(width)
+        places = [row for row, sequence in enumerate(old.sequences) if sequence is None][: len(new.sequences)]
+        if places:
+            target = to_device(torch.tensor(places), old.hidden.device)
+            for mine, theirs in zip(old._tensors(), new._tensors(), strict=True):
+                mine.index_copy_(0, target, theirs[: len(places)].to(mine.dtype))
+            for place, sequence in zip(places, new.sequences):
+                old.sequences[place] = sequence
+        if len(places) == len(new.sequences):
+            return old
+        rest = [part[len(places) :] for part in new._tensors()]
+        both = [torch.cat([mine, theirs]) for mine, theirs in zip(old._tensors(), rest, strict=True)]
+        hidden, draws, history, first, length, *state = both
+        sequences = [*old.sequences, *new.sequences[len(places) :]]
+        return Rows(sequences, hidden, State.from_tensors(state), draws, history, first, length)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.hidden, self.draws, self.history, self.first, self.length, *self.state.tensors()]
+
+
+def draws_of(seed: int, tokens: int) -> Tensor:
+    """(tokens,) float64 in [0, 1): the draws of one sequence, from a generator of its own."""
+    return torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

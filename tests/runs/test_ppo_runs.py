@@ -1,0 +1,85 @@
+"""PPO on a two-layer model, as a user types it: rewards from functions and models, what is saved, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv_rlhf.checkpoints.loading import BuildOptions
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.commands import merge, train
+from rwkv_rlhf.scoring.reward_model import open_reward_model
+from tests.support.files import VOCAB, read_jsonl
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def typed(base_model, vocab_file):
+    """The words that every run shares; float32, so that equalities are tight."""
+    return [
+        *("--load_model", base_model, "--vocab_file", vocab_file, "--precision", "fp32", "--quant", 0),
+        *("--ctx_len", 128, "--random_seed", 3, "--grad_cp", 0),
+    ]
+
+
+@pytest.fixture
+def ran(script, typed):
+    """ran(folder, words): train.py, which must succeed, and its records."""
+
+    def call(folder, *words):
+        status, _, err = script(train.main, *typed, "--proj_dir", folder, *words)
+        assert status == 0, err
+        return read_jsonl(folder / "metrics.jsonl", "train")
+
+    return call
+
+
+def test_ppo_finds_what_is_rewarded(ran, base_model, pairs_csv, tmp_path):
+    """Answers of small bytes are rewarded: rewards rise, the weight of the KL penalty adapts.
+
+    The value head is in the checkpoint, and not in the merged model.
+    """
+    rewards, out = tmp_path / "rewards.py", tmp_path / "out"
+    rewards.write_text(
+        "def small(completion_ids, **_):\n    return [sum(t < 128 for t in x) for x in completion_ids]\n"
+    )
+    records = ran(
+        out,
+        *("--ppo", 1, "--rlhf_train_file", pairs_csv, "--reward_funcs", f"{rewards}:small", "--init_kl_coef", 0.01),
+        *("--batch_size", 64, "--mini_batch_size", 32, "--steps", 768, "--ppo_epochs", 2, "--output_max_length", 6),
+        *("--lr_init", "3e-3", "--lr_final", "3e-3", "--save_freq", 6),
+    )
+    assert len(records) == 12 * 2 * 2 and records[0]["sampler_gap"] < 1e-5
+    assert records[-1]["reward"] > records[0]["reward"] + 0.9
+    assert records[0]["kl_coef"] == 0.01 and records[4]["kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 64 / 10000))
+    assert records[0]["update_kl"] == pytest.approx(0, abs=1e-5) and records[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert {"value_loss", "clip_fraction", "entropy", "completion_length", "truncated", "reward_std"} <= set(records[0])
+    assert [path.name for path in sorted(out.glob("rwkv-?.pth"))] == ["rwkv-0.pth", "rwkv-1.pth"]
+    saved = read_tensors(out / "rwkv-final.pth")
+    assert bool(saved["value_head.weight"].abs().sum() > 0)
+    words = ["--base_model", base_model, "--lora_checkpoint", out / "rwkv-final.pth"]
+    assert merge.main([*map(str, words), "--output", str(tmp_path / "merged.pth")]) == 0
+    assert read_tensors(tmp_path / "merged.pth").keys() == read_tensors(base_model).keys()
+
+
+def test_a_reward_model_judges(ran, script, typed, base_model, pairs_csv, tmp_path):
+    """From the folder of its run, over its base: the logged reward is what that model says of the sampled answers. What
+    is no reward model of this vocabulary is refused in a sentence."""
+    learnt = ["--peft", "lora", "--lr_init", "3e-3", "--lr_final", "1e-3"]
+    short = ["--epoch_steps", 4, "--epoch_count", 1, "--micro_bsz", 8]
+    ran(tmp_path / "rm", "--rm", 1, "--rlhf_train_file", pairs_csv, *learnt, *short)
+    ppo = ["--ppo", 1, "--rlhf_train_file", pairs_csv, *learnt, "--batch_size", 4, "--mini_batch_size", 4, "--steps", 4]
+    ppo += ["--output_max_length", 6, "--ppo_epochs", 1, "--samples_every", 1]
+    (record,) = ran(tmp_path / "out", *ppo, "--reward_model", tmp_path / "rm")
+    judge = open_reward_model(tmp_path / "rm" / "rwkv-final.pth", BuildOptions(torch.float32), VOCAB)
+    assert record["rewards/reward_model"] == record["reward"] and judge.model.scalar_head("score_head") is not None
+    for model, said in ((base_model, "no reward model"), (tmp_path / "nothing.pth", "no such file")):
+        status, _, err = script(train.main, *typed, *ppo, "--proj_dir", tmp_path / "bad", "--reward_model", model)
+        assert status == 2 and said in err.splitlines()[-1], err
+    with pytest.raises(ValueError, match=f"vocabulary of {VOCAB}"):
+        open_reward_model(tmp_path / "rm", BuildOptions(torch.float32), VOCAB + 1)
+    about = tmp_path / "rm" / "rwkv-final.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"base_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="not there any more"):
+        open_reward_model(tmp_path / "rm", BuildOptions(torch.float32), VOCAB)

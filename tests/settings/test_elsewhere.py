@@ -1,0 +1,74 @@
+"""Spellings of other programs: each means what the table says, and docs/coming-from.md is that table."""
+
+import json
+import logging
+
+import pytest
+
+from rwkv_rlhf.settings.command_line import UsageError, parse
+from rwkv_rlhf.settings.config import settings
+from rwkv_rlhf.settings.flags import CONFIG_KEYS, CONFIGS, ELSEWHERE
+from tests.support.elsewhere_page import PAGE, text
+
+BASE = ["--load_model", "M", "--proj_dir", "P", "--train_data_file", "a.jsonl", "--sft", "1"]
+VALUES = {"my_testing": "x060", "random_mode": "0", "rlhf_max_corpus_len": "99"}
+
+
+def values_of(words):
+    config = parse(words, built=False)
+    return {name: getattr(config, name) for name in settings()}
+
+
+@pytest.mark.parametrize("entry", ELSEWHERE, ids=lambda entry: entry.said)
+def test_a_spelling_means_what_the_table_says(entry, caplog):
+    """A command of another trainer trains what it would there, or says why not, and what was taken over."""
+    flag = entry.said.split()[0]
+    value = VALUES.get((entry.ours or "").split(" ")[0], "b.jsonl")
+    base = [*BASE[:4], "--sft", "1"] if flag == "distillation_train_file" else BASE
+    said = f"--{entry.said}".replace(" X", f" {value}").split()
+    if entry.ours is None:
+        with pytest.raises(UsageError) as mistake:
+            parse([*base, *said])
+        assert entry.note in str(mistake.value) and " ".join(said) in str(mistake.value)
+        return
+    ours = f"--{entry.ours}".replace(" X", f" {value}").split() if entry.ours else []
+    with caplog.at_level(logging.WARNING):
+        found = values_of([*base, *said])
+    assert f"spelled as in another program: {' '.join(said)}: {' '.join(ours) or 'no effect'}" in caplog.text
+    assert found == values_of([*base, *ours])
+
+
+def test_settings_as_json():
+    """Rank, alpha, adapter and iterations out of one word, or out of several where the shell took it apart."""
+    typed = json.dumps({"pissa_load": "a.pth", "pissa_init": "i.pth", "pissa_r": 32, "svd_niter": 7})
+    ours = "--peft pissa --load_adapter a.pth --load_adapter_pissa_init i.pth --lora_r 32 --svd_niter 7"
+    wanted = values_of([*BASE, *ours.split()])
+    assert values_of([*BASE, "--peft", "pissa", "--pissa_config", typed]) == wanted
+    assert values_of([*BASE, "--peft", "pissa", "--pissa_config", *typed.split(" ")]) == wanted
+    other = ["--lora_config", '{"lora_load":"", "lora_r":8, "lora_alpha":32, "lora_dropout":0.01}']
+    assert values_of([*BASE, "--peft", "pissa", "--pissa_config", typed, *other]) == wanted
+    bone = values_of([*BASE, "--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":64}'])
+    assert bone == values_of([*BASE, "--peft", "bone", "--lora_r", "64"])
+    assert set(CONFIGS.values()) - {""} <= {"lora", "dora", "pissa", "bone", "miss"} and CONFIG_KEYS
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--lora_config", "{lora_r:8}"], "--lora_config {lora_r:8}: not JSON"),
+        (["--lora_config", '{"rank": 8}'], "--lora_config: rank 8 has no meaning here; the keys are r, lora_r"),
+        (["--bone_config", '{"bone_mode": "bat"}'], "bone_mode 'bat' has no meaning here"),
+        (["--zzzz", "1"], "unknown flag --zzzz; --help lists all flags"),
+        (["--Micro_BSZ", "1"], "the nearest known flag is --micro_bsz"),
+    ],
+)
+def test_what_cannot_be_read(words, says):
+    """A flag that is like nothing is not answered with the nearest of all."""
+    with pytest.raises(UsageError) as mistake:
+        parse([*BASE, *words])
+    assert says in str(mistake.value)
+
+
+def test_the_page_is_the_table():
+    """If this breaks, docs/coming-from.md is old: `python -m tests.support.elsewhere_page` writes it again."""
+    assert PAGE.read_text(encoding="utf-8") == text()

@@ -1,0 +1,52 @@
+"""docs/coming-from.md out of the table of other programs' spellings: `python -m tests.support.elsewhere_page`."""
+
+from pathlib import Path
+
+from rwkv_rlhf.settings.flags import ALIASES, CONFIG_KEYS, CONFIGS, ELSEWHERE, WORDS
+from rwkv_rlhf.settings.help import flag_of
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from.md"
+HEAD = """\
+# Coming from another trainer
+
+What other programs spell otherwise is put into this program's words, and said in one line at the start; what cannot be
+meant is refused with the way to go. `X` stands for any value. This page is made from `src/rwkv_rlhf/settings/flags.py`.
+Data of other trainers: `docs/data.md`.
+
+| program | typed | here | note |
+|---|---|---|---|
+"""
+JSON = """
+Settings as JSON ({flags}) become flags, those of another adapter than `--peft` are left out:
+
+| key | here |
+|---|---|
+"""
+WORD = """
+## Other spellings
+
+| typed | here |
+|---|---|
+"""
+
+
+def _here(ours: str | None) -> str:
+    return "refused" if ours is None else f"`--{ours}`" if ours else "no effect"
+
+
+def text() -> str:
+    """What the page must say."""
+    rows = [f"| {one.program} | `--{one.said}` | {_here(one.ours)} | {one.note} |\n" for one in ELSEWHERE]
+    keys = [f"| `{key}` | {f'`--{flag}`' if flag else 'as `--peft` says'} |\n" for key, flag in CONFIG_KEYS.items()]
+    flags = ", ".join(f"`--{flag}`" for flag in CONFIGS)
+    words = [f"| `--{alias} X` | `{flag_of(name)} X` |\n" for alias, name in ALIASES.items()]
+    words += [
+        f"| `--{flag} {word or chr(34) * 2}` | {f'`--{flag} {ours}`' if ours else 'as if absent'} |\n"
+        for flag, some in WORDS.items()
+        for word, ours in some.items()
+    ]
+    return "".join([HEAD, *rows, JSON.format(flags=flags), *keys, WORD, *words])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(text(), encoding="utf-8")
