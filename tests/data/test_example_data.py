@@ -35,7 +35,7 @@ def test_the_files_are_what_the_script_writes(tmp_path):
     """Data edited by hand would be lost when somebody runs make_data.py again."""
     subprocess.run([sys.executable, EXAMPLE / "make_data.py", "--folder", tmp_path], check=True, capture_output=True)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 7
+    assert len(written) == 11
     for path in written:
         assert path.read_bytes() == (EXAMPLE / path.relative_to(tmp_path)).read_bytes(), path.name
 

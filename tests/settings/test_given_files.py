@@ -42,7 +42,7 @@ WRONG = {
     "--load_model m.pth --dpo 1 --rlhf_train_file m.pth": r"\{pair_file\} m\.pth is a checkpoint, expected data",
     "--load_model m.pth --data_file d.jsonl --vocab_file .": r"\{vocab_file\} \. is a folder",
     "--load_model m.pth --grpo 1 --rlhf_train_file p.csv --reward_funcs none.py:f": r"there is no file none\.py",
-    "--load_model m.pth --ppo 1 --rlhf_train_file p.csv --reward_model none.pth": r"\{reward_model\} none\.pth does not",
+    "--load_model m.pth --ppo 1 --rlhf_train_file p.csv --reward_model none.pth": r"\{reward_model\} none\.pth",
     "--load_model m.pth --data_file d.jsonl --vocab_file none.json": r"\{vocab_file\} none\.json does not exist",
 }
 
