@@ -10,8 +10,10 @@ source tests/environment.sh requirements.txt
 python=.venv/bin/python
 out=out/quickstart
 held_out=example/DPO/heldout.csv
-precision=fp32 steps=450 # bf16 only where the processor multiplies it: elsewhere it is slower than fp32
-if grep -qsE '^(flags|Features).* (avx512_bf16|amx_bf16|bf16)( |$)' /proc/cpuinfo; then precision=bf16 steps=800; fi
+# what train.py would take by itself; here the other commands must be told too
+find_precision='from rwkv_rlhf.ops.fastest import fastest_precision; print(fastest_precision("cpu"))'
+precision=fp32 steps=450
+if [ "$(PYTHONPATH=src $python -c "$find_precision")" = bf16 ]; then precision=bf16 steps=800; fi
 # Sleeping threads instead of spinning ones: much faster on a machine that others use as well.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 

@@ -17,6 +17,7 @@ from rwkv_rlhf.files import (
     file_hash,
     fingerprint,
     refuse_same_file,
+    same_fingerprint,
 )
 from tests.support.processes import PROGRAMS, started
 
@@ -67,19 +68,24 @@ def test_input_is_never_the_output(tmp_path):
 
 
 def test_a_fingerprint_tells_files_apart(tmp_path):
-    """By size and by both ends; a corpus by its two files; what is no file by its name."""
+    """By size and by every byte; a corpus by its two files; what is no file by its name."""
     path = tmp_path / "corpus"
     assert fingerprint("") == "" and fingerprint("world") == "world"
-    (tmp_path / "corpus.bin").write_bytes(bytes(5 << 20))
+    (tmp_path / "corpus.bin").write_bytes(bytes(33 << 20))
     one = fingerprint(path)
     (tmp_path / "corpus.idx").write_bytes(b"index")
-    small = hashlib.sha256(b"indexindex").hexdigest()[:16]  # both ends of a small file are all of it
-    assert one.startswith("5242880 bytes, ") and fingerprint(str(path)) == f"{one}; 5 bytes, {small}"
-    for at in (0, (5 << 20) - 1):
+    ends = f"5 bytes, {hashlib.sha256(b'indexindex').hexdigest()[:16]}"  # both ends of a small file are all of it
+    blocks = hashlib.sha256(hashlib.sha256(b"index").digest()).hexdigest()[:32]
+    two = fingerprint(str(path))
+    assert one.startswith("34603008 bytes, ") and two == f"{one}; {ends}, {blocks}"
+    older = f"{one.rsplit(', ', 1)[0]}; {ends}"
+    assert same_fingerprint(two, older) and same_fingerprint(older, two) and not same_fingerprint(one, older)
+    for at in (0, 3 << 20, 17 << 20, (33 << 20) - 1):
         with open(tmp_path / "corpus.bin", "r+b") as file:
             file.seek(at)
             file.write(b"x")
-        assert not fingerprint(path).startswith(one)
+        assert not same_fingerprint(fingerprint(path), two)
+        two = fingerprint(path)
 
 
 RECORDS = {

@@ -4,18 +4,21 @@ log that is only appended to, for work that goes on after a kill."""
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
-ENDS = 1 << 20  # bytes at the beginning and at the end of a file that its fingerprint looks at
+ENDS = 1 << 20  # bytes of the two ends of a file that its fingerprint begins with
+BLOCK = 1 << 24  # bytes of a file that are hashed at once
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
 
@@ -150,7 +153,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """What tells a file from another one without reading all of it: its size, and the SHA-256 of its two ends, in hex.
+    """What tells a file from another one: its size, the SHA-256 of its two ends, and that of all its blocks, in hex.
 
     PREFIX of a corpus stands for PREFIX.bin and PREFIX.idx; a name that is no file is its own fingerprint.
     Raises ValueError for a file that cannot be read.
@@ -169,8 +172,31 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
             digest = hashlib.sha256(file.read(ENDS))
             file.seek(max(0, size - ENDS))
             digest.update(file.read(ENDS))
-        found.append(f"{size} bytes, {digest.hexdigest()[:16]}")
+            whole = _blocks_hash(part, size)
+        found.append(f"{size} bytes, {digest.hexdigest()[:16]}, {whole[:32]}")
     return "; ".join(found) or name
+
+
+def _blocks_hash(path: str, size: int) -> str:
+    """SHA-256 of the SHA-256s of a file's blocks, each read and hashed by one of the cores: a corpus may be large."""
+
+    def block_hash(begin: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            return hashlib.sha256(file.read(BLOCK)).digest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return hashlib.sha256(b"".join(threads.map(block_hash, range(0, size, BLOCK)))).hexdigest()
+
+
+def same_fingerprint(one: str, two: str) -> bool:
+    """Whether two fingerprints are of files of one content; those of older programs know the size and the ends only."""
+
+    def fits(a: str, b: str) -> bool:
+        return a == b or a.startswith(f"{b}, ") or b.startswith(f"{a}, ")
+
+    parts = one.split("; "), two.split("; ")
+    return len(parts[0]) == len(parts[1]) and all(map(fits, *parts))
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
@@ -359,6 +385,15 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def without_nan(value: Any) -> Any:
+    """`value` with None for each number that JSON has no word for, in lists and objects too."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def read_json_object(path: str | os.PathLike[str], what: str = "a JSON object") -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError, "F is not `what` (why)", for anything else."""
     data = read_bytes(path)
@@ -375,9 +410,22 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Writes a JSON object, all or nothing. Raises ValueError when it cannot be written."""
     try:
         with atomic_write(path) as file:
-            file.write((json.dumps(value, indent=1) + "\n").encode())
+            file.write((json.dumps(without_nan(value), indent=1, allow_nan=False) + "\n").encode())
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def named_for_libraries(path: str | os.PathLike[str]) -> Iterator[str | os.PathLike[str]]:
+    """A name of an existing file that libraries in other languages can open: many know names in UTF-8 only.
+
+    Raises OSError as `open` does for a name that is not UTF-8.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in os.fspath(path)):
+        yield path
+        return
+    with open(path, "rb") as file:
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def check_archive(path: str | os.PathLike[str]) -> bool:

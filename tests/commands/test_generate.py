@@ -1,6 +1,8 @@
 """rlhf_generate_reject_csv.py and chat.py: what they write, keep, repair and refuse."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 
@@ -9,7 +11,7 @@ import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model, trainable
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
-from rwkv_rlhf.commands import chat, generate_rejects
+from rwkv_rlhf.commands import chat, generate_rejects, prepare_pairs, sft_h5
 from rwkv_rlhf.commands import generate_rejects as rejects
 from rwkv_rlhf.data import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
@@ -324,3 +326,44 @@ def test_json_lines_are_utf8(script, base_model, vocab_file, tmp_path):
     line = json.dumps({"prompt": "\u732b?"}, ensure_ascii=False)
     assert ask(script, base_model, vocab_file, tmp_path, lines=(line,))[0] == 0
     assert read_jsonl(tmp_path / "out.jsonl")[0]["prompt"] == "\u732b?"
+
+
+def test_foreign_columns_of_parquet_pass_as_text(script, words, tmp_path):
+    """If this breaks, a published set with a date in it stops the sampler after its first batch is paid for."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "prompt": ["say one", "say two"],
+        "chosen": ["one", "two"],
+        "when": [datetime.datetime(2026, 1, 2, 3, 4), None],
+        "day": [datetime.date(2026, 1, 2), None],
+        "price": [decimal.Decimal("1.50"), None],
+        "raw": [b"abc", b"\xff"],
+        "tags": [["a", "b"], []],
+        "by": [{"name": "x", "at": datetime.time(1, 2)}, None],
+        "nothing": pyarrow.nulls(2),
+        "score": [float("nan"), 1.0],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "in.parquet")
+    for name in ("out.csv", "out.jsonl"):
+        files = ("--input_csv", tmp_path / "in.parquet", "--output_csv", tmp_path / name)
+        status, _, err = script(rejects.main, *words, *files)
+        assert status == 0, err
+    one, two = read_jsonl(tmp_path / "out.jsonl")
+    assert (one["when"], one["day"], one["price"]) == ("2026-01-02T03:04:00", "2026-01-02", "1.50")
+    assert (one["raw"], two["raw"], one["by"]) == ("abc", "ff", {"name": "x", "at": "01:02:00"})
+    assert (one["tags"], one["score"], two["nothing"]) == (["a", "b"], None, None)
+    assert read_csv(tmp_path / "out.csv")[1][2:7] == ["2026-01-02T03:04:00", "2026-01-02", "1.50", "abc", '["a", "b"]']
+
+
+def test_a_name_that_lies_is_refused(script, words, tmp_path):
+    """If this breaks, `--output_csv out.parquet` is a CSV that nobody can open under that name."""
+    source = write_csv(tmp_path / "in.csv", ROWS)
+    status, _, err = script(rejects.main, "--input_csv", source, *words, "--output_csv", tmp_path / "out.parquet")
+    assert status == 2 and "no parquet; give a name that ends in .csv or .jsonl" in err
+    words = ["--input_csv", source, "--vocab_size", VOCAB, "--output_save"]
+    status, _, err = script(prepare_pairs.main, *words, tmp_path / "out.csv")
+    assert status == 2 and "give a name that ends in .save" in err
+    words = ["--input", source, "--output_parquet", tmp_path / "out.parquet"]
+    status, _, err = script(sft_h5.main, *words)
+    assert status == 2 and ".h5" in err

@@ -11,7 +11,7 @@ from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
 from rwkv_rlhf.checkpoints.loading import BuildOptions, checkpoint_tensors, load_adapter, load_model, trainable
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.run_folder import trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, write_sidecar
+from rwkv_rlhf.checkpoints.sidecar import read_sidecar, sidecar_of, sidecar_path, write_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
@@ -250,3 +250,23 @@ def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, ve
             assert torch.equal(tensor, before[name]) == bool(kept.fullmatch(name)), name
     model, _ = load_combined(base, checkpoint, BuildOptions(torch.float32))
     assert spread(logits(model), plain_logits(merged)) <= 2e-2
+
+
+def test_an_adapter_where_a_model_belongs(tmp_path):
+    """Swapped arguments, or --load_model P/rwkv-0.pth: the sentence names the base and the flags to type."""
+    base, checkpoint = train(tmp_path)
+    with pytest.raises(ValueError, match=r"rwkv-0\.pth holds only what was trained above base\.pth, it is no model"):
+        run_merge(checkpoint, base, tmp_path / "merged.pth")
+    sidecar_path(checkpoint).unlink()
+    with pytest.raises(ValueError, match=r"--load_model.*--load_adapter"):
+        load_model(checkpoint, BuildOptions(torch.float32))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_head_that_is_the_embedding(tmp_path, suffix):
+    """If this breaks, a model whose head shares the memory of its embedding cannot be written as .safetensors."""
+    tensors = base_tensors(torch.float32, "x070")
+    tensors["head.weight"] = tensors["emb.weight"]
+    write_tensors(tensors, tmp_path / f"tied{suffix}")
+    found = read_tensors(tmp_path / f"tied{suffix}")
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)

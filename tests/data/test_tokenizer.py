@@ -100,3 +100,11 @@ def test_hugging_face_tokenizer(tmp_path):
     assert found.decode([1, 2, 0]) == "hello world"
     with pytest.raises(ValueError, match="has id 3, but the model's vocab_size is 3"):
         load_tokenizer(3, str(path))
+    for word, refused in (("!", True), ("[PAD]", False), ("<s>", False)):
+        path.write_text(json.dumps(text | {"model": model | {"vocab": {word: 0, "hello": 1, "world": 2, "<unk>": 3}}}))
+        load_tokenizer.cache_clear()
+        if refused:  # sampling would stop at "!", and decoding drop it
+            with pytest.raises(ValueError, match=r"id 0 is the word '!'"):
+                load_tokenizer(4, str(path))
+        else:
+            assert load_tokenizer(4, str(path)).encode("hello") == [1]

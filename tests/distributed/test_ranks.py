@@ -41,12 +41,14 @@ PLACES = [
     (
         {
             **{"SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"},
-            **{"SLURM_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "4711", "SLURM_NODEID": "1"},
+            **{"SLURM_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "4711", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"},
         },
         ("--devices", 4, "--num_nodes", 2),
         (5, 8, 1, 4, "srun"),
     ),
     ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "bash"}, (), (0, 1, 0, 1, "")),
+    # an sbatch script without srun: nobody started the second task, and nobody must wait for it
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "t"}, (), (0, 1, 0, 1, "")),
     ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, ("--devices", 2), (0, 2, 0, 2, "")),
 ]
 

@@ -210,7 +210,7 @@ def write_vocabulary(folder: Path) -> Path:
 def write_tokenizer(folder: Path) -> Path:
     import tokenizers
 
-    words = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "<unk>": 3}, [("a", "b")], unk_token="<unk>")
+    words = tokenizers.models.BPE({"<|end|>": 0, "a": 1, "b": 2, "ab": 3, "<unk>": 4}, [("a", "b")], unk_token="<unk>")
     inner = tokenizers.Tokenizer(words)
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()

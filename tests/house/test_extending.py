@@ -132,12 +132,12 @@ def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     assert "2 optimizer steps" in go(f"{words} --dry_run 1")
     go(words)
     go(f"{words} --infctx 1 --chunk_ctx 4", folder="chunks")
-    records = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "out" / "metrics.jsonl")[1:]  # behind the begin of the run
     first, last, held_out = records
     assert first["loss"] == first["apo"] == pytest.approx(1.0) and first["reward_margin"] == pytest.approx(0, abs=1e-6)
     assert last["apo"] < first["apo"] and held_out["reward_margin"] > 0 and held_out["event"] == "val"
     assert held_out["reward_margin"] == pytest.approx(0.5 * held_out["logp_margin"], rel=1e-5)
-    in_chunks = read_jsonl(tmp_path / "chunks" / "metrics.jsonl")
+    in_chunks = read_jsonl(tmp_path / "chunks" / "metrics.jsonl")[1:]
     assert [record["loss"] for record in in_chunks] == pytest.approx([record["loss"] for record in records], rel=1e-4)
 
 
@@ -155,7 +155,7 @@ def test_a_loss_by_hand():
 def test_a_metric(go, curves, tmp_path, pairs_csv, explained):
     """One name in training, held out, on the curves and in the bar."""
     go(f"{LORA} --orpo 1 --rlhf_train_file {pairs_csv} --val_file {pairs_csv}")
-    records = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    records = read_jsonl(tmp_path / "out" / "metrics.jsonl")[1:]  # behind the begin of the run
     assert {record["event"] for record in records} == {"train", "val"}
     assert all(5 < record["chosen_tokens"] < 40 for record in records)
     assert shown(records[0])["chosen tokens"] == f"{records[0]['chosen_tokens']:.4g}"
@@ -357,7 +357,7 @@ def test_a_strategy(go, refused, explained, tmp_path, text_jsonl):
     assert "as ddp, gradients sent in float16" in explained("strategy")
     for name in ("ddp", "ddp_fp16"):
         go(f"{LORA} --strategy {name} --data_file {text_jsonl}", folder=name)
-    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("ddp", "ddp_fp16"))
+    one, two = (read_jsonl(tmp_path / name / "metrics.jsonl", "train") for name in ("ddp", "ddp_fp16"))
     assert [record["loss"] for record in one] == [record["loss"] for record in two]
 
 
@@ -375,7 +375,7 @@ def test_a_strategy_of_two_processes(tmp_path, base_model, vocab_file, text_json
     two = ("--devices", 2, "--accelerator", "cpu")
     run_program("several_runs", tmp_path / "runs.json", *two, first_path=tmp_path / "src")
     losses = {
-        name: [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl")]
+        name: [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl", "train")]
         for name in ("ddp", "ddp_fp16")
     }
     assert losses["ddp"][0] == losses["ddp_fp16"][0]

@@ -12,6 +12,7 @@ from rwkv_rlhf.model.layout import plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import COLUMNS, Plan, make_plan, parse_layers, plan_for, read_profile, row_modes
+from rwkv_rlhf.plan.profile import MAKE
 from rwkv_rlhf.settings.config import Config
 from tests.support.models import random_tensors
 from tests.support.source_files import ROOT
@@ -93,11 +94,12 @@ def test_wrong_numbers_of_rows(profile):
     """The user reads how many rows there are, how many the model has, and which one is the first wrong one."""
     rows = [f"{i},lora,16,32,0,1e-5,1e-6,0,0,0," for i in range(12)]
     text = error(profile, HEADER, EMB, *rows[:-1], HEAD, n_layer=12)
-    assert text == "p.csv has rows for 11 of 12 blocks: row 11 is missing"
+    assert text == "p.csv has rows for 11 of 12 blocks: row 11 is missing; " + MAKE.format(12)
     text = error(profile, HEADER, EMB, *rows[:3], *rows[5:], HEAD, n_layer=12)
-    assert text == "p.csv has rows for 10 of 12 blocks: rows 3, 4 are missing"
+    assert text == "p.csv has rows for 10 of 12 blocks: rows 3, 4 are missing; " + MAKE.format(12)
     text = error(profile, HEADER, EMB, *rows, HEAD, n_layer=10)
-    assert text == "p.csv has rows for 12 blocks, the model has 10: 2 too many, the first is row 10 in line 13"
+    where = "the first is row 10 in line 13"
+    assert text == f"p.csv has rows for 12 blocks, the model has 10: 2 too many, {where}; {MAKE.format(10)}"
     assert error(profile, HEADER, LORA, FULL, HEAD) == "p.csv has no row for emb"
     assert error(profile, HEADER, EMB, LORA, FULL) == "p.csv has no row for head"
     assert error(profile, HEADER, EMB, LORA, LORA, FULL, HEAD) == (

@@ -158,7 +158,7 @@ def test_a_folder_that_becomes_read_only(typed, script, text_jsonl, tmp_path, mo
         def and_then_read_only(self, batch, index):
             calls.append(1)
             if len(calls) == 4:
-                self.trainer.callbacks[-1].background.wait()
+                next(one.background for one in self.trainer.callbacks if hasattr(one, "background")).wait()
                 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
             return step(self, batch, index)
 
@@ -220,9 +220,11 @@ def test_bad_steps_count_on_after_a_resume(typed, script, text_jsonl, tmp_path, 
     )
     words = [*typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--max_bad_steps", 2]
     words += ["--resume_every", 1, "--proj_dir", tmp_path / "out", "--resume", "auto"]
-    assert script(train.main, *words, "--epoch_count", 1)[0] == 0
+    status, _, err = script(train.main, *words, "--epoch_count", 1)
+    assert status == 1 and "all 2 optimizer steps were left out" in err
+    assert not list((tmp_path / "out").glob("rwkv-*"))  # nothing was learnt
     status, _, err = script(train.main, *words, "--epoch_count", 2)
-    assert status == 1 and "--max_bad_steps 2" in err
+    assert status == 1 and "--max_bad_steps 2" in err and "it is not the rate" in err
 
 
 def test_out_of_memory_names_three_flags_and_keeps_what_is_done(typed, script, text_jsonl, tmp_path, monkeypatch):

@@ -159,7 +159,13 @@ def test_ctrl_c_to_one_rank_stops_all_and_saves(long_run):
     """If this breaks, stopping a run of several processes loses what it learnt, or leaves some running. Started as by
     srun."""
     words, folder = long_run
-    job = {"SLURM_NTASKS": 2, "SLURM_NNODES": 1, "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": os.getpid()}
+    job = {
+        "SLURM_NTASKS": 2,
+        "SLURM_STEP_ID": 0,
+        "SLURM_NNODES": 1,
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_JOB_ID": os.getpid(),
+    }
     ranks = [started("train.py", *words, SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
     begun(folder, *ranks)
     ranks[1].send_signal(signal.SIGINT)

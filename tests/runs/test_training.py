@@ -181,7 +181,7 @@ def test_reference_is_cached_by_what_it_depends_on(script, typed, pairs_csv, tmp
     written = kept.stat().st_mtime_ns
     go(script, typed, *words)
     assert [entry.stat().st_mtime_ns for entry in cache.iterdir()] == [written]
-    go(script, typed, *words, "--rlhf_max_corpus_len", 6)
+    go(script, typed, *words, "--rlhf_max_corpus_len", 6, "--force", 1)  # the same folder
     assert len(list(cache.iterdir())) == 2
 
 
@@ -254,7 +254,7 @@ def test_a_torn_line_of_an_earlier_run_is_harmless(script, typed, text_jsonl, tm
     (folder / "metrics.jsonl").write_text('{"event": "train", "step": 1, "loss": 2.0, "lr": 1.0}\n{"event": "tra')
     go(script, typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--epoch_count", 1)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and [json.loads(line)["step"] for line in lines[2:]] == [1, 2]
+    assert len(lines) == 5 and [json.loads(line)["step"] for line in lines[3:]] == [1, 2]
     assert (folder / "curves.png").exists()
 
 

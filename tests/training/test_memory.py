@@ -54,6 +54,7 @@ def test_the_dry_run_lists_weights_by_storage(script, base_model, vocab_file, te
     """If this breaks, a user cannot see what packing saves."""
     pytest.importorskip("bitsandbytes")
     words = ["--load_model", base_model, "--vocab_file", vocab_file, "--proj_dir", tmp_path, "--data_file", text_jsonl]
+    words += ["--precision", "bf16"]
     status, out, err = script(train.main, *words, "--peft", "lora", "--quant_mode", "nf4", "--dry_run", 1)
     assert status == 0, err
     for part in ("weights nf4", "weights bf16", "weights fp32, training", "adapters", "optimizer", "while loading"):

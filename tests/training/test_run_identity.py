@@ -55,6 +55,12 @@ def test_files_count_by_their_content(tmp_path):
     assert differences(was, made("--data_file", there)) == ([], [])
     here.write_text('{"text": "two"}\n')
     assert differences(was, made("--data_file", here)) == (["{data_file} is another file"], [])
+    here.write_text('{"text": "some words"}\n' * 200_000)
+    was = made("--data_file", here)
+    with open(here, "r+b") as file:  # as long as before, the first and the last megabyte as before
+        file.seek(2 << 20)
+        file.write(b"#")
+    assert differences(was, made("--data_file", here)) == (["{data_file} is another file"], [])
 
 
 def test_what_is_only_looked_at_does_not_count(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.checkpoints.sidecar import read_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import key_diff, read_tensors
 from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Matrix, StorageSpec
@@ -63,11 +64,30 @@ def file_sizes(path: str | Path) -> Sizes:
 
 
 def named_sizes(tensors: Mapping[str, Tensor], source: str | Path) -> Sizes:
-    """As `sizes_of`; a ValueError begins with `source`."""
+    """As `sizes_of`; a ValueError begins with `source`, and says so when that is an adapter."""
     try:
         return sizes_of(tensors)
     except ValueError as error:
+        if adapter := adapter_sentence(tensors, source):
+            raise ValueError(adapter) from error
         raise ValueError(f"{source}: {error}") from error
+
+
+def adapter_sentence(tensors: Mapping[str, Tensor], source: str | Path) -> str:
+    """What to do about an adapter that stands where a model is needed; "" for anything else."""
+    own = {part for facts in tables.ADAPTERS.values() for part in facts.tensors}
+    try:
+        sidecar = read_sidecar(source)
+    except ValueError:
+        sidecar = None
+    if sidecar is None and not any(name.split(".")[-1] in own for name in tensors):
+        return ""
+    base = sidecar.base_file if sidecar is not None else ""
+    return (
+        f"{source} holds only what was trained{f' above {base}' if base else ''}, it is no model: give "
+        f"{base or 'its base'} as the model (--load_model, --base_model) and this file as the adapter (--load_adapter, "
+        "--lora_checkpoint)"
+    )
 
 
 def plain_model(sizes: Sizes, options: BuildOptions) -> RWKV:

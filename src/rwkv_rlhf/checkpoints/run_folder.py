@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "sharded": SHARDS_INDEX}  # by --save_format
 _SUFFIX = "|".join(map(re.escape, SUFFIXES.values()))
+INITIAL = "rwkv-init.pth"  # what --train_stage 1 writes
 NUMBERED = re.compile(rf"^rwkv-(\d+)({_SUFFIX})$")
 SAVED = re.compile(rf"^rwkv-(\d+|final|best|last)({_SUFFIX})$")  # the names that a run writes
 WHOLE_MATRIX = (".weight",)  # saved in the base's dtype unless --save_dtype fp32
@@ -60,10 +61,10 @@ def newest_checkpoint(folder: Path) -> Path:
             return numbered[number]
         except ValueError as damage:
             log.warning("%s: the one before it is used", damage)
-    initial = folder / "rwkv-init.pth"
+    initial = folder / INITIAL
     if not initial.exists():
         raise ValueError(
-            f"--load_model 0 found neither rwkv-<n>.pth nor rwkv-init.pth in {folder}: run --train_stage 1 first"
+            f"--load_model 0 found neither rwkv-<n>.pth nor {INITIAL} in {folder}: run --train_stage 1 first"
         )
     return initial
 

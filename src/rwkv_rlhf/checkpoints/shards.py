@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.tensor_tree import safetensors_head, tensor_bytes
-from rwkv_rlhf.files import SHARDS_INDEX, read_json_object, sharded_files, write_json
+from rwkv_rlhf.files import SHARDS_INDEX, named_for_libraries, read_json_object, sharded_files, write_json
 
 Tensors = Mapping[str, Tensor]
 SHARD_SIZE = 4 << 30  # bytes of a shard
@@ -30,7 +30,8 @@ def read_shards(path: Path) -> dict[str, Tensor]:
     named: dict[str, str] = {}
     for file in sharded_files(path):
         if file.suffix == ".safetensors":
-            found |= load_file(file)
+            with named_for_libraries(file) as name:
+                found |= load_file(name)
         else:
             named = read_json_object(file)["weight_map"]
     lost = [name for name in named if name not in found]

@@ -20,10 +20,17 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.hf_layout import is_hf, own_tensors
 from rwkv_rlhf.checkpoints.shards import read_shards, write_sharded
-from rwkv_rlhf.files import SHARDS_INDEX, atomic_write, check_archive, is_sharded, sharded_files
+from rwkv_rlhf.files import (
+    SHARDS_INDEX,
+    atomic_write,
+    check_archive,
+    is_sharded,
+    named_for_libraries,
+    sharded_files,
+)
 from rwkv_rlhf.settings import tables
 
-WRAPPER = "_forward_module."  # DeepSpeed's prefix in checkpoints of older trainers
+WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # of DeepSpeed, of data parallel training, of torch.compile
 NAMES_SHOWN = 4
 SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
 
@@ -51,18 +58,29 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
     _check_plain(found, path)
+    found = {_bare(name): value for name, value in found.items()}
     if is_hf(found):
         try:
             found = own_tensors(found)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return {name.removeprefix(WRAPPER): value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without what other trainers put before it."""
+    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
+        name = name.removeprefix(wrapper)
+    return name
 
 
 def _read(path: Path) -> object:
     if is_sharded(path):
         return read_shards(path)
-    return load_file(path) if path.suffix == ".safetensors" else _read_pth(path)
+    if path.suffix != ".safetensors":
+        return _read_pth(path)
+    with named_for_libraries(path) as name:
+        return load_file(name)
 
 
 def _check_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -81,10 +99,10 @@ def _read_pth(path: Path) -> object:
     zipped = check_archive(path)
     size = f"{path.stat().st_size:,} bytes"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), named_for_libraries(path) as name:
             warnings.simplefilter("ignore")  # what is wrong is said below
             # only the zip format (torch >= 1.6) can be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL ([\w.]+)|(?:global|class) `?([\w.]+)", str(error))
         name = next((group for group in foreign.groups() if group), "") if foreign else ""
@@ -156,12 +174,24 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             return
         with atomic_write(path) as file:
             if path.suffix == ".safetensors":
-                save_file(alone, file.name)
+                save_file(_apart(alone), file.name)
             else:
                 torch.save(alone, file)
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise ValueError(f"{path} cannot be written: {reason}") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, of which those that share memory (a head that is the embedding) have copies: the format knows no
+    sharing."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        seen.add(place)
+    return apart
 
 
 def _alone(tensor: Tensor) -> Tensor:

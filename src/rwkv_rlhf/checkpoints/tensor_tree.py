@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rwkv_rlhf.files import named_for_libraries
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -106,7 +108,7 @@ def tensor_bytes(tensor: Tensor) -> Any:
 def read_tree(path: Path) -> Any:
     """What `write_tree` wrote, in memory of its own. Raises ValueError when it is no such file."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with named_for_libraries(path) as name, safe_open(name, framework="pt") as file:
             # the tensors are changed in place later: never in the file's own pages
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             return unflatten(json.loads(file.metadata()[VALUES]), tensors)

@@ -45,7 +45,8 @@ NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *co
 
 def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
     """Run the command `name` (or the script of that name) with `words` (None = sys.argv) and leave with its status."""
-    run(importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main, words)
+    # imported inside, so that a missing package is a sentence
+    run(lambda found: importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main(found), words)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:

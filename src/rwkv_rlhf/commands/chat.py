@@ -35,7 +35,7 @@ from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.files import atomic_write, check_writable
+from rwkv_rlhf.files import atomic_write, check_writable, without_nan
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import (
@@ -48,6 +48,7 @@ from rwkv_rlhf.generation.sampling_params import (
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("chat")
@@ -96,6 +97,7 @@ def answer_file(
 ) -> None:
     """Answers every prompt of --prompt_file; the output appears when all are answered."""
     refuse_sources(flags.prompt_file, flags.output, "--output")
+    refuse_other_format(flags.output, "--output", "jsonl")
     report, reading = DataReport(flags.prompt_file), dataclasses.replace(reading_of(flags), spare_reject=True)
     rows = list(read_items(flags.prompt_file, report, tuple(KINDS), reading))
     cues = [cue(row, template) for row in rows]
@@ -117,7 +119,8 @@ def answer_file(
         for row, one in zip(rows, answers, strict=True):
             answer = one.text.strip() if template.assistant else one.text
             said = {"prompt": asked(row), "answer": answer, "tokens": one.tokens, "logprobs": one.logprobs}
-            file.write((json.dumps(said, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
+            line = json.dumps(without_nan(said), ensure_ascii=False, allow_nan=False)
+            file.write(f"{line}\n".encode(errors="replace"))
     cut = sum(1 for one in answers if not one.finished)
     log.info("%d answers written to %s%s", len(answers), flags.output, f", {cut} cut at --max_tokens" if cut else "")
 
@@ -177,7 +180,7 @@ class Talk:
         self.state = one.state
         self.said = [*turns, Turn("assistant", one.text.strip())]
         self.pending = one.tokens[-1:] + ([] if one.finished else self.template.ids(self.template.end, self.tokenizer))
-        sys.stdout.write("\n\n")
+        sys.stdout.write("\n\n" if one.finished else f"\n(cut at /max {self.params.max_tokens})\n\n")
 
     def command(self, line: str) -> bool:
         """A line that begins with a slash; False to leave."""

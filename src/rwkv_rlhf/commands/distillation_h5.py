@@ -27,6 +27,7 @@ from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import top_logits
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -59,6 +60,7 @@ def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, chunk: int) ->
     # every token is asked about, so every target counts as trained; which they are does not matter
     batch = TextBatch(tokens, tokens, torch.tensor([0, *ends]), 1.0)
     found = top_logits(model, batch, k, head_chunk=HEAD_CHUNK, chunk=chunk)
+    refuse_not_finite("a logit of the teacher", found.lse, model)
     top = TopK(found.values.float().cpu().numpy(), found.indices.cpu().numpy(), found.lse.float().cpu().numpy())
     return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from rwkv_rlhf.ops import build, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
+from rwkv_rlhf.ops.fastest import fastest_precision, slowness
 from rwkv_rlhf.precision import NAMES
 
 GIB = 1 << 30
@@ -64,6 +65,11 @@ def doctor() -> int | None:
 def machine() -> Iterator[tuple[str, str]]:
     """Processor, PyTorch and GPUs."""
     yield "processor", f"{platform.machine()}, {cpu.instruction_set()}, {torch.get_num_threads()} threads"
+    times = slowness("bf16", "cpu")
+    yield (
+        "precision",
+        f"{fastest_precision('cpu')} on the CPU: a product in bf16 takes {times:.1f} times as long as in fp32",
+    )
     built_for = torch.version.cuda and f"CUDA {torch.version.cuda}"
     built_for = built_for or (torch.version.hip and f"ROCm {torch.version.hip}") or "CPU only"
     yield "python", f"{platform.python_version()} ({sys.executable})"

@@ -32,6 +32,7 @@ from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams, add_sampling_flags, options, sampling_params
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("rejects")
 
@@ -73,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--batch_size and --tries must be at least 1")
     find_templates(flags.template)
     refuse_sources(flags.input_csv, flags.output_csv, "--output_csv")
+    refuse_other_format(flags.output_csv, "--output_csv", "csv", "jsonl")
     with several(flags, "generate_rejects", argv):
         sample(flags, params)
 
@@ -83,13 +85,16 @@ def sample(flags: Namespace, params: SamplingParams) -> None:
     columns, tasks = read_tasks(flags.input_csv, flags.template, report, reading_of(flags))
     for line in report.found:
         log.info("%s", line)
+    output = RejectFile(flags.output_csv, columns, made_by(flags))
+    for task in tasks:  # whatever cannot be written is known before anything is sampled
+        output.row(task.cells, task.reject)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     begun = time.perf_counter()
     with progress_bar(len(tasks), "rejects", shown=ranks.is_rank_zero()) as done:
         tally = fill(
             Sampler(model, tokenizer),
             tasks,
-            RejectFile(flags.output_csv, columns, made_by(flags)),
+            output,
             params,
             at_once=flags.batch_size,
             tries=flags.tries,

@@ -6,6 +6,7 @@ time in another seeded order. Decoding is checked against the text, and the writ
 
 import logging
 import random
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -41,9 +42,15 @@ def parser() -> Parser:
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
     ids = tokenizer.encode(text)
-    if tokenizer.decode_bytes(ids) != text.encode("utf-8", errors="surrogatepass"):
+    found = tokenizer.decode_bytes(ids)
+    if found != text.encode("utf-8", errors="surrogatepass") and not _composed(found, text):
         raise RowError("the vocabulary does not give this text back", "not reversible")
     return [*ids, END_OF_DOCUMENT]
+
+
+def _composed(found: bytes, text: str) -> bool:
+    """Whether a vocabulary that composes characters (the 20B one has the normaliser NFC) gave the same text back."""
+    return unicodedata.normalize("NFC", found.decode(errors="replace")) == unicodedata.normalize("NFC", text)
 
 
 def read_documents(

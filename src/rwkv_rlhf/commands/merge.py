@@ -34,6 +34,7 @@ from rwkv_rlhf.files import SHARDS_INDEX
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.settings.exports import EXPORTS, ExportFacts
 from rwkv_rlhf.settings.implementations import load
 
@@ -182,9 +183,7 @@ def merge(args: argparse.Namespace) -> None:
     else:
         print("check: logits are finite; with --layer_filter there is no trained model to compare with")
     if not difference <= allowed and not args.force:
-        raise RuntimeError(
-            f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written"
-        )
+        raise Failure(f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written")
     write_tensors(merged, output)
     layout = shares.of_layout(file.layout)
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"

@@ -16,6 +16,7 @@ from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("prepare")
 
@@ -41,6 +42,7 @@ def check_pair_flags(flags: Namespace) -> None:
     find_templates(flags.template)
     for path in outputs(flags):
         refuse_sources(flags.input_csv, path, "--output_save")
+        refuse_other_format(path, "--output_save", "save")
         check_writable(path)
 
 

@@ -23,10 +23,12 @@ from rwkv_rlhf.data.shapes.record import Record
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
-from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file
+from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file, without_nan
 from rwkv_rlhf.generation.opening import open_model
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.rewards import answer_rewards
 from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import PROMPT, SHAPES
 
 log = logging.getLogger("score")
@@ -114,14 +116,17 @@ def main(argv: Sequence[str]) -> None:
     """Reads, scores, writes."""
     flags = parser().parse_args(argv)
     refuse_same_file(flags.input, flags.output, "--output")
+    refuse_other_format(flags.output, "--output", "jsonl")
     template = find_templates(flags.template)[0].template
     found = read_answers(flags.input, flags.skip_bad)
     check_writable(flags.output)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
-    rewards = answer_rewards(model, *tokenised(found, template, tokenizer))[:, 0].tolist()
+    scored = answer_rewards(model, *tokenised(found, template, tokenizer))[:, 0]
+    refuse_not_finite("a reward", scored, model)
+    rewards = scored.tolist()
     with atomic_write(flags.output) as file:
         for one, reward in zip(found, rewards, strict=True):
-            line = json.dumps(one.record | {"reward": reward}, ensure_ascii=False)
+            line = json.dumps(without_nan(one.record | {"reward": reward}), ensure_ascii=False, allow_nan=False)
             file.write((line + "\n").encode("utf-8", errors="replace"))
     mean = sum(rewards) / len(rewards)
     log.info(

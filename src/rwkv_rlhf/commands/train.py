@@ -2,15 +2,18 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
+from rwkv_rlhf.settings.given_files import check_given_files
 
 
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = parse(argv)
+    check_given_files(config)
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -25,27 +28,50 @@ def main(argv: Sequence[str]) -> int | None:
 
 def ranked(config: Config) -> int | None:
     """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
+    from rwkv_rlhf.checkpoints.resume_points import ResumePoint
     from rwkv_rlhf.checkpoints.run_folder import open_folder
+    from rwkv_rlhf.checkpoints.run_lock import run_lock
+    from rwkv_rlhf.distributed import ranks
+    from rwkv_rlhf.distributed.launch import launch_environment
+    from rwkv_rlhf.reports.wandb_run import open_wandb
+    from rwkv_rlhf.training.choices import with_length, with_precision
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
     from rwkv_rlhf.training.out_of_memory import explained
     from rwkv_rlhf.training.resume import find_point
-    from rwkv_rlhf.training.run import evaluate, train
+    from rwkv_rlhf.training.run import evaluate, settings_of, train
+    from rwkv_rlhf.training.run_identity import common_identity
+    from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, write_initial
 
+    config = with_length(with_precision(config))
     if config.dry_run_shape:
         dry_run_shape(config)
         return None
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
-        write_initial(config, folder)
+        with run_lock(folder):
+            refuse_another_start(config, folder)
+            write_initial(config, folder)
         return None
-    with explained(config):
-        point = None if config.eval_only else find_point(config, folder)
-        ready = start(config, folder, point)
+    with explained(config), ExitStack() as held:
         if config.eval_only:
-            print(json.dumps(evaluate(config, folder, ready)))
+            print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
             return None
+        if not config.dry_run:
+            ranks.agreed(lambda: held.enter_context(run_lock(folder)))
+        settings = common_identity(config, launch_environment().local_rank())
+
+        def claimed() -> ResumePoint | None:
+            point = find_point(config, folder, settings)
+            if not goes_on(config, folder, point):
+                refuse_another_runs_folder(config, folder, settings)
+            if config.wandb and not config.dry_run:
+                open_wandb(config.wandb, folder, settings_of(config))
+            return point
+
+        point = ranks.agreed(claimed)
+        ready = start(config, folder, point)
         if config.dry_run:
             dry_run(config, folder, ready)
             return None
-        return INTERRUPTED if train(config, folder, ready, point) else None
+        return INTERRUPTED if train(config, folder, ready, settings, point) else None

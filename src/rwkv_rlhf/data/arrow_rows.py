@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from rwkv_rlhf.data.opened import pyarrow_for
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.rows import Columns, Row
-from rwkv_rlhf.files import check_readable, read_json_object
+from rwkv_rlhf.files import check_readable, named_for_libraries, read_json_object
 
 _ROWS = 1024  # read at a time
 _FILE = b"ARROW1"  # what an Arrow file begins with that is no stream
@@ -28,8 +29,9 @@ def read_parquet(path: str | os.PathLike[str], report: DataReport, columns: Colu
     check_readable(path)
     pyarrow = _pyarrow(path)
     try:
-        table = pyarrow.parquet.ParquetFile(path)
-        yield from _rows(path, table.iter_batches(batch_size=_ROWS), report)
+        with open(path, "rb") as file:  # its own opening knows UTF-8 names only
+            table = pyarrow.parquet.ParquetFile(file)
+            yield from _rows(path, table.iter_batches(batch_size=_ROWS), report)
     except (_Failed, pyarrow.ArrowException, OSError) as error:  # an OSError where the footer is damaged
         raise ValueError(f"{path}: not a readable parquet file ({error})") from error
 
@@ -39,7 +41,7 @@ def read_arrow(path: str | os.PathLike[str], report: DataReport, columns: Column
     for file in arrow_files(path):
         pyarrow = _pyarrow(file)
         try:
-            with pyarrow.memory_map(os.fspath(file)) as memory:
+            with named_for_libraries(file) as name, pyarrow.memory_map(os.fspath(name)) as memory:
                 whole = memory.read(len(_FILE)) == _FILE
                 memory.seek(0)
                 reader = pyarrow.ipc.open_file(memory) if whole else pyarrow.ipc.open_stream(memory)
@@ -67,7 +69,25 @@ def _rows(path: str | os.PathLike[str], batches: Iterator[Any], report: DataRepo
         for record in records:
             number += 1
             report.rows += 1
-            yield Row(f"{path} row {number}", {key.strip().lower(): item for key, item in record.items()})
+            cells = {key.strip().lower(): plain(item) for key, item in record.items()}
+            yield Row(f"{path} row {number}", cells)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: dates and times in ISO 8601, bytes as text (in hex if they are none), others as their
+    text."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
 def arrow_files(path: str | os.PathLike[str]) -> list[Path]:

@@ -80,6 +80,7 @@ class TextExample:
 class PairExample:
     """Token ids of a prompt and its two answers; reference (chosen, reject) summed log-probabilities if known.
 
+    conversation: the same for examples of one prompt, whatever the template; "" = not known.
     margin: by how much the file rates the chosen answer higher, in its own units; None where it does not say.
     """
 
@@ -89,6 +90,7 @@ class PairExample:
     reference: tuple[float, float] | None = None
     _: KW_ONLY
     margin: float | None = None
+    conversation: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

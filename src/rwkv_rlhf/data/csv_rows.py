@@ -17,6 +17,7 @@ from rwkv_rlhf.data.rows import Columns, Row, not_utf8
 
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']""")
+_ARCHIVE = (b"PK\x03\x04", b"\x80\x02")  # of torch.save, new and old
 _OTHER_DELIMITERS = (";", "\t")
 
 
@@ -101,6 +102,8 @@ def read_tsv(path: str | os.PathLike[str], report: DataReport, columns: Columns 
 
 def _read(path: str | os.PathLike[str], report: DataReport, columns: Columns, usual: str) -> Iterator[Row]:
     with opened(path) as file:
+        if file.peek(4).startswith(_ARCHIVE):
+            raise ValueError(f"{path}: a checkpoint or an archive, not a CSV")
         delimiter = _delimiter(file, usual)
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = _csv_rows(text, delimiter)

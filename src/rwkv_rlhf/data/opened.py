@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rwkv_rlhf.files import check_readable
+from rwkv_rlhf.files import check_readable, named_for_libraries
 
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 LFS = b"version https://git-lfs.github.com/spec/"
@@ -59,4 +59,5 @@ def pyarrow_for(path: str | os.PathLike[str]) -> Any:
 
 
 def _zstandard(path: str | os.PathLike[str]) -> Any:
-    return pyarrow_for(path).input_stream(os.fspath(path), compression="zstd")
+    with named_for_libraries(path) as name:
+        return pyarrow_for(path).input_stream(os.fspath(name), compression="zstd")

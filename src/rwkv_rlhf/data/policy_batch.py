@@ -20,6 +20,7 @@ class PromptExample:
 
     raw: the value under prompt, a text or a list of messages. columns: the other columns. cue: the text of the ids.
     stop: text that ends an answer, "" = none. bare: plain text, whose answers are taken as they are.
+    conversation: the same for rows of one prompt, whatever the template.
     """
 
     prompt: list[int]
@@ -29,6 +30,7 @@ class PromptExample:
     stop: str
     bare: bool
     where: str
+    conversation: str = ""
 
 
 class PromptBatch(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from rwkv_rlhf.data.conversation import is_missing
 from rwkv_rlhf.data.messages import Notes
+from rwkv_rlhf.data.pairs.same_prompt import conversation_id, prompt_key
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.policy_batch import PromptExample
 from rwkv_rlhf.data.report import DataReport, RowError
@@ -53,8 +54,8 @@ class Prompts(Sequence[PromptExample]):
         return 1
 
     def group(self, index: int) -> object:
-        """Equal prompts must not be torn apart by a held-out split."""
-        return tuple(self._prompts[index].prompt)
+        """Rows of one prompt must not be torn apart by a held-out split."""
+        return prompt_key(self._prompts[index])
 
 
 def _tokenise(
@@ -69,7 +70,8 @@ def _tokenise(
     cue = raw if isinstance(raw, str) and not template.assistant else template.prompt(turns)
     columns = {name: value for name, value in values.items() if name not in NOT_HANDED_ON}
     ids = template.ids(cue, tokenizer)
-    return PromptExample(ids, raw, columns, cue, template.end, not template.assistant, where)
+    key = conversation_id(turns)
+    return PromptExample(ids, raw, columns, cue, template.end, not template.assistant, where, key)
 
 
 def open_prompts(

@@ -9,6 +9,7 @@ loading time and of its memory.
 import ast
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +113,9 @@ def _refusing(sentence: str) -> Iterator[None]:
         raise ValueError(f"{sentence}: {error}") from error
 
 
+_SPECIAL = re.compile(r"<.+>|\[[A-Z]+\]")  # how special tokens are written: <|endoftext|>, <s>, [PAD]
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json (for example the 20B vocabulary of RWKV-4 Pile), run by the `tokenizers` package."""
 
@@ -122,6 +126,13 @@ class HuggingFaceTokenizer:
         text = read_bytes(path).decode("utf-8", errors="replace")
         with _refusing(f"--vocab_file {path} is not a tokenizer.json"):
             self._inner = tokenizers.Tokenizer.from_str(text)
+        first, special = self._inner.id_to_token(0), self._inner.get_added_tokens_decoder().get(0)
+        named = special is not None and special.special
+        if first is not None and not named and not _SPECIAL.fullmatch(first):
+            raise ValueError(
+                f"--vocab_file {path}: id 0 is the word {first!r}, but 0 ends a document here: give a vocabulary whose "
+                "id 0 is a special token, as in the 20B one, or none"
+            )
         self.name, self.vocab_size = f"{path.name} {file_hash(path)[:12]}", vocab_size
         self.marks: Mapping[str, int] = {}  # the library knows its own
         _check_ids(max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1), vocab_size, path)

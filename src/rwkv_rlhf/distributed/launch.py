@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 Variables = Mapping[str, str]
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 SPARE = 3.0  # minutes after --timeout until the library that moves tensors raises an error too
+STEP = ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_STEPID")  # srun sets them, sbatch does not
+WAITING = 10.0  # seconds after which a rank says whom it waits for
 INTERACTIVE = ("bash", "interactive")  # names of SLURM jobs in which a person types
 
 
@@ -73,6 +76,11 @@ def by_slurm(variables: Variables) -> RankInfo | None:
     needed = ("SLURM_PROCID", "SLURM_LOCALID")
     typed = variables.get("SLURM_JOB_NAME") in INTERACTIVE
     if typed or _number("SLURM_NTASKS", tasks) < 2 or any(name not in variables for name in needed):
+        return None
+    if not any(name in variables for name in STEP):  # the batch script itself: nobody started the other tasks
+        log.warning(
+            "SLURM gave %s tasks, but srun did not start this process: it runs alone; put srun before it", tasks
+        )
         return None
     world = _number("SLURM_NTASKS", tasks)
     nodes = _number("SLURM_NNODES", variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES", "1"))
@@ -307,6 +315,10 @@ def interface_towards(address: str) -> str:
 def _connect(info: RankInfo, backend: str, timeout: float) -> None:
     """Returns when every rank is connected. Raises RuntimeError, naming the address, when some do not come."""
     os.environ.update(MASTER_ADDR=info.address, MASTER_PORT=str(info.port))
+    others = f"the other {info.world - 1} of {info.world} processes at {info.address} port {info.port}"
+    patience = threading.Timer(WAITING, log.warning, ("rank %d waits for %s", info.rank, others))
+    patience.daemon = True
+    patience.start()
     try:
         distributed.init_process_group(
             backend, rank=info.rank, world_size=info.world, timeout=timedelta(minutes=timeout + SPARE)
@@ -316,3 +328,5 @@ def _connect(info: RankInfo, backend: str, timeout: float) -> None:
         raise RuntimeError(
             f"rank {info.rank} could not connect to all {info.world} ranks at {info.address} port {info.port}: {error}"
         ) from error
+    finally:
+        patience.cancel()

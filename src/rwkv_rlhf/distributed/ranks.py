@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -76,6 +76,23 @@ def broadcast_from_zero(make: Callable[[], Value]) -> Value:
     distributed.broadcast_object_list(found, src=0, device=device())
     value: Value = found[0]
     return value
+
+
+def agreed(make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank; a ValueError of it is raised on all of them."""
+
+    def tried() -> tuple[Value | None, str]:
+        try:
+            return make(), ""
+        except ValueError as mistake:
+            return None, str(mistake)
+
+    if not is_distributed():
+        return make()
+    value, mistake = broadcast_from_zero(tried)
+    if mistake:
+        raise ValueError(mistake)
+    return cast(Value, value)
 
 
 def barrier() -> None:

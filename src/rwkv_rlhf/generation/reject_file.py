@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, write_json
-from rwkv_rlhf.settings.shapes import REJECT
+from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, without_nan, write_json
+from rwkv_rlhf.settings.shapes import CHOSEN, PROMPT, REJECT
 
 log = logging.getLogger(__name__)
 
+OURS = {*PROMPT, *CHOSEN, *REJECT}  # other columns pass through, in a CSV as text
 Row = dict[str, Any]  # column -> value, as it stands in the file
 
 
@@ -54,16 +55,17 @@ class CsvRows:
         out = {}
         for name in self.columns:
             value = values.get(name, "")
-            if isinstance(value, list | dict):
+            if isinstance(value, list | dict) and name in OURS:
                 raise ValueError(f"column {name} holds messages, which a CSV cannot: give an --output_csv *.jsonl")
-            out[name] = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            text = "" if value is None else value if isinstance(value, str) else json.dumps(without_nan(value))
+            out[name] = text.encode(errors="replace").decode()  # half of a surrogate pair has no bytes
         return out
 
     @staticmethod
     def _text(cells: Sequence[str]) -> bytes:
         buffer = io.StringIO(newline="")
-        csv.writer(buffer, lineterminator="\n").writerow(cells)
-        return buffer.getvalue().encode("utf-8", errors="replace")
+        csv.writer(buffer, lineterminator="\r\n").writerow(cells)  # else a lone CR is not quoted, and ends a row
+        return f"{buffer.getvalue()[:-2]}\n".encode(errors="replace")
 
 
 class JsonRows:
@@ -80,7 +82,9 @@ class JsonRows:
 
     def encode(self, row: Row) -> bytes:
         """A whole line of the file."""
-        return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
+        return (json.dumps(without_nan(row), ensure_ascii=False, allow_nan=False) + "\n").encode(
+            "utf-8", errors="replace"
+        )
 
     def decode(self, data: bytes) -> list[Row]:
         """Finished rows; ValueError for what is no JSONL."""

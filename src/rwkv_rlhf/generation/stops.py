@@ -28,9 +28,9 @@ class Stops:
         return any(text in said for text in self.texts), said[max(0, len(said) - self.longest + 1) :]
 
     def text(self, tokens: list[int]) -> str:
-        """The tokens as text, cut before the first stop."""
+        """The tokens as text, cut before the first stop; a character that is not whole at the end is left out."""
         if self.tokenizer is None:
             return ""
         said = self.tokenizer.decode_bytes(tokens[:-1] if tokens and tokens[-1] in self.ids else tokens)
         ends = [said.find(text) for text in self.texts if text in said]
-        return said[: min(ends, default=len(said))].decode("utf-8", errors="replace")
+        return said[: min(ends, default=len(said))].decode("utf-8", errors="replace").rstrip("\ufffd")

@@ -14,6 +14,7 @@ COLUMNS = (
     *COMMON_COLUMNS,
     *("Weight_lr_init", "Weight_lr_final", "Weight_decay", "State_lr_init", "State_lr_final", "RejectParts"),
 )
+MAKE = "python make_profile.py --make lora --layers {} makes one"
 OLD_COLUMNS = (*COMMON_COLUMNS, "LISAProb", "LoRAProb", "LRScale")
 
 
@@ -106,11 +107,12 @@ def check_layers(path: str, lines: list[Line], n_layer: int) -> dict[str, Line]:
     if missing:
         found = n_layer - len(missing)
         rows = f"row {missing[0]} is" if len(missing) == 1 else f"rows {', '.join(map(str, missing))} are"
-        raise ValueError(f"{path} has rows for {found} of {n_layer} blocks: {rows} missing")
+        raise ValueError(f"{path} has rows for {found} of {n_layer} blocks: {rows} missing; {MAKE.format(n_layer)}")
     if extra:
         where = f"the first is row {extra[0]} in line {seen[str(extra[0])].number}"
         raise ValueError(
-            f"{path} has rows for {len(blocks)} blocks, the model has {n_layer}: {len(extra)} too many, {where}"
+            f"{path} has rows for {len(blocks)} blocks, the model has {n_layer}: {len(extra)} too many, {where}; "
+            f"{MAKE.format(n_layer)}"
         )
     for layer in ("emb", "head"):
         if layer not in seen:

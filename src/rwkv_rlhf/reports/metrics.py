@@ -9,31 +9,35 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.files import atomic_write
+from rwkv_rlhf.files import atomic_write, without_nan
+
+METRICS = "metrics.jsonl"
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
     """Add one JSON object as a line; numbers that JSON has no word for are written as null."""
-    clean = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"  # an earlier run was killed in the middle of a line
             file.seek(0, os.SEEK_END)
             file.write(b"\n" if torn else b"")
-        file.write((json.dumps(clean) + "\n").encode())
+        file.write((json.dumps(without_nan(record), allow_nan=False) + "\n").encode())
 
 
 def read_records(path: Path, event: str) -> list[dict[str, Any]]:
-    """Records of one kind, oldest first, without lines that were never finished; [] where there is no file yet."""
-    records = []
+    """Records of the last run of one kind, oldest first; [] where there is no file yet.
+
+    Lines that were never finished are left out.
+    """
+    records: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and record.get("event") == "begin":
+            records.clear()
         if isinstance(record, dict) and record.get("event") == event:
             records.append(record)
     return records

@@ -64,4 +64,4 @@ def write_report(folder: Path, settings: dict[str, object]) -> None:
 <style>body{{font:14px sans-serif;margin:2em}}td{{padding:0 1em 0 0}}img{{max-width:100%}}</style>
 <h1>{html.escape(folder.name)}</h1>{image}<h2>Settings</h2><table>{rows}</table>
 """
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")

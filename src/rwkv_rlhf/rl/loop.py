@@ -31,8 +31,10 @@ from rwkv_rlhf.rl.rewards import RewardError, Rewards
 from rwkv_rlhf.rl.rollout import Asked, Group, Sample, roll_out
 from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.evaluation import evaluating
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.forward import answer_logp
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.settings.metrics import REWARDS
 
 log = logging.getLogger(__name__)
@@ -44,13 +46,21 @@ class PromptSteps:
     """Whole optimizer steps over prompts: what `Steps` is for examples that are known beforehand.
 
     Args:
-        examples: prompts. order: position -> index. size: prompts of a micro-batch. The others as `Steps` has them.
+        examples: prompts. order: position -> index. size: prompts of a micro-batch. passes: over each rollout, so that
+            a prompt is in as many optimizer steps. The others as `Steps` has them.
     """
 
     def __init__(
-        self, examples: Prompts, order: Order, micro_bsz: int, accumulate: int, rank: int = 0, world: int = 1
+        self,
+        examples: Prompts,
+        order: Order,
+        micro_bsz: int,
+        accumulate: int,
+        rank: int = 0,
+        world: int = 1,
+        passes: int = 1,
     ) -> None:
-        self.examples, self.order = examples, order
+        self.examples, self.order, self.passes = examples, order, passes
         self.micro_bsz, self.accumulate, self.rank, self.world = micro_bsz, accumulate, rank, world
 
     @property
@@ -68,7 +78,7 @@ class PromptSteps:
         return range(first, first + self.micro_bsz)
 
 
-class Diverged(RuntimeError):
+class Diverged(Failure):
     """The policy is too far from where it began."""
 
 
@@ -183,6 +193,8 @@ class Rollouts:
         seconds = time.perf_counter() - begun
         self.groups = sorted(kept + spare[: self.prompts - len(kept)], key=lambda group: group[0].asked.position)
         self.step, self.rollouts = 0, self.rollouts + 1
+        logp = torch.cat([sample.logp for sample in every])
+        refuse_not_finite("the log-probability of a sampled token", logp, self.sampler.model)
         self.figures = sample_figures(every) | {"mixed_groups": mixed_share([*kept, *spare])}
         self.figures["sampled_tokens_per_s"] = sum(len(sample.ids) for sample in every) / max(seconds, 1e-9)
         self._score()

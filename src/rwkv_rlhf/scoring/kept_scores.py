@@ -16,6 +16,7 @@ from rwkv_rlhf.files import AppendLog, Lines, OtherHead
 from rwkv_rlhf.losses.tokens import HEAD_CHUNK
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.evaluation import pair_rows, score_pairs
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ class KeptScores:
             )
         for number, row in enumerate(wanted):
             if number >= len(found):
-                found.append(score_pairs(model, row, head_chunk=head_chunk).sums().tolist())
+                sums = score_pairs(model, row, head_chunk=head_chunk).sums()
+                refuse_not_finite("a reference score", sums, model)
+                found.append(sums.tolist())
                 self.log.append(f"{json.dumps(found[-1])}\n".encode())
             if progress is not None:
                 progress(len(row))

@@ -20,6 +20,7 @@ from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.evaluation import evaluating, score_pairs
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,10 @@ def reference_scores(
     if found is not None:
         log.info("reference scores of %d pairs: from %s", len(pairs), path)
         return found
-    others = len(list(path.parent.glob("reference-*.pth"))) if path.parent.exists() else 0
-    why = f" (what {path.parent} holds is of another model, data or setting)" if others else ""
-    log.info("reference scores of %d pairs: computing%s", len(pairs), why)
+    log.info("reference scores of %d pairs: computing (kept in %s)", len(pairs), path)
     with evaluating(model):
         sums = score_pairs(model, pairs, head_chunk=head_chunk, chunk=chunk, progress=progress).sums()
+    refuse_not_finite("a reference score", sums, model)
     if ranks.is_rank_zero():
         path.parent.mkdir(exist_ok=True)
         write_tensors({"sums": sums}, path)

@@ -26,6 +26,7 @@ from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
+from rwkv_rlhf.settings.surroundings import take_over
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +292,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     main: takes the words behind the script's name, returns an exit status or None for 0. An exception becomes one
     sentence on stderr and the status that `exit_status` gives; under --debug 1 the traceback comes first.
     """
+    take_over()
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:

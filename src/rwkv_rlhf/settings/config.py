@@ -117,7 +117,9 @@ class Config:
         "", "initial factors of a PiSSA {load_adapter}, if they are not beside it", resume=FILE
     )
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised", resume=FILE)
-    force: bool = setting(False, "go on with an adapter that was trained on another base model")
+    force: bool = setting(
+        False, "go on with an adapter of another base model, or in a folder that holds another run", resume=MAY_CHANGE
+    )
     version: str | None = setting(
         None, "RWKV version; absent = read from the checkpoint", choices=new_versions, resume=MAY_CHANGE
     )
@@ -140,6 +142,9 @@ class Config:
 
     # --- run
     proj_dir: str = setting("out", "folder for checkpoints, logs and reports", resume=MAY_CHANGE)
+    archive: bool = setting(
+        False, "move what another run left in {proj_dir} into {proj_dir}/old-DATE", resume=MAY_CHANGE
+    )
     wandb: str = setting("", "project name at Weights & Biases; empty = off", resume=MAY_CHANGE)
     accelerator: str = setting(
         "auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"), resume=MAY_CHANGE
@@ -151,7 +156,11 @@ class Config:
         30.0, "minutes without progress before a process counts as hung", above=0, resume=MAY_CHANGE
     )
     ds_bucket_mb: int = setting(64, "DeepSpeed bucket size in MB", at_least=1, resume=ROUNDS)
-    precision: str = setting("bf16", "precision of computation", choices=("bf16", "fp16", "fp32", "fp64"))
+    precision: str = setting(
+        "bf16",
+        "precision of computation; not typed = bf16 where the device is fast in it, else fp32",
+        choices=("bf16", "fp16", "fp32", "fp64"),
+    )
     wkv_backend: str = setting(
         "auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS), resume=ROUNDS
     )
@@ -179,6 +188,13 @@ class Config:
     # --- length
     epoch_steps: int = setting(1000, "micro-batches per rank in one mini-epoch", at_least=1)
     epoch_count: int = setting(500, "mini-epochs to train", at_least=1, resume=MAY_CHANGE)
+    epochs: int = setting(
+        0,
+        "passes over the data, each a mini-epoch, in place of {epoch_steps} and {epoch_count}; 0 = as those say, or 3 "
+        "where neither is typed",
+        at_least=0,
+        resume=MAY_CHANGE,
+    )
     epoch_begin: int = setting(0, "offset of the numbering of checkpoints and of the schedule", at_least=0)
     epoch_save: int = setting(5, "mini-epochs between two saves", at_least=1, resume=MAY_CHANGE)
     my_exit_tokens: int = setting(0, "tokens after which pre-training stops; 0 = no limit", at_least=0)
@@ -392,7 +408,7 @@ class Config:
             typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
             object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
 
-        if self.loss == "ppo":
+        if self.own_length:
             for name, value in self._ppo_length().items():
                 if name not in self.given:
                     object.__setattr__(self, name, value)
@@ -409,6 +425,11 @@ class Config:
             "epoch_count": math.ceil(rollouts / saved),
             "epoch_save": 1,
         }
+
+    @property
+    def own_length(self) -> bool:
+        """Whether flags of the loss say how long the run is, in samples."""
+        return self.loss == "ppo"
 
     @property
     def loss_facts(self) -> LossFacts:

@@ -18,7 +18,7 @@ from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF
 from rwkv_rlhf.settings.help import text_of
 
 RUN_FILE = "config.yaml"  # in the folder of a run
-NOT_REPEATED = ("resume", "force", "debug")  # settings that belong to one start, not to the run
+NOT_REPEATED = ("resume", "force", "archive", "debug")  # settings that belong to one start, not to the run
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 

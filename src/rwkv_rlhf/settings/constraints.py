@@ -226,6 +226,21 @@ CONSTRAINTS = (
         "{layer_profile=} and {peft=}: the profile already says what each layer learns; give one of the two",
     ),
     Constraint(
+        "one_length",
+        lambda c: c.epochs > 0 and bool({"epoch_steps", "epoch_count", "my_exit_tokens"} & c.given),
+        "{epochs=} counts passes over the data: leave out {epoch_steps}, {epoch_count} and {my_exit_tokens}",
+    ),
+    Constraint(
+        "passes_of_samples",
+        lambda c: c.epochs > 0 and c.own_length,
+        "{epochs=} with {loss=}, whose length is {steps} samples: leave out {epochs}",
+    ),
+    Constraint(
+        "passes_of_a_corpus",
+        lambda c: c.epochs > 0 and trains_on_text(c) and c.loss_facts.data == "text" and text_format(c) == "binidx",
+        "{epochs=} with a binidx corpus, whose slices have no passes: give {epoch_steps} and {epoch_count}",
+    ),
+    Constraint(
         "one_held_out_set",
         lambda c: bool(c.val_file) and c.val_split > 0,
         "{val_file=} and {val_split=}: give one of the two",
@@ -274,11 +289,6 @@ CONSTRAINTS = (
         "factors_need_adapter",
         lambda c: bool(c.load_adapter_pissa_init) and not c.load_adapter and not c.load_cold_adapter,
         "{load_adapter_pissa_init=} needs {load_adapter}, the adapter that began from it",
-    ),
-    Constraint(
-        "force_needs_adapter",
-        lambda c: c.force and not c.load_adapter and not c.load_cold_adapter,
-        "{force} 1 needs {load_adapter} or {load_cold_adapter}, the adapter of another base model",
     ),
     Constraint(
         "rslora_needs_scale",

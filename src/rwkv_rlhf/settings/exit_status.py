@@ -5,6 +5,10 @@ OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
+class Failure(RuntimeError):
+    """The end of a command that is nobody's mistake on the command line; its message is a whole sentence."""
+
+
 def exit_status(error: BaseException) -> int:
     """The status of a program that ends with `error`: 2 for the user's mistakes, 130 for Ctrl+C, else 1.
 
@@ -23,6 +27,8 @@ def sentence_of(error: BaseException) -> str:
         return "stopped by Ctrl+C"
     if isinstance(error, PATH_ERRORS) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if exit_status(error) == MISTAKE:
+    if exit_status(error) == MISTAKE or isinstance(error, Failure):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("rwkv_rlhf"):
+        return f"the package {error.name} is not installed: pip install -r requirements.txt, or pip install ."
     return f"{type(error).__name__}: {error}"

@@ -101,6 +101,15 @@ def format_of_name(path: str | os.PathLike[str]) -> str:
     return next((name for name, facts in found if suffix in facts.suffixes), "")
 
 
+def refuse_other_format(path: str | os.PathLike[str], flag: str, *legal: str) -> None:
+    """Raises ValueError when an output file `path` of `flag` has the suffix of another format than those that are
+    written: it would be read as what it is not."""
+    found = format_of_name(path)
+    if found and found not in legal:
+        names = " or ".join(FORMATS[name].suffixes[0] for name in legal)
+        raise ValueError(f"{flag} {path}: what is written is no {found}; give a name that ends in {names}")
+
+
 def names_of_formats(kind: str) -> list[str]:
     """How files that can hold `kind` (text, pairs or rated) are named, for messages: .csv, .jsonl, binidx."""
     found = {name: facts.suffixes[0] for name, facts in FORMATS.items() if kind in facts.holds}

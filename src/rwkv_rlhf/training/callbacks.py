@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
 from rwkv_rlhf.reports.page import write_report
+from rwkv_rlhf.reports.wandb_run import open_wandb
 from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.metrics import METRICS
 from rwkv_rlhf.training.module import TrainingModule
@@ -39,7 +42,26 @@ def training(module: pl.LightningModule) -> TrainingModule:
 
 
 class Bar(TQDMProgressBar):
-    """Lightning's bar with the numbers of the last optimizer step."""
+    """Lightning's bar with the numbers of the last optimizer step; a terminal that is gone does not end the run."""
+
+    def __init__(self, refresh_rate: int) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self.harmless = Harmless("the progress bar cannot be shown")
+
+    def on_train_epoch_start(self, *args: Any, **named: Any) -> None:
+        """As Lightning's."""
+        with self.harmless():
+            super().on_train_epoch_start(*args, **named)
+
+    def on_train_batch_end(self, *args: Any, **named: Any) -> None:
+        """As Lightning's."""
+        with self.harmless():
+            super().on_train_batch_end(*args, **named)
+
+    def on_train_epoch_end(self, *args: Any, **named: Any) -> None:
+        """As Lightning's."""
+        with self.harmless():
+            super().on_train_epoch_end(*args, **named)
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -63,6 +85,7 @@ class Log(pl.Callback):
         self.text = folder / "train_log.txt"
         self.every = every
         self.epoch_begin = epoch_begin
+        self.harmless = Harmless(f"{self.metrics} or {self.text.name} lacks lines")
         self._losses: list[float] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,7 +104,8 @@ class Log(pl.Callback):
         """One optimizer step is done."""
         self._losses.append(record["loss"])
         if record["step"] % self.every == 0:
-            append_json(self.metrics, {"event": "train"} | record)
+            with self.harmless():
+                append_json(self.metrics, {"event": "train"} | record)
         if self.spoken and time.monotonic() - self._said >= self.PAUSE:
             self._said = time.monotonic()
             numbers = ", ".join(f"{name} {value}" for name, value in shown(record).items())
@@ -92,7 +116,8 @@ class Log(pl.Callback):
         if self._losses:
             mean = sum(self._losses) / len(self._losses)
             rate = training(pl_module).last_record["lr"]
-            log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, rate)
+            with self.harmless():
+                log_epoch(self.text, self.epoch_begin + trainer.current_epoch, mean, rate)
         self._losses.clear()
 
 
@@ -116,6 +141,7 @@ class Validate(pl.Callback):
         self.evaluate = evaluate
         self.folder = folder
         self.best: tuple[float, ...] | None = None
+        self.harmless = Harmless("metrics.jsonl lacks held-out figures")
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, and how many mini-epochs were not better."""
@@ -129,10 +155,13 @@ class Validate(pl.Callback):
         """Score, and save what is better than all before."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
         if ranks.is_rank_zero():
-            append_json(self.folder.folder / "metrics.jsonl", record)
+            with self.harmless():
+                append_json(self.folder.folder / "metrics.jsonl", record)
         log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
         found = merit(record)
-        if self.best is None or found > self.best:
+        if not all(map(math.isfinite, found)) or not training(pl_module).good_steps:
+            log.warning("rwkv-best is not written: the held-out figures are no numbers, or nothing was learnt yet")
+        elif self.best is None or found > self.best:
             self.best, self.waited = found, 0
             self.folder.save("best")
             return
@@ -145,11 +174,10 @@ class Validate(pl.Callback):
 class Save(pl.Callback):
     """Numbered checkpoints every --epoch_save mini-epochs, the last one always, rwkv-last when stopped."""
 
-    def __init__(self, folder: RunFolder, epoch_begin: int, epoch_save: int, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, epoch_begin: int, epoch_save: int) -> None:
         self.folder = folder
         self.epoch_begin = epoch_begin
         self.epoch_save = epoch_save
-        self.settings = settings
         self.stopped = False
         self.saved = False  # at the end of the last mini-epoch
 
@@ -165,42 +193,58 @@ class Save(pl.Callback):
         """Save when the mini-epoch's turn has come."""
         epoch = trainer.current_epoch
         last = epoch + 1 == trainer.max_epochs or trainer.should_stop or trainer.global_step >= trainer.max_steps
-        self.saved = last or epoch % self.epoch_save == 0
+        self.saved = (last or epoch % self.epoch_save == 0) and training(pl_module).good_steps > 0
         if self.saved:
             self.folder.save_numbered(self.epoch_begin + epoch)
-            self.report()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ctrl+C, SIGTERM or a reward that cannot be used: what was learned so far goes to rwkv-last."""
         if isinstance(exception, STOPS):
             self.stopped = isinstance(exception, KeyboardInterrupt)
             self.folder.save("last")
-            self.report()
 
-    def report(self) -> None:
-        """Redraw the curves; a page that cannot be written never stops a run."""
-        if not ranks.is_rank_zero():
-            return
-        try:
-            write_report(self.folder.folder, self.settings)
-        except OSError as error:
-            log.warning("report.html is not written: %s", error)
+
+class Report(pl.Callback):
+    """Redraws curves and page after each save; comes after the resume points, as nothing depends on it."""
+
+    def __init__(self, save: Save, settings: dict[str, Any]) -> None:
+        self.save = save
+        self.settings = settings
+        self.harmless = Harmless("report.html is not written")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """When the mini-epoch was saved."""
+        if self.save.saved:
+            self.draw()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """When rwkv-last was saved."""
+        if isinstance(exception, STOPS):
+            self.draw()
+
+    def draw(self) -> None:
+        """Redraw; only rank zero's is called."""
+        with self.harmless():
+            write_report(self.save.folder.folder, self.settings)
 
 
 class WandB(pl.Callback):
     """Sends the record of each optimizer step to Weights & Biases: only then does anything leave the machine."""
 
     def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError(f"--wandb {project} needs the package wandb: pip install wandb") from error
-        self.run = wandb.init(project=project, dir=str(folder), config=settings, name=folder.name)
+        self.run = open_wandb(project, folder, settings)
+        self.harmless = Harmless("Weights & Biases lacks records")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to the module's records."""
-        training(pl_module).listeners.append(lambda record: self.run.log(record, step=record["step"]))
+        training(pl_module).listeners.append(self.record)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        with self.harmless():
+            self.run.log(record, step=record["step"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Close the run there too."""
-        self.run.finish()
+        with self.harmless():
+            self.run.finish()

@@ -14,15 +14,18 @@ from rich.text import Text
 
 from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
+from rwkv_rlhf.layers.placing import matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.choices import with_pass
 from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
 from rwkv_rlhf.training.module import tokens_run
 from rwkv_rlhf.training.optimizers import state_of
+from rwkv_rlhf.training.recipe import say_recipe
 from rwkv_rlhf.training.start import Start, shape_model
 
 SAMPLES = 3
@@ -31,13 +34,21 @@ SHOWN = 200  # tokens of a sample
 MIB = 1 << 20
 
 
+def room_of(name: str) -> str:
+    """emb, head, att, ffn or norms: where a tensor belongs."""
+    return next((room for room in ("emb", "head", ".att.", ".ffn.") if room in name), "norms").strip(".")
+
+
 def rooms(start: Start) -> Iterator[tuple[str, int, int]]:
     """(room, trainable, frozen) parameters: emb, attention, feed-forward, norms, head; packed matrices are frozen."""
     train: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     for name, parameter in start.model.named_parameters():
-        part = next((room for room in ("emb", "head", ".att.", ".ffn.") if room in name), "norms").strip(".")
+        part = room_of(name)
         (train if parameter.requires_grad else frozen)[part] += parameter.numel()
+    for name, layer in matrices(start.model):
+        if name in start.report.layout.packed:  # no parameter, but as many numbers
+            frozen[room_of(name)] += layer.shape.numel()
     for room in dict.fromkeys([*train, *frozen]):
         yield room, train[room], frozen[room]
 
@@ -140,6 +151,8 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console = Console(stderr=False)
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
+    config = inputs.config = with_pass(config, steps)
+    inputs.held_out(reference=False)  # opened, not scored
     for report in inputs.reports:
         console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
     for text in samples(inputs, steps):
@@ -163,6 +176,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     )
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
+    say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
     count = total * config.accumulate_grad_batches
     saves = -(-config.epoch_count // config.epoch_save) + 1
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)

@@ -23,11 +23,13 @@ from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
+from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.callbacks import Bar, Log, Save, Validate, WandB
-from rwkv_rlhf.training.module import TrainingModule
+from rwkv_rlhf.settings.exit_status import Failure
+from rwkv_rlhf.training.callbacks import Bar, Log, Report, Save, Validate, WandB
+from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
 from rwkv_rlhf.training.resume import WriteResumePoints
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.strategies import make_strategy
@@ -156,13 +158,16 @@ def fit(
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if ranks.is_rank_zero():
-        log_new_run(folder / "train_log.txt", settings)
+        with Harmless("train_log.txt cannot be written")():
+            log_new_run(folder / "train_log.txt", settings)
     bar = config.enable_progress_bar and sys.stdout.isatty()
-    save = Save(run, config.epoch_begin, config.epoch_save, settings)
+    save = Save(run, config.epoch_begin, config.epoch_save)
     validate = None if evaluate is None else Validate(evaluate, run, config.early_stop)
     callbacks = _callbacks(config, folder, settings, validate, save, bar)
     if points is not None:
         callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
+    if ranks.is_rank_zero():
+        callbacks.append(Report(save, settings))
     device = next(module.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -190,10 +195,15 @@ def fit(
         trainer.fit(module, loader)
     except SIGTERMException as stop:  # a SystemExit without a status; rwkv-last is written
         more = "" if config.resume_every < 0 else ", --resume auto goes on"
-        raise RuntimeError(f"stopped by SIGTERM; rwkv-last holds what was learnt{more}") from stop
+        raise Failure(f"stopped by SIGTERM; rwkv-last holds what was learnt{more}") from stop
     except SystemExit:  # Lightning turns Ctrl+C into exit(1) after the callbacks have saved
         if not save.stopped:
             raise
     if not save.stopped:
+        if trainer.global_step and not module.good_steps:
+            raise NonFiniteLoss(
+                f"all {trainer.global_step} optimizer steps were left out, so nothing was learnt and nothing is saved: "
+                "use --precision fp32, or look for odd rows in the data"
+            )
         run.save("final")
     return save.stopped

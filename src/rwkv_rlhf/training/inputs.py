@@ -205,12 +205,14 @@ class Inputs:
         if c.val_split > 0:
             if not isinstance(examples, Pairs | Prompts | Texts | H5Texts):
                 raise ValueError("--val_split works on documents and pairs, not on slices of a corpus: give --val_file")
+            if isinstance(examples, Pairs):
+                examples.check_prompts("{val_split}")
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
         size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
         if c.loss_facts.data == "prompts":
-            return PromptSteps(examples, order, *size)
+            return PromptSteps(examples, order, *size, self.algorithm.cycle().passes)
         if c.loss_facts.data == "text":
             return Steps(*self._samples(examples, order), *size, self._growing())
         steps = Steps(examples, order, *size)

@@ -27,10 +27,12 @@ from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.rl.loop import Rollouts
 from rwkv_rlhf.scoring.divergence import mismatch_ratio
 from rwkv_rlhf.scoring.evaluation import evaluating
+from rwkv_rlhf.scoring.finite import broken_tensor
 from rwkv_rlhf.scoring.forward import batch_loss
 from rwkv_rlhf.scoring.teacher import Teacher
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.training.loss_scale import LossScale
 from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
@@ -44,7 +46,7 @@ PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the
 COUNTERS = ("bad_steps", "pref_percentage", "last_record")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Failure):
     """The loss or the gradient is no longer a number."""
 
 
@@ -123,6 +125,11 @@ class TrainingModule(pl.LightningModule):
         self.grad_norm = 0.0
 
     @property
+    def good_steps(self) -> int:
+        """Optimizer steps that were made, those of before a resume too; not those that were left out."""
+        return max(0, int(self.trainer.global_step) - self.bad_steps)
+
+    @property
     def together(self) -> bool:
         """Whether every backward pass has to be gone through, because other ranks or DeepSpeed wait for it."""
         return not isinstance(self.trainer.strategy, SingleDeviceStrategy)
@@ -173,6 +180,8 @@ class TrainingModule(pl.LightningModule):
     def _skip(self, what: str, batch: Batch | None = None, index: int = 0) -> None:
         """Leave this optimizer step out, and keep the batch for replay; raises NonFiniteLoss after --max_bad_steps."""
         step = self._step
+        if not self._bad and step <= self.bad_steps:  # none before it was good
+            self._refuse_broken_start(what)
         if not self._bad:  # further micro-batches belong to the same step
             self.bad_steps += 1
         self._bad = True
@@ -184,11 +193,21 @@ class TrainingModule(pl.LightningModule):
             rows = f", its rows are in {path}"
         sentence = f"{what} at optimizer step {step}{rows}"
         if self.bad_steps > self.config.max_bad_steps:
-            raise NonFiniteLoss(
-                f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; lower --lr_init or use "
-                "--precision fp32. The checkpoints written so far are intact"
-            )
+            raise NonFiniteLoss(f"{sentence}: more than --max_bad_steps {self.config.max_bad_steps}; {self._advice()}")
         log.warning("%s: the step is skipped", sentence)
+
+    def _refuse_broken_start(self, what: str) -> None:
+        """Raises ValueError when a model that nothing has trained yet holds NaN or infinity."""
+        models = {"load_model": self.model} | ({"teacher_model": self.teacher.model} if self.teacher else {})
+        for flag, model in models.items():
+            if name := broken_tensor(model):
+                path = getattr(self.config, flag)
+                raise ValueError(f"{what} before anything was trained: {name} of {{{flag}}} {path} holds nan or inf")
+
+    def _advice(self) -> str:
+        if self._step >= self.bad_steps:  # this one is counted among the bad
+            return "lower --lr_init or use --precision fp32. The checkpoints written so far are intact"
+        return "no step was good, so it is not the rate: use --precision fp32, or look for odd rows in the data"
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that --optim names, over the profile's groups."""

@@ -26,7 +26,7 @@ from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints, explicit_point, last_point, points_in
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import read_json_object, write_json
-from rwkv_rlhf.reports.metrics import append_json, drop_after
+from rwkv_rlhf.reports.metrics import METRICS, append_json, drop_after
 from rwkv_rlhf.reports.samples import FIRST, SAMPLES
 from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.config import Config
@@ -34,13 +34,14 @@ from rwkv_rlhf.training.background import Background
 from rwkv_rlhf.training.callbacks import STOPS, Save
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import is_out_of_memory
-from rwkv_rlhf.training.run_identity import identity, refuse_another_run
+from rwkv_rlhf.training.run_identity import refuse_another_run
 from rwkv_rlhf.training.run_state import run_state, skip_batches, take_run_state
+from rwkv_rlhf.training.start import continues
 from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 
 log = logging.getLogger(__name__)
 
-METRICS, LOG = "metrics.jsonl", "train_log.txt"
+LOG = "train_log.txt"
 LOGS = {METRICS: ('{"event": "train"', '{"event": "val"'), LOG: tuple("0123456789"), SAMPLES: (FIRST,)}  # whose lines
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
@@ -48,25 +49,11 @@ SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; 
 PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
 
 
-def find_point(config: Config, folder: Path) -> ResumePoint | None:
-    """The point that --resume asks for, verified by rank 0; None without --resume, or with `auto` without any point.
+def find_point(config: Config, folder: Path, settings: dict[str, Any]) -> ResumePoint | None:
+    """The point that --resume asks for; None without --resume, or with `auto` without any point.
 
-    Raises ValueError, on every rank alike, when the points are damaged or belong to a run with other settings.
+    `settings` are the identity of this run. Raises ValueError when the points are damaged or belong to another run.
     """
-
-    def look() -> ResumePoint | str | None:
-        try:
-            return _found(config, folder)
-        except ValueError as mistake:
-            return str(mistake)
-
-    point = ranks.broadcast_from_zero(look)
-    if isinstance(point, str):
-        raise ValueError(point)
-    return point
-
-
-def _found(config: Config, folder: Path) -> ResumePoint | None:
     if not config.resume:
         if points_in(folder / FOLDER) and config.resume_every != NEVER:
             log.warning(
@@ -77,14 +64,15 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
         return None
     point = last_point(folder / FOLDER) if config.resume == "auto" else explicit_point(Path(config.resume))
     if point is None:
-        log.info("--resume auto: %s holds no resume point, so the run starts from the beginning", folder)
+        begin = "from its newest checkpoint" if continues(config) else "from the beginning"
+        log.info("--resume auto: %s holds no resume point, so the run starts %s", folder, begin)
         return None
     if point.about["world"] != ranks.world_size():
         raise ValueError(
             f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume "
             "with as many"
         )
-    rounds = refuse_another_run(point.about["settings"], identity(config), point.path)
+    rounds = refuse_another_run(point.about["settings"], settings, point.path)
     if rounds:
         log.warning(
             "%s changed since %s: the rest of the run will not be the same bit for bit", ", ".join(rounds), point.path
@@ -97,11 +85,13 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
     return point
 
 
-def about_run(config: Config, base: str, model_hash: str, initial: tuple[str, str]) -> dict[str, Any]:
-    """What every point of a run says of it: settings, the base file's name and hash, PiSSA's factors (name, hash)."""
+def about_run(
+    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str]
+) -> dict[str, Any]:
+    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash)."""
     return {
-        "settings": identity(config),
-        "epoch_count": config.epoch_count,
+        "settings": settings,
+        "epoch_count": epoch_count,
         "base": base,
         "model": model_hash,
         "initial": list(initial),
@@ -206,6 +196,12 @@ class WriteResumePoints(pl.Callback):
                 self._drop_lines(state["logs"])
             append_json(self.folder / METRICS, {"event": "resume", "step": state["step"]})
             log.info("resuming from %s: optimizer step %d is done", point.path, state["step"])
+            if state["step"] >= self.trainer.max_steps:
+                log.info(
+                    "the run is finished, nothing is left to do: a larger --epoch_count makes it longer, and "
+                    "--load_adapter %s in another folder trains on with other settings",
+                    self.folder / "rwkv-final.pth",
+                )
         self._skip = 0 if state["over"] else state["done"]
         take_run_state(self.trainer, self.module, state)
         if not state["over"]:  # else its end was dealt with just now

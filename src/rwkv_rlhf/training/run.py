@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
@@ -15,17 +16,22 @@ from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, fingerprint
+from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.reports.samples import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
+from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
+from rwkv_rlhf.training.choices import as_typed, with_pass
 from rwkv_rlhf.training.fit import fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
+from rwkv_rlhf.training.recipe import say_recipe
 from rwkv_rlhf.training.resume import about_run, take_weights
+from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
 
 log = logging.getLogger(__name__)
@@ -48,12 +54,16 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     if config.load_adapter:
         resume_adapter(config, start)
     result = {"event": "eval"} | score()
+    figures = torch.tensor([value for value in result.values() if isinstance(value, float)])
+    refuse_not_finite(f"a score of {config.val_file}", figures, start.model)
     append_json(folder / "metrics.jsonl", result)
     return result
 
 
-def train(config: Config, folder: Path, start: Start, point: ResumePoint | None = None) -> bool:
-    """Train, from `point` on if there is one; True when Ctrl+C stopped it.
+def train(
+    config: Config, folder: Path, start: Start, settings: dict[str, Any], point: ResumePoint | None = None
+) -> bool:
+    """Train, from `point` on if there is one; True when Ctrl+C stopped it. `settings` are the run's identity.
 
     Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
     overwrite a file that the run begins from.
@@ -61,10 +71,12 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     typed, config = config, numbered_from(config, start.path)
     refuse_overwriting(config, folder, start)
     pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
-    ranks.check_same("--load_model", fingerprint(start.path))
+    if config.num_nodes > 1:
+        ranks.check_same("--load_model", fingerprint(start.path))
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
+    config = inputs.config = with_pass(config, steps)
     ranks.check_same("number of examples", len(steps.examples))
     held_out = inputs.held_out(reference=True)
     rollouts = None
@@ -78,13 +90,16 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
         resume_adapter(config, start)
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
+    say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
-    sidecar = run_sidecar(config, folder, start)
+    name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point))
+    sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():
-        with atomic_write(folder / RUN_FILE) as file:
-            file.write(config_text(typed).encode())
-    about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
+        with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
+            file.write(config_text(as_typed(typed)).encode())
+    initial = (sidecar.initial_file, sidecar.initial_sha256)
+    about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)
 
@@ -98,6 +113,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
         "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
         "--reference_model": config.reference_model,
         "--teacher_model": config.teacher_model,
+        "--reward_model": config.reward_model,
     }
     for flag, path in needed.items():
         found = SAVED.match(Path(path).name) if path else None

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.data.sources import fingerprint_of
-from rwkv_rlhf.files import fingerprint
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.files import fingerprint, same_fingerprint
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.settings.config import Config, OnResume, settings
-
-DATA = ("data_file", "pair_file", "val_file")  # each may name several files
+from rwkv_rlhf.settings.given_files import DATA
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -28,20 +28,41 @@ def identity(config: Config) -> dict[str, Any]:
     return found | {"device": device_for(config.accelerator)}
 
 
+def common_identity(config: Config, local_rank: int) -> dict[str, Any]:
+    """The identity of the run, on every rank; each machine reads its own files, once.
+
+    Raises ValueError, on every rank alike, when a file differs between machines.
+    """
+    found = [one for one in ranks.all_gather(identity(config) if local_rank == 0 else None) if one is not None]
+    for machine, other in enumerate(found):
+        names = [name for name, field in settings().items() if field.metadata["resume"] is OnResume.FILE]
+        wrong = [name for name in names if other.get(name) != found[0].get(name)]
+        if wrong:
+            raise ValueError(
+                f"{{{wrong[0]}}} {getattr(config, wrong[0])}: machine {machine} has another file than machine 0"
+            )
+    return found[0]
+
+
 def differences(was: dict[str, Any], now: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two identities: sentences about what changes the training, and names of what only rounds.
 
     A setting that one of them does not know has its default there.
     """
     known = settings()
+
+    def resume_of(name: str) -> OnResume:
+        found: OnResume = known[name].metadata["resume"] if name in known else OnResume.SAME
+        return found
+
     exact = was.get("bptt") == now.get("bptt") == "exact"
     wrong, rounds = [], []
     for name in sorted(was.keys() | now.keys()):
         default = known[name].default if name in known else None
         old, new = was.get(name, default), now.get(name, default)
-        if old == new:
+        if old == new or (resume_of(name) is OnResume.FILE and same_fingerprint(str(old), str(new))):
             continue
-        resume = known[name].metadata["resume"] if name in known else OnResume.SAME
+        resume = resume_of(name)
         if resume is OnResume.ROUNDS or (resume is OnResume.ROUNDS_IF_EXACT and exact):
             rounds.append(f"{{{name}}}")
         elif resume is OnResume.FILE:

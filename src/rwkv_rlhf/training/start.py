@@ -26,7 +26,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint
-from rwkv_rlhf.checkpoints.run_folder import NUMBERED, newest_checkpoint
+from rwkv_rlhf.checkpoints.run_folder import INITIAL, NUMBERED, newest_checkpoint
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors, tensors_hash, write_tensors
 from rwkv_rlhf.distributed import ranks
@@ -66,7 +66,7 @@ def write_initial(config: Config, folder: Path) -> Path:
         config.seed,
         config.dim_ffn or None,
     )
-    path = folder / "rwkv-init.pth"
+    path = folder / INITIAL
     write_tensors(tensors, path)
     count = sum(tensor.numel() for tensor in tensors.values())
     log.info("%s: %s, %d layers, width %d, %d parameters", path, config.version, config.n_layer, config.n_embd, count)

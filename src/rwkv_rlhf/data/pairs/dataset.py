@@ -8,12 +8,14 @@ from typing import Any, overload
 from rwkv_rlhf.data.batch import JudgedPair, PairExample
 from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
+from rwkv_rlhf.data.pairs.same_prompt import prompt_key
 from rwkv_rlhf.data.pairs.save import read_save, read_sidecar
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser, cap_pair, count_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import rows_format
 from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
+from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_readable
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, names_of_formats
@@ -58,11 +60,22 @@ class Pairs(Sequence[PairExample]):
 
     def group(self, index: int) -> object:
         """Pairs of one prompt must not be torn apart by a held-out split."""
-        return tuple(self._pairs[index].prompt)
+        return prompt_key(self._pairs[index])
+
+    def check_prompts(self, flag: str) -> None:
+        """Raises ValueError, naming `flag`, when pairs of one prompt cannot be told from those of others."""
+        if prompts_unknown(self._pairs, self.sidecar):
+            raise ValueError(
+                f"{flag}: {self.report.source} was made with several templates and does not say which pairs have one "
+                "prompt, so held-out prompts would be trained on: make the file anew, or give {val_file}"
+            )
 
     def judged(self) -> "Pairs":
         """The same pairs, to be judged as wholes."""
-        return self._of([JudgedPair(p.prompt, p.chosen, p.reject, margin=p.margin) for p in self._pairs])
+        pairs = self._pairs
+        return self._of(
+            [JudgedPair(p.prompt, p.chosen, p.reject, margin=p.margin, conversation=p.conversation) for p in pairs]
+        )
 
     def with_reference(self, sums: Sequence[Sequence[float]]) -> "Pairs":
         """The same pairs with `sums` (n, 2), summed log-probabilities of (chosen, reject), as reference scores."""
@@ -78,6 +91,12 @@ class Pairs(Sequence[PairExample]):
         return new
 
 
+def prompts_unknown(pairs: Sequence[PairExample], about: dict[str, Any] | None) -> bool:
+    """Whether pairs of one prompt may have different tokens, with nothing else to know them by."""
+    several = len(TEMPLATES.get(str((about or {}).get("template")), ())) > 1
+    return several and not all(pair.conversation for pair in pairs)
+
+
 def open_rows(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     """Pairs of a file that is read row by row."""
     tokeniser = PairTokeniser(path, tokenizer, options)
@@ -87,8 +106,13 @@ def open_rows(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairO
 def open_save(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:
     """Pairs of a `.save`, with what its sidecar says."""
     report = DataReport(str(path), skip_bad=options.skip_bad)
-    pairs = _capped(read_save(path, report, tokenizer.vocab_size), options.max_len, report)
-    return Pairs(pairs, report, ctx_len, read_sidecar(path))
+    about = read_sidecar(path)
+    pairs = _capped(read_save(path, report, tokenizer.vocab_size, about), options.max_len, report)
+    if prompts_unknown(pairs, about):
+        report.notice(
+            f"{path}: one prompt in two templates counts as two prompts; make the file anew to tell them apart"
+        )
+    return Pairs(pairs, report, ctx_len, about)
 
 
 def open_pair_h5(path: str | os.PathLike[str], tokenizer: Tokenizer, options: PairOptions, ctx_len: int) -> Pairs:

@@ -4,13 +4,16 @@ Each answer is given the answer to another prompt, once and for all: from those 
 moved, and their reference scores are computed with its own.
 """
 
+import dataclasses
 import os
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.items import Reading, kind_of_rows, read_items
 from rwkv_rlhf.data.pairs.dataset import Pairs
+from rwkv_rlhf.data.pairs.same_prompt import conversation_id, prompt_key
 from rwkv_rlhf.data.pairs.tokenising import cap_prompt
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import has_rows
@@ -33,7 +36,8 @@ def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
 def _tokenise(row: Rated, template: Template, tokenizer: Tokenizer) -> RatedExample:
     prompt, (text,) = template.render(row.turns, [row.completion])
     answer = [*template.ids(text, tokenizer), *template.end_ids]
-    return RatedExample(template.ids(prompt, tokenizer), answer, [], good=row.good)
+    key = conversation_id(row.turns)
+    return RatedExample(template.ids(prompt, tokenizer), answer, [], good=row.good, conversation=key)
 
 
 def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list[RatedExample]:
@@ -43,9 +47,10 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
     with its prompt, unless one prompt has more than half of all answers; those borrow from the rest in turn.
     Raises ValueError when there is only one prompt.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(tuple(example.prompt), []).append(index)
+    keys = [prompt_key(example) for example in examples]
+    groups: dict[object, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     if len(groups) < 2:
         raise ValueError(f"{source}: KTO needs answers to at least two different prompts; there is one")
     some = list(groups.values())
@@ -57,17 +62,23 @@ def mismatched(examples: Sequence[RatedExample], source: str, seed: int) -> list
     found: dict[int, list[int]] = {}
     for at, index in enumerate(order):
         other = order[(at + step) % len(order)]
-        if examples[other].prompt == examples[index].prompt:  # only in a group of more than half of all
+        if keys[other] == keys[index]:  # only in a group of more than half of all
             other = rest[at % len(rest)]
         found[index] = examples[other].chosen
-    return [RatedExample(e.prompt, e.chosen, found[i], good=e.good) for i, e in enumerate(examples)]
+    return [dataclasses.replace(example, reject=found[i]) for i, example in enumerate(examples)]
 
 
-def _finished(examples: Sequence[RatedExample], report: DataReport, ctx_len: int, seed: int) -> Pairs:
+def _finished(
+    examples: Sequence[RatedExample],
+    report: DataReport,
+    ctx_len: int,
+    seed: int,
+    about: dict[str, Any] | None = None,
+) -> Pairs:
     """Mismatched, counted and warned about."""
     if not examples:
         raise ValueError(f"{report.source}: holds no usable answer ({report.rows} rows read)")
-    rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len)
+    rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len, about)
     good = sum(1 for example in examples if example.good)
     report.notice(f"{report.source}: {good} good and {len(examples) - good} bad answers")
     return rated
@@ -101,13 +112,13 @@ def open_rated(
             report.bad(where, error)
             continue
         again, last = row is last, row  # of a file with a weight
-        key = hash((tuple(example.prompt), tuple(example.chosen), example.good))
-        report.remark("repeat another one", key in seen and not again)
-        seen.add(key)
+        report.remark("repeat another one", hash(row) in seen and not again)
+        seen.add(hash(row))
         if max_len:
             report.cut("prompt", len(example.prompt) > max_len)
             report.cut("completion", len(example.chosen) > max_len)
-            example = RatedExample(cap_prompt(example.prompt, max_len), example.chosen[:max_len], [], good=example.good)
+            prompt = cap_prompt(example.prompt, max_len)
+            example = dataclasses.replace(example, prompt=prompt, chosen=example.chosen[:max_len])
         examples.append(example)
     return _finished(examples, report, ctx_len, seed)
 
@@ -117,6 +128,6 @@ def unpair(pairs: Pairs, seed: int = TEMPLATE_SEED) -> Pairs:
     halves = []
     for index in range(len(pairs)):
         pair: PairExample = pairs[index]
-        halves.append(RatedExample(pair.prompt, pair.chosen, [], good=True))
-        halves.append(RatedExample(pair.prompt, pair.reject, [], good=False))
-    return _finished(halves, pairs.report, pairs.ctx_len, seed)
+        for answer, good in ((pair.chosen, True), (pair.reject, False)):
+            halves.append(RatedExample(pair.prompt, answer, [], good=good, conversation=pair.conversation))
+    return _finished(halves, pairs.report, pairs.ctx_len, seed, pairs.sidecar)

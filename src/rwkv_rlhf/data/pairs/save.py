@@ -5,6 +5,7 @@ log-probabilities under a reference model; 0.5 for both means that there are non
 model's hash, template, sum or mean, lengths and seed.
 """
 
+import dataclasses
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from rwkv_rlhf.data.batch import PairExample
+from rwkv_rlhf.data.pairs.same_prompt import number_prompts
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.files import atomic_write, check_archive, check_readable, file_hash, read_json_object
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
@@ -77,8 +79,15 @@ def pair_record(value: object, vocab_size: int | None) -> PairExample:
     return PairExample(prompt, chosen, reject, None if known == NO_REFERENCE else known)
 
 
-def read_save(path: str | os.PathLike[str], report: DataReport, vocab_size: int | None = None) -> list[PairExample]:
+def read_save(
+    path: str | os.PathLike[str],
+    report: DataReport,
+    vocab_size: int | None = None,
+    about: dict[str, Any] | None = None,
+) -> list[PairExample]:
     """Pairs of a `.save` file; `reference` is None where the file holds the 0.5 placeholders.
+
+    `about` is what its sidecar says (`read_sidecar`): which records have one prompt.
 
     Raises:
         ValueError: missing, truncated or foreign file (naming the global that was refused); a record of the wrong form
@@ -87,14 +96,20 @@ def read_save(path: str | os.PathLike[str], report: DataReport, vocab_size: int 
     data = _load(path)
     if not isinstance(data, list | tuple):
         raise ValueError(f"{path}: holds a {type(data).__name__}, not a list of preference records")
-    pairs = []
+    pairs, prompts = [], prompts_of(about, len(data))
     for number, value in enumerate(data):
         report.rows += 1
         try:
-            pairs.append(pair_record(value, vocab_size))
+            pairs.append(dataclasses.replace(pair_record(value, vocab_size), conversation=prompts[number]))
         except RowError as error:
             report.bad(f"{path} record {number}", error)
     return pairs
+
+
+def prompts_of(about: dict[str, Any] | None, records: int) -> list[str]:
+    """What tells the prompt of each record from the others, by the sidecar; "" where it does not say."""
+    numbers = str((about or {}).get("prompts", "")).split()
+    return numbers if len(numbers) == records else [""] * records
 
 
 def sidecar_path(path: str | os.PathLike[str]) -> str:
@@ -108,7 +123,8 @@ def write_save(path: str | os.PathLike[str], pairs: Sequence[PairExample], about
     Args:
         pairs: a missing reference is written as 0.5, 0.5.
         about: what the sidecar says; the caller gives `model` (hash or None), `template`, `reference` (None, "sum" or
-            "mean"), `max_len`, `seed`. Program, number of records, longest parts and the file's hash are added.
+            "mean"), `max_len`, `seed`. Program, number of records, longest parts and the file's hash are added, and
+            `prompts`, a number for the prompt of each record ("0 0 1"), where that is known.
     """
     records = [
         (
@@ -132,6 +148,8 @@ def write_save(path: str | os.PathLike[str], pairs: Sequence[PairExample], about
             "longest": lengths,
             "sha256": digest,
         }
+        if prompts := number_prompts(pairs):
+            text["prompts"] = prompts
         side.write((json.dumps(text, indent=1, sort_keys=True) + "\n").encode())
 
 

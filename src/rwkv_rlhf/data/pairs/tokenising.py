@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rwkv_rlhf.data.batch import PairExample, RatedExample
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.items import Reading
+from rwkv_rlhf.data.pairs.same_prompt import conversation_id
 from rwkv_rlhf.data.pairs.text_pairs import TextPair, read_pairs
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
@@ -49,7 +50,11 @@ def cap_pair(pair: PairExample, max_len: int, report: DataReport) -> PairExample
     if not max_len or max(len(pair.prompt), len(pair.chosen), len(pair.reject)) <= max_len:
         return pair
     capped = PairExample(
-        cap_prompt(pair.prompt, max_len), pair.chosen[:max_len], pair.reject[:max_len], margin=pair.margin
+        cap_prompt(pair.prompt, max_len),
+        pair.chosen[:max_len],
+        pair.reject[:max_len],
+        margin=pair.margin,
+        conversation=pair.conversation,
     )
     if capped.chosen == capped.reject:
         raise RowError(
@@ -163,7 +168,10 @@ class PairTokeniser:
         try:
             prompt, answers = template.render(row.turns, [row.chosen, row.reject])
             chosen, reject = ([*template.ids(text, self.tokenizer), *template.end_ids] for text in answers)
-            pair = PairExample(template.ids(prompt, self.tokenizer), chosen, reject, margin=row.margin)
+            key = conversation_id(row.turns)
+            pair = PairExample(
+                template.ids(prompt, self.tokenizer), chosen, reject, margin=row.margin, conversation=key
+            )
             return cap_pair(pair, self.options.max_len, self.report)
         except RowError as error:
             self.report.bad(row.where, error)

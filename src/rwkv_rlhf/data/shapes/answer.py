@@ -8,7 +8,7 @@ from rwkv_rlhf.data.conversation import Turn, is_missing, normalise
 from rwkv_rlhf.data.messages import parse_messages
 from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.shapes.record import Record
-from rwkv_rlhf.settings.shapes import Names
+from rwkv_rlhf.settings.shapes import REJECT, Names
 
 
 class ParsedAnswer(NamedTuple):
@@ -38,5 +38,6 @@ def parse_answer(record: Record, names: Names, need: bool = True) -> ParsedAnswe
         raise RowError(f"{name} must be text or a list of messages, not {type(value).__name__}", "unreadable")
     text = normalise(value or "")
     if need and not text:
-        raise RowError(f"the answer {name} is empty", f"empty {name}")
+        more = "; rlhf_generate_reject_csv.py samples rejects" if names == REJECT else ""
+        raise RowError(f"the answer {name} is empty{more}", f"empty {name}")
     return ParsedAnswer([], text)

@@ -1,0 +1,84 @@
+"""Which precision this machine computes fastest in: products are timed once, their times kept beside the kernels."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rwkv_rlhf.files import read_json_object, write_json
+from rwkv_rlhf.ops.build import BuildError, cache_folder
+from rwkv_rlhf.ops.cpu import instruction_set
+from rwkv_rlhf.precision import DTYPES
+
+log = logging.getLogger(__name__)
+
+KEPT = "products.json"  # machine -> precision -> seconds
+SHAPE = (64, 512, 512)  # (M, K) by (K, N)
+REPEATS = 5
+SLOW = 4.0  # times as slow as float32: too slow to measure more of it
+SLOWER = 1.2  # times as slow as float32, from which a typed precision is worth a sentence
+
+
+def product_seconds(name: str) -> float:
+    """The best time of one product in the precision `name` on one core, as forward and backward make it, in seconds.
+
+    On one, because others may be busy: waiting for each other would hide what the product costs.
+    """
+    m, k, n = SHAPE
+    x, w = torch.ones(m, k, dtype=DTYPES[name]), torch.ones(n, k, dtype=DTYPES[name])
+
+    def once() -> float:
+        begin = time.perf_counter()
+        (x @ w.T) @ w
+        return time.perf_counter() - begin
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return min(once() for _ in range(REPEATS))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def kept_seconds(measure: Callable[[str], float] = product_seconds) -> dict[str, float]:
+    """Seconds of a product in bf16 and in fp32 on this machine's CPU, measured the first time that somebody asks."""
+    machine = f"{platform.node()} {instruction_set()} {torch.__version__}"
+    try:
+        path: Path | None = cache_folder() / KEPT
+    except BuildError:
+        path = None
+    known = {}
+    if path is not None and path.exists():
+        try:
+            known = read_json_object(path)
+            return {name: float(known[machine][name]) for name in ("bf16", "fp32")}
+        except (ValueError, KeyError, TypeError):
+            pass  # another machine's, or damaged
+    seconds = {name: measure(name) for name in ("bf16", "fp32")}
+    if path is not None:
+        try:
+            write_json(path, known | {machine: seconds})
+        except ValueError as error:
+            log.debug("%s", error)
+    return seconds
+
+
+def fastest_precision(device: str) -> str:
+    """bf16 or fp32: what "cuda" or "cpu" computes in fastest."""
+    if device != "cpu":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    seconds = kept_seconds()
+    return "bf16" if seconds["bf16"] < seconds["fp32"] else "fp32"
+
+
+def slowness(precision: str, device: str) -> float:
+    """How many times as long a product in `precision` takes as in float32; 1 where that is not known."""
+    if device == "cpu" and precision == "bf16":
+        seconds = kept_seconds()
+        return seconds["bf16"] / seconds["fp32"]
+    return 1.0

@@ -1,0 +1,87 @@
+"""The files that a command line names are looked at before anything slow: they are there, and of a form that their flag
+can take. What is in them is seen when they are opened."""
+
+import os
+import re
+from collections.abc import Iterator
+
+from rwkv_rlhf.files import sharded_files
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import trains, trains_on_text
+from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
+
+MODELS = (
+    *("load_model", "load_adapter", "load_adapter_pissa_init", "load_cold_adapter"),
+    *("reference_model", "teacher_model", "reward_model"),
+)
+DATA = ("data_file", "pair_file", "val_file")  # each may name several files
+TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by mistake
+
+
+def named_files(config: Config) -> Iterator[str]:
+    """Settings that name a file which this run reads."""
+    yield from (name for name in (*MODELS, "layer_profile", "vocab_file", "val_file") if getattr(config, name))
+    if trains(config) and trains_on_text(config):
+        yield "data_file"
+    if trains(config) and config.loss and config.loss_facts.data != "text":
+        yield "pair_file"
+
+
+def check_given_files(config: Config) -> None:
+    """Raises ValueError, with the flag, for the first file that is not there or whose name no reader knows."""
+    if config.doctor or config.dry_run_shape or config.train_stage == 1:
+        return
+    for name in named_files(config):
+        given = str(getattr(config, name))
+        for path in plain_files(given) if name in DATA else [given]:
+            check_file(config, name, path)
+    file, separator, _ = config.reward_funcs.rpartition(":")
+    if separator and not os.path.isfile(file):
+        raise ValueError(f"{{reward_funcs}} {config.reward_funcs}: there is no file {file}")
+
+
+def plain_files(spec: str) -> Iterator[str]:
+    """The files and folders among what a flag for data names; a pattern is looked at when it is opened."""
+    for part in [spec] if os.path.exists(spec) else map(str.strip, spec.split(",")):
+        weighted = None if os.path.exists(part) else re.fullmatch(r"(.+):[\d.]+", part)
+        path = weighted[1] if weighted else part
+        if path and (os.path.exists(path) or not {*"*?["} & {*path}):
+            yield path
+
+
+def check_file(config: Config, name: str, path: str) -> None:
+    """Raises ValueError when `path` of the setting `name` is not there, or not of a form that it can take."""
+    if name in ("data_file", "val_file") and os.path.isfile(f"{corpus_prefix(path)}.idx"):
+        return
+    if os.path.isdir(path):
+        if name in MODELS:
+            sharded_files(path)
+        elif name not in DATA:
+            raise ValueError(f"{{{name}}} {path} is a folder, expected a file")
+        return
+    if not os.path.exists(path):
+        raise ValueError(f"{{{name}}} {path} does not exist, so it cannot be read")
+    check_form(config, name, path)
+
+
+def corpus_prefix(path: str) -> str:
+    """The name of a corpus without .bin or .idx."""
+    stem, suffix = os.path.splitext(path)
+    return stem if suffix in FORMATS["binidx"].suffixes else path
+
+
+def check_form(config: Config, name: str, path: str) -> None:
+    """Raises ValueError when the suffix of `path` says that it is not what `name` can take."""
+    suffix = os.path.splitext(path)[1].lower()
+    if name in MODELS and suffix in TABLES:
+        raise ValueError(f"{{{name}}} {path} is a table or a text, expected a checkpoint (.pth or .safetensors)")
+    held = {"data_file": ("text",), "pair_file": ("pairs", "rated"), "val_file": ("text", "pairs", "rated")}
+    kinds = held.get(name, ())
+    typed = config.data_type if name == "data_file" else ""
+    found = format_of_word(typed) if typed else format_of_name(path)
+    if kinds and suffix in (".pth", ".safetensors") and not typed:
+        legal = dict.fromkeys(word for kind in kinds for word in names_of_formats(kind))
+        raise ValueError(f"{{{name}}} {path} is a checkpoint, expected data: {', '.join(legal)}")
+    if kinds and found and not set(kinds) & set(FORMATS[found].holds):
+        legal = dict.fromkeys(word for kind in kinds for word in names_of_formats(kind))
+        raise ValueError(f"{{{name}}} {path}: {found} files hold no {kinds[0]}; one of {', '.join(legal)}")

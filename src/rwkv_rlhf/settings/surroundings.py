@@ -1,0 +1,17 @@
+"""What a command inherits from a notebook, a batch system or an odd locale, and must not stumble over."""
+
+import os
+import sys
+from io import TextIOWrapper
+
+
+def take_over() -> None:
+    """Called once, before anything else is imported.
+
+    A notebook names a backend for its own plots, which matplotlib (Lightning imports it) refuses where the notebook's
+    packages are missing. A terminal or a pipe may have no byte for a character, and then shows its number.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,67 @@
+"""What a run takes for settings that nobody typed, in one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+from rwkv_rlhf.data.sampler import MixedSteps, Steps
+from rwkv_rlhf.distributed import ranks
+from rwkv_rlhf.ops.fastest import SLOWER, fastest_precision, slowness
+from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.rl.loop import PromptSteps
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.constraints import text_format, trains
+
+log = logging.getLogger(__name__)
+
+PASSES = 3  # over the data, where no length of the run was typed
+
+
+def with_precision(config: Config) -> Config:
+    """The Config with the fastest precision of the device, if none was typed; a slow one that was is said.
+
+    Raises ValueError when --accelerator names a device that is not there.
+    """
+    if config.dry_run_shape:  # of a machine that this one need not be
+        return config
+    device = device_for(config.accelerator)
+    if "precision" in config.given:
+        times = slowness(config.precision, device)
+        if times > SLOWER:
+            log.warning("--precision %s: a product takes %.0f times as long here as in fp32", config.precision, times)
+        return config
+    found = ranks.agreed(lambda: fastest_precision(device))
+    if found != config.precision:
+        log.info("--precision %s, as this machine is slow in %s", found, config.precision)
+    return dataclasses.replace(config, precision=found)
+
+
+def with_length(config: Config) -> Config:
+    """The Config with --epochs as its number of mini-epochs; where no length was typed, PASSES of them over the data.
+
+    A corpus of slices keeps the tradition's 500 mini-epochs of 1000 micro-batches, PPO counts its samples.
+    """
+    if config.own_length:
+        return config
+    typed = {"epoch_steps", "epoch_count", "my_exit_tokens"} & config.given
+    corpus = config.loss_facts.data == "text" and text_format(config) == "binidx"
+    epochs = config.epochs or (PASSES if trains(config) and not typed and not corpus else 0)
+    if epochs and not config.epochs:
+        log.info("--epochs %d, as no length of the run was typed", epochs)
+    return dataclasses.replace(config, epochs=epochs, epoch_count=epochs) if epochs else config
+
+
+def as_typed(config: Config) -> Config:
+    """The Config without the number of mini-epochs that `with_length` made of --epochs."""
+    return dataclasses.replace(config, epoch_count=Config.epoch_count) if config.epochs else config
+
+
+def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config:
+    """The Config with one pass over the examples as a mini-epoch, if --epochs counts them."""
+    if not config.epochs:
+        return config
+    again = steps.passes if isinstance(steps, PromptSteps) else 1
+    whole = math.ceil(len(steps.examples) / steps.samples_per_step) * again
+    return dataclasses.replace(config, epoch_steps=whole * config.accumulate_grad_batches)
