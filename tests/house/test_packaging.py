@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 
 from tests.support.source_files import ROOT
@@ -35,3 +36,10 @@ def test_an_error_message_names_a_package_of_an_extra():
         for name in re.findall(r"pip install (\w[\w-]+)", path.read_text(encoding="utf-8"))
     }
     assert len(said) > 5 and said <= known
+
+
+@pytest.mark.xdist_group("grouped")
+def test_groups_stay_in_one_process(request):
+    """If this breaks, a runner that does not know groups makes what tests share once for each of its processes."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@grouped")
