@@ -1,5 +1,6 @@
 """Vocabularies: the ids that every released World model expects, and files that a user may name."""
 
+import importlib.util
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
-from rwkv_rlhf.data.tokenizer import load_tokenizer, world_vocabulary_file
+from rwkv_rlhf.data.tokenizer import TrieTokenizer, load_tokenizer, world_vocabulary_file
 
 
 def test_ids_are_those_of_the_released_models(world):
@@ -37,6 +38,20 @@ def test_ids_agree_with_the_rwkv_package(world):
     same()
     for text in texts:
         assert world.encode(text) == judge.encode(text)
+
+
+@pytest.fixture(scope="module")
+def slow(world):
+    """The World vocabulary without other programs."""
+    return TrieTokenizer(world.words, 65536, "slow")
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_the_package_in_rust_gives_the_same_ids(world, slow, text):
+    """If this breaks, data prepared where pyrwkv-tokenizer is installed are other tokens than elsewhere."""
+    assert importlib.util.find_spec("pyrwkv_tokenizer"), "requirements.txt has it"
+    assert world.encode(text) == slow.encode(text)
 
 
 def test_any_string_can_be_encoded_and_any_id_decoded(world):
