@@ -2,10 +2,14 @@
 
 import json
 
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 
 from rwkv_rlhf.commands.convert import main
 from tests.support.files import jsonl, read_jsonl
+from tests.support.processes import started
 from tests.support.shape_samples import SAMPLES
 
 
@@ -41,3 +45,18 @@ def test_mistakes_write_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"--output OUT\.jsonl is needed"):
         main(["--input", str(path)])
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"] and len(read_jsonl(path)) == 2
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_process_that_imports_nothing_else_reads_columns(tmp_path, suffix):
+    """If this breaks, a library's part that another import brought along is missing where a person runs the script."""
+    path, table = tmp_path / f"in.{suffix}", pyarrow.table({"text": ["one", "two"]})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    process = started("convert_data.py", "--input", path, "--output", tmp_path / "out.jsonl")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert read_jsonl(tmp_path / "out.jsonl") == [{"text": "one"}, {"text": "two"}]

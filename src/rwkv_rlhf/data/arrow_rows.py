@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ _FILE = b"ARROW1"  # what an Arrow file begins with that is no stream
 
 
 def _pyarrow(path: str | os.PathLike[str]) -> Any:
-    """The package with the parts that are used here."""
+    """The package with the parts that are used here, which it does not import by itself."""
     package = pyarrow_for(path)
-
+    for part in ("ipc", "parquet"):
+        importlib.import_module(f"pyarrow.{part}")
     return package
 
 

@@ -10,6 +10,7 @@ loading time and of its memory. Where `pyrwkv-tokenizer` is installed, it gives 
 import ast
 import functools
 import importlib.util
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -112,7 +113,7 @@ class TrieTokenizer:
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes of `ids`; 0 and ids without a word give nothing."""
-        return b"".join(self.words.get(number, b"") for number in ids)
+        return b"".join(map(self.words.get, ids, itertools.repeat(b"")))
 
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
