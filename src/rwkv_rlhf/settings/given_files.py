@@ -54,7 +54,7 @@ def check_file(config: Config, name: str, path: str) -> None:
     if name in ("data_file", "val_file") and os.path.isfile(f"{corpus_prefix(path)}.idx"):
         return
     if os.path.isdir(path):
-        if name in MODELS:
+        if name in MODELS and name != "reward_model":  # which may be the folder of a run
             sharded_files(path)
         elif name not in DATA:
             raise ValueError(f"{{{name}}} {path} is a folder, expected a file")

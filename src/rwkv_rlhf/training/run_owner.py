@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, points_in
 from rwkv_rlhf.checkpoints.run_folder import INITIAL, SAVED
 from rwkv_rlhf.files import read_json_object, write_json
@@ -102,7 +103,7 @@ def archive(config: Config, folder: Path) -> None:
         "load_cold_adapter": config.load_cold_adapter,
         "load_adapter_pissa_init": config.load_adapter_pissa_init,
         "reference_model": config.reference_model,
-        "reward_model": config.reward_model,
+        "reward_model": str(checkpoint_file(config.reward_model)) if config.reward_model else "",
         "teacher_model": config.teacher_model,
     }
     for name, path in needed.items():
