@@ -92,7 +92,8 @@ def train(
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
-    name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point))
+    base = start.base_hash
+    name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
     sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():
