@@ -321,6 +321,18 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     assert "/reset" in out
 
 
+def test_values_typed_in_a_conversation_are_checked(script, base_model, vocab_file, monkeypatch):
+    """If this breaks, a typing error ends the conversation, or the model answers for ever; a cut answer looks whole."""
+    lines = iter(["/temp nan", "/top_p 7", "/max 0", "/max x", "/temp 0", "/max 2", "hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    status, out, err = script(chat.main, "--load_model", base_model, "--vocab_file", vocab_file)
+    assert status == 0, err
+    said = out.splitlines()
+    for sentence in ("--temperature nan: must be", "--top_p 7.0: must be", "--max_tokens 0: must be"):
+        assert [line for line in said if line.startswith(sentence)], out
+    assert "/max 'x': expected a whole number" in said and "(cut at /max 2)" in said
+
+
 def test_json_lines_are_utf8(script, base_model, vocab_file, tmp_path):
     """Prompts in any language come back as they were."""
     line = json.dumps({"prompt": "\u732b?"}, ensure_ascii=False)

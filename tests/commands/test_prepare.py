@@ -97,6 +97,22 @@ def test_make_binidx(tmp_path, script, caplog):
         assert (tmp_path / f"c{suffix}").read_bytes() == (tmp_path / f"d{suffix}").read_bytes()
 
 
+def test_composed_text_is_the_same_text(tmp_path):
+    """If this breaks, no document with a decomposed letter can be prepared under the 20B vocabulary, which composes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = enumerate(["<|endoftext|>", *tokenizers.pre_tokenizers.ByteLevel.alphabet()])
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({letter: n for n, letter in letters}, []))
+    made.normalizer = tokenizers.normalizers.NFC()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.save(str(tmp_path / "tokenizer.json"))
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "cafe\u0301"}) + "\n")
+    words = ["--input", str(source), "--vocab_file", str(tmp_path / "tokenizer.json"), "--vocab_size", "257"]
+    make_binidx.main([*words, "--output", str(tmp_path / "c")])
+    assert len(Corpus(tmp_path / "c").document(0)) == len("caf\u00e9".encode()) + 1
+
+
 def test_make_binidx_refuses(tmp_path):
     """A line without text, and a file without any: named, and nothing written."""
     source = tmp_path / "in.jsonl"

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_rlhf.data.csv_rows import read_csv
+from rwkv_rlhf.data.json_rows import read_jsonl
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.rows import read_csv, read_jsonl
 from rwkv_rlhf.generation.reject_file import CsvRows, JsonRows
 
 COLUMNS = ["prompt", "chosen", "reject"]

@@ -8,13 +8,16 @@ import torch
 from torch import nn
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
+from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.prefixes import PrefixCache
 from rwkv_rlhf.generation.rows import Request
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling import candidate_counts, nucleus, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.generation.stops import Stops
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.state import LayerState, State
+from tests.support.files import VOCAB
 
 V = 70
 
@@ -232,6 +235,13 @@ def test_end_of_document_ends_without_being_said():
     table[ord("a"), ord("b")] = table[ord("b"), 0] = 50.0
     one = generate(Chain(table), [[ord("a")]], max_tokens=9, temperature=0, tokenizer=Letters())[0]
     assert one.finished and one.tokens == [ord("b"), 0] and one.text == "b"
+
+
+def test_half_a_character_is_left_out(vocab_file):
+    """If this breaks, rejects that were cut inside a character of several tokens end in a question mark in a box."""
+    stops = Stops(SamplingParams(), load_tokenizer(VOCAB, str(vocab_file)))
+    tokens = [byte + 1 for byte in "a\u732b".encode()]
+    assert [stops.text(tokens[:n]) for n in range(1, 5)] == ["a", "a", "a", "a\u732b"]
 
 
 def test_state_goes_on_where_the_conversation_was(model):

@@ -146,7 +146,7 @@ def test_scores_of_a_packed_reference_are_used(script, trained, base_model, voca
     assert script(score_pairs.main, *words)[0] == 0
     steps, said = trained(saved, "--precision", "bf16", "--quant", 1, "--peft", "lora", "--lora_r", 4)
     assert "reference scores of 2 pairs: from" in said and abs(steps[-1]["reward_margin"]) < 0.02
-    _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4)
+    _, said = trained(saved, "--precision", "bf16", "--peft", "lora", "--lora_r", 4, "--force", 1)
     assert said.count("computing them again") == 1  # --quant 0
 
 
@@ -157,16 +157,17 @@ def test_references_of_another_model_are_computed_anew(trained, typed, base_mode
     tensors = torch.load(base_model, weights_only=True)
     other = tmp_path / "other.pth"
     torch.save(tensors | {"head.weight": tensors["head.weight"] * 1.5}, other)
-    steps, said = trained(path, "--load_model", other)
-    assert said.count("of another model") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
-    (kept,) = [file for file in (tmp_path / "out" / "cache").iterdir() if str(file) in trained(path)[1]]
+    steps, said = trained(path, "--load_model", other, "--force", 1)
+    assert said.count("2 pairs: computing") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
+    _, said = trained(path, "--force", 1)
+    (kept,) = [file for file in (tmp_path / "out" / "cache").iterdir() if str(file) in said]
     kept.write_bytes(kept.read_bytes()[:200])
     steps, said = trained(path)
     assert said.count("damaged") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
     saved = tmp_path / "p.save"
     write_save(saved, [PairExample([9, 8], [7, 6], [5], (-1.0, -2.0))], {"model": "0" * 64, "reference": "sum"})
     assert read_save(saved, DataReport(str(saved)))[0].reference == (-1.0, -2.0)
-    steps, said = trained(saved)
+    steps, said = trained(saved, "--force", 1)
     assert said.count("computing them again") == 1 and abs(steps[-1]["reward_margin"]) < 1e-6
 
 

@@ -74,7 +74,7 @@ def test_a_reward_model_judges(ran, script, typed, base_model, pairs_csv, tmp_pa
     (record,) = ran(tmp_path / "out", *ppo, "--reward_model", tmp_path / "rm")
     judge = open_reward_model(tmp_path / "rm" / "rwkv-final.pth", BuildOptions(torch.float32), VOCAB)
     assert record["rewards/reward_model"] == record["reward"] and judge.model.scalar_head("score_head") is not None
-    for model, said in ((base_model, "no reward model"), (tmp_path / "nothing.pth", "no such file")):
+    for model, said in ((base_model, "no reward model"), (tmp_path / "nothing.pth", "does not exist")):
         status, _, err = script(train.main, *typed, *ppo, "--proj_dir", tmp_path / "bad", "--reward_model", model)
         assert status == 2 and said in err.splitlines()[-1], err
     with pytest.raises(ValueError, match=f"vocabulary of {VOCAB}"):

@@ -37,7 +37,8 @@ def go(script, typed, tmp_path):
         status, out, err = script(train.main, *typed, "--proj_dir", tmp_path / name, *words)
         assert status == 0, err
         metrics = tmp_path / name / "metrics.jsonl"
-        return (read_jsonl(metrics) if metrics.exists() else []), out
+        records = read_jsonl(metrics) if metrics.exists() else []
+        return [record for record in records if record["event"] != "begin"], out
 
     return call
 
@@ -290,6 +291,7 @@ def test_scores_of_another_start_model_are_not_taken(go, pairs_csv):
     first = []
     for words in (("lora", 8), ("pissa", 8), ("pissa", 4)):
         packed = ["--quant", 1, "--quant_mode", "nf4", "--peft", words[0], "--lora_r", words[1], "--lora_dropout", 0]
+        packed += ["--force", 1]  # the same folder, with its cache
         records, _ = go(
             "out", "--dpo", 1, "--rlhf_train_file", pairs_csv, *packed, "--epoch_steps", 1, "--micro_bsz", 4
         )

@@ -28,6 +28,7 @@ OK = (
     "--load_model 0 --train_stage 3 --data_file d.jsonl",
     "--load_model none.pth --doctor 1",
     "--load_model m.pth --data_file d.jsonl:2,p.csv:0.5",
+    "--load_model m.pth --ppo 1 --rlhf_train_file p.csv --reward_model .",  # the folder of a run
     "--load_model m.pth --data_file *.jsonl --val_file .",
 )
 WRONG = {

@@ -8,6 +8,7 @@ from subprocess import PIPE
 import pytest
 
 from rwkv_rlhf.checkpoints.run_lock import LOCK, run_lock
+from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.reports.metrics import read_records
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.run_identity import identity
@@ -74,6 +75,17 @@ def test_results_of_other_settings_are_not_written_over(used):
     for name in ("rwkv-0.pth", "rwkv-best.pth"):
         (used / name).unlink()
     refuse(used, "--lr_init", 1)  # a run that saved nothing
+
+
+def test_another_model_is_another_run(used):
+    """If this breaks, the folder's checkpoints are of two base models, and merging takes the wrong one."""
+    models = [used / "one.pth", used / "two.pth"]
+    for model in models:
+        model.write_text(model.name)
+    begin_run(used, identity(made()), {}, None, file_hash(models[0]))
+    refuse(used, "--load_model", models[0])
+    with pytest.raises(ValueError, match=r"of a run with other settings \(\{load_model\} is another model\)"):
+        refuse(used, "--load_model", models[1])
 
 
 def test_the_old_run_is_moved_whole(used):

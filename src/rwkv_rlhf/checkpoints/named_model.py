@@ -25,14 +25,16 @@ def named_model(path: str | Path, others: Sequence[str | Path] = ()) -> NamedMod
     A checkpoint of training is found by the sidecar beside it. Its base is looked for where it was, beside the
     checkpoint, and among `others`, by its hash. Raises ValueError when a file is not there.
     """
-    found = _file(Path(path))
+    found = checkpoint_file(path)
     sidecar = read_sidecar(found)
     if sidecar is None or not sidecar.base_sha256:
         return NamedModel(found)
     return NamedModel(_base_of(found, sidecar, others), found)
 
 
-def _file(path: Path) -> Path:
+def checkpoint_file(path: str | Path) -> Path:
+    """The file behind `path`: of a folder, what its run saved at the end. Raises ValueError when it is not there."""
+    path = Path(path)
     if not path.is_dir():
         if not path.exists():
             raise ValueError(f"{path}: there is no such file")

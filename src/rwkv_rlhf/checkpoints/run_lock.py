@@ -10,8 +10,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from rwkv_rlhf.files import parse_json
 
@@ -28,27 +29,45 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     Raises ValueError that names the process, the machine and the start of the run that holds it.
     """
-    with open(folder / LOCK, "a+b") as file:
-        locked = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS Linux locks the file's bytes at the server
-        except OSError as error:
-            if error.errno in HELD:
-                raise ValueError(_taken(folder)) from error
-            locked = False
-            log.warning("%s cannot be locked (%s): do not start a second run in it", folder, error.strerror)
-        if not locked:
-            yield
-            return
+    path = folder / LOCK
+    path.touch()
+    try:
+        file = _locked(path)
+    except OSError as error:
+        if error.errno in HELD:
+            raise ValueError(_taken(folder)) from error
+        log.warning("%s cannot be locked (%s): do not start a second run in it", folder, error.strerror)
+        yield
+        return
+    with file:
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"process": os.getpid(), "host": socket.gethostname(), "start": now}
-        file.truncate(0)
-        file.write(json.dumps(owner).encode())
-        file.flush()
+        with suppress(OSError):  # of a full disk, which is said when something that counts is written
+            path.write_text(json.dumps(owner))
         try:
             yield
         finally:
-            file.truncate(0)
+            with suppress(OSError):  # of a disk that failed: what the run says of it counts
+                path.write_bytes(b"")
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The open file, locked: for reading, so that the disk can still be made read-only, where such a lock exists."""
+    try:
+        return _flocked(open(path, "rb"))  # the caller closes it
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+    return _flocked(open(path, "r+b"))  # on NFS Linux locks bytes at the server, and asks for writing
+
+
+def _flocked(file: BinaryIO) -> BinaryIO:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _taken(folder: Path) -> str:

@@ -47,7 +47,7 @@ from rwkv_rlhf.generation.sampling_params import (
 )
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
-from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.command_line import TYPE_WORDS, Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import KINDS
 
@@ -190,10 +190,19 @@ class Talk:
         if word == "/reset":
             self.reset()
         elif (name := SHORT.get(word, word[1:])) in option_types():
-            self.params = dataclasses.replace(self.params, **{name: option_types()[name](value)})
+            self.params = dataclasses.replace(self.params, **{name: number(word, value, option_types()[name])})
         else:
             sys.stdout.write(help_text())
         return True
+
+
+def number(word: str, text: str, kind: type) -> float:
+    """What is typed behind a command; ValueError, in a sentence, for what is no number."""
+    try:
+        found: float = kind(text)
+    except ValueError:
+        raise ValueError(f"{word} {text!r}: expected {TYPE_WORDS[kind]}") from None
+    return found
 
 
 def help_text() -> str:

@@ -54,9 +54,11 @@ def check_file(config: Config, name: str, path: str) -> None:
     if name in ("data_file", "val_file") and os.path.isfile(f"{corpus_prefix(path)}.idx"):
         return
     if os.path.isdir(path):
+        if name in (*DATA, "reward_model"):  # a folder of data, or of a run
+            return
         if name in MODELS:
             sharded_files(path)
-        elif name not in DATA:
+        else:
             raise ValueError(f"{{{name}}} {path} is a folder, expected a file")
         return
     if not os.path.exists(path):

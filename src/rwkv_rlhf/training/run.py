@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
@@ -92,7 +93,8 @@ def train(
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
-    name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point))
+    base = start.base_hash
+    name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
     sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():
@@ -113,7 +115,7 @@ def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
         "--load_adapter": config.load_adapter if config.resume else "",  # which is asked for again
         "--reference_model": config.reference_model,
         "--teacher_model": config.teacher_model,
-        "--reward_model": config.reward_model,
+        "--reward_model": checkpoint_file(config.reward_model) if config.reward_model else "",
     }
     for flag, path in needed.items():
         found = SAVED.match(Path(path).name) if path else None

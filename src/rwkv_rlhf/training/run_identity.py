@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.data.sources import fingerprint_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import fingerprint, same_fingerprint
@@ -19,7 +20,8 @@ def identity(config: Config) -> dict[str, Any]:
     for name, field in settings().items():
         value, resume = getattr(config, name), field.metadata["resume"]
         if resume is OnResume.FILE:
-            found[name] = fingerprint_of(value) if name in DATA else fingerprint(value)
+            file = checkpoint_file(value) if name == "reward_model" and value else value  # it may be a run's folder
+            found[name] = fingerprint_of(value) if name in DATA else fingerprint(file)
         elif resume is not OnResume.MAY_CHANGE:
             found[name] = value
     if not config.early_stop:

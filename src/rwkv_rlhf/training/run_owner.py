@@ -9,9 +9,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, points_in
 from rwkv_rlhf.checkpoints.run_folder import INITIAL, SAVED
-from rwkv_rlhf.files import read_json_object, write_json
+from rwkv_rlhf.files import file_hash, read_json_object, write_json
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import METRICS, append_json
 from rwkv_rlhf.reports.samples import SAMPLES
@@ -46,18 +47,20 @@ def goes_on(config: Config, folder: Path, point: ResumePoint | None) -> bool:
     return continues(config) or adapter
 
 
-def another_run(folder: Path, settings: dict[str, Any]) -> str:
-    """What sets the run whose results are in the folder apart from one with `settings`; "" when it is the same, or
-    when there are none."""
+def another_run(config: Config, folder: Path, settings: dict[str, Any]) -> str:
+    """What sets the run whose results are in the folder apart from this one, with the identity `settings`; "" when it
+    is the same, or when there are none."""
     found = results_in(folder)
     if not found:
         return ""
     names = ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     try:
-        was = read_json_object(folder / RUN)["settings"]
-        wrong, _ = differences(was, settings)
+        about = read_json_object(folder / RUN)
+        wrong, _ = differences(about["settings"], settings)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{names} of another run (no {RUN} says which)"
+    if not wrong and about.get("base") and file_hash(config.load_model) != about["base"]:
+        wrong = ["{load_model} is another model"]
     return f"{names} of a run with other settings ({'; '.join(wrong[:SHOWN])})" if wrong else ""
 
 
@@ -69,7 +72,7 @@ def refuse_another_runs_folder(config: Config, folder: Path, settings: dict[str,
     if config.archive and not config.dry_run and results_in(folder):
         archive(config, folder)
         return
-    other = another_run(folder, settings)
+    other = another_run(config, folder, settings)
     if not other:
         return
     if config.dry_run:
@@ -102,7 +105,7 @@ def archive(config: Config, folder: Path) -> None:
         "load_cold_adapter": config.load_cold_adapter,
         "load_adapter_pissa_init": config.load_adapter_pissa_init,
         "reference_model": config.reference_model,
-        "reward_model": config.reward_model,
+        "reward_model": str(checkpoint_file(config.reward_model)) if config.reward_model else "",
         "teacher_model": config.teacher_model,
     }
     for name, path in needed.items():
@@ -115,10 +118,12 @@ def archive(config: Config, folder: Path) -> None:
     log.info("the earlier run is in %s", place)
 
 
-def begin_run(folder: Path, settings: dict[str, Any], shown: dict[str, Any], point: ResumePoint | None) -> str:
+def begin_run(
+    folder: Path, settings: dict[str, Any], shown: dict[str, Any], point: ResumePoint | None, base: str = ""
+) -> str:
     """Make the folder that of this run, and return the run's id; a run that goes on from a `point` in it keeps its own.
 
-    `settings` are its identity, `shown` what differs from the defaults, for people.
+    `settings` are its identity, `shown` what differs from the defaults, for people, `base` the hash of its model.
     """
     if point is not None and point.project.resolve() == folder.resolve():
         try:
@@ -126,7 +131,7 @@ def begin_run(folder: Path, settings: dict[str, Any], shown: dict[str, Any], poi
         except (ValueError, KeyError):
             pass  # of an older program
     run, begun = secrets.token_hex(4), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    about = {"run": run, "begun": begun, "program_version": PROGRAM_VERSION, "settings": settings}
+    about = {"run": run, "begun": begun, "program_version": PROGRAM_VERSION, "base": base, "settings": settings}
     write_json(folder / RUN, about)
     with Harmless(f"{METRICS} lacks the begin of the run")():
         append_json(folder / METRICS, {"event": "begin", "run": run, "time": begun, "settings": shown})

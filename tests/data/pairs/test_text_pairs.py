@@ -275,3 +275,10 @@ def test_references_can_be_set(tmp_path, world):
     assert scored[0].reference == (-1.5, -2.5)
     assert pairs[0].reference is None
     assert scored.report is pairs.report
+
+
+def test_empty_rejects_name_the_script_that_samples_them(tmp_path):
+    """If this breaks, who trains on the file of the README's first step is not told that the second is missing."""
+    source = write(tmp_path / "a.csv", "prompt,chosen,reject\nHi,Hello.,\n")
+    with pytest.raises(ValueError, match=r"a\.csv:2 .*reject is empty; rlhf_generate_reject_csv\.py samples rejects"):
+        rows(source)

@@ -11,6 +11,7 @@ import pytest
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates import jinja as chat_template
 from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.templates.jinja_process import compiled
 from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
 from tests.support.processes import PROGRAMS
 from tests.support.source_files import PACKAGE
@@ -83,3 +84,11 @@ def test_templates_of_several_threads_do_not_mix(tmp_path):
     for thread in threads:
         thread.join()
     assert found == {number: [f"<user>{number} {n}\n" for n in range(30)] for number in range(4)}
+
+
+def test_tojson_takes_what_templates_give_it():
+    """If this breaks, a template of Hugging Face that says how it wants its JSON is refused as broken."""
+    said = ("tojson", "tojson(ensure_ascii=False)", "tojson(ensure_ascii=True)", "tojson(indent=0)")
+    text = " ".join(f"{{{{ x|{word} }}}}" for word in said)
+    plain, also, escaped, lines = compiled(text).render(x=["\u732b<"]).split(" ")
+    assert plain == also == '["\u732b<"]' and escaped == '["\\u732b<"]' and lines == '[\n"\u732b<"\n]'

@@ -1,0 +1,34 @@
+"""--dry_run 1: its table counts every number of the model, and it opens every file that the run would."""
+
+import re
+
+import pytest
+
+from rwkv_rlhf.commands import train
+
+
+@pytest.fixture
+def words(base_model, vocab_file, text_jsonl, tmp_path):
+    """A dry run of SFT."""
+    return [
+        *("--load_model", base_model, "--vocab_file", vocab_file, "--data_file", text_jsonl, "--dry_run", 1),
+        *("--proj_dir", tmp_path / "out", "--peft", "lora", "--precision", "fp32"),
+    ]
+
+
+def test_packed_matrices_are_counted(script, words):
+    """If this breaks, the parameter table lacks the matrices that are packed, so its sums are wrong."""
+    found = []
+    for how in (("--quant", 0), ("--quant_mode", "int8")):
+        status, out, err = script(train.main, *words, *how)
+        assert status == 0, err
+        found.append(re.findall(r"^(\w+) +([\d,]+) train +([\d,]+) frozen", out, re.MULTILINE))
+    dense, packed = map(sorted, found)
+    assert dense == packed and len(dense) == 5
+
+
+def test_the_held_out_file_is_opened(script, words, tmp_path):
+    """If this breaks, a run that a dry run found right ends at its first mini-epoch."""
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
+    status, _, err = script(train.main, *words, "--val_file", tmp_path / "bad.jsonl")
+    assert status == 2 and "bad.jsonl:1" in err
