@@ -145,6 +145,27 @@ def test_state_tuning_without_a_profile():
         assert (config.peft, config.state) == ("state", True)
 
 
+@pytest.mark.parametrize(
+    ("words", "storage"),
+    [
+        ("", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv --state 1", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv --quant 0", "none"),
+        ("--lora 1", "none"),
+        ("--peft dora", "none"),
+        ("--state 1", "none"),
+        ("--peft lora --quant 1", "nf4"),
+        ("--peft lora --quant_mode int8", "int8"),
+        ("--peft lora --quant_mode int8 --quant 0", "none"),
+        ("--peft lora --quant nf4", "nf4"),
+    ],
+)
+def test_adapters_without_a_profile_pack_nothing_unless_asked(words, storage):
+    """The programs that such commands come from never packed: a merge over nf4 moves matrices that nothing trained."""
+    assert parse(argv(f"--load_model M --data_file D {words}"), built=False).storage == storage
+
+
 def test_epochs_are_whole_optimizer_steps():
     """10 micro-batches in groups of 4 make 3 steps, not 2.5."""
     assert Config(epoch_steps=10, accumulate_grad_batches=4).steps_per_epoch == 3

@@ -217,6 +217,35 @@ class Merged(Mapping[str, Tensor]):
         return layer.merged()
 
 
+def over_dense(file: AdapterFile) -> AdapterFile:
+    """The checkpoint as if its base had not been packed in training: nothing but what it learnt moves a matrix."""
+    return replace(file, layout=replace(file.layout, packed=frozenset(), store=tables.DENSE))
+
+
+class Moved(NamedTuple):
+    """What packing alone did to matrices without an adapter: how many there are, and RMS(change) / RMS(matrix) of all
+    of them and of the one that moved most."""
+
+    matrices: int
+    mean: float
+    largest: float
+    name: str
+
+
+def moved_by_packing(base: Mapping[str, Tensor], layout: Layout, merged: Mapping[str, Tensor]) -> Moved:
+    """How far matrices that nothing trained are from those of `base` in the `merged` model."""
+    squares: dict[str, tuple[float, float]] = {}
+    for name in sorted(f"{layer}.weight" for layer in layout.packed - layout.adapted.keys()):
+        before = base[name].float()
+        change = merged[name].float() - before
+        squares[name] = float(change.square().sum()), float(before.square().sum())
+    ratios = {name: math.sqrt(change / max(before, 1e-30)) for name, (change, before) in squares.items()}
+    name = max(ratios, key=lambda name: ratios[name], default="")
+    whole = sum(before for _, before in squares.values())
+    mean = math.sqrt(sum(change for change, _ in squares.values()) / max(whole, 1e-30))
+    return Moved(len(squares), mean, ratios.get(name, 0.0), name)
+
+
 def stays(name: str) -> bool:
     """Whether the tensor `name` of a checkpoint belongs to the merged model: not a head that only training needs."""
     head = name.split(".")[0]

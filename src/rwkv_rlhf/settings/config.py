@@ -223,7 +223,10 @@ class Config:
     rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
     lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
     svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0, resume=MAY_CHANGE)
-    quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
+    quant: bool | None = setting(
+        None,
+        "pack frozen matrices; absent = with a layer profile or a typed {quant_mode}, not with {peft} or {state} alone",
+    )
     quant_mode: str = setting("nf4", "storage of frozen matrices", choices=lambda: (*tables.STORAGES, tables.DENSE))
     state: bool = setting(False, "state tuning: learn the initial state of each block")
     state_output_mode: int = setting(
@@ -392,6 +395,10 @@ class Config:
             typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
             object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
 
+        if self.quant is None:
+            # commands with a plan of flags come from programs that packed nothing unless asked
+            dense = self.peft != "full" and not self.layer_profile and "quant_mode" not in self.given
+            object.__setattr__(self, "quant", not dense)
         if self.loss == "ppo":
             for name, value in self._ppo_length().items():
                 if name not in self.given:
