@@ -18,6 +18,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 ENDS = 1 << 20  # bytes at the beginning and at the end of a file that its fingerprint looks at
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
+LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 
 
 def _create(path: Path) -> Path:
@@ -378,6 +379,12 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
             file.write((json.dumps(value, indent=1) + "\n").encode())
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def refuse_pointer(path: str | os.PathLike[str], head: bytes) -> None:
+    """Raises ValueError where the first bytes of a file are those of a Git LFS pointer, the name of a file not here."""
+    if head.startswith(LFS):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull brings it")
 
 
 def check_archive(path: str | os.PathLike[str]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFile, AdapterFlags, check_base, cold_of, open_adapter
 from rwkv_rlhf.checkpoints.loading import (
+    OPTIONAL,
     BuildOptions,
     adopt_forms,
     build_model,
@@ -48,7 +49,7 @@ def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layo
     """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
     own = {name: adapter[name] for name in sorted(layout.trained) if not is_new(name)}
     lost = [name for name in layout.adapted if f"{name}.weight" not in base]
-    difference = key_diff(own, {name: base[name] for name in own if name in base})
+    difference = key_diff(own, {name: base[name] for name in own if name in base}, OPTIONAL)
     if lost:
         difference = f"{len(lost)} adapters without a matrix: {', '.join(sorted(lost)[:4])}; {difference}".rstrip("; ")
     if difference:

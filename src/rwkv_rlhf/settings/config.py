@@ -117,6 +117,7 @@ class Config:
         "", "initial factors of a PiSSA {load_adapter}, if they are not beside it", resume=FILE
     )
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised", resume=FILE)
+    load_partial: bool = setting(False, "tensors that {load_model} lacks begin at initial values; whole models only")
     force: bool = setting(False, "go on with an adapter that was trained on another base model")
     version: str | None = setting(
         None, "RWKV version; absent = read from the checkpoint", choices=new_versions, resume=MAY_CHANGE

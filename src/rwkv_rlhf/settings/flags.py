@@ -144,7 +144,6 @@ LEGACY: dict[str, Old] = {
     "my_qa_mask": Old(("0",), GONE),
     "my_exit": Old(("0", "99999999"), "{epoch_count} says when training ends"),
     "head_size_divisor": Old(("8",), "the epsilon of ln_x is the one that the released models were trained with"),
-    "load_partial": Old(("0",), "a checkpoint must hold every tensor of the model"),
     "previous_step": Old(("0",), "{resume} continues a run, {epoch_begin} shifts the schedule"),
     "log_add_step": Old(("0",), GONE),
     "emb": Old(("0",), "an `emb` row with mode `full` in {layer_profile} trains the embedding"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
+from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
@@ -132,9 +133,11 @@ def factors_suffix(config: Config) -> str:
 
 def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
     """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
+    whole = start.report.layout.trained >= {name for name, _ in start.model.named_parameters()}
+    unused = unused_tensors(start.model, start.read()) if whole else {}
     return RunFolder(
         folder,
-        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
+        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype) | unused,
         sidecar,
         suffix=SUFFIXES[config.save_format],
         keep=config.keep,

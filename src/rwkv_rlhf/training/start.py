@@ -25,6 +25,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 )
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
+from rwkv_rlhf.checkpoints.partial import completed
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import NUMBERED, newest_checkpoint
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
@@ -152,6 +153,8 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
         initial = resumed_factors(config, plan, layout) if point is None else factors_again(point)
         initial_file = "" if config.load_adapter else config.load_adapter_pissa_init
         read = base_reader(path, cold, device_for(config.accelerator), initial_file, force=config.force)
+    if config.load_partial:
+        read = whole_reader(config, plan, read, sizes, path)
     model, report = build_model(
         shapes(read()),
         BuildOptions(
@@ -180,6 +183,18 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def whole_reader(
+    config: Config, plan: Plan, read: Callable[[], Mapping[str, Tensor]], sizes: Sizes, path: Path
+) -> Callable[[], Mapping[str, Tensor]]:
+    """--load_partial 1: `read` with initial values for what the file lacks. Raises ValueError where adapters train."""
+    if plan.modes != {"full"} or config.load_cold_adapter:
+        raise ValueError(
+            "--load_partial 1 is for whole models: what the file lacks would be in no checkpoint of an adapter. Train "
+            "all of it first, without --layer_profile, --peft and --load_cold_adapter"
+        )
+    return completed(read, sizes, path, config.seed)
 
 
 def shape_model(config: Config) -> tuple[RWKV, Report]:
