@@ -25,6 +25,9 @@ PROGRAM_VERSION = __version__
 
 Choices = tuple[str | int, ...]
 
+RWKV_LM = "rwkv-lm"  # of {lr_schedule}: that of RWKV-LM's own scripts
+RWKV_LM_SAMPLES = 40320  # of a mini-epoch there, whatever is typed
+
 
 class OnResume(Enum):
     """What a setting is to a run that goes on from a resume point (training/run_identity.py)."""
@@ -136,7 +139,9 @@ class Config:
     dim_ffn: int = setting(
         0, "width of the feed-forward part; 0 = what the version uses", at_least=0, resume=MAY_CHANGE
     )
-    train_stage: int = setting(0, "0 train; 1 write rwkv-init.pth and stop; 3 go on from the newest", choices=(0, 1, 3))
+    train_stage: int = setting(
+        0, "0 train; 1 write rwkv-init.pth and stop; 2, 3 go on from the newest", choices=(0, 1, 2, 3)
+    )
     random_seed: int = setting(-1, "seed of all that is random; -1 = seed 0, so that runs repeat", at_least=-1)
 
     # --- run
@@ -190,7 +195,11 @@ class Config:
     optim: str = setting("adamw", "optimizer", choices=lambda: tuple(OPTIMIZERS))
     lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
     lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
-    lr_schedule: str = setting("exp", "shape between the two", choices=("exp", "cosine", "linear", "constant"))
+    lr_schedule: str | None = setting(
+        None,
+        "shape between the two; absent = rwkv-lm for text with {my_exit_tokens} or {train_stage} 2, 3, else exp",
+        choices=("exp", "cosine", "linear", "constant", RWKV_LM),
+    )
     lr_advanced: bool = setting(True, "learning rates from the layer profile; 0 = from {lr_init} and {lr_final}")
     warmup_steps: int = setting(-1, "optimizer steps of warm-up; -1 = none", at_least=-1)
     beta1: float = setting(0.9, "Adam: decay of the gradient's running mean", at_least=0, below=1)
@@ -400,6 +409,13 @@ class Config:
             # commands with a plan of flags come from programs that packed nothing unless asked
             dense = self.peft != "full" and not self.layer_profile and "quant_mode" not in self.given
             object.__setattr__(self, "quant", not dense)
+        if self.lr_schedule is None:
+            theirs = self.my_exit_tokens > 0 or self.train_stage in (2, 3)
+            text = self.loss_facts.data == "text"
+            object.__setattr__(self, "lr_schedule", RWKV_LM if theirs and text else "exp")
+        if self.lr_schedule == RWKV_LM and "epoch_steps" not in self.given:
+            at_once = self.num_nodes * self.devices * self.micro_bsz
+            object.__setattr__(self, "epoch_steps", max(1, RWKV_LM_SAMPLES // at_once))
         if self.loss == "ppo":
             for name, value in self._ppo_length().items():
                 if name not in self.given:

@@ -39,7 +39,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
-from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.constraints import trains
 from rwkv_rlhf.training.optimizers import NOTHING, check_optimizer
 
@@ -124,14 +124,16 @@ def continues(config: Config) -> bool:
 def numbered_from(config: Config, path: Path) -> Config:
     """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on.
 
-    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0.
+    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0. With its
+    schedule such a run also warms up for ten steps, unless --warmup_steps says otherwise.
     """
     found = NUMBERED.match(path.name)
     begin = int(found[1]) + 1 if found else 0
     if not (continues(config) and found) or config.epoch_begin >= begin:
         return config
     log.info("continuing from %s: --epoch_begin %d", path, begin)
-    return dataclasses.replace(config, epoch_begin=begin)
+    again = config.lr_schedule == RWKV_LM and config.warmup_steps < 0  # the moments begin anew
+    return dataclasses.replace(config, epoch_begin=begin, warmup_steps=10 if again else config.warmup_steps)
 
 
 def base_path(config: Config, folder: Path, point: ResumePoint | None = None) -> Path:
