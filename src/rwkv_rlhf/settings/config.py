@@ -373,7 +373,7 @@ class Config:
     pair_file: str = setting("", "preference pairs, rated answers or prompts: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
-    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file", resume=FILE)
+    template: str = setting("world", "prompt template: world, mixed, g1, g1h, plain, or a Jinja file", resume=FILE)
     random_mode: bool = setting(True, "text in random order; 0 = as in the file")
     magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
     drop_ties: bool = setting(False, "leave out pairs whose answers have the same score (score_chosen, score_rejected)")
