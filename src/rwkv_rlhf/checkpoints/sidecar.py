@@ -36,7 +36,8 @@ class Sidecar:
     `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
     base before training ("" without). `template` is how conversations were written (--template),
-    `sha256` that of the checkpoint itself; both "" in files of older programs.
+    `begun` the time of the run's first start, which chat templates may ask for, `sha256` the checkpoint's own; all
+    three "" in files of older programs.
     """
 
     version: str
@@ -52,6 +53,7 @@ class Sidecar:
     cold_file: str = ""
     cold_sha256: str = ""
     template: str = ""
+    begun: str = ""
     sha256: str = ""
     state_layout: str = STATE_LAYOUT
     program_version: str = PROGRAM_VERSION

@@ -97,14 +97,16 @@ def _found(config: Config, folder: Path) -> ResumePoint | None:
     return point
 
 
-def about_run(config: Config, base: str, model_hash: str, initial: tuple[str, str]) -> dict[str, Any]:
-    """What every point of a run says of it: settings, the base file's name and hash, PiSSA's factors (name, hash)."""
+def about_run(config: Config, base: str, model_hash: str, initial: tuple[str, str], begun: str) -> dict[str, Any]:
+    """What every point of a run says of it: settings, the base file's name and hash, PiSSA's factors (name, hash), and
+    when it was first started."""
     return {
         "settings": identity(config),
         "epoch_count": config.epoch_count,
         "base": base,
         "model": model_hash,
         "initial": list(initial),
+        "begun": begun,
     }
 
 

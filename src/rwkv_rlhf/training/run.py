@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, fingerprint
 from rwkv_rlhf.reports.metrics import append_json
@@ -42,6 +44,9 @@ def settings_of(config: Config) -> dict[str, object]:
 
 def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
+    trained = read_sidecar(config.load_adapter) if config.load_adapter else None
+    if trained is not None and trained.begun:
+        template_process().now = trained.begun
     inputs = Inputs(config, start, folder)
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
@@ -63,6 +68,7 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     refuse_overwriting(config, folder, start)
     pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
     ranks.check_same("--load_model", fingerprint(start.path))
+    begun = template_process().now = first_start(point)
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
@@ -80,14 +86,26 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
-    sidecar = run_sidecar(config, folder, start)
+    sidecar = dataclasses.replace(run_sidecar(config, folder, start), begun=begun)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():
         with atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(typed).encode())
-    about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256))
+    about = about_run(typed, start.path.name, start.hash, (sidecar.initial_file, sidecar.initial_sha256), begun)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)
+
+
+def first_start(point: ResumePoint | None) -> str:
+    """When the run was first started, in ISO form, the same for all ranks: chat templates may write the date."""
+    known = point.about.get("begun", "") if point else ""
+    begun: str = ranks.broadcast_from_zero(lambda: known or this_second())
+    return begun
+
+
+def this_second() -> str:
+    """The time, in ISO form."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:

@@ -260,7 +260,7 @@ def test_every_template_ends_its_answers(name, tmp_path, world):
 
 def test_unknown_names(tmp_path, world):
     """A template or a suffix that does not exist is named with the legal ones."""
-    with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, plain"):
+    with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, g1h, plain"):
         PairTokeniser(tmp_path / "a.csv", world, PairOptions(template="wrld"))
     with pytest.raises(ValueError, match=r"not a file of preference pairs; one of \.csv"):
         open_pairs(write(tmp_path / "a.xlsx", "x"), world)
