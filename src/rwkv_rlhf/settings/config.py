@@ -368,7 +368,7 @@ class Config:
     # --- data
     data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=("", *SHAPES))
+    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=lambda: ("", *SHAPES))
     thinking: str = setting("keep", "thinking beside answers: kept as <think>...</think>, or dropped", choices=THINKING)
     pair_file: str = setting("", "preference pairs, rated answers or prompts: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
