@@ -21,6 +21,7 @@ ENDS = 1 << 20  # bytes of the two ends of a file that its fingerprint begins wi
 BLOCK = 1 << 24  # bytes of a file that are hashed at once
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
+LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 
 
 def _create(path: Path) -> Path:
@@ -426,6 +427,12 @@ def named_for_libraries(path: str | os.PathLike[str]) -> Iterator[str | os.PathL
         return
     with open(path, "rb") as file:
         yield f"/proc/self/fd/{file.fileno()}"
+
+
+def refuse_pointer(path: str | os.PathLike[str], head: bytes) -> None:
+    """Raises ValueError where the first bytes of a file are those of a Git LFS pointer, the name of a file not here."""
+    if head.startswith(LFS):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull brings it")
 
 
 def check_archive(path: str | os.PathLike[str]) -> bool:

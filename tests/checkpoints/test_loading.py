@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter, load_model, trainable
+from rwkv_rlhf.checkpoints.loading import (
+    BuildOptions,
+    build_model,
+    file_sizes,
+    load_adapter,
+    load_model,
+    trainable,
+    unused_tensors,
+)
+from rwkv_rlhf.checkpoints.partial import completed
 from rwkv_rlhf.checkpoints.sidecar import (
     check_whole,
     read_sidecar,
@@ -27,6 +37,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.sizes import check_flags, sizes_of
 from rwkv_rlhf.plan import make_plan
+from rwkv_rlhf.settings.tables import OTHER_VERSIONS
 from tests.support.models import random_tensors
 
 
@@ -72,9 +83,13 @@ def write_bad_files(folder: Path) -> dict[str, str]:
     torch.save({"conv.weight": torch.ones(3)}, folder / "other.pth")
     torch.save({k: v for k, v in tiny().items() if not k.startswith("blocks.0.att")}, folder / "headless.pth")
     (folder / "folder.pth").mkdir()
+    for name in ("pointer.pth", "pointer.safetensors"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n")
     return {
         "absent.pth": "does not exist",
         "folder.pth": "is a folder",
+        "pointer.pth": "is a Git LFS pointer, not the file itself: git lfs pull brings it",
+        "pointer.safetensors": "is a Git LFS pointer",
         "half.pth": "cut off",
         "stub.pth": "cut off",
         "hole.pth": "damaged or not a checkpoint",
@@ -342,3 +357,74 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint_with_its_sidecar(tmp_p
     check_whole(read_sidecar(path), path)
     assert not torch.load(path, weights_only=True)["head.weight"].any()
     assert sorted(file.name for file in path.parent.iterdir()) == ["rwkv-best.json", "rwkv-best.pth"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "said"),
+    [
+        ("module.", "module."),
+        ("_orig_mod.", "_orig_mod."),
+        ("model.", "model."),
+        ("_forward_module.model._orig_mod.", "_forward_module.model., _orig_mod."),
+    ],
+)
+def test_names_that_wrappers_of_a_model_changed(tmp_path, caplog, prefix, said):
+    """Lightning, DDP and torch.compile leave their names in what they save; the model in it is the same."""
+    write_tensors({prefix + name: tensor for name, tensor in tiny().items()}, tmp_path / "m.pth")
+    for _ in range(2):
+        assert read_tensors(tmp_path / "m.pth").keys() == tiny().keys()
+    assert caplog.text.count("m.pth: names without ") == 1 and f"names without {said}, which" in caplog.text
+    write_tensors(
+        {"blocks.0._orig_mod.att.k_k": torch.ones(1), "module.blocks.0.att.k_k": torch.ones(1)}, tmp_path / "t.pth"
+    )
+    with pytest.raises(ValueError, match=r"t.pth holds blocks.0.att.k_k twice"):
+        read_tensors(tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize("version", OTHER_VERSIONS)
+def test_versions_that_are_not_built_are_refused_by_their_names(tmp_path, version):
+    """A list of unexpected tensors tells nobody that the model is another one."""
+    more = {f"blocks.0.{sign}": torch.ones(2, 2) for sign in OTHER_VERSIONS[version]}
+    write_tensors(tiny() | more, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=re.escape(f"m.pth: {version}, as blocks.0.")):
+        file_sizes(tmp_path / "m.pth")
+
+
+def test_what_a_base_lacks_begins_at_initial_values(tmp_path, caplog):
+    """--load_partial 1: each missing tensor is named, has the sizes of the file, and is the same for the same seed."""
+    wide = {
+        name: torch.cat([t, t], 1 if name.endswith("1") else 0)
+        for name, t in tiny(3).items()
+        if name[-2:] in ("w1", "w2")
+    }
+    whole = tiny(3) | wide  # a low rank that no formula gives
+    lost = [f"blocks.1.att.{name}" for name in ("w0", "w1", "w2", "key.weight")] + ["blocks.2.ffn.x_k", "ln_out.bias"]
+    path = tmp_path / "partial.pth"
+    write_tensors({name: tensor for name, tensor in whole.items() if name not in lost}, path)
+    sizes = file_sizes(path)
+    read = completed(lambda: read_tensors(path), sizes, path, 5)
+    assert f"lacks 6 tensors, which begin at initial values: {', '.join(lost)}" in caplog.text
+    found, again = read(), completed(lambda: read_tensors(path), sizes, path, 5)()
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in whole.items()}
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    assert all(torch.equal(found[name], whole[name]) for name in found if name not in lost)
+    for name in ("blocks.1.att.w0", "blocks.2.ffn.x_k", "ln_out.bias"):  # values without chance
+        assert torch.equal(found[name], whole[name]), name
+    assert build_model(found, BuildOptions(torch.float32))[1].frozen > 0
+    assert completed(read, sizes, path, 5) is read
+
+
+def test_whole_models_of_rwkv_7_keep_what_rwkv_lm_asks_for(tmp_path):
+    """RWKV-LM loads strictly: without the unused factors of block 0 a checkpoint from here does not go on there."""
+    unused = [f"blocks.0.att.{name}" for name in ("v0", "v1", "v2")]
+    tensors = tiny()
+    model, _ = build_model(tensors, BuildOptions(torch.float32))
+    kept = unused_tensors(model, tensors)
+    assert {*kept} == {*unused} and all(torch.equal(kept[name], tensors[name]) for name in unused)
+    released = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    model, _ = build_model(released, BuildOptions(torch.float32))
+    made = unused_tensors(model, released)
+    assert {name: t.shape for name, t in made.items()} == {name: tensors[name].shape for name in unused}
+    assert not any(t.any() for t in made.values())
+    other = random_tensors("x060")
+    assert unused_tensors(build_model(other, BuildOptions(torch.float32))[0], other) == {}

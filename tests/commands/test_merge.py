@@ -103,6 +103,32 @@ def test_frozen_rows_that_were_packed_are_merged_as_they_ran(tmp_path):
     assert torch.equal(merged["blocks.0.att.w1"], before["blocks.0.att.w1"])
 
 
+def test_a_packed_base_is_said_to_have_moved_and_can_be_left_out(tmp_path, capsys):
+    """A merge over nf4 moves matrices that nothing trained by a tenth: who does not hear of it blames the training."""
+    pytest.importorskip("bitsandbytes")
+    plan = make_plan("lora", 2, rank=4, alpha=8.0, layers="1", lr_init=1e-4, lr_final=1e-5)
+    base, checkpoint = train(tmp_path, quant="nf4", plan=plan)
+    packed, before = run_merge(base, checkpoint, tmp_path / "packed.pth"), read_tensors(base)
+    untouched = [f"blocks.0.{name}.weight" for name in ("att.key", "att.output", "ffn.key", "ffn.value")]
+    untouched += ["blocks.0.att.value.weight", "blocks.0.att.receptance.weight", "head.weight"]
+    squares = [sum(float(t[name].double().square().sum()) for name in untouched) for t in (before, before)]
+    squares[0] = sum(float((packed[name].double() - before[name].double()).square().sum()) for name in untouched)
+    said = capsys.readouterr().out
+    moved = (squares[0] / squares[1]) ** 0.5
+    assert f"packing: 7 matrices without an adapter moved by {moved:.1%} (RMS)" in said and 0.05 < moved < 0.15
+    assert "--dense 1 merges over the base as it is" in said
+    dense = run_merge(base, checkpoint, tmp_path / "dense.pth", "--dense", "1")
+    assert all(torch.equal(dense[name], before[name]) for name in untouched)
+    own = read_tensors(checkpoint)
+    change = own["blocks.1.att.key.lora_B"].double() @ own["blocks.1.att.key.lora_A"].double() * (8.0 / 4)
+    wanted = before["blocks.1.att.key.weight"].double() + change
+    torch.testing.assert_close(dense["blocks.1.att.key.weight"], wanted.float())
+    said = capsys.readouterr().out
+    assert "packing:" not in said and "--dense 1: logits of merged and what was trained over nf4 differ by" in said
+    with pytest.raises(ValueError, match="--dense with --output"):
+        run_merge(base, checkpoint, tmp_path / "m.gguf", "--dense", "1")
+
+
 def test_checkpoints_of_older_programs_merge_with_flags(tmp_path):
     """They have no sidecar; guessing their scaling would be a silent mistake."""
     plan = make_plan("lora", 2, rank=4, alpha=8.0, lr_init=1e-4, lr_final=1e-5)

@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from rwkv_rlhf.commands import COMMANDS, NAMED, main
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.commands import COMMANDS, NAMED, main, run_command
+from rwkv_rlhf.commands.old_scripts import OLD_SCRIPTS, translated
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
+from tests.support.merging import run_merge, trained
 from tests.support.source_files import ROOT, SCRIPTS
 
 
@@ -30,6 +34,53 @@ def test_a_script_and_its_command_are_one_program(script, capsys, monkeypatch):
     assert (status, done.value.code) == (0, 0) and out.partition(" --flag")[2] == want.partition(" --flag")[2] != ""
     status, out = said_by(capsys, monkeypatch, script, "--version")
     assert status == 0 and PROGRAM_VERSION in out
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "means"),
+    [
+        (
+            "merge_lora",
+            "32 B.pth L.pth O.pth",
+            "--lora_alpha 32 --base_model B.pth --lora_checkpoint L.pth --output O.pth",
+        ),
+        (
+            "merge_lora",
+            "--use-gpu 32 B.pth L.pth O.pth",
+            "--lora_alpha 32 --base_model B.pth --lora_checkpoint L.pth --output O.pth --device cuda",
+        ),
+        (
+            "merge_pissa",
+            "B.pth I.pth L.pth O.pth",
+            "--base_model B.pth --lora_init I.pth --lora_checkpoint L.pth --output O.pth",
+        ),
+        ("merge_bone", "--base_model B.pth --quant nf4", "--base_model B.pth --quant nf4"),
+        (
+            "merge_state",
+            "--base_model B --state_checkpoint S --output O",
+            "--base_model B --lora_checkpoint S --output O",
+        ),
+        ("make_data", "data/demo.jsonl 3 4096", "--input data/demo.jsonl --repeats 3 --ctx_len 4096 --output demo"),
+        ("make_data", "--help", "--help"),
+    ],
+)
+def test_old_scripts_are_called_as_ever(script, words, means):
+    """If this breaks, a line of an old notebook merges something else, with another alpha."""
+    added = " ".join(OLD_SCRIPTS[script].added) if "--help" not in words else ""
+    assert " ".join(translated(script, words.split())) == f"{means} {added}".strip()
+
+
+def test_an_old_script_merges_and_refuses(tmp_path, script):
+    """The words of RWKV-LM-LoRA do what merge.py does; too few of them are a sentence."""
+    base, checkpoint, _ = trained(tmp_path, "lora")
+    wanted = run_merge(base, checkpoint, tmp_path / "one.pth")
+    checkpoint.with_suffix(".json").unlink()
+    with pytest.raises(SystemExit) as done:
+        run_command("merge_lora", ["16", str(base), str(checkpoint), str(tmp_path / "two.pth")])
+    found = read_tensors(tmp_path / "two.pth")
+    assert not done.value.code and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    status, _, err = script(lambda words: translated("merge_pissa", words) and None, "B.pth", "L.pth")
+    assert status == 2 and "merge_pissa.py takes BASE_MODEL LORA_INIT LORA_CHECKPOINT OUTPUT, not 2 words" in err
 
 
 def test_the_list_of_commands(capsys):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rwkv_rlhf import commands
-from rwkv_rlhf.commands import chat, generate_rejects, make_profile, merge, prepare_pairs, score_pairs, train
+from rwkv_rlhf.commands import chat, convert, generate_rejects, make_profile, merge, prepare_pairs, score_pairs, train
 from rwkv_rlhf.data import kind_of
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.stores import STORES
@@ -307,6 +307,32 @@ def bad(script, go, path):
     with pytest.raises(AssertionError) as said:
         go(f"{LORA} --orpo 1 --rlhf_train_file {path}", folder="bad")
     return str(said.value)
+
+
+@pytest.mark.slow
+@recipe("Data shape")
+def test_a_shape(go, explained, script, tmp_path, caplog):
+    """Recognised by its keys and forced, trained, converted; what is wrong names the row, what is near the key."""
+    rows = [{"dialog": [f"say {n}", f"gladly {n}", "and again", "no"], "act": 1} for n in range(8)]
+    path, out = tmp_path / "d.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = f"{LORA} --sft 1 --data_file {path}"
+    assert "gladly" in go(f"{words} --dry_run 1")
+    go(f"{words} --format dialogue")
+    assert len(read_jsonl(tmp_path / "out" / "metrics.jsonl", "train")) == 2
+    assert "lists of utterances" in explained("format")
+    with caplog.at_level("INFO"):
+        status, _, err = script(convert.main, "--input", path, "--output", out)
+    assert status == 0, err
+    assert "lists of utterances (dialogue)" in caplog.text and "8 rows have `act`: not read" in caplog.text
+    said = [(turn["role"], turn["content"]) for turn in read_jsonl(out)[0]["messages"]]
+    assert said == [("user", "say 0"), ("assistant", "gladly 0"), ("user", "and again"), ("assistant", "no")]
+    path.write_text('{"dialog": ["say", 3]}\n')
+    status, _, err = script(convert.main, "--input", path, "--output", out)
+    assert status == 2 and "d.jsonl:1: dialog must be a list of texts" in err
+    path.write_text('{"text": "say"}\n')
+    status, _, err = script(convert.main, "--input", path, "--output", out, "--format", "dialogue")
+    assert status == 2 and "--format dialogue needs dialog" in err
 
 
 @pytest.mark.slow

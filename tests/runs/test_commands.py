@@ -118,6 +118,8 @@ def test_binidx_and_pre_training_by_magic_prime(run, script, text_jsonl, vocab_f
     run(train.main, [*shlex.split(words), "--proj_dir", folder, "--data_file", corpus], "")
     steps = read_jsonl(folder / "metrics.jsonl", "train")
     assert len(steps) == 8 and steps[-1]["loss"] < steps[0]["loss"]
+    saved = [torch.load(folder / name, weights_only=True) for name in ("rwkv-init.pth", "rwkv-final.pth")]
+    assert saved[0].keys() == saved[1].keys()  # RWKV-LM loads strictly, also what block 0 of RWKV-7 does not use
     assert not (folder / "rwkv-2.pth").exists()
     words = words.replace("--my_exit_tokens 512", "--my_exit_tokens 700") + " --epoch_begin 0"  # as RWKV-LM's scripts
     run(train.main, [*shlex.split(words), "--proj_dir", folder, "--data_file", corpus], "")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import train
+from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.training import callbacks
 from rwkv_rlhf.training.module import TrainingModule
 from tests.support.files import read_jsonl
@@ -44,14 +45,14 @@ KINDS = {
     "sft lora accumulated": (*TEXT, *LORA, *TWO),
     "sft infinite context": (*TEXT, *LORA, "--infctx", 1, "--chunk_ctx", 16, "--infctx_dataset_multiplier", 2, *LONG),
     "sft pissa": (*TEXT, "--peft", "pissa", "--quant", 0, *LONG),
-    "sft nf4 dora": (*TEXT, "--peft", "dora", "--lora_dropout", 0.1, *LONG),
+    "sft nf4 dora": (*TEXT, "--peft", "dora", "--lora_dropout", 0.1, "--quant", 1, *LONG),
     "sft states": (*TEXT, "--state", 1, "--quant", 0, *LONG),
     "sft growing": (*TEXT, *LORA, "--initial_ctx_len", 8, "--ctx_warmup_steps", 4, *TWO),
     "sft half precision": (*TEXT, *LORA, "--precision", "fp16", "--dropout", 0.1, "--optim", "adopt", *LONG),
     "sft 8-bit moments": (*TEXT, "--quant", 0, "--optim", "adamw8bit", "--weight_decay", 0.1, *DECAY, *LONG),
     "dpo lora": (*PAIRS, *LORA, *LONG, "--keep", 1, "--epoch_save", 1),
     "dpo infinite context": (*PAIRS, *LORA, "--infctx", 1, "--chunk_ctx", 8, *TWO),
-    "dpo nf4 pissa": (*PAIRS, "--peft", "pissa", *LONG),
+    "dpo nf4 pissa": (*PAIRS, "--peft", "pissa", "--quant", 1, *LONG),
     "reward model": ("--rm", 1, "--micro_bsz", 2, *LORA, "--val_split", 0.2, *LONG),
     "kto": ("--kto", 1, "--micro_bsz", 4, *LORA, *TWO),
     "grpo": (*GROUPS, "--grpo_passes", 2, "--grpo_dynamic", 1, "--grpo_gen_temperature", 1.5, *LORA, *TWO),
@@ -324,3 +325,30 @@ def test_a_path_and_a_fresh_folder(stopped_run, run, tmp_path, caplog):
     caplog.set_level("INFO")
     run(*words, "--resume", "auto", "--proj_dir", tmp_path / "fresher")
     assert "starts from the beginning" in caplog.text and same(want, tensors(tmp_path / "fresher"))
+
+
+def test_the_date_of_a_resumed_run_is_that_of_its_first_start(script, base_model, vocab_file, tmp_path, monkeypatch):
+    """A chat template that writes the date would train on another text after midnight; the sidecar tells the date."""
+    monkeypatch.setattr(template_process(), "now", "")  # put back what this test changes
+    template, chats = tmp_path / "t.jinja", tmp_path / "chats.jsonl"
+    template.write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    words = ["--load_model", base_model, "--vocab_file", vocab_file, "--template", template, "--data_file", chats]
+    words += ["--sft", 1, "--train_on_prompt", 1, "--peft", "lora", "--limited_lora", 1, "--lora_dropout", 0]
+    words += ["--epoch_steps", 2, "--epoch_count", 1, "--resume_every", 1, "--random_seed", 1, "--lr_init", "1e-2"]
+    found = {}
+    for name, year, more in (
+        ("first", 2001, ()),
+        ("again", 2002, ("--resume", tmp_path / "first" / "resume" / "step-1")),
+        ("other", 2002, ()),
+    ):
+        monkeypatch.setattr("rwkv_rlhf.training.run.this_second", lambda year=year: f"{year}-02-03T04:05:06")
+        status, _, err = script(train.main, *words, "--proj_dir", tmp_path / name, *more)
+        assert status == 0, err
+        found[name] = json.loads((tmp_path / name / "rwkv-final.json").read_text())["begun"], tensors(tmp_path / name)
+    assert [begun[:4] for begun, _ in found.values()] == ["2001", "2001", "2002"]
+    assert same(found["first"][1], found["again"][1]) and not same(found["first"][1], found["other"][1])

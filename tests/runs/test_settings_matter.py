@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.checkpoints.run_folder import newest_checkpoint
-from rwkv_rlhf.commands import score_pairs, train
+from rwkv_rlhf.commands import merge, score_pairs, train
 from rwkv_rlhf.data.pairs.save import read_save, write_save
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.files import file_hash
@@ -269,6 +269,31 @@ def test_adapters_alone_scaled_and_resumed(go, base_model, text_jsonl):
     assert again.keys() == found["plain"].keys()
     assert all(torch.equal(again[name], value) for name, value in found["plain"].items())
     assert len(read_jsonl(folder / "metrics.jsonl", "val")) == 3  # --early_stop 0 never stops
+
+
+def test_a_base_with_missing_tensors_is_trained_and_merged(go, script, base_model, text_jsonl, tmp_path):
+    """If this breaks, --load_partial 1 trains something else, or nothing takes the whole model that it saved."""
+    whole, partial = torch.load(base_model, weights_only=True), tmp_path / "partial.pth"
+    lost = ["blocks.1.att.key.weight", *(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))]
+    torch.save({name: tensor for name, tensor in whole.items() if name not in lost}, partial)
+    words = ["--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--micro_bsz", 2, "--load_model", partial]
+    status, _, err = script(train.main, *words, "--proj_dir", tmp_path / "no")
+    assert status == 2 and "1 missing: blocks.1.att.key.weight" in err
+    status, _, err = script(train.main, *words, "--proj_dir", tmp_path / "no", "--load_partial", 1, "--lora", 1)
+    assert status == 2 and "--load_partial 1 is for whole models" in err
+    folder = go("partial", *words, "--load_partial", 1)
+    saved = weights(folder)
+    assert saved.keys() == whole.keys() and {name: t.shape for name, t in saved.items()} == {
+        name: tensor.shape for name, tensor in whole.items()
+    }
+    words = ["--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 2, "--micro_bsz", 2]
+    released = tmp_path / "released.pth"  # as files of BlinkDL are, without the unused factors
+    torch.save({name: tensor for name, tensor in whole.items() if name not in lost[1:]}, released)
+    folder = go("full", *words, "--load_model", released)
+    merging = ["--base_model", released, "--lora_checkpoint", folder / "rwkv-final.pth"]
+    status, out, err = script(merge.main, *merging, "--output", tmp_path / "merged.pth")
+    assert status == 0 and "differ by at most 0.0e+00" in out, err
+    go("on", *words, "--load_model", tmp_path / "merged.pth")
 
 
 def test_newest_is_the_largest_number(tmp_path):

@@ -145,6 +145,52 @@ def test_state_tuning_without_a_profile():
         assert (config.peft, config.state) == ("state", True)
 
 
+@pytest.mark.parametrize(
+    ("words", "storage"),
+    [
+        ("", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv --state 1", "nf4"),
+        ("--layer_profile layerprofile/24_TEST.csv --quant 0", "none"),
+        ("--lora 1", "none"),
+        ("--peft dora", "none"),
+        ("--state 1", "none"),
+        ("--peft lora --quant 1", "nf4"),
+        ("--peft lora --quant_mode int8", "int8"),
+        ("--peft lora --quant_mode int8 --quant 0", "none"),
+        ("--peft lora --quant nf4", "nf4"),
+    ],
+)
+def test_adapters_without_a_profile_pack_nothing_unless_asked(words, storage):
+    """The programs that such commands come from never packed: a merge over nf4 moves matrices that nothing trained."""
+    assert parse(argv(f"--load_model M --data_file D {words}"), built=False).storage == storage
+
+
+RWKV_LM = "--load_model 0 --train_stage 3 --my_testing x070 --data_file D --data_type binidx --micro_bsz 16"
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule", "epoch_steps"),
+    [
+        (f"{RWKV_LM} --my_exit_tokens 1498226207 --magic_prime 2926181", "rwkv-lm", 2520),
+        (f"{RWKV_LM.replace('stage 3', 'stage 2')} --devices 4", "rwkv-lm", 630),
+        (f"{RWKV_LM} --epoch_steps 100", "rwkv-lm", 100),
+        (f"{RWKV_LM} --lr_schedule exp", "exp", 1000),
+        ("--load_model M --data_file D --my_exit_tokens 1000", "rwkv-lm", 40320),
+        ("--load_model M --data_file D", "exp", 1000),
+        ("--load_model M --train_stage 3 --dpo 1 --rlhf_train_file F", "exp", 1000),
+        ("--load_model M --data_file D --lr_schedule rwkv-lm", "rwkv-lm", 40320),
+    ],
+)
+def test_commands_of_rwkv_lm_follow_its_schedule(words, schedule, epoch_steps, caplog):
+    """A pre-training that is moved here goes on at other rates, and saves at other places, if this breaks."""
+    config = parse(argv(words))
+    assert (config.lr_schedule, config.epoch_steps) == (schedule, epoch_steps)
+    said = schedule == "rwkv-lm" and "--lr_schedule" not in words
+    assert caplog.text.count("as in RWKV-LM: learning rate by cosine") == said
+    assert ("mini-epochs of 40320 samples" in caplog.text) == (said and "--epoch_steps" not in words)
+
+
 def test_epochs_are_whole_optimizer_steps():
     """10 micro-batches in groups of 4 make 3 steps, not 2.5."""
     assert Config(epoch_steps=10, accumulate_grad_batches=4).steps_per_epoch == 3
@@ -174,7 +220,7 @@ MISTAKES = {
     TEXT + "--weight_decay_final 0.01": "--weight_decay_final 0.01 needs --weight_decay above 0",
     TEXT + "--strategy magic": "--strategy magic: must be one of auto, ddp",
     TEXT + "--my_testing x999": "--my_testing x999: must be one of x040, x052, x060, x070",
-    TEXT + "--train_stage 2": "--train_stage 2: must be one of 0, 1, 3",
+    TEXT + "--train_stage 4": "--train_stage 4: must be one of 0, 1, 2, 3",
     TEXT + "--quant_mode q8": "--quant_mode q8: must be one of nf4, fp4, int8, fp8, none",
     TEXT + "--pre_ffn 1": "--pre_ffn 1: that experiment is not part of this program; only --pre_ffn 0 is accepted",
     TEXT + "--my_exit 3": "--my_exit 3: --epoch_count says when training ends",

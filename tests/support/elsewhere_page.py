@@ -13,6 +13,11 @@ What other programs spell otherwise is put into this program's words, and said i
 meant is refused with the way to go. `X` stands for any value. This page is made from `src/rwkv_rlhf/settings/flags.py`.
 Data of other trainers: `docs/data.md`.
 
+Old scripts are there by their names and arguments: `merge_lora.py ALPHA BASE LORA OUTPUT`, `merge_pissa.py BASE INIT
+LORA OUTPUT`, `merge_bone.py`, `merge_state.py --state_checkpoint S` (all of them are `merge.py`), and `make_data.py
+FILE REPEATS CTX_LEN` (`make_binidx.py`). An adapter to go on from that is not there is an error, except
+`rwkv-0`, which the published commands of RWKV-PEFT name whether there is one or not.
+
 | program | typed | here | note |
 |---|---|---|---|
 """

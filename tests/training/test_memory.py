@@ -150,13 +150,14 @@ def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, 
 @pytest.mark.slow
 def test_a_shape_is_planned_without_any_file(script):
     """14 billion parameters in nf4 with LoRA: the plan says what 65,536 tokens take, and where the states wait."""
-    words = ["--dry_run", 1, "--dry_run_shape", "L61-D4096:V65536", "--peft", "lora", "--ctx_len", 65536, "--infctx", 1]
-    status, out, err = script(train.main, *words, "--chunk_ctx", 1024)
+    words = ["--dry_run", 1, "--dry_run_shape", "L61-D4096:V65536", "--peft", "lora", "--quant", 1]
+    words += ["--ctx_len", 65536, "--infctx", 1, "--chunk_ctx", 1024]
+    status, out, err = script(train.main, *words)
     assert status == 0, err
     assert "61 layers of width 4096" in out and "states at 63 cuts" in out and "weights nf4" in out
     sums = [float(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.startswith("in all")]
     assert 8192 < sums[0] < 24576
-    status, out, err = script(train.main, *words, "--chunk_ctx", 1024, "--state_offload", 1)
+    status, out, err = script(train.main, *words, "--state_offload", 1)
     less, host = [float(line.split()[-2].replace(",", "")) for line in out.splitlines() if line.startswith("in all")]
     assert less == pytest.approx(sums[0] - 3903, abs=2) and host > 3900
 

@@ -29,3 +29,17 @@ def test_weight_decay_half_way(initial, final, half):
     assert [schedule.decay(step, initial, final) for step in (0, 5, 10)] == [initial] * 3
     assert schedule.decay(60, initial, final) == pytest.approx(half)
     assert schedule.decay(500, initial, final) == pytest.approx(final if final >= 0 and initial else initial)
+
+
+def test_the_schedule_of_rwkv_lm_by_hand():
+    """A command of RWKV-LM trains at its rates: cosine over all tokens, and a warm-up of this run's own steps."""
+    first, later = Schedule(10, 110, "rwkv-lm"), Schedule(10, 110, "rwkv-lm", offset=60)
+    assert first.rate(0, 6e-4, 6e-5) == pytest.approx(6e-6)
+    assert first.rate(5, 6e-4, 6e-5) == pytest.approx(6e-4 * (0.01 + 0.99 * 0.5))
+    assert first.rate(10, 6e-4, 6e-5) == pytest.approx(6e-4)
+    assert first.rate(60, 6e-4, 6e-5) == pytest.approx(3.3e-4)
+    assert first.rate(110, 6e-4, 6e-5) == first.rate(999, 6e-4, 6e-5) == pytest.approx(6e-5)
+    assert later.rate(0, 6e-4, 6e-5) == pytest.approx(0.01 * 3.3e-4) and later.rate(50, 6e-4, 6e-5) == pytest.approx(
+        6e-5
+    )
+    assert Schedule(-1, 100, "rwkv-lm").rate(0, 1e-3, 1e-4) == pytest.approx(1e-3)

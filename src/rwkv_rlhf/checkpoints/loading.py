@@ -212,6 +212,21 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad or name in adapters}
 
 
+def unused_tensors(model: RWKV, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What RWKV-LM's strict loading asks of block 0 of an RWKV-7, and nothing uses: from `base`, else zeros."""
+    sizes = model.sizes
+    rank = sizes.low_rank.get("v")
+    if rank is None:
+        return {}
+    A, C = sizes.dim_att, sizes.n_embd
+    shapes = {"v0": (1, 1, A), "v1": (C, rank), "v2": (rank, A)}
+    named = {f"blocks.0.att.{name}": shape for name, shape in shapes.items()}
+    return {
+        name: base[name].to(torch.float32, copy=True) if name in base else torch.zeros(shape)
+        for name, shape in named.items()
+    }
+
+
 def copy_into(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy `tensors`, read from `path`, into the `parameters` of these names.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFile, AdapterFlags, check_base, cold_of, open_adapter
 from rwkv_rlhf.checkpoints.loading import (
+    OPTIONAL,
     BuildOptions,
     adopt_forms,
     build_model,
@@ -48,7 +49,7 @@ def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layo
     """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
     own = {name: adapter[name] for name in sorted(layout.trained) if not is_new(name)}
     lost = [name for name in layout.adapted if f"{name}.weight" not in base]
-    difference = key_diff(own, {name: base[name] for name in own if name in base})
+    difference = key_diff(own, {name: base[name] for name in own if name in base}, OPTIONAL)
     if lost:
         difference = f"{len(lost)} adapters without a matrix: {', '.join(sorted(lost)[:4])}; {difference}".rstrip("; ")
     if difference:
@@ -215,6 +216,35 @@ class Merged(Mapping[str, Tensor]):
         parameters = {f"{name}.{part}": getattr(layer, part) for part in layer.tensors}
         copy_into(parameters, {f"{name}.{part}": tensor for part, tensor in tensors.items()}, self.file.path)
         return layer.merged()
+
+
+def over_dense(file: AdapterFile) -> AdapterFile:
+    """The checkpoint as if its base had not been packed in training: nothing but what it learnt moves a matrix."""
+    return replace(file, layout=replace(file.layout, packed=frozenset(), store=tables.DENSE))
+
+
+class Moved(NamedTuple):
+    """What packing alone did to matrices without an adapter: how many there are, and RMS(change) / RMS(matrix) of all
+    of them and of the one that moved most."""
+
+    matrices: int
+    mean: float
+    largest: float
+    name: str
+
+
+def moved_by_packing(base: Mapping[str, Tensor], layout: Layout, merged: Mapping[str, Tensor]) -> Moved:
+    """How far matrices that nothing trained are from those of `base` in the `merged` model."""
+    squares: dict[str, tuple[float, float]] = {}
+    for name in sorted(f"{layer}.weight" for layer in layout.packed - layout.adapted.keys()):
+        before = base[name].float()
+        change = merged[name].float() - before
+        squares[name] = float(change.square().sum()), float(before.square().sum())
+    ratios = {name: math.sqrt(change / max(before, 1e-30)) for name, (change, before) in squares.items()}
+    name = max(ratios, key=lambda name: ratios[name], default="")
+    whole = sum(before for _, before in squares.values())
+    mean = math.sqrt(sum(change for change, _ in squares.values()) / max(whole, 1e-30))
+    return Moved(len(squares), mean, ratios.get(name, 0.0), name)
 
 
 def stays(name: str) -> bool:

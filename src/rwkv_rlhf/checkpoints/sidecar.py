@@ -35,8 +35,9 @@ class Sidecar:
     `quant_mode` while training, `plan` the rows of the layer profile. `base_path` is where `base_file` was; its
     `base_sha256` is "" for a run from zero.
     `initial_file` in the same folder holds PiSSA's initial factors, `cold_file` is the adapter that was merged into the
-    base before training ("" without). `template` is how conversations were written (--template), `run` the id of the
-    run in its folder's run.json, `sha256` that of the checkpoint itself; all "" in files of older programs.
+    base before training ("" without). `template` is how conversations were written (--template), `begun` the time of
+    the run's first start, which chat templates may ask for, `run` the id of the run in its folder's run.json, `sha256`
+    that of the checkpoint itself; all "" in files of older programs.
     """
 
     version: str
@@ -53,6 +54,7 @@ class Sidecar:
     cold_sha256: str = ""
     template: str = ""
     run: str = ""
+    begun: str = ""
     sha256: str = ""
     state_layout: str = STATE_LAYOUT
     program_version: str = PROGRAM_VERSION

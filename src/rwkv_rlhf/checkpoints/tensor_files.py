@@ -6,7 +6,9 @@ Only tensors are ever read from one. RWKV-7 in Hugging Face's layout is read too
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import pickle
 import re
 import warnings
@@ -21,16 +23,22 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.hf_layout import is_hf, own_tensors
 from rwkv_rlhf.checkpoints.shards import read_shards, write_sharded
 from rwkv_rlhf.files import (
+    LFS,
     SHARDS_INDEX,
     atomic_write,
     check_archive,
     is_sharded,
     named_for_libraries,
+    refuse_pointer,
     sharded_files,
 )
 from rwkv_rlhf.settings import tables
 
-WRAPPERS = ("_forward_module.", "module.", "_orig_mod.")  # of DeepSpeed, of data parallel training, of torch.compile
+log = logging.getLogger(__name__)
+
+# what Lightning, DeepSpeed, DDP and torch.compile put before names, and torch.compile inside them too
+WRAPPED = re.compile(r"^((?:_forward_module|module|model)\.)+|_orig_mod\.")
+USUAL = {"_forward_module."}  # in checkpoints of RWKV-LM, not worth a word
 NAMES_SHOWN = 4
 SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
 
@@ -58,23 +66,39 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} is not a dict of named tensors: entry {name!r} is a {type(value).__name__}")
     _check_plain(found, path)
-    found = {_bare(name): value for name, value in found.items()}
     if is_hf(found):
         try:
             found = own_tensors(found)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach() for name, value in _unwrapped(found, path).items()}
 
 
-def _bare(name: str) -> str:
-    """A tensor's name without what other trainers put before it."""
-    while wrapper := next((wrapper for wrapper in WRAPPERS if name.startswith(wrapper)), ""):
-        name = name.removeprefix(wrapper)
-    return name
+def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """The tensors without what wrappers of the model put before their names. ValueError where two fall together."""
+    plain: dict[str, Tensor] = {}
+    wrappers: set[str] = set()
+    for name, tensor in tensors.items():
+        wrappers.update(match[0] for match in WRAPPED.finditer(name))
+        own = WRAPPED.sub("", name)
+        if own in plain:
+            raise ValueError(f"{path} holds {own} twice, with and without a prefix of its name")
+        plain[own] = tensor
+    if strange := sorted(wrappers - USUAL):
+        _say_wrappers(str(path), ", ".join(strange))
+    return plain
+
+
+@functools.cache  # a file is opened again for each block
+def _say_wrappers(path: str, wrappers: str) -> None:
+    log.warning("%s: names without %s, which another trainer put before them", path, wrappers)
 
 
 def _read(path: Path) -> object:
+    for file in sharded_files(path) if is_sharded(path) else [path]:
+        if file.is_file():
+            with open(file, "rb") as stream:
+                refuse_pointer(file, stream.read(len(LFS)))
     if is_sharded(path):
         return read_shards(path)
     if path.suffix != ".safetensors":

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
+from rwkv_rlhf.commands.old_scripts import OLD_SCRIPTS, translated
 from rwkv_rlhf.settings.command_line import run
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
 
@@ -24,7 +25,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
-    "merge": Command(("merge",), "make one model of a base model and a checkpoint of training; PEFT and back"),
+    "merge": Command(
+        ("merge", "merge_lora", "merge_bone", "merge_pissa", "merge_state"),
+        "make one model of a base model and a checkpoint of training; PEFT and back",
+    ),
     "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
     "score": Command(("score",), "let a reward model score a file of answers"),
@@ -36,7 +40,7 @@ COMMANDS = {
     "sft_h5": Command(("sft_generate_h5",), "tokenise documents and chats into an .h5"),
     "distillation_h5": Command(("distillation_generate_h5",), "write a teacher's largest logits into an .h5"),
     "convert": Command(("convert_data",), "write data of any shape as one JSON object a line"),
-    "make_binidx": Command(("make_binidx",), "tokenise documents into a binidx corpus"),
+    "make_binidx": Command(("make_binidx", "make_data"), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
@@ -45,8 +49,13 @@ NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *co
 
 def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
     """Run the command `name` (or the script of that name) with `words` (None = sys.argv) and leave with its status."""
+
     # imported inside, so that a missing package is a sentence
-    run(lambda found: importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main(found), words)
+    def called(given: Sequence[str]) -> int | None:
+        main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
+        return main(translated(name, given) if name in OLD_SCRIPTS else given)
+
+    run(called, words)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:

@@ -190,7 +190,8 @@ class Talk:
         if word == "/reset":
             self.reset()
         elif (name := SHORT.get(word, word[1:])) in option_types():
-            self.params = dataclasses.replace(self.params, **{name: number(word, value, option_types()[name])})
+            typed: dict[str, Any] = {name: number(word, value, option_types()[name])}
+            self.params = dataclasses.replace(self.params, **typed)
         else:
             sys.stdout.write(help_text())
         return True

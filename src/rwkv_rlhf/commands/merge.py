@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_rlhf.checkpoints.adapter_files import (
     AdapterFile,
@@ -26,11 +27,12 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_folder
 from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
-from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged
+from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged, moved_by_packing, over_dense
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.commands import export
 from rwkv_rlhf.files import SHARDS_INDEX
+from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
@@ -77,6 +79,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
     parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
+    parser.add_switch("--dense", help="merge over the base as it is in its file, though training had it packed")
     parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
     for name, facts in adapter_exports().items():
         parser.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
@@ -109,7 +112,7 @@ def adapter_exports() -> dict[str, ExportFacts]:
 
 def export_merged(args: argparse.Namespace) -> None:
     """--output for another program: what export.py does. Raises ValueError, also for flags that this does not know."""
-    unknown = [f"--{name}" for name in ("type", "quant", "layer_filter") if getattr(args, name)]
+    unknown = [f"--{name}" for name in ("type", "quant", "layer_filter", "dense") if getattr(args, name)]
     if unknown:
         raise ValueError(f"{', '.join(unknown)} with --output {args.output}: merge to .pth first, then export.py")
     words = ["--to", EXPORTED[Path(args.output).suffix], "--output", args.output]
@@ -176,6 +179,7 @@ def merge(args: argparse.Namespace) -> None:
         check_inputs(f"--output {output}", output, *found, *([cold] if cold else []))
         base = base_reader(base_path, cold, device, force=args.force)()
     base = dict(base) if isinstance(base, Merged) else base
+    trained, file = file, over_dense(file) if args.dense else file
     merged = dict(Merged(base, file, device=device, shares=shares))
     difference, allowed = check_merged(base, file, merged, shares)
     if shares.whole:
@@ -185,12 +189,28 @@ def merge(args: argparse.Namespace) -> None:
     if not difference <= allowed and not args.force:
         raise Failure(f"the merged model differs by more than rounding explains ({allowed:.0e}): nothing was written")
     write_tensors(merged, output)
-    layout = shares.of_layout(file.layout)
+    layout = shares.of_layout(trained.layout)
+    if layout.packed and not args.dense:
+        print(packing_sentence(base, layout, merged))
+    elif layout.packed and shares.whole:
+        difference = check_merged(base, trained, merged, shares).found
+        print(f"--dense 1: logits of merged and what was trained over {layout.store} differ by {difference:.1e}")
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
     print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
     if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
         print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")
+
+
+def packing_sentence(base: Mapping[str, Tensor], layout: Layout, merged: Mapping[str, Tensor]) -> str:
+    """What the storage of training did to matrices that nothing trained, and how to leave it out."""
+    moved = moved_by_packing(base, layout, merged)
+    if not moved.matrices:
+        return f"packing: matrices are merged as {layout.store} rounds them; --dense 1 merges over the base as it is"
+    return (
+        f"packing: {moved.matrices} matrices without an adapter moved by {moved.mean:.1%} (RMS), at most "
+        f"{moved.largest:.1%} ({moved.name}), as {layout.store} rounds them; --dense 1 merges over the base as it is"
+    )
 
 
 def main(words: Sequence[str]) -> int:

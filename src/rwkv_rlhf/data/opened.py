@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rwkv_rlhf.files import check_readable, named_for_libraries
+from rwkv_rlhf.files import LFS, check_readable, named_for_libraries, refuse_pointer
 
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-LFS = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -25,9 +24,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[io.BufferedReader]:
     """
     check_readable(path)
     with open(path, "rb") as file:
-        head = file.peek(len(LFS))[: len(LFS)]
-        if head == LFS:
-            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: git lfs pull brings it")
+        head = file.peek(len(LFS))
+        refuse_pointer(path, head)
         stream: Any = file
         if head.startswith(GZIP):
             stream = gzip.GzipFile(fileobj=file)

@@ -7,7 +7,8 @@ Legend: C width, N head size, c number of a channel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Position:
-    """Block `layer` of `n_layer`, and its sizes (the attention is as wide as the model: the tradition has no other)."""
+    """Block `layer` of `n_layer`, and its sizes (the attention is as wide as the model: the tradition has no other).
+
+    `low_rank`: inner sizes of a model that exists; empty = the tradition's for a new one of this width.
+    """
 
     layer: int
     n_layer: int
@@ -23,6 +27,7 @@ class Position:
     N: int
     ffn: int
     generator: torch.Generator
+    low_rank: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def depth(self) -> float:

@@ -58,7 +58,7 @@ class TimeMix(HeadsTimeMix):
 
     @staticmethod
     def initial_values(at: Position) -> dict[str, Tensor]:
-        C, D, decay = at.C, 32, 64
+        C, D, decay = at.C, at.low_rank.get("mix", 32), at.low_rank.get("decay", 64)
         shares = {"x": at.power(at.height), "w": at.power(at.height), **at.own_shares()}
         return {
             **{f"time_maa_{name}": 1.0 - share for name, share in shares.items()},

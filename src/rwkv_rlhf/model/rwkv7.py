@@ -58,7 +58,7 @@ class TimeMix(HeadsTimeMix):
 
     @staticmethod
     def initial_values(at: Position) -> dict[str, Tensor]:
-        C, N, rank = at.C, at.N, low_rank_sizes(at.C)
+        C, N, rank = at.C, at.N, at.low_rank or low_rank_sizes(at.C)
         linear = at.slope() - 0.5
         zigzag = (at.channels() % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = zigzag * zigzag.abs()

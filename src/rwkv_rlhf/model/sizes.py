@@ -63,6 +63,9 @@ def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in ("emb.weight", "head.weight"):
         if name not in tensors:
             raise ValueError(f"not an RWKV checkpoint: it has no {name}")
+    for other, signs in tables.OTHER_VERSIONS.items():
+        if all(f"blocks.0.{sign}" in tensors for sign in signs):
+            raise ValueError(f"{other}, as blocks.0.{signs[-1]} tells: that version is not built")
     prefix = "blocks.0.att."
     att = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
     by_channel = "time_decay" in att and max(att["time_decay"][1:], default=1) > 1

@@ -25,6 +25,9 @@ PROGRAM_VERSION = __version__
 
 Choices = tuple[str | int, ...]
 
+RWKV_LM = "rwkv-lm"  # of {lr_schedule}: that of RWKV-LM's own scripts
+RWKV_LM_SAMPLES = 40320  # of a mini-epoch there, whatever is typed
+
 
 class OnResume(Enum):
     """What a setting is to a run that goes on from a resume point (training/run_identity.py)."""
@@ -117,6 +120,7 @@ class Config:
         "", "initial factors of a PiSSA {load_adapter}, if they are not beside it", resume=FILE
     )
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised", resume=FILE)
+    load_partial: bool = setting(False, "tensors that {load_model} lacks begin at initial values; whole models only")
     force: bool = setting(
         False, "go on with an adapter of another base model, or in a folder that holds another run", resume=MAY_CHANGE
     )
@@ -137,7 +141,9 @@ class Config:
     dim_ffn: int = setting(
         0, "width of the feed-forward part; 0 = what the version uses", at_least=0, resume=MAY_CHANGE
     )
-    train_stage: int = setting(0, "0 train; 1 write rwkv-init.pth and stop; 3 go on from the newest", choices=(0, 1, 3))
+    train_stage: int = setting(
+        0, "0 train; 1 write rwkv-init.pth and stop; 2, 3 go on from the newest", choices=(0, 1, 2, 3)
+    )
     random_seed: int = setting(-1, "seed of all that is random; -1 = seed 0, so that runs repeat", at_least=-1)
 
     # --- run
@@ -205,7 +211,11 @@ class Config:
     optim: str = setting("adamw", "optimizer", choices=lambda: tuple(OPTIMIZERS))
     lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
     lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
-    lr_schedule: str = setting("exp", "shape between the two", choices=("exp", "cosine", "linear", "constant"))
+    lr_schedule: str | None = setting(
+        None,
+        "shape between the two; absent = rwkv-lm for text with {my_exit_tokens} or {train_stage} 2, 3, else exp",
+        choices=("exp", "cosine", "linear", "constant", RWKV_LM),
+    )
     lr_advanced: bool = setting(True, "learning rates from the layer profile; 0 = from {lr_init} and {lr_final}")
     warmup_steps: int = setting(-1, "optimizer steps of warm-up; -1 = none", at_least=-1)
     beta1: float = setting(0.9, "Adam: decay of the gradient's running mean", at_least=0, below=1)
@@ -239,7 +249,10 @@ class Config:
     rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
     lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
     svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0, resume=MAY_CHANGE)
-    quant: bool = setting(True, "pack frozen matrices as {quant_mode} says")
+    quant: bool | None = setting(
+        None,
+        "pack frozen matrices; absent = with a layer profile or a typed {quant_mode}, not with {peft} or {state} alone",
+    )
     quant_mode: str = setting("nf4", "storage of frozen matrices", choices=lambda: (*tables.STORAGES, tables.DENSE))
     state: bool = setting(False, "state tuning: learn the initial state of each block")
     state_output_mode: int = setting(
@@ -371,12 +384,12 @@ class Config:
     # --- data
     data_file: str = setting("", "text: [text]", resume=FILE)
     data_type: str = setting("", "format of {data_file}; empty = by its suffix", choices=data_types)
-    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=("", *SHAPES))
+    format: str = setting("", "shape of the rows (docs/data.md); empty = recognised", choices=lambda: ("", *SHAPES))
     thinking: str = setting("keep", "thinking beside answers: kept as <think>...</think>, or dropped", choices=THINKING)
     pair_file: str = setting("", "preference pairs, rated answers or prompts: [pairs]", resume=FILE)
     rlhf_max_corpus_len: int = setting(1024, "longest prompt, chosen and rejected answer, each", at_least=1)
     vocab_file: str = setting("", "tokenizer (tokenizer.json or trie vocabulary); empty = World", resume=FILE)
-    template: str = setting("world", "prompt template: world, mixed, g1, plain, or a Jinja file", resume=FILE)
+    template: str = setting("world", "prompt template: world, mixed, g1, g1h, plain, or a Jinja file", resume=FILE)
     random_mode: bool = setting(True, "text in random order; 0 = as in the file")
     magic_prime: int = setting(0, "binidx: prime of the stateless order; 0 = found", at_least=0)
     drop_ties: bool = setting(False, "leave out pairs whose answers have the same score (score_chosen, score_rejected)")
@@ -408,6 +421,17 @@ class Config:
             typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
             object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
 
+        if self.quant is None:
+            # commands with a plan of flags come from programs that packed nothing unless asked
+            dense = self.peft != "full" and not self.layer_profile and "quant_mode" not in self.given
+            object.__setattr__(self, "quant", not dense)
+        if self.lr_schedule is None:
+            theirs = self.my_exit_tokens > 0 or self.train_stage in (2, 3)
+            text = self.loss_facts.data == "text"
+            object.__setattr__(self, "lr_schedule", RWKV_LM if theirs and text else "exp")
+        if self.lr_schedule == RWKV_LM and "epoch_steps" not in self.given:
+            at_once = self.num_nodes * self.devices * self.micro_bsz
+            object.__setattr__(self, "epoch_steps", max(1, RWKV_LM_SAMPLES // at_once))
         if self.own_length:
             for name, value in self._ppo_length().items():
                 if name not in self.given:

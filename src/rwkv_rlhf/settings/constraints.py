@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import Choices, Config, choices_of, new_versions, settings
+from rwkv_rlhf.settings.config import RWKV_LM, RWKV_LM_SAMPLES, Choices, Config, choices_of, new_versions, settings
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
@@ -454,6 +454,15 @@ def notices(config: Config) -> list[str]:
             "{kto} 1 estimates its divergence from the answers of one optimizer step: "
             "let {micro_bsz} times {accumulate_grad_batches} be 8 or more"
         )
+    if trains(config) and config.lr_schedule == RWKV_LM and "lr_schedule" not in config.given:
+        end = "{my_exit_tokens=}" if config.my_exit_tokens else "the whole run"
+        epochs = (
+            "" if "epoch_steps" in config.given else f", mini-epochs of {RWKV_LM_SAMPLES} samples ({{epoch_steps=}})"
+        )
+        sentence = (
+            f"as in RWKV-LM: learning rate by cosine over {end}, warm-up from 1 %{epochs}; {{lr_schedule}} overrides"
+        )
+        said.append(say(sentence, config))
     if config.infctx and not 0 < config.chunk_ctx < config.ctx_len:
         said.append(say("{chunk_ctx=} makes one chunk of a sample of {ctx_len=}: {infctx} saves nothing", config))
     if config.ctx_parts > 1 and not config.state_cp:

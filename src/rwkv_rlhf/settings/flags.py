@@ -55,6 +55,8 @@ class Elsewhere(NamedTuple):
 _PACKED = "rows are packed without padding, and no token is left out"
 _MARKS = "give the chats themselves (docs/data.md): of them only the answers are learnt"
 _FUSED = "kernels are chosen by themselves; --wkv_backend names one"
+_HYBRIDS = ("xa070", "pxa070", "cxa075", "cxa076", "cxa076r")
+_HYBRID = "hybrids of RWKV-7 and attention (ARWKV, PRWKV) are not built; RWKV-7 itself is x070"
 _LOADER = "data is read in the process that trains"
 ELSEWHERE: tuple[Elsewhere, ...] = (
     Elsewhere("RWKV-PEFT", "dataload pad", "", _PACKED),
@@ -97,6 +99,7 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
     Elsewhere("OpenMOSE", "distillation_train_file X", "train_data_file X"),
     Elsewhere("OpenMOSE", "sft_jsonmode 1", "", "the rows are recognised (docs/data.md)"),
     Elsewhere("OpenMOSE", "dpo_max_corpus_len X", "rlhf_max_corpus_len X"),
+    *(Elsewhere("OpenMOSE", f"my_testing {word}", None, _HYBRID) for word in _HYBRIDS),
     Elsewhere("OpenMOSE", "orpo_type X", None, "say --orpo_mode 0 (means over tokens) or 1 (sums)"),
 )
 
@@ -144,25 +147,25 @@ LEGACY: dict[str, Old] = {
     "my_qa_mask": Old(("0",), GONE),
     "my_exit": Old(("0", "99999999"), "{epoch_count} says when training ends"),
     "head_size_divisor": Old(("8",), "the epsilon of ln_x is the one that the released models were trained with"),
-    "load_partial": Old(("0",), "a checkpoint must hold every tensor of the model"),
     "previous_step": Old(("0",), "{resume} continues a run, {epoch_begin} shifts the schedule"),
     "log_add_step": Old(("0",), GONE),
     "emb": Old(("0",), "an `emb` row with mode `full` in {layer_profile} trains the embedding"),
     "fla": Old((), ""),
     "gpu_arch": Old((), ""),
-    "prefix_tuning": Old(("0",), GONE),
+    "prefix_tuning": Old(("0",), "prefixes of learnt embeddings are not built; {state} 1 learns the state after one"),
     "prefix_token_len": Old((), ""),
     "direct_state_tuning": Old(("0", "1"), "{state} 1 tunes the initial state"),
-    "post_wkv_tuning": Old(("0",), GONE),
-    "moe": Old(("0",), GONE),
+    "post_wkv_tuning": Old(("0",), "learnt scales behind the recurrence are not built"),
+    "moe": Old(("0",), "mixtures of adapters (MoE) are not built; {peft} lora trains one for all tokens"),
     "moe_experts": Old((), ""),
     "moe_active": Old((), ""),
     "moe_shared": Old((), ""),
     "moe_balance_alpha": Old((), ""),
-    "zerocot": Old(("0",), GONE),
+    "zerocot": Old(("0",), "rewarded thoughts (zerocot) are not built; {grpo} 1 rewards whole answers"),
+    "lisa": Old(("0",), "LISA (layers drawn anew as training goes on) is not built"),
     "grpo_debug": Old((), ""),
     "gqa_kv_heads": Old((), ""),
-    "rk_norm": Old(("0",), GONE),
+    "rk_norm": Old(("0",), "it belongs to hybrids with attention, which are not built"),
     "rkv_bias": Old((), ""),
     "rms_norm_eps": Old((), ""),
     "sft_jsonmode": Old(("0",), "give the JSONL file as {data_file}"),

@@ -372,6 +372,15 @@ VERSIONS: dict[str, VersionFacts] = {
 }
 
 
+# what this program cannot run, by tensors of block 0 that tell it; the first that fits
+OTHER_VERSIONS: dict[str, tuple[str, ...]] = {
+    "RWKV-7b (DeepEmbed with attention over its cache)": ("qkv.qq.weight", "ffn.s_emb.weight"),
+    "RWKV-7a (DeepEmbed)": ("ffn.s_emb.weight",),
+    "RWKV-8 with attention": ("qkv.qq.weight", "ffn.enn.weight"),
+    "RWKV-8": ("ffn.enn.weight",),
+}
+
+
 @dataclass(frozen=True)
 class StrategyFacts:
     """How ranks share the work. implementation: (config, model) -> a Lightning strategy.

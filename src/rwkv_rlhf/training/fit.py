@@ -26,7 +26,7 @@ from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.rl.loop import PromptSteps
-from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.training.callbacks import Bar, Log, Report, Save, Validate, WandB
 from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
@@ -101,9 +101,7 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> 
     """
     count = config.steps_per_epoch * config.epoch_count
     if config.my_exit_tokens > 0:
-        examples = min(len(steps.examples), 10_000)
-        mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
-        whole = math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step))
+        whole = steps_of_tokens(config, steps)
         count = min(count, whole - config.steps_per_epoch * config.epoch_begin)
         if count <= 0:
             raise ValueError(
@@ -113,15 +111,19 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> 
     return count
 
 
+def steps_of_tokens(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
+    """Optimizer steps from the very start of training that --my_exit_tokens are."""
+    examples = min(len(steps.examples), 10_000)
+    mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
+    return math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step))
+
+
 def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Schedule:
     """The schedule of this run and of what --epoch_begin says is done."""
-    per_epoch = config.steps_per_epoch
-    return Schedule(
-        warmup=config.warmup_steps,
-        total=per_epoch * config.epoch_begin + optimizer_steps(config, steps),
-        kind=config.lr_schedule,
-        offset=per_epoch * config.epoch_begin,
-    )
+    done = config.steps_per_epoch * config.epoch_begin
+    by_tokens = config.lr_schedule == RWKV_LM and config.my_exit_tokens > 0  # also beyond the end of this run
+    total = steps_of_tokens(config, steps) if by_tokens else done + optimizer_steps(config, steps)
+    return Schedule(config.warmup_steps, total, config.lr_schedule or "exp", offset=done)
 
 
 def _callbacks(

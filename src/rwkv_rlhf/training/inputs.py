@@ -269,7 +269,7 @@ class Inputs:
     def _corpus(self) -> tuple[Any, Order]:
         """binidx: every slice once per pass by the magic prime (stage 3 or --magic_prime), else random slices."""
         c = self.config
-        stateless = c.train_stage == 3 or c.magic_prime > 0
+        stateless = c.train_stage in (2, 3) or c.magic_prime > 0
         slices, report = open_slices(
             sources_of(c.data_file)[0].path, self.start.sizes.vocab_size, c.ctx_len, c.ctx_len if stateless else 1
         )

@@ -86,15 +86,17 @@ def find_point(config: Config, folder: Path, settings: dict[str, Any]) -> Resume
 
 
 def about_run(
-    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str]
+    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str], begun: str
 ) -> dict[str, Any]:
-    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash)."""
+    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash), and
+    when it was first started."""
     return {
         "settings": settings,
         "epoch_count": epoch_count,
         "base": base,
         "model": model_hash,
         "initial": list(initial),
+        "begun": begun,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytorch_lightning as pl
 import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
+from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, fingerprint
 from rwkv_rlhf.reports.harmless import Harmless
@@ -48,6 +51,9 @@ def settings_of(config: Config) -> dict[str, object]:
 
 def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
     """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
+    trained = read_sidecar(config.load_adapter) if config.load_adapter else None
+    if trained is not None and trained.begun:
+        template_process().now = trained.begun
     inputs = Inputs(config, start, folder)
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
@@ -74,6 +80,7 @@ def train(
     pl.seed_everything(config.seed + SEEDS_APART * ranks.rank(), verbose=False)  # dropout
     if config.num_nodes > 1:
         ranks.check_same("--load_model", fingerprint(start.path))
+    begun = template_process().now = first_start(point)
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
@@ -95,15 +102,27 @@ def train(
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
-    sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name)
+    sidecar = dataclasses.replace(run_sidecar(config, folder, start), run=name, begun=begun)
     run = run_folder(config, folder, start, sidecar)
     if ranks.is_rank_zero():
         with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(as_typed(typed)).encode())
     initial = (sidecar.initial_file, sidecar.initial_sha256)
-    about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial)
+    about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial, begun)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)
+
+
+def first_start(point: ResumePoint | None) -> str:
+    """When the run was first started, in ISO form, the same for all ranks: chat templates may write the date."""
+    known = point.about.get("begun", "") if point else ""
+    begun: str = ranks.broadcast_from_zero(lambda: known or this_second())
+    return begun
+
+
+def this_second() -> str:
+    """The time, in ISO form."""
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def refuse_overwriting(config: Config, folder: Path, start: Start) -> None:
@@ -150,9 +169,11 @@ def factors_suffix(config: Config) -> str:
 
 def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> RunFolder:
     """Where this run's checkpoints go, each with the sidecar that merge.py reads."""
+    whole = start.report.layout.trained >= {name for name, _ in start.model.named_parameters()}
+    unused = unused_tensors(start.model, start.read()) if whole else {}
     return RunFolder(
         folder,
-        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype),
+        lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype) | unused,
         sidecar,
         suffix=SUFFIXES[config.save_format],
         keep=config.keep,

@@ -1,9 +1,14 @@
-"""Learning rate by optimizer step (warm-up from one fifth, then exponential, cosine, linear or constant), and decay."""
+"""Learning rate by optimizer step (warm-up from one fifth, then exponential, cosine, linear or constant), and decay.
+
+The kind `rwkv-lm` is the schedule of RWKV-LM's RWKV-v7/train_temp/src/trainer.py.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from rwkv_rlhf.settings.config import RWKV_LM
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,12 @@ class Schedule:
         """The learning rate of optimizer step `step`.
 
         lr = initial * (0.2 + 0.8 s/w) while s < w, else initial * (final/initial)^p with p = `progress`; an end at 0
-        makes the exponential a straight line.
+        makes the exponential a straight line. As RWKV-LM has it, a warm-up goes from 1 % and begins anew in each run:
+        cosine(p) * (0.01 + 0.99 t/w) while t < w, t the steps of this run.
         """
+        if self.kind == RWKV_LM:
+            warm = 0.01 + 0.99 * step / self.warmup if step < self.warmup else 1.0
+            return self._cosine(step, initial, final) * warm
         s = step + self.offset
         if s < self.warmup:
             return initial * (0.2 + 0.8 * s / self.warmup)
@@ -35,10 +44,13 @@ class Schedule:
         if self.kind == "constant":
             return initial
         if self.kind == "cosine":
-            return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * progress))
+            return self._cosine(step, initial, final)
         if self.kind == "linear":
             return initial + (final - initial) * progress
         return exponential(initial, final, progress)
+
+    def _cosine(self, step: int, initial: float, final: float) -> float:
+        return final + (initial - final) * 0.5 * (1 + math.cos(math.pi * self.progress(step)))
 
     def decay(self, step: int, initial: float, final: float) -> float:
         """The weight decay of optimizer step `step`, as RWKV-LM has it: initial * (final/initial)^p, whatever the

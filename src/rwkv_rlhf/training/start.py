@@ -25,6 +25,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 )
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
+from rwkv_rlhf.checkpoints.partial import completed
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import INITIAL, NUMBERED, newest_checkpoint
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar
@@ -38,7 +39,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
-from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.constraints import trains
 from rwkv_rlhf.training.optimizers import NOTHING, check_optimizer
 
@@ -49,8 +50,22 @@ HINTS = {
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name the adapter that was merged into its base, or be left out",
 }
+BOILERPLATE = "rwkv-0"  # the adapter that the commands of RWKV-PEFT name, whether there is one or not
 SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
+
+
+def with_adapter_there(config: Config) -> Config:
+    """`config` without a --load_adapter that is only the example of old scripts, which trained on without a word.
+
+    Raises ValueError for any other file that is not there.
+    """
+    if not config.load_adapter or Path(config.load_adapter).exists():
+        return config
+    if config.load_adapter != BOILERPLATE:
+        raise ValueError(f"{{load_adapter}} {config.load_adapter}: there is no such file")
+    log.warning("--load_adapter %s: there is no such file, so training begins with new factors", config.load_adapter)
+    return dataclasses.replace(config, load_adapter="")
 
 
 def write_initial(config: Config, folder: Path) -> Path:
@@ -109,14 +124,16 @@ def continues(config: Config) -> bool:
 def numbered_from(config: Config, path: Path) -> Config:
     """With --train_stage 3 a run that goes on from rwkv-<n> is numbered, scheduled and fed from n + 1 on.
 
-    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0.
+    Later, if --epoch_begin says so; never earlier, as in RWKV-LM, whose commands type --epoch_begin 0. With its
+    schedule such a run also warms up for ten steps, unless --warmup_steps says otherwise.
     """
     found = NUMBERED.match(path.name)
     begin = int(found[1]) + 1 if found else 0
     if not (continues(config) and found) or config.epoch_begin >= begin:
         return config
     log.info("continuing from %s: --epoch_begin %d", path, begin)
-    return dataclasses.replace(config, epoch_begin=begin)
+    again = config.lr_schedule == RWKV_LM and config.warmup_steps < 0  # the moments begin anew
+    return dataclasses.replace(config, epoch_begin=begin, warmup_steps=10 if again else config.warmup_steps)
 
 
 def base_path(config: Config, folder: Path, point: ResumePoint | None = None) -> Path:
@@ -152,6 +169,8 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
         initial = resumed_factors(config, plan, layout) if point is None else factors_again(point)
         initial_file = "" if config.load_adapter else config.load_adapter_pissa_init
         read = base_reader(path, cold, device_for(config.accelerator), initial_file, force=config.force)
+    if config.load_partial:
+        read = whole_reader(config, plan, read, sizes, path)
     model, report = build_model(
         shapes(read()),
         BuildOptions(
@@ -180,6 +199,18 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def whole_reader(
+    config: Config, plan: Plan, read: Callable[[], Mapping[str, Tensor]], sizes: Sizes, path: Path
+) -> Callable[[], Mapping[str, Tensor]]:
+    """--load_partial 1: `read` with initial values for what the file lacks. Raises ValueError where adapters train."""
+    if plan.modes != {"full"} or config.load_cold_adapter:
+        raise ValueError(
+            "--load_partial 1 is for whole models: what the file lacks would be in no checkpoint of an adapter. Train "
+            "all of it first, without --layer_profile, --peft and --load_cold_adapter"
+        )
+    return completed(read, sizes, path, config.seed)
 
 
 def shape_model(config: Config) -> tuple[RWKV, Report]:

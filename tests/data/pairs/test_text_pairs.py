@@ -253,14 +253,14 @@ def test_rows_are_cycled_to_the_wanted_count(tmp_path, world):
 def test_every_template_ends_its_answers(name, tmp_path, world):
     """An answer whose end is not trained never stops; chosen and rejected share one prompt."""
     pairs = open_pairs(write(tmp_path / "a.csv", GOOD), world, template=name)
-    ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), (0,)}
+    ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), tuple(world.encode("✿")), (0,)}
     assert tuple(pairs[0].chosen[-1:]) in ends
     assert pairs[0].prompt
 
 
 def test_unknown_names(tmp_path, world):
     """A template or a suffix that does not exist is named with the legal ones."""
-    with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, plain"):
+    with pytest.raises(ValueError, match="--template wrld is not known; one of world, mixed, g1, g1h, plain"):
         PairTokeniser(tmp_path / "a.csv", world, PairOptions(template="wrld"))
     with pytest.raises(ValueError, match=r"not a file of preference pairs; one of \.csv"):
         open_pairs(write(tmp_path / "a.xlsx", "x"), world)

@@ -3,9 +3,13 @@
 import random
 from collections import Counter
 
+import pytest
+
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.templates.named import draw_template
 from rwkv_rlhf.data.templates.template import TEMPLATES
+from rwkv_rlhf.generation.answers import after_cue
 
 
 def test_mixed_shares():
@@ -30,3 +34,25 @@ def test_g1_cues():
     assert written(plain, 1)[1] == "User: Hi\n\nAssistant: <think>\n</think>\nNo\n\n"
     both = [think[0], "No"]
     assert written(both, 1)[1] == "User: Hi\n\nAssistant: No\n\n"
+
+
+def test_g1h_by_hand():
+    """What RWKV's own engine writes for G1h: a model is asked in another form than it knows if this breaks."""
+    (share,) = TEMPLATES["g1h"]
+    flower, asked = share.template, [Turn("system", "Be kind."), Turn("user", "Hi")]
+    assert flower.history(asked[1:]) == "User✿Hi✿"
+    assert flower.prompt(asked) == "System✿Be kind.✿\nUser✿Hi✿\nBot✿<think"
+    thought, plain = "<think>\nhm\n</think>\nYes", "Yes"
+    assert "".join([flower.prompt(asked, [thought]), *flower.render(asked, [thought]).answers]) == (
+        "System✿Be kind.✿\nUser✿Hi✿\nBot✿<think>\nhm\n</think>\nYes✿"
+    )
+    prompt, (answer,) = flower.render(asked, [plain])
+    assert prompt.endswith("Bot✿<think></think") and answer == ">Yes✿" and after_cue(prompt, ">Yes") == "Yes"
+    assert flower.render(asked, [thought, plain]).answers == [f"{thought}✿", "Yes✿"]
+    chat = [*asked, Turn("assistant", "Yes"), Turn("user", "Bye"), Turn("assistant", "Bye")]
+    spans = list(flower.spans(chat))
+    assert "".join(span.text for span in spans).endswith("✿\nUser✿Bye✿\nBot✿<think></think>Bye✿")
+    assert [span.text for span in spans if span.answer] == [">Yes✿", ">Bye✿"]
+    assert flower.history([Turn("tool", "3")]) == "User✿\n<tool_response>\n3\n</tool_response>✿"
+    with pytest.raises(RowError, match="holds ✿, which ends a turn"):
+        flower.render([Turn("user", "a ✿ flower")], ["Yes"])

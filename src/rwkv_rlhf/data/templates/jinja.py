@@ -35,9 +35,13 @@ _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cl
 
 
 class TemplateProcess:
-    """The process that runs templates, started when it is first asked, and one for each process that asks."""
+    """The process that runs templates, started when it is first asked, and one for each process that asks.
+
+    now: the time that templates may ask for, in ISO form: the same in all of a run, and when it is resumed.
+    """
 
     def __init__(self) -> None:
+        self.now = datetime.now().isoformat(timespec="seconds")
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = -1
@@ -97,8 +101,8 @@ class JinjaTemplate(Template):
     """A template whose text Jinja writes.
 
     Attributes:
-        source: the template. special: (name, text) of the special tokens. now: the time that the template may ask
-            for, the same for the whole run. final: what it writes behind the last turn only.
+        source: the template. special: (name, text) of the special tokens. final: what it writes behind the last
+            turn only.
         end: the mark that closes an answer, which sampling stops at.
         end_ids: the end of document, 0, where the template writes no such mark.
     """
@@ -107,7 +111,6 @@ class JinjaTemplate(Template):
     whole_conversation: bool = True
     source: str = ""
     special: tuple[tuple[str, str], ...] = ()
-    now: str = ""
     final: str = ""
 
     def as_jinja(self) -> str:
@@ -121,7 +124,7 @@ class JinjaTemplate(Template):
             tools, turns = None, with_tools_said(turns)
         messages = messages_of(turns, calls="tool_calls" in self.source)
         values = {"messages": messages, "add_generation_prompt": cue, "tools": tools, "documents": None}
-        values |= {"now": self.now, **dict(self.special)}
+        values |= {"now": template_process().now, **dict(self.special)}
         answer = template_process().ask(self.source, values)
         if "text" in answer:
             return answer["text"]
@@ -212,9 +215,8 @@ def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
     text = read_bytes(path).decode("utf-8-sig", errors="replace")
     source, special = _from_config(path, text) if path.suffix.lower() == ".json" else (text, ())
     special = special or tuple((name, "") for name in _SPECIAL)
-    now = datetime.now().isoformat()
     try:
-        template = JinjaTemplate(source=source, special=special, now=now)
+        template = JinjaTemplate(source=source, special=special)
         final = _final_mark(template)
         answer = template.render([Turn("user", "Hi")], [PROBE]).answers[0]
     except ValueError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rwkv_rlhf.data.conversation import TOOLS, Turn
+from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
 _THINK = "<think>"
@@ -32,6 +33,20 @@ JINJA = (
     "{{%- endfor -%}}"
     "{{%- endfor -%}}"
     "{{%- if add_generation_prompt -%}}{{{{- '{cue}' -}}}}{{%- endif -%}}"
+)
+
+FLOWER = "✿"  # ends a turn, and what a speaker is called, in RWKV-7 G1h
+FLOWER_JINJA = (
+    "{%- for message in messages -%}"
+    "{%- set name = 'Bot' if message['role'] == 'assistant' else "
+    "'System' if message['role'] == 'system' else 'User' -%}"
+    "{{- ('' if loop.first else '\n') + name + '✿' -}}"
+    "{%- set text = message['content'].replace('\r\n', '\n').replace('\r', '\n').strip() -%}"
+    "{%- for line in text.split('\n') if line.strip() -%}"
+    "{{- line -}}{{- '✿' if loop.last else '\n' -}}"
+    "{%- endfor -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\nBot✿<think' -}}{%- endif -%}"
 )
 
 
@@ -153,6 +168,60 @@ class Template:
             yield Span(self.history(waiting), False)
 
 
+@dataclass(frozen=True)
+class FlowerTemplate(Template):
+    """That of RWKV-7 G1h and later: `System✿...✿`, `User✿...✿` and `Bot✿...✿`, a line break between turns.
+
+    Source: the chat template of RWKV's vLLM engine. A thought is begun with `<think`, or left out with
+    `<think></think`; what a tool answers is said by the user, between marks.
+    """
+
+    assistant: str = "Bot"
+    tool: str = "User"
+    end: str = FLOWER
+    think: bool = True
+    whole_conversation: bool = True
+
+    def as_jinja(self) -> str:
+        """As `Template.as_jinja`."""
+        return FLOWER_JINJA
+
+    def _turn(self, turn: Turn) -> str:
+        name = {"user": self.user, "assistant": self.assistant, "tool": self.tool}.get(turn.role, self.system)
+        text = f"\n<tool_response>\n{turn.text}\n</tool_response>" if turn.role == "tool" else turn.text
+        return f"{name}{FLOWER}{self._plain(text)}{FLOWER}"
+
+    def _plain(self, text: str) -> str:
+        if FLOWER in text:
+            raise RowError(f"a text holds {FLOWER}, which ends a turn in the template g1h", "refused by the template")
+        return text
+
+    def history(self, turns: Sequence[Turn]) -> str:
+        """Finished turns, a line break between them."""
+        return "\n".join(map(self._turn, with_tools_said(turns)))
+
+    def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
+        """As `Template.prompt`."""
+        return self.history(turns) + ("\n" if turns else "") + self.assistant + FLOWER + self._cue(answers)
+
+    def _cue(self, answers: Sequence[str]) -> str:
+        thoughts = [answer.startswith(_THINK) for answer in answers]
+        if all(thoughts):
+            return "<think"
+        return "" if any(thoughts) else "<think></think"
+
+    def _answers(self, answers: Sequence[str]) -> list[str]:
+        cue = self._cue(answers)
+        if cue == "<think":
+            return [self._plain(answer.removeprefix("<think")) + self.end for answer in answers]
+        return [(">" if cue else "") + self._plain(answer) + self.end for answer in answers]
+
+    def spans(self, turns: Sequence[Turn]) -> Iterator[Span]:
+        """As `Template.spans`; the line break before a turn belongs to it."""
+        for number, span in enumerate(super().spans(turns)):
+            yield span if span.answer or number == 0 else span._replace(text="\n" + span.text)
+
+
 class Share(NamedTuple):
     """A template and the share of rows that are written with it."""
 
@@ -172,5 +241,6 @@ TEMPLATES: dict[str, tuple[Share, ...]] = {
         Share(0.1, Template(user="Input", assistant="Response")),
     ),
     "g1": (Share(1.0, Template(think=True)),),
+    "g1h": (Share(1.0, FlowerTemplate()),),
     "plain": (Share(1.0, PLAIN),),
 }
