@@ -253,7 +253,7 @@ def test_rows_are_cycled_to_the_wanted_count(tmp_path, world):
 def test_every_template_ends_its_answers(name, tmp_path, world):
     """An answer whose end is not trained never stops; chosen and rejected share one prompt."""
     pairs = open_pairs(write(tmp_path / "a.csv", GOOD), world, template=name)
-    ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), tuple(world.encode("✿")), (0,)}
+    ends = {tuple(world.encode("\n\n")), tuple(world.encode(".\n\n")), tuple(world.encode("\u273f")), (0,)}
     assert tuple(pairs[0].chosen[-1:]) in ends
     assert pairs[0].prompt
 

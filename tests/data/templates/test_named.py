@@ -40,19 +40,21 @@ def test_g1h_by_hand():
     """What RWKV's own engine writes for G1h: a model is asked in another form than it knows if this breaks."""
     (share,) = TEMPLATES["g1h"]
     flower, asked = share.template, [Turn("system", "Be kind."), Turn("user", "Hi")]
-    assert flower.history(asked[1:]) == "User✿Hi✿"
-    assert flower.prompt(asked) == "System✿Be kind.✿\nUser✿Hi✿\nBot✿<think"
+    assert flower.history(asked[1:]) == "User\u273fHi\u273f"
+    assert flower.prompt(asked) == "System\u273fBe kind.\u273f\nUser\u273fHi\u273f\nBot\u273f<think"
     thought, plain = "<think>\nhm\n</think>\nYes", "Yes"
     assert "".join([flower.prompt(asked, [thought]), *flower.render(asked, [thought]).answers]) == (
-        "System✿Be kind.✿\nUser✿Hi✿\nBot✿<think>\nhm\n</think>\nYes✿"
+        "System\u273fBe kind.\u273f\nUser\u273fHi\u273f\nBot\u273f<think>\nhm\n</think>\nYes\u273f"
     )
     prompt, (answer,) = flower.render(asked, [plain])
-    assert prompt.endswith("Bot✿<think></think") and answer == ">Yes✿" and after_cue(prompt, ">Yes") == "Yes"
-    assert flower.render(asked, [thought, plain]).answers == [f"{thought}✿", "Yes✿"]
+    assert prompt.endswith("Bot\u273f<think></think") and answer == ">Yes\u273f" and after_cue(prompt, ">Yes") == "Yes"
+    assert flower.render(asked, [thought, plain]).answers == [f"{thought}\u273f", "Yes\u273f"]
     chat = [*asked, Turn("assistant", "Yes"), Turn("user", "Bye"), Turn("assistant", "Bye")]
     spans = list(flower.spans(chat))
-    assert "".join(span.text for span in spans).endswith("✿\nUser✿Bye✿\nBot✿<think></think>Bye✿")
-    assert [span.text for span in spans if span.answer] == [">Yes✿", ">Bye✿"]
-    assert flower.history([Turn("tool", "3")]) == "User✿\n<tool_response>\n3\n</tool_response>✿"
-    with pytest.raises(RowError, match="holds ✿, which ends a turn"):
-        flower.render([Turn("user", "a ✿ flower")], ["Yes"])
+    assert "".join(span.text for span in spans).endswith(
+        "\u273f\nUser\u273fBye\u273f\nBot\u273f<think></think>Bye\u273f"
+    )
+    assert [span.text for span in spans if span.answer] == [">Yes\u273f", ">Bye\u273f"]
+    assert flower.history([Turn("tool", "3")]) == "User\u273f\n<tool_response>\n3\n</tool_response>\u273f"
+    with pytest.raises(RowError, match="holds \u273f, which ends a turn"):
+        flower.render([Turn("user", "a \u273f flower")], ["Yes"])

@@ -35,18 +35,18 @@ JINJA = (
     "{{%- if add_generation_prompt -%}}{{{{- '{cue}' -}}}}{{%- endif -%}}"
 )
 
-FLOWER = "✿"  # ends a turn, and what a speaker is called, in RWKV-7 G1h
+FLOWER = "\u273f"  # ends a turn, and what a speaker is called, in RWKV-7 G1h
 FLOWER_JINJA = (
     "{%- for message in messages -%}"
     "{%- set name = 'Bot' if message['role'] == 'assistant' else "
     "'System' if message['role'] == 'system' else 'User' -%}"
-    "{{- ('' if loop.first else '\n') + name + '✿' -}}"
+    "{{- ('' if loop.first else '\n') + name + '\u273f' -}}"
     "{%- set text = message['content'].replace('\r\n', '\n').replace('\r', '\n').strip() -%}"
     "{%- for line in text.split('\n') if line.strip() -%}"
-    "{{- line -}}{{- '✿' if loop.last else '\n' -}}"
+    "{{- line -}}{{- '\u273f' if loop.last else '\n' -}}"
     "{%- endfor -%}"
     "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '\nBot✿<think' -}}{%- endif -%}"
+    "{%- if add_generation_prompt -%}{{- '\nBot\u273f<think' -}}{%- endif -%}"
 )
 
 
@@ -170,7 +170,7 @@ class Template:
 
 @dataclass(frozen=True)
 class FlowerTemplate(Template):
-    """That of RWKV-7 G1h and later: `System✿...✿`, `User✿...✿` and `Bot✿...✿`, a line break between turns.
+    """That of RWKV-7 G1h and later: System, User or Bot and a text, FLOWER behind both, a line break between turns.
 
     Source: the chat template of RWKV's vLLM engine. A thought is begun with `<think`, or left out with
     `<think></think`; what a tool answers is said by the user, between marks.
