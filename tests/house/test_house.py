@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import kinds, train_parser
-from rwkv_rlhf.settings.config import OnResume, settings
+from rwkv_rlhf.settings.config import settings
+from rwkv_rlhf.settings.field import OnResume
 from rwkv_rlhf.settings.not_built import NOT_BUILT
 from tests.support.source_files import (
     NATIVE,

@@ -11,7 +11,8 @@ from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.kl import KL_ESTIMATORS
 from rwkv_rlhf.losses.tokens import RequiredStats, TokenScores, at_temperature, token_scores
-from rwkv_rlhf.settings.config import choices_of, settings
+from rwkv_rlhf.settings.config import settings
+from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.policy_tables import GRPO_LOSSES
 from tests.support.loss_cases import CHUNKS, STARTS, V, config, head_and_hidden, policy_batch
 

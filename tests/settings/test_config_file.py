@@ -10,8 +10,9 @@ import pytest
 
 from rwkv_rlhf.commands.config import main
 from rwkv_rlhf.settings.command_line import UsageError, kinds, parse
-from rwkv_rlhf.settings.config import choices_of, settings
+from rwkv_rlhf.settings.config import settings
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text, schema
+from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.tables import LOSSES
 from tests.support.source_files import ROOT
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.settings.config import Config, OnResume, setting
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.field import OnResume, setting
 from rwkv_rlhf.training import run_identity
 from rwkv_rlhf.training.run_identity import differences, identity
 

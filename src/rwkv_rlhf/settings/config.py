@@ -7,12 +7,11 @@ stands for the flag of that field, `[text]` and `[pairs]` for the formats of fil
 
 import dataclasses
 import math
-from collections.abc import Callable
-from enum import Enum
 from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.field import FILE, MAY_CHANGE, ROUNDS, ROUNDS_IF_EXACT, Choices, setting
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
@@ -23,26 +22,8 @@ from rwkv_rlhf.settings.tables import LossFacts
 PROGRAM = "RWKV-LM-RLHF"
 PROGRAM_VERSION = __version__
 
-Choices = tuple[str | int, ...]
-
 RWKV_LM = "rwkv-lm"  # of {lr_schedule}: that of RWKV-LM's own scripts
 RWKV_LM_SAMPLES = 40320  # of a mini-epoch there, whatever is typed
-
-
-class OnResume(Enum):
-    """What a setting is to a run that goes on from a resume point (training/run_identity.py)."""
-
-    SAME = "the same value"  # decides how training goes on
-    FILE = "a file of the same content, here or elsewhere"
-    ROUNDS = "any value; the rest is as good, not the same bits"  # the same mathematics in another order
-    ROUNDS_IF_EXACT = "with {bptt} exact any value (the rest is as good, not the same bits), otherwise the same one"
-    MAY_CHANGE = (
-        "any value"  # never reaches the weights, or is checked otherwise: sizes by the base, ranks by the point
-    )
-
-
-FILE, ROUNDS, ROUNDS_IF_EXACT = OnResume.FILE, OnResume.ROUNDS, OnResume.ROUNDS_IF_EXACT
-MAY_CHANGE = OnResume.MAY_CHANGE
 
 
 class Group(NamedTuple):
@@ -81,26 +62,6 @@ def data_types() -> Choices:
     """What --data_type may name: the formats that hold text; "" = by the suffix."""
     found = ((name, facts) for name, facts in FORMATS.items() if "text" in facts.holds)
     return ("", *(word for name, facts in found for word in (name, *facts.words)))
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Choices | Callable[[], Choices] = (),
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    resume: OnResume = OnResume.SAME,
-) -> Any:
-    """A dataclass field with its help text and the values it may take; choices out of a table are looked up late.
-
-    `resume` says whether a resumed run may change it. Who forgets it gets the strict answer: no.
-    """
-    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
-    legal = {key: value for key, value in limits.items() if value is not None}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "resume": resume, **legal})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -486,12 +447,6 @@ class Config:
 def settings() -> dict[str, dataclasses.Field[Any]]:
     """The fields that a user may set, by name, in the order of the help."""
     return {field.name: field for field in dataclasses.fields(Config) if "help" in field.metadata}
-
-
-def choices_of(field: dataclasses.Field[Any]) -> Choices:
-    """The values that a setting may take, () = any."""
-    choices: Choices | Callable[[], Choices] = field.metadata["choices"]
-    return choices() if callable(choices) else choices
 
 
 def grouped_settings() -> dict[str, list[str]]:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config, choices_of, grouped_settings, settings
+from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config, grouped_settings, settings
+from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF
 from rwkv_rlhf.settings.help import text_of
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import RWKV_LM, RWKV_LM_SAMPLES, Choices, Config, choices_of, new_versions, settings
+from rwkv_rlhf.settings.config import RWKV_LM, RWKV_LM_SAMPLES, Config, new_versions, settings
+from rwkv_rlhf.settings.field import Choices, choices_of
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS

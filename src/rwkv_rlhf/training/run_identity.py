@@ -10,7 +10,8 @@ from rwkv_rlhf.data.sources import fingerprint_of
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import fingerprint, same_fingerprint
 from rwkv_rlhf.precision import device_for
-from rwkv_rlhf.settings.config import Config, OnResume, settings
+from rwkv_rlhf.settings.config import Config, settings
+from rwkv_rlhf.settings.field import OnResume
 from rwkv_rlhf.settings.given_files import DATA
 
 
