@@ -2,6 +2,9 @@
 
 import pytest
 
+from rwkv_rlhf.data.sampler import Sequential, Steps
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.fit import by_passes, optimizer_steps, schedule_of
 from rwkv_rlhf.training.schedule import Schedule
 
 
@@ -29,3 +32,21 @@ def test_weight_decay_half_way(initial, final, half):
     assert [schedule.decay(step, initial, final) for step in (0, 5, 10)] == [initial] * 3
     assert schedule.decay(60, initial, final) == pytest.approx(half)
     assert schedule.decay(500, initial, final) == pytest.approx(final if final >= 0 and initial else initial)
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs", "steps"),
+    [
+        ({"passes": 3.0}, [3, 3], 9),  # 10 examples, 4 to a step: a pass is 3 steps
+        ({"passes": 0.5}, [3, 1], 2),
+        ({"passes": 2.0, "save_steps": 4}, [4, 2], 6),
+        ({"passes": 2.0, "epoch_steps": 2}, [1, 6], 6),
+    ],
+)
+def test_a_run_of_so_many_passes(words, epochs, steps):
+    """If this breaks, --passes trains too long or too short, or a mini-epoch is not what a save counts."""
+    examples = Steps([0] * 10, Sequential(10), 2, 2)
+    config = Config(micro_bsz=2, accumulate_grad_batches=2, loss="dpo", given=frozenset(words), **words)
+    config = by_passes(config, examples)
+    assert [config.steps_per_epoch, config.epoch_count] == epochs
+    assert optimizer_steps(config, examples) == steps == schedule_of(config, examples).total

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar
-from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.files import SHARDS_INDEX, file_hash
 
-FINAL = ("rwkv-final.pth", "rwkv-final.safetensors")
+FINAL = tuple(f"rwkv-final{suffix}" for suffix in (".pth", ".safetensors", SHARDS_INDEX))
 
 
 class NamedModel(NamedTuple):
@@ -25,14 +25,16 @@ def named_model(path: str | Path, others: Sequence[str | Path] = ()) -> NamedMod
     A checkpoint of training is found by the sidecar beside it. Its base is looked for where it was, beside the
     checkpoint, and among `others`, by its hash. Raises ValueError when a file is not there.
     """
-    found = _file(Path(path))
+    found = named_file(path)
     sidecar = read_sidecar(found)
     if sidecar is None or not sidecar.base_sha256:
         return NamedModel(found)
     return NamedModel(_base_of(found, sidecar, others), found)
 
 
-def _file(path: Path) -> Path:
+def named_file(path: str | Path) -> Path:
+    """`path`, or what the run of this folder saved at the end. Raises ValueError when there is no such file."""
+    path = Path(path)
     if not path.is_dir():
         if not path.exists():
             raise ValueError(f"{path}: there is no such file")
@@ -40,6 +42,8 @@ def _file(path: Path) -> Path:
     for name in FINAL:
         if (path / name).is_file():
             return path / name
+    if any(path.glob("*.safetensors")):  # a model in shards, in the folder of another program
+        return path
     raise ValueError(f"{path} is a folder without {FINAL[0]}: name a file, or the folder of a run that has ended")
 
 

@@ -30,7 +30,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.out_of_memory import explained
     from rwkv_rlhf.training.resume import find_point
     from rwkv_rlhf.training.run import evaluate, train
-    from rwkv_rlhf.training.start import start, write_initial
+    from rwkv_rlhf.training.start import start, with_named_model, write_initial
 
     if config.dry_run_shape:
         dry_run_shape(config)
@@ -40,6 +40,7 @@ def ranked(config: Config) -> int | None:
         write_initial(config, folder)
         return None
     with explained(config):
+        config = with_named_model(config)
         point = None if config.eval_only else find_point(config, folder)
         ready = start(config, folder, point)
         if config.eval_only:

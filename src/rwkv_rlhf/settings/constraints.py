@@ -221,6 +221,23 @@ CONSTRAINTS = (
         "{grpo_overlong_buffer=} must be below {grpo_gen_length=}",
     ),
     Constraint(
+        "passes_over_examples",
+        lambda c: (
+            c.passes > 0 and (c.loss_facts.data == "prompts" or (trains_on_text(c) and text_format(c) == "binidx"))
+        ),
+        "{passes=} counts examples that are known beforehand, not answers to prompts or slices of a binidx corpus; "
+        "{epoch_count} says when such a run ends",
+    ),
+    Constraint(
+        "one_length",
+        lambda c: (
+            (c.passes > 0 and "epoch_count" in c.given)
+            or (c.save_steps > 0 and (c.steps_per_epoch != c.save_steps or c.epoch_save != 1))
+        ),
+        "{passes} stands in place of {epoch_count}, {save_steps} of {epoch_steps} and {epoch_save} (PPO has "
+        "{save_freq}): give one of the two",
+    ),
+    Constraint(
         "profile_or_peft",
         lambda c: bool(c.layer_profile) and "peft" in c.given,
         "{layer_profile=} and {peft=}: the profile already says what each layer learns; give one of the two",

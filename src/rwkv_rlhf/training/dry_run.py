@@ -18,7 +18,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.fit import optimizer_steps
+from rwkv_rlhf.training.fit import by_passes, optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
 from rwkv_rlhf.training.module import tokens_run
@@ -140,6 +140,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console = Console(stderr=False)
     inputs = Inputs(config, start, folder)
     steps = inputs.training(score=False)
+    config = by_passes(config, steps)
     for report in inputs.reports:
         console.print("\n".join([*report.lines(), *report.notices]), markup=False, highlight=False)
     for text in samples(inputs, steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -91,13 +92,26 @@ def micro_batches_per_epoch(config: Config) -> int:
     return config.steps_per_epoch * config.accumulate_grad_batches
 
 
+def by_passes(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config:
+    """The run that --passes asks for: mini-epochs of one pass each, unless their length is given, and how many."""
+    if not config.passes:
+        return config
+    one_pass = math.ceil(len(steps.examples) / steps.samples_per_step)
+    if not config.save_steps and "epoch_steps" not in config.given:
+        config = dataclasses.replace(config, epoch_steps=one_pass * config.accumulate_grad_batches)
+    count = math.ceil(config.passes * one_pass / config.steps_per_epoch)
+    return dataclasses.replace(config, epoch_count=count)
+
+
 def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
-    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
+    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --passes or --my_exit_tokens end it.
 
     Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
     are left.
     """
     count = config.steps_per_epoch * config.epoch_count
+    if config.passes:
+        count = min(count, math.ceil(config.passes * math.ceil(len(steps.examples) / steps.samples_per_step)))
     if config.my_exit_tokens > 0:
         examples = min(len(steps.examples), 10_000)
         mean = sum(steps.examples.trained(index) for index in range(examples)) / examples

@@ -21,7 +21,7 @@ from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
-from rwkv_rlhf.training.fit import fit, schedule_of
+from rwkv_rlhf.training.fit import by_passes, fit, schedule_of
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
@@ -66,6 +66,7 @@ def train(config: Config, folder: Path, start: Start, point: ResumePoint | None 
     inputs = Inputs(config, start, folder)
     steps = inputs.training()
     ranks.check_same("number of examples", len(steps.examples))
+    config = by_passes(config, steps)
     held_out = inputs.held_out(reference=True)
     rollouts = None
     if isinstance(steps, PromptSteps):
