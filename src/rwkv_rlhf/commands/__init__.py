@@ -66,7 +66,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)
     lines = [
-        f"  {name:18}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
+        f"  {name:20}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
         for name, command in COMMANDS.items()
     ]
     sys.stdout.write("\n".join([f"{PROGRAM}: rwkv-rlhf <command> --help says more of each", *lines]) + "\n")
