@@ -4,6 +4,7 @@ import pytest
 
 from rwkv_rlhf.data.prompts import open_prompts
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.generation.answers import after_cue
 from tests.support.files import CHAT, VOCAB, jsonl, write_csv
 
 
@@ -39,6 +40,14 @@ def test_plain_prompts_are_continued_byte_for_byte(letters, tmp_path):
     """With --template plain the model goes on where the text ends, spaces included."""
     (one,) = open_prompts(jsonl(tmp_path / "in.jsonl", {"prompt": "  3+4="}), letters, template="plain")
     assert letters.decode(one.prompt) == "  3+4=" and one.bare and one.stop == ""
+
+
+def test_the_g1_template_opens_the_thinking(letters, tmp_path):
+    """If this breaks, a model that thinks is rewarded for answers to a prompt that it never saw in training."""
+    (one,) = open_prompts(jsonl(tmp_path / "in.jsonl", {"prompt": "1+1?", "answer": "2"}), letters, template="g1")
+    assert letters.decode(one.prompt) == one.cue == "User: 1+1?\n\nAssistant: <think"
+    assert one.stop == "\n\n" and one.columns == {"answer": "2"}
+    assert after_cue(one.cue, ">\n1 and 1\n</think>\n2") == "<think>\n1 and 1\n</think>\n2"  # what rewards see
 
 
 def test_long_prompts_keep_their_end(letters, tmp_path):

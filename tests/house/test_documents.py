@@ -15,12 +15,13 @@ from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.flags import CONFIGS, ELSEWHERE
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.metrics import METRICS
+from rwkv_rlhf.settings.pipeline import STAGES
 from tests.support.source_files import PACKAGE, PAGES, ROOT, name_of, tree_of
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CHANGELOG = ROOT / "CHANGELOG.md"  # history: what it names may be gone
 WRITTEN = re.compile(r"`+([^`\n]+)`+")
-OTHER_PROGRAMS = ("bash ", "pip ", "python tests/", "python benchmarks/")
+OTHER_PROGRAMS = ("bash ", "pip ", "python tests/", "python benchmarks/", "torchrun ", "accelerate ")
 
 
 def tracked():
@@ -112,7 +113,8 @@ def test_flags_on_the_pages_exist():
     known = {flag for parser in parsers for flag in parser.known_flags()}
     known |= set(re.findall(r"--\w+", (PACKAGE / "commands" / "merge.py").read_text()))
     known |= {f"--to_{name}" for name in EXPORTS}
-    known |= {f"--{one.said.split()[0]}" for one in ELSEWHERE} | {f"--{flag}" for flag in CONFIGS}  # they are read too
+    spelled = [*ELSEWHERE, *(one for stage in STAGES.values() for one in stage.spellings)]
+    known |= {f"--{one.said.split()[0]}" for one in spelled} | {f"--{flag}" for flag in CONFIGS}  # they are read too
     pages = [page for page in PAGES if page.parent != ROOT or page.name == "README.md"]
     pages = [page for page in pages if page.name != "extending.md"]  # toys
     said = [

@@ -9,10 +9,11 @@ import torch
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.settings import tables
-from tests.support.allowed_waits import BESIDE, IN_A_STEP, IN_A_TOKEN
+from tests.support.allowed_waits import BESIDE, IN_A_ROLLOUT, IN_A_STEP, IN_A_TOKEN
 from tests.support.files import read_jsonl
 from tests.support.pretend_gpu import cases
 from tests.support.pretend_gpu.process import PretendProcess
+from tests.support.source_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pretend_gpu")]
 
@@ -23,6 +24,12 @@ MODELS = [
     for version, *of_both in zip(tables.VERSIONS, itertools.cycle(tables.ADAPTERS), itertools.cycle(STORAGES))
 ]
 DATA = {"text": "--data_file", "pairs": "--rlhf_train_file", "rated": "--rlhf_train_file"}
+REWARDS = f"{ROOT}/tests/support/rewards.py:odd,short"
+ROLLOUTS = {
+    "grpo": ("--grpo_gen_count", 2, "--grpo_gen_length", 3, "--grpo_passes", 2),
+    "ppo": ("--batch_size", 2, "--output_max_length", 3, "--ppo_epochs", 1, "--epoch_steps", 3),
+}
+NOTHING: dict[str, str] = {}
 ADAPTED = ("--peft", "lora", "--lora_r", 4, "--quant", 0)
 
 
@@ -52,10 +59,10 @@ def typed(base_model, vocab_file, tmp_path):
     ]
 
 
-def known(waits):
+def known(waits, rollout=NOTHING):
     """Fails with each place that is in no table."""
     found = {wait.place: wait for wait in waits}
-    strange = found.keys() - BESIDE.keys() - IN_A_STEP.keys()
+    strange = found.keys() - BESIDE.keys() - IN_A_STEP.keys() - rollout.keys()
     assert not strange, [found[place] for place in sorted(strange)]
 
 
@@ -101,6 +108,20 @@ def test_every_loss_waits_once_a_step(gpu, typed, base_model, text_jsonl, pairs_
     words = [*typed, f"--{loss}", 1, DATA[facts.data], text_jsonl if facts.data == "text" else pairs_csv, *ADAPTED]
     words += ["--teacher_model", base_model, "--top_k", 5] if facts.teacher else []
     waits_once(gpu(cases.run, words))
+
+
+@pytest.mark.parametrize("loss", ROLLOUTS)
+def test_a_rollout_waits_once_a_token_and_its_steps_once(gpu, typed, pairs_csv, loss):
+    """If this breaks, a GPU stands still for each number of a rollout, or the head of values lies beside it."""
+    words = [*typed, f"--{loss}", 1, "--rlhf_train_file", pairs_csv, "--reward_funcs", REWARDS, *ADAPTED]
+    ran = gpu(cases.run, [*words, *ROLLOUTS[loss]])
+    known(ran.all, {**IN_A_TOKEN, **IN_A_ROLLOUT})
+    *before, last = ([wait.place for wait in step] for step in ran.steps)
+    if loss == "ppo":  # the last step begins with a rollout: three tokens, three numbers of two micro-batches
+        assert before == [list(IN_A_STEP)]
+        assert last == [*list(IN_A_TOKEN) * 3, *list(IN_A_ROLLOUT) * 6, *IN_A_STEP]
+    else:  # the second pass over a rollout
+        assert last == list(IN_A_STEP) and not before
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])

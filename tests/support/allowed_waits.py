@@ -12,6 +12,10 @@ IN_A_TOKEN = {
     "generation/sampler.py:_Run._sample": "once: the sampled tokens decide which sequences go on; once more where "
     "the likeliest tokens that were sorted do not reach top_p",
 }
+IN_A_ROLLOUT = {
+    "data/policy_batch.py:per_answer": "once a micro-batch and number (log-probabilities, values): samples wait on the "
+    "host, and resume points hold them",
+}
 BESIDE = {
     "layers/linear.py:StorageSpec.dense": "a model is loaded",
     "layers/linear.py:Matrix.load_weight": "a model is loaded",

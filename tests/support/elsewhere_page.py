@@ -4,14 +4,15 @@ from pathlib import Path
 
 from rwkv_rlhf.settings.flags import ALIASES, CONFIG_KEYS, CONFIGS, ELSEWHERE, WORDS
 from rwkv_rlhf.settings.help import flag_of
+from rwkv_rlhf.settings.pipeline import STAGES
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming-from.md"
 HEAD = """\
 # Coming from another trainer
 
 What other programs spell otherwise is put into this program's words, and said in one line at the start; what cannot be
-meant is refused with the way to go. `X` stands for any value. This page is made from `src/rwkv_rlhf/settings/flags.py`.
-Data of other trainers: `docs/data.md`.
+meant is refused with the way to go. `X` stands for any value. This page is made from `flags.py` and `pipeline.py`
+in `src/rwkv_rlhf/settings/`. Data of other trainers: `docs/data.md`.
 
 Old scripts are there by their names and arguments: `merge_lora.py ALPHA BASE LORA OUTPUT`, `merge_pissa.py BASE INIT
 LORA OUTPUT`, `merge_bone.py`, `merge_state.py --state_checkpoint S` (all of them are `merge.py`), and `make_data.py
@@ -33,6 +34,30 @@ WORD = """
 | typed | here |
 |---|---|
 """
+PIPELINE = """
+## The pipeline of neural_chat
+
+SFT, a reward model, PPO and merging are commands of their own, which take their scripts' words and begin from their
+defaults (`docs/reinforcement.md` has the lines). All other flags are those of `train.py` and `merge.py`.
+
+| command | defaults |
+|---|---|
+{defaults}
+| command | typed | here | note |
+|---|---|---|---|
+"""
+
+
+def _stages() -> str:
+    """The tables of the pipeline: a spelling that all commands share is one row."""
+    defaults = [f"| `{name}.py` | `{one.words} {one.adapter}` |\n" for name, one in STAGES.items() if one.words]
+    entries = dict.fromkeys(entry for stage in STAGES.values() for entry in stage.spellings)
+    rows = []
+    for entry in entries:
+        names = [name for name, stage in STAGES.items() if entry in stage.spellings]
+        whose = "all" if len(names) == len(STAGES) else ", ".join(f"`{name}`" for name in names)
+        rows.append(f"| {whose} | `--{entry.said}` | {_here(entry.ours)} | {entry.note} |\n")
+    return "".join([PIPELINE.format(defaults="".join(defaults)), *rows])
 
 
 def _here(ours: str | None) -> str:
@@ -50,7 +75,7 @@ def text() -> str:
         for flag, some in WORDS.items()
         for word, ours in some.items()
     ]
-    return "".join([HEAD, *rows, JSON.format(flags=flags), *keys, WORD, *words])
+    return "".join([HEAD, *rows, JSON.format(flags=flags), *keys, WORD, *words, _stages()])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 import pytest
 
+from rwkv_rlhf.data.sampler import Sequential, Steps
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.training.choices import with_pass
+from rwkv_rlhf.training.fit import optimizer_steps, schedule_of
 from rwkv_rlhf.training.schedule import Schedule
 
 
@@ -43,3 +47,20 @@ def test_the_schedule_of_rwkv_lm_by_hand():
         6e-5
     )
     assert Schedule(-1, 100, "rwkv-lm").rate(0, 1e-3, 1e-4) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "epochs", "steps"),
+    [
+        ({"epochs": 3.0}, [3, 3], 9),  # 10 examples, 4 to a step: a pass is 3 steps
+        ({"epochs": 0.5}, [3, 1], 2),
+        ({"epochs": 2.0, "save_steps": 4}, [4, 2], 6),
+    ],
+)
+def test_a_run_of_so_many_passes(words, epochs, steps):
+    """If this breaks, --epochs trains too long or too short, or a mini-epoch is not what a save counts."""
+    examples = Steps([0] * 10, Sequential(10), 2, 2)
+    config = Config(micro_bsz=2, accumulate_grad_batches=2, loss="dpo", given=frozenset(words), **words)
+    config = with_pass(config, examples)
+    assert [config.steps_per_epoch, config.epoch_count] == epochs
+    assert optimizer_steps(config, examples) == steps == schedule_of(config, examples).total

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar
-from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.files import SHARDS_INDEX, file_hash
 
-FINAL = ("rwkv-final.pth", "rwkv-final.safetensors")
+FINAL = tuple(f"rwkv-final{suffix}" for suffix in (".pth", ".safetensors", SHARDS_INDEX))
 
 
 class NamedModel(NamedTuple):
@@ -42,6 +42,8 @@ def checkpoint_file(path: str | Path) -> Path:
     for name in FINAL:
         if (path / name).is_file():
             return path / name
+    if any(path.glob("*.safetensors")):  # a model in shards, in the folder of another program
+        return path
     raise ValueError(f"{path} is a folder without {FINAL[0]}: name a file, or the folder of a run that has ended")
 
 

@@ -42,6 +42,10 @@ COMMANDS = {
     "convert": Command(("convert_data",), "write data of any shape as one JSON object a line"),
     "make_binidx": Command(("make_binidx", "make_data"), "tokenise documents into a binidx corpus"),
     "make_profile": Command(("make_profile",), "write a layer profile to start from"),
+    "finetune_clm": Command(("finetune_clm",), "neural_chat's first stage: supervised fine-tuning"),
+    "reward_modeling": Command(("reward_modeling",), "neural_chat's second stage: a reward model"),
+    "rl_training": Command(("rl_training",), "neural_chat's third stage: PPO"),
+    "merge_peft_adapter": Command(("merge_peft_adapter",), "neural_chat's merging, between its stages"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
 NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *command.scripts)}
@@ -72,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.write(f"error: unknown command {given[0]}; the commands are {', '.join(COMMANDS)}\n")
         sys.exit(2)
     lines = [
-        f"  {name:18}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
+        f"  {name:20}{command.help}" + (f" ({command.scripts[0]}.py)" if command.scripts else "")
         for name, command in COMMANDS.items()
     ]
     sys.stdout.write("\n".join([f"{PROGRAM}: rwkv-rlhf <command> --help says more of each", *lines]) + "\n")

@@ -28,6 +28,7 @@ from rwkv_rlhf.checkpoints.exporters.peft import CONFIG, TENSORS, from_peft_fold
 from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.checkpoints.merge_shares import MergeShares, parse_merge_shares
 from rwkv_rlhf.checkpoints.merging import Merged, base_reader, check_merged, moved_by_packing, over_dense
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.commands import export
@@ -69,7 +70,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """The flags of this script. Raises ValueError for a set of them that names no task."""
     parser = Parser("Merge a checkpoint of training into its base model.")
     parser.add_argument("--base_model", default="", help="the model that training started from")
-    parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth")
+    parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth, or a run's folder")
     parser.add_argument("--output", default="", help=OUTPUT_HELP)
     parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
     parser.add_argument(
@@ -216,6 +217,8 @@ def packing_sentence(base: Mapping[str, Tensor], layout: Layout, merged: Mapping
 def main(words: Sequence[str]) -> int:
     """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
     args = parse(words)
+    if args.lora_checkpoint and Path(args.lora_checkpoint).is_dir():
+        args.lora_checkpoint = str(checkpoint_file(args.lora_checkpoint))
     for name in args.exports:
         facts, folder = EXPORTS[name], Path(getattr(args, f"to_{name}"))
         for file in [folder / file for file in facts.files] or [folder]:

@@ -41,7 +41,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run import evaluate, settings_of, train
     from rwkv_rlhf.training.run_identity import common_identity
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
-    from rwkv_rlhf.training.start import start, with_adapter_there, write_initial
+    from rwkv_rlhf.training.start import start, with_adapter_there, with_named_model, write_initial
 
     config = with_length(with_precision(config))
     if config.dry_run_shape:
@@ -54,7 +54,7 @@ def ranked(config: Config) -> int | None:
             write_initial(config, folder)
         return None
     with explained(config), ExitStack() as held:
-        config = with_adapter_there(config)
+        config = with_named_model(with_adapter_there(config))
         if config.eval_only:
             print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
             return None

@@ -30,12 +30,13 @@ class Reading:
 
     Attributes:
         shape: --format; "" = recognised. drop_thinking: --thinking drop. spare_reject: a pair's rejected answer may be
-            absent.
+            absent. chosen: --train_on_chosen, pairs among text stand for chats with the chosen answer.
     """
 
     shape: str = ""
     drop_thinking: bool = False
     spare_reject: bool = False
+    chosen: bool = False
 
     def __post_init__(self) -> None:
         if self.shape and self.shape not in SHAPES:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from rwkv_rlhf.checkpoints.adapter_files import AdapterFlags
 from rwkv_rlhf.checkpoints.loading import BuildOptions, as_trained, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
+from rwkv_rlhf.checkpoints.named_model import named_model
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.host_memory import keep_pages, return_pages
 from rwkv_rlhf.model.rwkv import RWKV
@@ -27,7 +29,8 @@ def open_model(
     cold: str = "",
     quant: str = "none",
 ) -> tuple[RWKV, Tokenizer]:
-    """The frozen model of a checkpoint, with an adapter laid over it if one is named, and its tokenizer.
+    """The frozen model of a checkpoint or of a run's folder, with an adapter laid over it if one is named, and its
+    tokenizer.
 
     `scaling` (alpha / rank) or `alpha` stand in for the sidecar of an adapter that has none; `initial_file` and `cold`
     are PiSSA's initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the
@@ -38,6 +41,9 @@ def open_model(
     if choice.notice:
         log.info("%s", choice.notice)
     return_pages()
+    if path and Path(path).is_dir() and not adapter:
+        named = named_model(path)
+        path, adapter = str(named.base), str(named.adapter or "")
     if adapter:
         options, flags = BuildOptions(choice.dtype, device=choice.device), AdapterFlags(scaling=scaling, alpha=alpha)
         model, _ = load_combined(path, adapter, options, flags, initial_file=initial_file, cold=cold)

@@ -33,7 +33,10 @@ def open_reward_model(
     are missing or do not fit each other, for a model without a score head, and for another vocabulary than
     `vocab_size`.
     """
-    named = named_model(path, bases)
+    try:
+        named = named_model(path, bases)
+    except ValueError as mistake:
+        raise ValueError(f"{{reward_model}} {mistake}") from mistake
     if named.adapter is not None:
         model, _ = load_combined(named.base, named.adapter, options)
     else:

@@ -155,8 +155,8 @@ class Config:
     # --- length
     epoch_steps: int = setting(1000, "micro-batches per rank in one mini-epoch", at_least=1)
     epoch_count: int = setting(500, "mini-epochs to train", at_least=1, resume=MAY_CHANGE)
-    epochs: int = setting(
-        0,
+    epochs: float = setting(
+        0.0,
         "passes over the data, each a mini-epoch, in place of {epoch_steps} and {epoch_count}; 0 = as those say, or 3 "
         "where neither is typed",
         at_least=0,
@@ -164,6 +164,9 @@ class Config:
     )
     epoch_begin: int = setting(0, "offset of the numbering of checkpoints and of the schedule", at_least=0)
     epoch_save: int = setting(5, "mini-epochs between two saves", at_least=1, resume=MAY_CHANGE)
+    save_steps: int = setting(
+        0, "optimizer steps between two saves, in place of {epoch_steps} and {epoch_save}; 0 = as those say", at_least=0
+    )
     my_exit_tokens: int = setting(0, "tokens after which pre-training stops; 0 = no limit", at_least=0)
     micro_bsz: int = setting(1, "rows per micro-batch and device", at_least=1)
     accumulate_grad_batches: int = setting(1, "micro-batches per optimizer step", at_least=1)
@@ -242,6 +245,7 @@ class Config:
     smoothing: float | None = setting(None, "label smoothing (0.001 with {sft}, {distillation})", at_least=0, below=1)
     l2wrap: bool | None = setting(None, "penalty on large logits; absent = on for text, off for preferences")
     train_on_prompt: bool = setting(False, "chats: train on all turns, not only the assistant's")
+    train_on_chosen: bool = setting(False, "text: preference pairs are read too, as chats with the chosen answer")
     dpo_alpha: float | None = setting(None, "DPO: weight of the chosen answer's cross-entropy (0.1)", at_least=0)
     dpo_beta: float = setting(0.01, "DPO: beta", above=0)
     dpo_loss: str = setting("sigmoid", "DPO: variant", choices=("sigmoid", "ipo", "hinge", "robust"))
@@ -393,10 +397,17 @@ class Config:
         if self.lr_schedule == RWKV_LM and "epoch_steps" not in self.given:
             at_once = self.num_nodes * self.devices * self.micro_bsz
             object.__setattr__(self, "epoch_steps", max(1, RWKV_LM_SAMPLES // at_once))
-        if self.own_length:
-            for name, value in self._ppo_length().items():
-                if name not in self.given:
-                    object.__setattr__(self, name, value)
+        for name, value in self._lengths().items():
+            if name not in self.given:
+                object.__setattr__(self, name, value)
+
+    def _lengths(self) -> dict[str, int]:
+        """Mini-epochs and saves where other flags say how long they are."""
+        if self.loss == "ppo":
+            return self._ppo_length()
+        return (
+            {"epoch_steps": self.save_steps * self.accumulate_grad_batches, "epoch_save": 1} if self.save_steps else {}
+        )
 
     def _ppo_length(self) -> dict[str, int]:
         """Micro-batches, mini-epochs and saves of PPO, whose own flags count samples and rollouts."""

@@ -222,6 +222,11 @@ CONSTRAINTS = (
         "{grpo_overlong_buffer=} must be below {grpo_gen_length=}",
     ),
     Constraint(
+        "one_distance_of_saves",
+        lambda c: c.save_steps > 0 and (c.steps_per_epoch != c.save_steps or c.epoch_save != 1),
+        "{save_steps} stands in place of {epoch_steps} and {epoch_save} (PPO has {save_freq}): give one of the two",
+    ),
+    Constraint(
         "profile_or_peft",
         lambda c: bool(c.layer_profile) and "peft" in c.given,
         "{layer_profile=} and {peft=}: the profile already says what each layer learns; give one of the two",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from rwkv_rlhf.settings.flags import CONFIG_KEYS, CONFIGS, ELSEWHERE, MODES, Elsewhere
 
 _ANY = "X"
+_HIDDEN = "***"
+_TRUTH = {"true": "1", "false": "0"}
 
 
 class Translated(NamedTuple):
@@ -26,7 +28,7 @@ class _Typed(NamedTuple):
     words: list[str]
 
 
-def translate(words: Sequence[str]) -> Translated:
+def translate(words: Sequence[str], spellings: Sequence[Elsewhere] = ELSEWHERE) -> Translated:
     """A command line with every spelling of another program replaced.
 
     Raises ValueError for what is refused with a sentence, and for JSON that cannot be read.
@@ -37,7 +39,8 @@ def translate(words: Sequence[str]) -> Translated:
     for one in typed:
         if one.flag in CONFIGS:
             new, note = _from_json(one, peft)
-        elif (entry := _entry(one)) is not None:
+        elif (entry := _entry(one, spellings)) is not None:
+            one = _Typed(one.flag, one.values, [f"--{one.flag}", _HIDDEN]) if entry.secret and one.values else one
             new, note = _from_entry(entry, one)
         else:
             found.words.extend(one.words)
@@ -60,10 +63,11 @@ def _typed(words: Sequence[str]) -> Iterator[_Typed]:
         at = end
 
 
-def _entry(one: _Typed) -> Elsewhere | None:
+def _entry(one: _Typed, spellings: Sequence[Elsewhere]) -> Elsewhere | None:
     value = " ".join(one.values)
+    value = _TRUTH.get(value.lower(), value)
     exact = f"{one.flag} {value}".strip()
-    for entry in ELSEWHERE:
+    for entry in spellings:
         flag, _, wanted = entry.said.partition(" ")
         if entry.said == exact or (flag == one.flag and (wanted == _ANY or (not wanted and value == "1"))):
             return entry

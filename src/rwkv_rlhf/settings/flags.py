@@ -42,14 +42,16 @@ WORDS: dict[str, dict[str, str | None]] = {
 class Elsewhere(NamedTuple):
     """How another program spells something.
 
-    said: a flag with a value; X stands for any value. ours: what it is here, with X for that value; "" = nothing, and
-    `note` says why. None: it is refused with `note`, which says what to do.
+    said: a flag with a value; X stands for any value, 1 and 0 also for true and false. ours: what it is here, with X
+    for that value; "" = nothing, and `note` says why. None: it is refused with `note`, which says what to do. secret:
+    the value is not repeated.
     """
 
     program: str
     said: str
     ours: str | None
     note: str = ""
+    secret: bool = False
 
 
 _PACKED = "rows are packed without padding, and no token is left out"

@@ -45,12 +45,12 @@ def with_length(config: Config) -> Config:
     """
     if config.own_length:
         return config
-    typed = {"epoch_steps", "epoch_count", "my_exit_tokens"} & config.given
+    typed = {"epoch_steps", "epoch_count", "save_steps", "my_exit_tokens"} & config.given
     corpus = config.loss_facts.data == "text" and text_format(config) == "binidx"
     epochs = config.epochs or (PASSES if trains(config) and not typed and not corpus else 0)
     if epochs and not config.epochs:
-        log.info("--epochs %d, as no length of the run was typed", epochs)
-    return dataclasses.replace(config, epochs=epochs, epoch_count=epochs) if epochs else config
+        log.info("--epochs %g, as no length of the run was typed", epochs)
+    return dataclasses.replace(config, epochs=epochs, epoch_count=math.ceil(epochs)) if epochs else config
 
 
 def as_typed(config: Config) -> Config:
@@ -58,10 +58,17 @@ def as_typed(config: Config) -> Config:
     return dataclasses.replace(config, epoch_count=Config.epoch_count) if config.epochs else config
 
 
+def one_pass(steps: Steps | MixedSteps | PromptSteps) -> int:
+    """Optimizer steps in which each example comes at least once (prompts: as often as a rollout is trained on)."""
+    again = steps.passes if isinstance(steps, PromptSteps) else 1
+    return math.ceil(len(steps.examples) / steps.samples_per_step) * again
+
+
 def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config:
-    """The Config with one pass over the examples as a mini-epoch, if --epochs counts them."""
+    """The Config with --epochs as mini-epochs of one pass each, or of --save_steps."""
     if not config.epochs:
         return config
-    again = steps.passes if isinstance(steps, PromptSteps) else 1
-    whole = math.ceil(len(steps.examples) / steps.samples_per_step) * again
-    return dataclasses.replace(config, epoch_steps=whole * config.accumulate_grad_batches)
+    if not config.save_steps:
+        config = dataclasses.replace(config, epoch_steps=one_pass(steps) * config.accumulate_grad_batches)
+    count = math.ceil(config.epochs * one_pass(steps) / config.steps_per_epoch)
+    return dataclasses.replace(config, epoch_count=count)

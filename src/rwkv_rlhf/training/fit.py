@@ -29,6 +29,7 @@ from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.training.callbacks import Bar, Log, Report, Save, Validate, WandB
+from rwkv_rlhf.training.choices import one_pass
 from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
 from rwkv_rlhf.training.resume import WriteResumePoints
 from rwkv_rlhf.training.schedule import Schedule
@@ -94,12 +95,14 @@ def micro_batches_per_epoch(config: Config) -> int:
 
 
 def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
-    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --my_exit_tokens ends it.
+    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --epochs or --my_exit_tokens end it.
 
     Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
     are left.
     """
     count = config.steps_per_epoch * config.epoch_count
+    if config.epochs:
+        count = min(count, math.ceil(config.epochs * one_pass(steps)))
     if config.my_exit_tokens > 0:
         whole = steps_of_tokens(config, steps)
         count = min(count, whole - config.steps_per_epoch * config.epoch_begin)

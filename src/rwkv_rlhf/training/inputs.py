@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -142,7 +143,11 @@ class Inputs:
             alone = sources_of(path)[0].path
             texts = open_h5(alone, self.start.sizes.vocab_size, shown=c.enable_progress_bar, **how)
         else:
-            how |= {"data_type": data_type, "template": c.template, "reading": self._reading("text")}
+            kinds = ("text", "pairs") if c.train_on_chosen else ("text",)
+            reading = self._reading(*kinds)
+            if c.train_on_chosen:
+                reading = dataclasses.replace(reading, chosen=True, spare_reject=True)
+            how |= {"data_type": data_type, "template": c.template, "reading": reading}
             texts = open_text(path, self.tokenizer, **how)
         self.reports.append(texts.report)
         return texts

@@ -108,7 +108,7 @@ def train(
         with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(as_typed(typed)).encode())
     initial = (sidecar.initial_file, sidecar.initial_sha256)
-    about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial, begun)
+    about = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)
 

@@ -25,6 +25,7 @@ from rwkv_rlhf.checkpoints.adapter_files import (
 )
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model, file_sizes, load_adapter
 from rwkv_rlhf.checkpoints.merging import base_reader, shapes
+from rwkv_rlhf.checkpoints.named_model import NamedModel, named_model
 from rwkv_rlhf.checkpoints.partial import completed
 from rwkv_rlhf.checkpoints.resume_points import ResumePoint
 from rwkv_rlhf.checkpoints.run_folder import INITIAL, NUMBERED, newest_checkpoint
@@ -134,6 +135,32 @@ def numbered_from(config: Config, path: Path) -> Config:
     log.info("continuing from %s: --epoch_begin %d", path, begin)
     again = config.lr_schedule == RWKV_LM and config.warmup_steps < 0  # the moments begin anew
     return dataclasses.replace(config, epoch_begin=begin, warmup_steps=10 if again else config.warmup_steps)
+
+
+def with_named_model(config: Config) -> Config:
+    """A run whose --load_model is the folder of another run begins from that one's end: its base, and what it trained
+    merged into it. Raises ValueError, on every rank alike, when a file is not there."""
+    if not config.load_model or not Path(config.load_model).is_dir():
+        return config
+
+    def look() -> NamedModel | str:
+        try:
+            return named_model(config.load_model)
+        except ValueError as mistake:
+            return f"{{load_model}} {mistake}"
+
+    named = ranks.broadcast_from_zero(look)
+    if isinstance(named, str):
+        raise ValueError(named)
+    if named.adapter is None:
+        return dataclasses.replace(config, load_model=str(named.base))
+    if config.load_cold_adapter:
+        raise ValueError(
+            f"{{load_model}} {config.load_model} is the folder of a run, which is merged as {{load_cold_adapter}}: "
+            "give one of the two"
+        )
+    log.info("%s: %s over %s", config.load_model, named.adapter.name, named.base)
+    return dataclasses.replace(config, load_model=str(named.base), load_cold_adapter=str(named.adapter))
 
 
 def base_path(config: Config, folder: Path, point: ResumePoint | None = None) -> Path:

@@ -14,7 +14,7 @@ from rwkv_rlhf.data.items import Reading, read_file
 from rwkv_rlhf.data.opened import read_unpacked
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import rows_format
-from rwkv_rlhf.data.shapes.record import Chat, Document
+from rwkv_rlhf.data.shapes.record import Chat, Document, Pair
 from rwkv_rlhf.data.sources import Source, sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
@@ -95,13 +95,15 @@ def tokenise_chat(
 
 def row_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
     """The documents and chats of a file that is read row by row."""
-    for where, item, _ in read_file(Source(path), report, ("text",), options.reading):
+    kinds = ("text", "pairs") if options.reading.chosen else ("text",)
+    for where, item, _ in read_file(Source(path), report, kinds, options.reading):
         try:
             if isinstance(item, Document):
                 yield _plain(item.text, tokenizer)
                 continue
-            assert isinstance(item, Chat)
-            document = tokenise_chat(item.turns, options.draw(), tokenizer, options.train_on_prompt)
+            assert isinstance(item, Chat | Pair)
+            turns = item.turns if isinstance(item, Chat) else (*item.turns, Turn("assistant", item.chosen))
+            document = tokenise_chat(turns, options.draw(), tokenizer, options.train_on_prompt)
         except RowError as error:
             report.bad(where, error)
             continue

@@ -1,0 +1,11 @@
+"""Supervised fine-tuning as the neural_chat pipeline spells it: train.py --sft 1 by other words."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_rlhf.commands import run_command
+
+if __name__ == "__main__":
+    run_command("finetune_clm")
