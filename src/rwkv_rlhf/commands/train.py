@@ -31,13 +31,14 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.checkpoints.resume_points import ResumePoint
     from rwkv_rlhf.checkpoints.run_folder import open_folder
     from rwkv_rlhf.checkpoints.run_lock import run_lock
+    from rwkv_rlhf.data.templates.jinja import written_at
     from rwkv_rlhf.distributed import ranks
     from rwkv_rlhf.distributed.launch import launch_environment
     from rwkv_rlhf.reports.wandb_run import open_wandb
     from rwkv_rlhf.training.choices import with_length, with_precision
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
     from rwkv_rlhf.training.out_of_memory import explained
-    from rwkv_rlhf.training.resume import find_point
+    from rwkv_rlhf.training.resume import begun_at, find_point
     from rwkv_rlhf.training.run import evaluate, settings_of, train
     from rwkv_rlhf.training.run_identity import common_identity
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
@@ -70,8 +71,10 @@ def ranked(config: Config) -> int | None:
             return point
 
         point = ranks.agreed(claimed)
+        begun = ranks.broadcast_from_zero(lambda: begun_at(point))
+        held.enter_context(written_at(begun))
         ready = start(config, folder, point)
         if config.dry_run:
             dry_run(config, folder, ready)
             return None
-        return INTERRUPTED if train(config, folder, ready, settings, point) else None
+        return INTERRUPTED if train(config, folder, ready, settings, begun, point) else None

@@ -7,6 +7,7 @@ optimizer's update, and signals wait for the end of that.
 
 from __future__ import annotations
 
+import datetime
 import logging
 import secrets
 import signal
@@ -85,12 +86,19 @@ def find_point(config: Config, folder: Path, settings: dict[str, Any]) -> Resume
     return point
 
 
+def begun_at(point: ResumePoint | None) -> str:
+    """When the run began, in ISO 8601: templates may write it, so one that is resumed keeps the time of its points."""
+    now = datetime.datetime.now().isoformat()
+    return now if point is None else str(point.about.get("begun", now))
+
+
 def about_run(
-    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str]
+    settings: dict[str, Any], begun: str, epoch_count: int, base: str, model_hash: str, initial: tuple[str, str]
 ) -> dict[str, Any]:
     """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash)."""
     return {
         "settings": settings,
+        "begun": begun,
         "epoch_count": epoch_count,
         "base": base,
         "model": model_hash,

@@ -61,9 +61,10 @@ def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
 
 
 def train(
-    config: Config, folder: Path, start: Start, settings: dict[str, Any], point: ResumePoint | None = None
+    config: Config, folder: Path, start: Start, settings: dict[str, Any], begun: str, point: ResumePoint | None = None
 ) -> bool:
-    """Train, from `point` on if there is one; True when Ctrl+C stopped it. `settings` are the run's identity.
+    """Train, from `point` on if there is one; True when Ctrl+C stopped it. `settings` are the run's identity, `begun`
+    its time.
 
     Reference scores are taken before an adapter or a point changes the model. Raises ValueError when a save would
     overwrite a file that the run begins from.
@@ -100,7 +101,7 @@ def train(
         with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(as_typed(typed)).encode())
     initial = (sidecar.initial_file, sidecar.initial_sha256)
-    about = about_run(settings, config.epoch_count, start.path.name, start.hash, initial)
+    about = about_run(settings, begun, config.epoch_count, start.path.name, start.hash, initial)
     points = ResumePoints(folder / FOLDER, about, point.path if point else None)
     return fit(module, steps, config, run, settings_of(config), held_out, points, point)
 

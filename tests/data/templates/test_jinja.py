@@ -10,8 +10,9 @@ import pytest
 
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates import jinja as chat_template
-from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.templates.jinja import load_chat_template, written_at
 from rwkv_rlhf.data.templates.jinja_process import compiled
+from rwkv_rlhf.data.templates.named import find_templates
 from tests.fuzzing.mutators import EVIL, SENTINEL, SLOW
 from tests.support.processes import PROGRAMS
 from tests.support.source_files import PACKAGE
@@ -92,3 +93,11 @@ def test_tojson_takes_what_templates_give_it():
     text = " ".join(f"{{{{ x|{word} }}}}" for word in said)
     plain, also, escaped, lines = compiled(text).render(x=["\u732b<"]).split(" ")
     assert plain == also == '["\u732b<"]' and escaped == '["\\u732b<"]' and lines == '[\n"\u732b<"\n]'
+
+
+def test_a_resumed_run_is_of_its_first_day(tmp_path):
+    """If this breaks, a template that writes the date makes another corpus of the same rows the day after."""
+    path = str(template(tmp_path, "{{ strftime_now('%d %b %Y') }} "))
+    with written_at("2020-02-01T10:00:00"):
+        assert find_templates(path)[0].template.history(TURNS).startswith("01 Feb 2020 <user>")
+    assert "2020" not in find_templates(path)[0].template.history(TURNS)

@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -201,9 +203,22 @@ def _from_config(path: Path, text: str) -> tuple[str, tuple[tuple[str, str], ...
     return source, tuple(special)
 
 
+RUN_TIME: ContextVar[str] = ContextVar("run_time", default="")  # in ISO 8601; "" = when a template is loaded
+
+
+@contextmanager
+def written_at(moment: str) -> Iterator[None]:
+    """Inside the block `moment` (in ISO 8601) is the present that templates write, as of a run that is resumed."""
+    token = RUN_TIME.set(moment)
+    try:
+        yield
+    finally:
+        RUN_TIME.reset(token)
+
+
 @functools.lru_cache(maxsize=4)
-def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
-    """The template that a .jinja file or a tokenizer_config.json describes.
+def load_chat_template(path: str | os.PathLike[str], now: str = "") -> JinjaTemplate:
+    """The template that a .jinja file or a tokenizer_config.json describes; `now` is its present, "" = this moment.
 
     Raises ValueError, naming --template and the file, for a missing or malformed file and for a template that cannot
     write a question with its answer.
@@ -212,9 +227,8 @@ def load_chat_template(path: str | os.PathLike[str]) -> JinjaTemplate:
     text = read_bytes(path).decode("utf-8-sig", errors="replace")
     source, special = _from_config(path, text) if path.suffix.lower() == ".json" else (text, ())
     special = special or tuple((name, "") for name in _SPECIAL)
-    now = datetime.now().isoformat()
     try:
-        template = JinjaTemplate(source=source, special=special, now=now)
+        template = JinjaTemplate(source=source, special=special, now=now or datetime.now().isoformat())
         final = _final_mark(template)
         answer = template.render([Turn("user", "Hi")], [PROBE]).answers[0]
     except ValueError as error:

@@ -3,7 +3,7 @@
 import random
 
 from rwkv_rlhf.data.report import DataReport
-from rwkv_rlhf.data.templates.jinja import load_chat_template
+from rwkv_rlhf.data.templates.jinja import RUN_TIME, load_chat_template
 from rwkv_rlhf.data.templates.template import TEMPLATES, Share, Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ def find_templates(name: str) -> tuple[Share, ...]:
     if name in TEMPLATES:
         return TEMPLATES[name]
     if name.lower().endswith(FILES):
-        return (Share(1.0, load_chat_template(name)),)
+        return (Share(1.0, load_chat_template(name, RUN_TIME.get())),)
     raise ValueError(
         f"--template {name} is not known; one of {', '.join(TEMPLATES)}, or a chat template ({', '.join(FILES)})"
     )
