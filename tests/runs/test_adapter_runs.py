@@ -269,7 +269,7 @@ def test_a_run_does_not_write_over_what_it_needs(go, script, base_of, vocab_file
         "--data_file",
         text_jsonl,
     ]
-    words += ["--peft", "bone", "--lora_r", 4, "--quant", 0, "--epoch_steps", 1, "--epoch_count", 1]
+    words += ["--peft", "bone", "--lora_r", 4, "--quant", 0, "--epoch_steps", 1, "--epoch_count", 1, "--force", 1]
     status, _, err = script(train.main, *words, "--load_cold_adapter", folder / "rwkv-0.pth")
     assert status == 2 and "--load_cold_adapter" in err and "would overwrite it" in err
     assert (folder / "rwkv-0.pth").read_bytes() == before

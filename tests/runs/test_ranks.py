@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rwkv_rlhf.commands import merge, train
-from tests.support.files import read_jsonl
+from tests.support.files import has_stepped, read_jsonl
 from tests.support.processes import PROGRAMS, started
 from tests.support.rank_cases import case, shared_words
 
@@ -111,7 +111,7 @@ def long_run(base_model, vocab_file, text_jsonl, tmp_path):
 def begun(folder, *processes):
     """Returns when the run has made its first step."""
     deadline = time.monotonic() + 180
-    while not (folder / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not has_stepped(folder) and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes), [p.communicate()[1][-2000:] for p in processes]
         time.sleep(0.2)
 

@@ -23,7 +23,7 @@ from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import adamw
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
-from tests.support.files import VOCAB, read_jsonl
+from tests.support.files import VOCAB, has_stepped, read_jsonl
 from tests.support.source_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -381,7 +381,7 @@ def test_sigterm_saves_and_is_no_success(typed, text_jsonl, tmp_path):
     command = [sys.executable, "train.py", *map(str, words)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not has_stepped(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)

@@ -11,7 +11,7 @@ import torch
 
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training import loss_scale
-from tests.support.files import VOCAB, read_jsonl
+from tests.support.files import VOCAB, has_stepped, read_jsonl
 from tests.support.source_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
@@ -270,9 +270,8 @@ def test_ctrl_c_saves_and_says_130(typed, text_jsonl, tmp_path):
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # a shell's background jobs ignore SIGINT and hand that down
     process = subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **pipes)
-    metrics = tmp_path / "out" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline:
+    while not has_stepped(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

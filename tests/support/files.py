@@ -12,6 +12,12 @@ def read_jsonl(path, event=None):
     return [r for r in records if event is None or r.get("event") == event]
 
 
+def has_stepped(folder):
+    """Whether a run has logged its first optimizer step."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and '"event": "train"' in path.read_text()
+
+
 CHAT = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi\n\nthere"},

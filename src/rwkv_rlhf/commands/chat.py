@@ -197,13 +197,12 @@ class Talk:
         return True
 
 
-def number(word: str, text: str, kind: type) -> float:
+def number(word: str, text: str, kind: type) -> Any:
     """What is typed behind a command; ValueError, in a sentence, for what is no number."""
     try:
-        found: float = kind(text)
+        return kind(text)
     except ValueError:
         raise ValueError(f"{word} {text!r}: expected {TYPE_WORDS[kind]}") from None
-    return found
 
 
 def help_text() -> str:

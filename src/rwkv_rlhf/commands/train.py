@@ -1,6 +1,7 @@
 """Train an RWKV language model: pre-training, SFT, DPO, ORPO, by layer profile. `--help` lists every flag."""
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -8,12 +9,14 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
 from rwkv_rlhf.settings.given_files import check_given_files
+from rwkv_rlhf.settings.surroundings import one_of_several
 
 
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = parse(argv)
-    check_given_files(config)
+    if not one_of_several(os.environ):
+        check_given_files(config)
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -43,6 +46,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_adapter_there, with_named_model, write_initial
 
+    ranks.agreed(lambda: check_given_files(config))  # here for those of a launcher, which say it once
     config = with_length(with_precision(config))
     if config.dry_run_shape:
         dry_run_shape(config)

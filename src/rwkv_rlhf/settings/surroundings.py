@@ -2,7 +2,13 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from io import TextIOWrapper
+
+
+def one_of_several(variables: Mapping[str, str]) -> bool:
+    """Whether a launcher (torchrun, srun) may have started other processes of this command."""
+    return "RANK" in variables or "SLURM_PROCID" in variables
 
 
 def take_over() -> None:
