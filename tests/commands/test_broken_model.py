@@ -10,6 +10,7 @@ from rwkv_rlhf.commands import score_pairs, train
 from rwkv_rlhf.files import write_json
 from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.scoring.finite import NotFinite, broken_tensor, refuse_not_finite
+from tests.support.source_files import ROOT
 
 BROKEN = "blocks.1.att.key.weight"
 
@@ -29,11 +30,13 @@ def broken(base_model, tmp_path):
         ("--sft", 1, "--epoch_steps", 3),
         ("--sft", 1, "--epoch_steps", 3, "--peft", "lora", "--quant", 1, "--quant_mode", "nf4"),
         ("--dpo", 1, "--peft", "lora"),
+        ("--rm", 1, "--peft", "lora"),
+        ("--grpo", 1, "--peft", "lora", "--reward_funcs", f"{ROOT}/tests/support/rewards.py:odd"),
     ],
 )
 def test_a_start_model_with_nan_trains_nothing(words, refused, typed, broken, text_jsonl, pairs_csv, tmp_path):
     """If this breaks, three steps that were left out end in rwkv-final and status 0, or NaN scores are kept."""
-    data = ("--rlhf_train_file", pairs_csv) if "--dpo" in words else ("--data_file", text_jsonl)
+    data = ("--data_file", text_jsonl) if "--sft" in words else ("--rlhf_train_file", pairs_csv)
     refused([*typed, *words, *data, "--load_model", broken], BROKEN, "holds nan or inf")
     assert not list(tmp_path.glob("out/cache/*"))
 

@@ -297,7 +297,7 @@ def test_context_warm_up_survives_a_resume(tmp_path, go):
     tokens = [s["tokens"] for s in read_jsonl(once / "metrics.jsonl", "train")]
     assert tokens == [10, 20, 30, 40, 50, 60, 60, 60]
     go("twice", grow)
-    twice, status, err = go("twice", f"{grow} --epoch_begin 1")
+    twice, status, err = go("twice", f"{grow} --epoch_begin 1 --force 1")
     assert status == 0, err
     assert [s["tokens"] for s in read_jsonl(twice / "metrics.jsonl", "train")] == tokens
 

@@ -31,7 +31,7 @@ from rwkv_rlhf.rl.rewards import RewardError, Rewards
 from rwkv_rlhf.rl.rollout import Asked, Group, Sample, roll_out
 from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.evaluation import evaluating
-from rwkv_rlhf.scoring.finite import refuse_not_finite
+from rwkv_rlhf.scoring.finite import broken_tensor, refuse_not_finite
 from rwkv_rlhf.scoring.forward import answer_logp
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import Failure
@@ -180,6 +180,8 @@ class Rollouts:
 
     def _collect(self) -> None:
         """Sample, reward, score and judge the answers to the next prompts."""
+        if not self.rollouts and (name := broken_tensor(self.sampler.model)):
+            raise ValueError(f"{name} of {{load_model}} {self.config.load_model} holds nan or inf: the file is damaged")
         begun = time.perf_counter()
         kept: list[Group] = []
         spare: list[Group] = []
