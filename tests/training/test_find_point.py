@@ -14,8 +14,9 @@ def test_where_a_run_without_a_point_begins(tmp_path, caplog):
     caplog.set_level("INFO")
     words = ["--data_file", "D", "--resume", "auto", "--load_model"]
     for model, said in ((["M"], "from the beginning"), (["0", "--train_stage", "3"], "from its newest checkpoint")):
+        config = parse([*words, *model])
         caplog.clear()
-        assert find_point(parse([*words, *model]), tmp_path, {}) is None
+        assert find_point(config, tmp_path, {}) is None
         assert caplog.messages == [f"--resume auto: {tmp_path} holds no resume point, so the run starts {said}"]
 
 
