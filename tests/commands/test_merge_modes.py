@@ -167,6 +167,7 @@ def test_what_the_peft_library_cannot_hold_is_said(tmp_path, caplog):
     for other, sentence in (
         (["--from_peft", str(tmp_path / "no"), "--output", str(tmp_path / "x.pth")], "one task"),
         (["--to_peft", "a", "--output", "b.pth"], "one task"),
+        (["--to_peft", "a", "--dense", "1"], "--dense 1 is about merging"),
         ([], "--output is missing"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -103,6 +103,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if (args.from_peft and args.lora_checkpoint) or (args.exports and (args.output or args.from_peft)):
         flags = ", ".join(f"--to_{name}" for name in args.exports or adapter_exports())
         raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
+    if args.dense and (args.exports or args.from_peft):
+        raise ValueError("--dense 1 is about merging an adapter into its base, which --to_... and --from_peft do not")
     return args
 
 
