@@ -33,6 +33,7 @@ BESIDE = {
     "checkpoints/adapter_files.py:initial_factors": "the initial factors are written",
     "checkpoints/tensor_files.py:write_tensors": "the batch of a step that is left out is written",
     "checkpoints/merging.py:Merged.__getitem__": "a merged matrix is written",
+    "scoring/finite.py:broken_tensor": "before the first rollout",
     "scoring/evaluation.py:_text_score": "held out: once a row of 8192 tokens",
     "scoring/evaluation.py:score_pairs.scored_row": "held out: once a row of 8192 tokens",
     "scoring/divergence.py:Divergence.__init__": "held out: the reference's distributions wait on the host",

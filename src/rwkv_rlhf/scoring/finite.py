@@ -20,10 +20,10 @@ def broken_tensor(model: nn.Module) -> str:
     """
     if ranks.is_sharded(model):
         return ""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(tensor.detach().float().isfinite().all()):
-            return f"{name.split('.store.')[0]}.weight" if ".store." in name else name
-    return ""
+    tensors = {n: x.detach() for n, x in (*model.named_parameters(), *model.named_buffers()) if x.is_floating_point()}
+    whole = torch.stack([tensor.float().isfinite().all() for tensor in tensors.values()]).tolist()  # waits once
+    name = next((name for name, finite in zip(tensors, whole) if not finite), "")
+    return f"{name.split('.store.')[0]}.weight" if ".store." in name else name
 
 
 def refuse_not_finite(what: str, scores: Tensor, model: nn.Module) -> None:
