@@ -1,7 +1,6 @@
 """Train an RWKV language model: pre-training, SFT, DPO, ORPO, by layer profile. `--help` lists every flag."""
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -15,7 +14,7 @@ from rwkv_rlhf.settings.surroundings import one_of_several
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = parse(argv)
-    if not one_of_several(os.environ):
+    if not one_of_several():
         check_given_files(config)
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor

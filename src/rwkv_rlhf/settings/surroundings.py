@@ -2,13 +2,12 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from io import TextIOWrapper
 
 
-def one_of_several(variables: Mapping[str, str]) -> bool:
+def one_of_several() -> bool:
     """Whether a launcher (torchrun, srun) may have started other processes of this command."""
-    return "RANK" in variables or "SLURM_PROCID" in variables
+    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
 def take_over() -> None:
