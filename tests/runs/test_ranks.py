@@ -14,7 +14,7 @@ from tests.support.files import has_stepped, read_jsonl
 from tests.support.processes import PROGRAMS, started
 from tests.support.rank_cases import case, shared_words
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(390), pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
 
 CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty", "grpo", "ppo")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
@@ -49,7 +49,7 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     for name in CASES:
         one = [*shared_words(base_model, vocab_file), *words[name](1), "--proj_dir", folder / "one" / name]
         train.main([str(word) for word in one])
-    _, err = process.communicate(timeout=500)
+    _, err = process.communicate(timeout=580)
     assert process.returncode == 0, err[-3000:]
     return folder
 

@@ -10,7 +10,7 @@ from rwkv_rlhf.commands import train
 from tests.support.files import read_jsonl
 from tests.support.processes import PROGRAMS, started
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("resume_ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
 
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp"]
 SPLIT = ("deepspeed_stage_3", "fsdp")
@@ -44,7 +44,7 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
     process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
-    _, err = process.communicate(timeout=280)
+    _, err = process.communicate(timeout=580)
     assert process.returncode == 0, err[-3000:]
     return folder
 

@@ -200,8 +200,8 @@ class WriteResumePoints(pl.Callback):
             log.info("resuming from %s: optimizer step %d is done", point.path, state["step"])
             if state["step"] >= self.trainer.max_steps:
                 log.info(
-                    "the run is finished, nothing is left to do: a larger --epoch_count makes it longer, and "
-                    "--load_adapter %s in another folder trains on with other settings",
+                    "the run is finished, nothing is left to do: a larger --epochs or --epoch_count makes it longer, "
+                    "and --load_adapter %s in another folder trains on with other settings",
                     self.folder / "rwkv-final.pth",
                 )
         self._skip = 0 if state["over"] else state["done"]
