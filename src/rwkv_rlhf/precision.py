@@ -10,7 +10,6 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16 or fp32; auto = GPU in bf16, else CPU in fp32"
 # The precisions of the scripts' --strategy -> what is computed in: bf16 is the 16-bit type that the kernels know.
 STRATEGY_PRECISIONS = {"fp32": "fp32", "bf16": "bf16", "fp16": "bf16"}
 

@@ -13,7 +13,7 @@ from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model, trainable
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.commands import chat, generate_rejects, prepare_pairs, sft_h5
 from rwkv_rlhf.commands import generate_rejects as rejects
-from rwkv_rlhf.data import open_pairs
+from rwkv_rlhf.data.opening import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation import rejects as room
 from rwkv_rlhf.generation.rows import Completion, Finished

@@ -1,5 +1,6 @@
 """The scripts of the tradition at the top level: each runs its command from a bare clone."""
 
+import json
 import runpy
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from rwkv_rlhf.commands import COMMANDS, NAMED, main, run_command
 from rwkv_rlhf.commands.old_scripts import OLD_SCRIPTS, translated
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
 from tests.support.merging import run_merge, trained
+from tests.support.processes import run_program
 from tests.support.source_files import ROOT, SCRIPTS
 
 
@@ -102,3 +104,9 @@ def test_a_bare_clone_needs_no_installation(tmp_path):
     done = subprocess.run(words, cwd=tmp_path, env={}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and PROGRAM_VERSION in done.stdout, done.stderr
     assert {name for command in COMMANDS.values() for name in command.scripts} == {path.stem for path in SCRIPTS}
+
+
+def test_flags_are_read_without_pytorch():
+    """If this breaks, --help and a mistyped flag of every command take as long as PyTorch takes to be imported."""
+    names, torch = json.loads(run_program("import_parsers"))
+    assert len(names) > 5 and set(names) <= COMMANDS.keys() and not torch

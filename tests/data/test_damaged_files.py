@@ -17,10 +17,10 @@ import torch
 from rwkv_rlhf.checkpoints.exporters.peft import from_peft
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
-from rwkv_rlhf.data import open_text
 from rwkv_rlhf.data.arrow_rows import read_parquet
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.json_rows import read_jsonl
+from rwkv_rlhf.data.opening import open_text
 from rwkv_rlhf.data.pairs.h5 import read_pair_h5
 from rwkv_rlhf.data.pairs.save import read_save
 from rwkv_rlhf.data.report import DataReport

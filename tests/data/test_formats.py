@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from rwkv_rlhf.data import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.batch import IGNORE, PairBatch, PairExample, TextExample
+from rwkv_rlhf.data.opening import kind_of, open_pairs, open_text
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.data.text.binidx import write_corpus

@@ -17,9 +17,9 @@ from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.checkpoints.merging import load_combined
 from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
-from rwkv_rlhf.data import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
 from rwkv_rlhf.data.batch import pack, pack_rated
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.opening import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.text.teacher_log import TeacherLog

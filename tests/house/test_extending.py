@@ -12,7 +12,7 @@ import torch
 
 from rwkv_rlhf import commands
 from rwkv_rlhf.commands import chat, convert, generate_rejects, make_profile, merge, prepare_pairs, score_pairs, train
-from rwkv_rlhf.data import kind_of
+from rwkv_rlhf.data.opening import kind_of
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.losses import LOSSES

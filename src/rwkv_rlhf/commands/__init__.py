@@ -7,6 +7,7 @@ A command is one file with `main(words)`, which takes the words behind its name 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
@@ -48,16 +49,21 @@ COMMANDS = {
     "merge_peft_adapter": Command(("merge_peft_adapter",), "neural_chat's merging, between its stages"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
+PARSERS = "rwkv_rlhf.commands.parsers"  # a module for each command that has flags of its own
 NAMED = {word: name for name, command in COMMANDS.items() for word in (name, *command.scripts)}
 
 
 def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
     """Run the command `name` (or the script of that name) with `words` (None = sys.argv) and leave with its status."""
 
-    # imported inside, so that a missing package is a sentence
+    # imported inside, so that a missing package is a sentence, and a mistyped flag is one before PyTorch is there
     def called(given: Sequence[str]) -> int | None:
+        given = translated(name, given) if name in OLD_SCRIPTS else given
+        flags = f"{PARSERS}.{NAMED[name]}"
+        if importlib.util.find_spec(flags) is not None:
+            importlib.import_module(flags).parser().parse_args(given)
         main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
-        return main(translated(name, given) if name in OLD_SCRIPTS else given)
+        return main(given)
 
     run(called, words)
 

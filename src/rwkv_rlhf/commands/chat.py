@@ -16,15 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rwkv_rlhf.checkpoints.adapter_files import hinting
-from rwkv_rlhf.commands.flag_groups import (
-    ADAPTER_HINTS,
-    adapter_flags,
-    add_adapter_flags,
-    add_devices_flag,
-    add_model_flags,
-    add_text_flags,
-    reading_of,
-)
+from rwkv_rlhf.commands.flag_values import ADAPTER_HINTS, adapter_flags, reading_of
+from rwkv_rlhf.commands.parsers.chat import parser
 from rwkv_rlhf.commands.several import several
 from rwkv_rlhf.data.conversation import Turn, normalise
 from rwkv_rlhf.data.items import Found, read_items
@@ -40,34 +33,19 @@ from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import (
     SamplingParams,
-    add_sampling_flags,
     option_types,
     options,
     sampling_params,
 )
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
-from rwkv_rlhf.settings.command_line import TYPE_WORDS, Parser
+from rwkv_rlhf.settings.command_line import TYPE_WORDS
 from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("chat")
 
 SHORT = {"/temp": "temperature", "/max": "max_tokens"}  # the other options by their names: /top_p 0.5
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Talk to a model, or let it answer a file of prompts.")
-    add_model_flags(flags, "checkpoint of the model")
-    add_adapter_flags(flags)
-    flags.add_argument("--prompt_file", default="", help="file of prompts, chats or pairs; empty = talk")
-    flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
-    add_sampling_flags(flags, top_p=0.7)
-    flags.add_argument("--batch_size", type=int, default=32, help="prompts of a file answered at once [32]")
-    add_text_flags(flags)
-    add_devices_flag(flags)
-    return flags
 
 
 def cue(found: Found, template: Template) -> str:

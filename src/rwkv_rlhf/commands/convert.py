@@ -13,30 +13,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_reading_flags, add_skip_flag, reading_of
+from rwkv_rlhf.commands.flag_values import reading_of
+from rwkv_rlhf.commands.parsers.convert import parser
 from rwkv_rlhf.data.items import read_items
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.shapes.stable import stable_form
 from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.files import atomic_write
-from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("convert")
 
 SAMPLES = 3  # rows that --dry_run shows
 SHOWN = 400  # characters of each text in them
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Convert data of any shape into the form of this program.")
-    flags.add_argument("--input", required=True, help="what to read: a file, a folder, a pattern (docs/data.md)")
-    flags.add_argument("--output", default="", help="JSONL to write")
-    flags.add_switch("--dry_run", help="count, show three rows, write nothing")
-    add_reading_flags(flags)
-    add_skip_flag(flags)
-    return flags
 
 
 def shortened(value: Any) -> Any:

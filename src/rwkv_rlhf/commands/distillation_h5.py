@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
-from rwkv_rlhf.commands.flag_groups import add_model_flags
+from rwkv_rlhf.commands.document_files import check_document_flags, count_lines, examples_of
+from rwkv_rlhf.commands.parsers.distillation_h5 import parser
 from rwkv_rlhf.data.batch import TextBatch, TextExample, TopK
 from rwkv_rlhf.data.grouping import group_by_tokens
 from rwkv_rlhf.data.progress import progress_bar
@@ -29,22 +29,10 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import top_logits
-from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("teacher")
 
 HEAD_CHUNK = 1024
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Write a teacher's largest logits for each token of a set of documents.")
-    add_model_flags(flags, "the teacher: a checkpoint (.pth or .safetensors)")
-    flags.add_argument("--load_initial_state", default="", help="not built yet; the older script ignored it")
-    flags.add_argument("--top_k", type=int, default=100, help="logits kept per token [100]")
-    flags.add_argument("--batch_tokens", type=int, default=4096, help="tokens in one forward pass [4096]")
-    add_document_flags(flags, "distillation.h5")
-    return flags
 
 
 def batches(examples: Iterable[TextExample], most: int) -> Iterator[list[TextExample]]:

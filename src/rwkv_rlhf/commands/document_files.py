@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags, reading_of
+from rwkv_rlhf.commands.flag_values import reading_of
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sources import refuse_sources, sources_of
@@ -15,19 +15,7 @@ from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable
-from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import FORMATS, refuse_other_format
-
-
-def add_document_flags(flags: Parser, output: str) -> None:
-    """Adds the flags of every script that turns documents into an .h5, by default `output`."""
-    flags.add_argument(
-        "--input_folder", "--input", required=True, help="documents and chats: files, a folder, a pattern"
-    )
-    flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
-    add_text_flags(flags)
-    flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
-    add_seed_and_skip_flags(flags, "seed of the template mixed")
 
 
 def check_document_flags(flags: Namespace) -> list[Path]:

@@ -1,17 +1,12 @@
-"""Flags that several commands have, each group declared once."""
+"""Flags that several commands have, each group declared once. What they say is read in `flag_values.py`."""
 
-from argparse import Namespace
-
-from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFlags
-from rwkv_rlhf.checkpoints.tensor_files import read_tensors
-from rwkv_rlhf.data.items import Reading
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
-from rwkv_rlhf.model.sizes import sizes_of
-from rwkv_rlhf.precision import STRATEGY_HELP
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.shapes import SHAPES, THINKING
+
+STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16 or fp32; auto = GPU in bf16, else CPU in fp32"
 
 
 def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy: str = "auto") -> None:
@@ -22,31 +17,12 @@ def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy
     flags.add_argument("--strategy", default=strategy, help=f"{STRATEGY_HELP} [{strategy}]")
 
 
-# what to do about a mismatch of model, adapter and the flags below
-ADAPTER_HINTS = {
-    "base": "give the right --load_model",
-    "scaling": "leave --lora_scaling out",
-    "alpha": "leave --lora_alpha out",
-    "factors": "give them with --load_adapter_pissa_init",
-    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
-    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
-}
-
-
 def add_adapter_flags(flags: Parser) -> None:
     """What --load_adapter does not say itself: --lora_scaling, --lora_alpha, its PiSSA factors, its cold adapter."""
     flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
     flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
     flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
-
-
-def adapter_flags(flags: Namespace) -> AdapterFlags:
-    """What the flags say of --load_adapter. Raises ValueError when there is none."""
-    said = AdapterFlags(scaling=flags.lora_scaling, alpha=flags.lora_alpha)
-    if not flags.load_adapter and said != NO_FLAGS:
-        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
-    return said
 
 
 def add_devices_flag(flags: Parser) -> None:
@@ -73,11 +49,6 @@ def add_reading_flags(flags: Parser) -> None:
     flags.add_argument("--thinking", default="keep", choices=THINKING, help=help)
 
 
-def reading_of(flags: Namespace) -> Reading:
-    """What these flags say."""
-    return Reading(flags.format, flags.thinking == "drop")
-
-
 def add_skip_flag(flags: Parser) -> None:
     """--skip_bad."""
     flags.add_switch("--skip_bad", help="count and leave out bad rows instead of stopping")
@@ -95,11 +66,24 @@ def add_vocabulary_size_flags(flags: Parser) -> None:
     flags.add_argument("--vocab_size", type=int, default=0, help=f"vocabulary size if no model is given [{WORLD_SIZE}]")
 
 
-def vocabulary_size(model: str, given: int) -> int:
-    """The checkpoint's vocabulary size, or the flag's, or World's; ValueError when checkpoint and flag disagree."""
-    if model in ("", "0"):
-        return given or WORLD_SIZE
-    found = sizes_of(read_tensors(model)).vocab_size
-    if given and given != found:
-        raise ValueError(f"--vocab_size {given}, but {model} has a vocabulary of {found}")
-    return found
+def add_pair_flags(flags: Parser, output: str) -> None:
+    """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
+    flags.add_argument("--input_csv", required=True, help="preference pairs (docs/data.md): files, a folder, a pattern")
+    flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
+    flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
+    add_text_flags(flags)
+    flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
+    flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
+    flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
+    add_seed_and_skip_flags(flags, "seed of the template mixed and of the shuffle")
+
+
+def add_document_flags(flags: Parser, output: str) -> None:
+    """Adds the flags of every script that turns documents into an .h5, by default `output`."""
+    flags.add_argument(
+        "--input_folder", "--input", required=True, help="documents and chats: files, a folder, a pattern"
+    )
+    flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
+    add_text_flags(flags)
+    flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
+    add_seed_and_skip_flags(flags, "seed of the template mixed")

@@ -11,13 +11,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import (
-    add_devices_flag,
-    add_model_flags,
-    add_skip_flag,
-    add_text_flags,
-    reading_of,
-)
+from rwkv_rlhf.commands.flag_values import reading_of
+from rwkv_rlhf.commands.parsers.generate_rejects import parser
 from rwkv_rlhf.commands.several import several
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
@@ -30,27 +25,10 @@ from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
-from rwkv_rlhf.generation.sampling_params import SamplingParams, add_sampling_flags, options, sampling_params
-from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.generation.sampling_params import SamplingParams, options, sampling_params
 from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("rejects")
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Sample the answers that are to be rejected.")
-    add_model_flags(flags, "checkpoint of the model that answers", strategy="cuda fp16")
-    flags.add_argument("--input_csv", required=True, help="preference pairs; rejected answers may be absent")
-    flags.add_argument("--output_csv", default="rlhfoutput.csv", help=".csv or .jsonl to write [rlhfoutput.csv]")
-    flags.add_switch("--overwrite", help="replace rejects that are there")
-    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled at once, of each process [32]")
-    add_sampling_flags(flags, top_p=0.3, frequency=1.0, max_tokens=1000)
-    flags.add_argument("--tries", type=int, default=4, help="tries for an answer that is empty or equals chosen [4]")
-    add_text_flags(flags)
-    add_skip_flag(flags)
-    add_devices_flag(flags)
-    return flags
 
 
 def made_by(flags: Namespace) -> dict[str, Any]:

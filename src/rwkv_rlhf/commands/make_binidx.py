@@ -11,33 +11,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag
+from rwkv_rlhf.commands.parsers.make_binidx import parser
 from rwkv_rlhf.data.items import Reading, read_items
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.sampler import magic_prime
 from rwkv_rlhf.data.shapes.record import Document
 from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
-from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, WORLD_SIZE, Tokenizer, load_tokenizer
+from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from rwkv_rlhf.files import check_writable
-from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("binidx")
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Make a binidx corpus of documents.")
-    flags.add_argument("--input", required=True, help='rows with {"text": ...}: files, a folder, a pattern')
-    flags.add_argument("--output", required=True, help="PREFIX of PREFIX.bin and PREFIX.idx")
-    flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
-    flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
-    flags.add_argument("--vocab_size", type=int, default=WORLD_SIZE, help=f"vocabulary size [{WORLD_SIZE}]")
-    add_vocabulary_flag(flags)
-    flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")
-    flags.add_switch("--shuffle", default=True, help="shuffle each time; 0 keeps the file's order [1]")
-    add_skip_flag(flags)
-    return flags
 
 
 def _encode(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -32,27 +32,16 @@ from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.sidecar import sidecar_path
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.commands import export
-from rwkv_rlhf.files import SHARDS_INDEX
+from rwkv_rlhf.commands.parsers.merge import EXPORTED, SUFFIXES, parser
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.exit_status import Failure
-from rwkv_rlhf.settings.exports import EXPORTS, ExportFacts
+from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.implementations import load
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".pth", ".safetensors", SHARDS_INDEX)
-# of files for other programs: the export that writes them
-EXPORTED = {
-    suffix: name
-    for name, facts in EXPORTS.items()
-    if facts.target
-    for suffix in facts.target.suffixes
-    if suffix not in SUFFIXES
-}
-OUTPUT_HELP = f"the merged model: {', '.join(SUFFIXES)}, or for another program {', '.join(EXPORTED)}"
 # what to do about a mismatch of base, checkpoint and flags
 HINTS = {
     "base": "give the right --base_model, or --force 1 to go on",
@@ -64,53 +53,6 @@ HINTS = {
     "factors": "give the right ones with --lora_init, or --force 1 to go on",
     "cold": "--load_cold_adapter must name what was merged below it, or be left out",
 }
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The flags of this script. Raises ValueError for a set of them that names no task."""
-    parser = Parser("Merge a checkpoint of training into its base model.")
-    parser.add_argument("--base_model", default="", help="the model that training started from")
-    parser.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth, or a run's folder")
-    parser.add_argument("--output", default="", help=OUTPUT_HELP)
-    parser.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
-    parser.add_argument(
-        "--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint"
-    )
-    parser.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
-    parser.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
-    parser.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
-    parser.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
-    parser.add_switch("--dense", help="merge over the base as it is in its file, though training had it packed")
-    parser.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
-    for name, facts in adapter_exports().items():
-        parser.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
-    parser.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
-    parser.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
-    parser.add_switch("--force", help="go on although base model or storage are not those of the training")
-    args: argparse.Namespace = parser.parse_args(words)
-    args.exports = [name for name in adapter_exports() if getattr(args, f"to_{name}")]
-    wanted = {
-        "base_model": not args.exports,
-        "lora_checkpoint": not args.from_peft,
-        "output": not args.exports,
-    }
-    for name, needed in wanted.items():
-        if needed and not getattr(args, name):
-            raise ValueError(f"--{name} is missing; see --help")
-    storages = (tables.DENSE, *tables.STORAGES)
-    if args.quant is not None and args.quant not in storages:
-        raise ValueError(f"--quant {args.quant}: must be one of {', '.join(storages)}")
-    if (args.from_peft and args.lora_checkpoint) or (args.exports and (args.output or args.from_peft)):
-        flags = ", ".join(f"--to_{name}" for name in args.exports or adapter_exports())
-        raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
-    if args.dense and (args.exports or args.from_peft):
-        raise ValueError("--dense 1 is about merging an adapter into its base, which --to_... and --from_peft do not")
-    return args
-
-
-def adapter_exports() -> dict[str, ExportFacts]:
-    """The forms of an adapter alone."""
-    return {name: facts for name, facts in EXPORTS.items() if facts.target is None}
 
 
 def export_merged(args: argparse.Namespace) -> None:
@@ -218,7 +160,7 @@ def packing_sentence(base: Mapping[str, Tensor], layout: Layout, merged: Mapping
 
 def main(words: Sequence[str]) -> int:
     """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
-    args = parse(words)
+    args: argparse.Namespace = parser().parse_args(words)
     if args.lora_checkpoint and Path(args.lora_checkpoint).is_dir():
         args.lora_checkpoint = str(checkpoint_file(args.lora_checkpoint))
     for name in args.exports:

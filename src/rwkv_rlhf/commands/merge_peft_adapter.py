@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rwkv_rlhf.checkpoints.named_model import FINAL, named_model
 from rwkv_rlhf.commands import merge
+from rwkv_rlhf.commands.parsers.merge import EXPORTED, SUFFIXES, parser
 from rwkv_rlhf.commands.stages import translated, value_of
 
 NAME = "merge_peft_adapter"
@@ -19,7 +20,10 @@ NAME = "merge_peft_adapter"
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The flags of merge.py that these words ask for; no file is opened. Raises ValueError."""
-    return merge.parse(["--base_model", "that of the checkpoint", *translated(NAME, words)])
+    flags: argparse.Namespace = parser().parse_args(
+        ["--base_model", "that of the checkpoint", *translated(NAME, words)]
+    )
+    return flags
 
 
 def main(words: Sequence[str]) -> int:
@@ -31,7 +35,7 @@ def main(words: Sequence[str]) -> int:
         if named.adapter is None:
             raise ValueError(f"{checkpoint} has no .json beside it that names its base: give --base_model")
         new += ["--base_model", str(named.base)]
-    if output and not output.endswith((*merge.SUFFIXES, *merge.EXPORTED)):
+    if output and not output.endswith((*SUFFIXES, *EXPORTED)):
         Path(output).mkdir(parents=True, exist_ok=True)
         new += ["--output", str(Path(output) / FINAL[0])]
     return merge.main(new)

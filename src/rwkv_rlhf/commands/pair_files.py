@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_rlhf.commands.flag_groups import add_seed_and_skip_flags, add_text_flags, reading_of
+from rwkv_rlhf.commands.flag_values import reading_of
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.data.pairs.save import write_save
 from rwkv_rlhf.data.pairs.tokenising import PairOptions, PairTokeniser
@@ -15,24 +15,11 @@ from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable
-from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("prepare")
 
 PARTS = ("train", "valid", "test")
-
-
-def add_pair_flags(flags: Parser, output: str) -> None:
-    """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
-    flags.add_argument("--input_csv", required=True, help="preference pairs (docs/data.md): files, a folder, a pattern")
-    flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
-    flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
-    add_text_flags(flags)
-    flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
-    flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
-    flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
-    add_seed_and_skip_flags(flags, "seed of the template mixed and of the shuffle")
 
 
 def check_pair_flags(flags: Namespace) -> None:

@@ -6,18 +6,10 @@ read, cut and left out is printed; F.save.json beside the output says how it was
 
 from collections.abc import Sequence
 
-from rwkv_rlhf.commands.flag_groups import add_vocabulary_size_flags, vocabulary_size
-from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
+from rwkv_rlhf.commands.flag_values import vocabulary_size
+from rwkv_rlhf.commands.pair_files import check_pair_flags, tokenised, write_pairs
+from rwkv_rlhf.commands.parsers.prepare_pairs import parser
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.settings.command_line import Parser
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Tokenise preference pairs for ORPO without running a model.")
-    add_vocabulary_size_flags(flags)
-    add_pair_flags(flags, "orpotest.save")
-    return flags
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rwkv_rlhf.commands.flag_groups import add_model_flags, add_skip_flag, add_text_flags
+from rwkv_rlhf.commands.parsers.score import parser
 from rwkv_rlhf.data.conversation import Turn, refuse_nul
 from rwkv_rlhf.data.json_rows import read_jsonl
 from rwkv_rlhf.data.messages import Notes
@@ -27,7 +27,6 @@ from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file, with
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.rewards import answer_rewards
-from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import PROMPT, SHAPES
 
@@ -43,17 +42,6 @@ class Answered(NamedTuple):
     record: dict[str, Any]
     turns: tuple[Turn, ...]
     answer: str
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Let a reward model score a file of answers.")
-    add_model_flags(flags, "the reward model (merged), or its base with --load_adapter")
-    flags.add_argument("--input", required=True, help="JSONL of prompts and answers")
-    flags.add_argument("--output", required=True, help="JSONL to write: the same objects with their reward")
-    add_text_flags(flags)
-    add_skip_flag(flags)
-    return flags
 
 
 def answered(where: str, values: dict[str, Any], notes: Notes) -> Answered:

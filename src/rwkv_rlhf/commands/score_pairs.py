@@ -10,28 +10,16 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 
-from rwkv_rlhf.commands.flag_groups import add_model_flags
-from rwkv_rlhf.commands.pair_files import add_pair_flags, check_pair_flags, tokenised, write_pairs
+from rwkv_rlhf.commands.pair_files import check_pair_flags, tokenised, write_pairs
+from rwkv_rlhf.commands.parsers.score_pairs import parser
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.kept_scores import KeptScores
 from rwkv_rlhf.scoring.reference import reference_key
-from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("prepare")
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Tokenise preference pairs and score them with the reference model.")
-    add_model_flags(flags, "the reference: the model that training starts from", adapter=False)
-    packed = "storage of the matrices; train.py uses the scores only with the same --quant_mode [none]"
-    flags.add_argument("--quant_mode", default="none", choices=(tables.DENSE, *tables.STORAGES), help=packed)
-    add_pair_flags(flags, "trainset.save")
-    return flags
 
 
 def main(argv: Sequence[str]) -> None:

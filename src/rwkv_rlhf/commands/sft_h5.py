@@ -9,25 +9,17 @@ import logging
 from collections.abc import Sequence
 from itertools import islice
 
-from rwkv_rlhf.commands.document_files import add_document_flags, check_document_flags, count_lines, examples_of
-from rwkv_rlhf.commands.flag_groups import add_vocabulary_size_flags, vocabulary_size
+from rwkv_rlhf.commands.document_files import check_document_flags, count_lines, examples_of
+from rwkv_rlhf.commands.flag_values import vocabulary_size
+from rwkv_rlhf.commands.parsers.sft_h5 import parser
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
-from rwkv_rlhf.settings.command_line import Parser
 
 log = logging.getLogger("sft")
 
 BATCH = 1000  # documents written at a time
-
-
-def parser() -> Parser:
-    """The flags of this script."""
-    flags = Parser("Tokenise documents and chats into an .h5 for supervised fine-tuning.")
-    add_vocabulary_size_flags(flags)
-    add_document_flags(flags, "sft.h5")
-    return flags
 
 
 def main(argv: Sequence[str]) -> None:

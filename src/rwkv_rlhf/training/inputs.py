@@ -15,9 +15,19 @@ from torch import Tensor
 from rwkv_rlhf.checkpoints.adapter_files import initial_factors, needs_initial_factors
 from rwkv_rlhf.checkpoints.loading import BuildOptions, file_sizes, load_model
 from rwkv_rlhf.checkpoints.tensor_files import tensors_hash
-from rwkv_rlhf.data import Reading, is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text, unpair
 from rwkv_rlhf.data.batch import PairExample, RatedExample, TextExample
 from rwkv_rlhf.data.joined_documents import ContextWarmup, JoinedDocuments
+from rwkv_rlhf.data.opening import (
+    Reading,
+    is_rated,
+    kind_of,
+    open_h5,
+    open_pairs,
+    open_rated,
+    open_slices,
+    open_text,
+    unpair,
+)
 from rwkv_rlhf.data.pairs.dataset import Pairs
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.prompts import Prompts, open_prompts

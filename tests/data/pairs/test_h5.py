@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rwkv_rlhf.data import kind_of, open_pairs
+from rwkv_rlhf.data.opening import kind_of, open_pairs
 
 h5py = pytest.importorskip("h5py")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rwkv_rlhf.commands import sft_h5
-from rwkv_rlhf.data import kind_of, open_text
 from rwkv_rlhf.data.batch import TextExample, TopK, pack_texts
+from rwkv_rlhf.data.opening import kind_of, open_text
 from rwkv_rlhf.data.split import split
 from rwkv_rlhf.data.text.h5 import open_h5, writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer

@@ -1,0 +1,42 @@
+"""What the flags of `flag_groups.py` say, once the work begins."""
+
+from argparse import Namespace
+
+from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFlags
+from rwkv_rlhf.checkpoints.tensor_files import read_tensors
+from rwkv_rlhf.data.items import Reading
+from rwkv_rlhf.data.tokenizer import WORLD_SIZE
+from rwkv_rlhf.model.sizes import sizes_of
+
+# what to do about a mismatch of model, adapter and the flags below
+ADAPTER_HINTS = {
+    "base": "give the right --load_model",
+    "scaling": "leave --lora_scaling out",
+    "alpha": "leave --lora_alpha out",
+    "factors": "give them with --load_adapter_pissa_init",
+    "cold": "--load_cold_adapter must name what was merged below it, or be left out",
+    "no scaling": "--lora_scaling (alpha / rank) or --lora_alpha",
+}
+
+
+def adapter_flags(flags: Namespace) -> AdapterFlags:
+    """What the flags say of --load_adapter. Raises ValueError when there is none."""
+    said = AdapterFlags(scaling=flags.lora_scaling, alpha=flags.lora_alpha)
+    if not flags.load_adapter and said != NO_FLAGS:
+        raise ValueError("--lora_scaling and --lora_alpha need --load_adapter")
+    return said
+
+
+def reading_of(flags: Namespace) -> Reading:
+    """What these flags say."""
+    return Reading(flags.format, flags.thinking == "drop")
+
+
+def vocabulary_size(model: str, given: int) -> int:
+    """The checkpoint's vocabulary size, or the flag's, or World's; ValueError when checkpoint and flag disagree."""
+    if model in ("", "0"):
+        return given or WORLD_SIZE
+    found = sizes_of(read_tensors(model)).vocab_size
+    if given and given != found:
+        raise ValueError(f"--vocab_size {given}, but {model} has a vocabulary of {found}")
+    return found

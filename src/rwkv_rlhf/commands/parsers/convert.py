@@ -1,0 +1,17 @@
+"""The flags of `convert`."""
+
+from __future__ import annotations
+
+from rwkv_rlhf.commands.flag_groups import add_reading_flags, add_skip_flag
+from rwkv_rlhf.settings.command_line import Parser
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Convert data of any shape into the form of this program.")
+    flags.add_argument("--input", required=True, help="what to read: a file, a folder, a pattern (docs/data.md)")
+    flags.add_argument("--output", default="", help="JSONL to write")
+    flags.add_switch("--dry_run", help="count, show three rows, write nothing")
+    add_reading_flags(flags)
+    add_skip_flag(flags)
+    return flags

@@ -1,0 +1,35 @@
+"""The flags of `export`."""
+
+from __future__ import annotations
+
+from rwkv_rlhf.commands.flag_groups import add_adapter_flags, add_vocabulary_flag
+from rwkv_rlhf.data.templates.template import TEMPLATES
+from rwkv_rlhf.settings.command_line import Parser, truth
+from rwkv_rlhf.settings.exports import EXPORTS
+
+DTYPES = tuple(
+    dict.fromkeys(dtype for facts in EXPORTS.values() if facts.target for dtype in facts.target.dtypes if dtype)
+)
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Parser("Write a model, or a model with its adapter, for another program.")
+    targets = "; ".join(f"{name}: {facts.help}" for name, facts in EXPORTS.items())
+    flags.add_argument("--load_model", default="", help="checkpoint of the model")
+    flags.add_argument("--load_adapter", default="", help="adapter checkpoint that is merged into it")
+    add_adapter_flags(flags)
+    flags.add_argument("--to", required=True, choices=tuple(EXPORTS), help=targets)
+    flags.add_argument("--output", required=True, help="the file or folder to write")
+    flags.add_argument("--dtype", default="", choices=("", *DTYPES), help="of the matrices [the target's usual one]")
+    flags.add_argument("--shard_size", type=float, default=4.0, help="largest file of several, in GiB [4]")
+    text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [the one that the adapter was trained with, else world]"
+    flags.add_argument("--template", default="", help=text)
+    add_vocabulary_flag(flags)
+    flags.add_argument("--name", default="", help="what the file calls the model [the name of --output]")
+    flags.add_argument("--licence", default="", help="licence of the model, to be written into it")
+    flags.add_argument("--source", default="", help="address where the model comes from, to be written into it")
+    text = "run the result in the other program: 1 must, 0 not [where it is installed]"
+    flags.add_argument("--check", nargs="?", const=True, default=None, type=truth, metavar="0/1", help=text)
+    flags.add_switch("--force", help="go on although the adapter was trained on another model")
+    return flags

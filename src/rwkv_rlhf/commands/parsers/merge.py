@@ -1,0 +1,77 @@
+"""The flags of `merge`, and which sets of them name a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rwkv_rlhf.files import SHARDS_INDEX
+from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.command_line import Parser
+from rwkv_rlhf.settings.exports import EXPORTS, ExportFacts
+
+SUFFIXES = (".pth", ".safetensors", SHARDS_INDEX)
+# of files for other programs: the export that writes them
+EXPORTED = {
+    suffix: name
+    for name, facts in EXPORTS.items()
+    if facts.target
+    for suffix in facts.target.suffixes
+    if suffix not in SUFFIXES
+}
+OUTPUT_HELP = f"the merged model: {', '.join(SUFFIXES)}, or for another program {', '.join(EXPORTED)}"
+
+
+class Tasks(Parser):
+    """Also refuses a set of flags that names no task."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parses `args`; raises UsageError or ValueError. `exports`: the forms in which the adapter is written."""
+        found = super().parse_args(args, namespace)
+        found.exports = [name for name in adapter_exports() if getattr(found, f"to_{name}")]
+        wanted = {
+            "base_model": not found.exports,
+            "lora_checkpoint": not found.from_peft,
+            "output": not found.exports,
+        }
+        for name, needed in wanted.items():
+            if needed and not getattr(found, name):
+                raise ValueError(f"--{name} is missing; see --help")
+        storages = (tables.DENSE, *tables.STORAGES)
+        if found.quant is not None and found.quant not in storages:
+            raise ValueError(f"--quant {found.quant}: must be one of {', '.join(storages)}")
+        if (found.from_peft and found.lora_checkpoint) or (found.exports and (found.output or found.from_peft)):
+            flags = ", ".join(f"--to_{name}" for name in found.exports or adapter_exports())
+            raise ValueError(f"--from_peft goes with --output, {flags} with --lora_checkpoint: one task at a time")
+        if found.dense and (found.exports or found.from_peft):
+            raise ValueError(
+                "--dense 1 is about merging an adapter into its base, which --to_... and --from_peft do not"
+            )
+        return found
+
+
+def parser() -> Parser:
+    """The flags of this script."""
+    flags = Tasks("Merge a checkpoint of training into its base model.")
+    flags.add_argument("--base_model", default="", help="the model that training started from")
+    flags.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth, or a run's folder")
+    flags.add_argument("--output", default="", help=OUTPUT_HELP)
+    flags.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
+    flags.add_argument("--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint")
+    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+    flags.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
+    flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
+    flags.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
+    flags.add_switch("--dense", help="merge over the base as it is in its file, though training had it packed")
+    flags.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
+    for name, facts in adapter_exports().items():
+        flags.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
+    flags.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
+    flags.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
+    flags.add_switch("--force", help="go on although base model or storage are not those of the training")
+    return flags
+
+
+def adapter_exports() -> dict[str, ExportFacts]:
+    """The forms of an adapter alone."""
+    return {name: facts for name, facts in EXPORTS.items() if facts.target is None}
