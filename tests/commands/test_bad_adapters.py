@@ -8,7 +8,7 @@ import torch
 from rwkv_rlhf.commands import chat, merge, train
 from rwkv_rlhf.plan import COLUMNS
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.training.start import with_adapter_there
+from rwkv_rlhf.settings.given_files import with_adapter_there
 
 HEAD = ",".join(COLUMNS)
 
@@ -155,7 +155,7 @@ def test_fp8_without_its_hardware_is_one_sentence(script, typed, text_jsonl, tmp
         (["--lora_plus", 4], "--lora_plus 4.0 has no effect: it needs --lora or --peft"),
         (["--peft", "lora", "--lora_plus", 0], "--lora_plus 0.0: must be > 0"),
         (["--peft", "pissa", "--load_adapter_pissa_init", "F"], "--load_adapter_pissa_init F needs --load_adapter"),
-        (["--peft", "lora", "--lora_load", "nowhere.pth"], "--load_adapter nowhere.pth: there is no such file"),
+        (["--peft", "lora", "--lora_load", "nowhere.pth"], "--load_adapter nowhere.pth does not exist"),
         (["--peft", "lora", "--load_cold_adapter", "nowhere.pth"], "--load_cold_adapter nowhere.pth does not exist"),
     ],
 )
@@ -164,12 +164,14 @@ def test_settings_without_an_effect(refused, typed, text_jsonl, words, said):
     refused([*typed, "--data_file", text_jsonl, *words], said)
 
 
-def test_the_adapter_that_old_commands_name_for_example(caplog):
+def test_the_adapter_that_old_commands_name_for_example(script, caplog):
     """RWKV-PEFT's own lines say rwkv-0 whether there is one or not, and trained on: so does this, with a notice."""
     words = ["--load_model", "M", "--data_file", "a.jsonl", "--peft", "lora"]
     for typed in (["--lora_load", "rwkv-0"], ["--lora_config", '{"lora_load": "rwkv-0", "lora_r": 8}']):
         assert with_adapter_there(parse([*words, *typed])).load_adapter == ""
-    assert caplog.text.count("rwkv-0: there is no such file, so training begins with new factors") == 2
+    status, _, err = script(train.main, *words, *typed)
+    assert status == 2 and "--load_model M does not exist" in err  # what is not there after it
+    assert caplog.text.count("rwkv-0: there is no such file, so training begins with new factors") == 3
 
 
 def test_a_checkpoint_that_lost_its_sidecar(refused, typed, adapter, base_model, text_jsonl, tmp_path):

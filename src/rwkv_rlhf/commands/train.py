@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
-from rwkv_rlhf.settings.given_files import check_given_files
+from rwkv_rlhf.settings.given_files import check_given_files, with_adapter_there
 from rwkv_rlhf.settings.surroundings import one_of_several
 
 
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
-    config = parse(argv)
+    config = with_adapter_there(parse(argv))
     if not one_of_several():
         check_given_files(config)
     if config.doctor:
@@ -43,7 +43,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run import evaluate, settings_of, train
     from rwkv_rlhf.training.run_identity import common_identity
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
-    from rwkv_rlhf.training.start import start, with_adapter_there, with_named_model, write_initial
+    from rwkv_rlhf.training.start import start, with_named_model, write_initial
 
     ranks.agreed(lambda: check_given_files(config))  # here for those of a launcher, which say it once
     config = with_length(with_precision(config))
@@ -57,7 +57,7 @@ def ranked(config: Config) -> int | None:
             write_initial(config, folder)
         return None
     with explained(config), ExitStack() as held:
-        config = with_named_model(with_adapter_there(config))
+        config = with_named_model(config)
         if config.eval_only:
             print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
             return None

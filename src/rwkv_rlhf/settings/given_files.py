@@ -1,6 +1,8 @@
 """The files that a command line names are looked at before anything slow: they are there, and of a form that their flag
 can take. What is in them is seen when they are opened."""
 
+import dataclasses
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,11 +12,15 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains, trains_on_text
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
 
+log = logging.getLogger(__name__)
+
 MODELS = (
     *("load_model", "load_adapter", "load_adapter_pissa_init", "load_cold_adapter"),
     *("reference_model", "teacher_model", "reward_model"),
 )
 DATA = ("data_file", "pair_file", "val_file")  # each may name several files
+BOILERPLATE = "rwkv-0"  # the adapter that the commands of RWKV-PEFT name, whether there is one or not
+FINAL = "rwkv-final"  # how the names of what a run saves at its end begin
 TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by mistake
 
 
@@ -40,6 +46,14 @@ def check_given_files(config: Config) -> None:
         raise ValueError(f"{{reward_funcs}} {config.reward_funcs}: there is no file {file}")
 
 
+def with_adapter_there(config: Config) -> Config:
+    """`config` without a --load_adapter that is only the example of old scripts, which trained on without a word."""
+    if config.load_adapter != BOILERPLATE or os.path.exists(BOILERPLATE):
+        return config
+    log.warning("--load_adapter %s: there is no such file, so training begins with new factors", BOILERPLATE)
+    return dataclasses.replace(config, load_adapter="")
+
+
 def plain_files(spec: str) -> Iterator[str]:
     """The files and folders among what a flag for data names; a pattern is looked at when it is opened."""
     for part in [spec] if os.path.exists(spec) else map(str.strip, spec.split(",")):
@@ -56,10 +70,10 @@ def check_file(config: Config, name: str, path: str) -> None:
     if os.path.isdir(path):
         if name in (*DATA, "reward_model"):  # a folder of data, or of a run
             return
-        if name in MODELS:
-            sharded_files(path)
-        else:
+        if name not in MODELS:
             raise ValueError(f"{{{name}}} {path} is a folder, expected a file")
+        if name != "load_model" or not any(file.startswith(FINAL) for file in os.listdir(path)):  # that of a run
+            sharded_files(path)
         return
     if not os.path.exists(path):
         raise ValueError(f"{{{name}}} {path} does not exist, so it cannot be read")

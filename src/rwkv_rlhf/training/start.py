@@ -51,22 +51,8 @@ HINTS = {
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name the adapter that was merged into its base, or be left out",
 }
-BOILERPLATE = "rwkv-0"  # the adapter that the commands of RWKV-PEFT name, whether there is one or not
 SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
-
-
-def with_adapter_there(config: Config) -> Config:
-    """`config` without a --load_adapter that is only the example of old scripts, which trained on without a word.
-
-    Raises ValueError for any other file that is not there.
-    """
-    if not config.load_adapter or Path(config.load_adapter).exists():
-        return config
-    if config.load_adapter != BOILERPLATE:
-        raise ValueError(f"{{load_adapter}} {config.load_adapter}: there is no such file")
-    log.warning("--load_adapter %s: there is no such file, so training begins with new factors", config.load_adapter)
-    return dataclasses.replace(config, load_adapter="")
 
 
 def write_initial(config: Config, folder: Path) -> Path:
