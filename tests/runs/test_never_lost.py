@@ -259,8 +259,8 @@ def test_out_of_memory_names_three_flags_and_keeps_what_is_done(typed, script, t
         ({"grad_cp": False, "loss": "sft"}, "{grad_cp} 1"),
         ({"peft": "lora", "quant": False, "loss": "dpo"}, "{quant} 1 {quant_mode} nf4"),
         ({"loss": "sft"}, "{peft} lora"),
-        ({"peft": "lora", "loss": "dpo", "rlhf_max_corpus_len": 4096}, "{infctx} 1 {chunk_ctx} 512"),
-        ({"peft": "lora", "loss": "sft", "infctx": True, "ctx_len": 8192}, "{chunk_ctx} 256"),
+        ({"peft": "lora", "quant": True, "loss": "dpo", "rlhf_max_corpus_len": 4096}, "{infctx} 1 {chunk_ctx} 512"),
+        ({"peft": "lora", "quant": True, "loss": "sft", "infctx": True, "ctx_len": 8192}, "{chunk_ctx} 256"),
     ],
 )
 def test_memory_advice_is_about_this_run(settings, first):
