@@ -28,7 +28,8 @@ def test_a_spelling_means_what_the_table_says(entry, caplog):
     """A command of another trainer trains what it would there, or says why not, and what was taken over."""
     flag = entry.said.split()[0]
     value = VALUES.get((entry.ours or "").split(" ")[0], "b.jsonl")
-    base = [*BASE[:4], "--sft", "1"] if flag == "distillation_train_file" else BASE
+    more = {"distillation_train_file": ["--sft", "1"], "train_parts": [*BASE[4:], "--peft", "lora"]}
+    base = [*BASE[:4], *more.get(flag, BASE[4:])]
     said = f"--{entry.said}".replace(" X", f" {value}").split()
     if entry.ours is None:
         with pytest.raises(UsageError) as mistake:
@@ -130,6 +131,11 @@ def test_what_cannot_be_read(words, says):
     assert says in str(mistake.value)
 
 
+def test_a_lora_that_begins_as_pissa():
+    """RWKV-PEFT's old commands say --lora --PISSA and mean one adapter."""
+    assert parse([*BASE, "--lora", "--PISSA", "--svd_niter", "4"]).peft == "pissa"
+
+
 def test_the_page_is_the_table():
-    """If this breaks, docs/coming-from.md is old: `python -m tests.support.elsewhere_page` writes it again."""
+    """If this breaks, docs/coming-from.md is old: PYTHONPATH=src python -m tests.support.elsewhere_page writes it."""
     assert PAGE.read_text(encoding="utf-8") == text()

@@ -274,9 +274,8 @@ def chosen_loss(typed: dict[str, str]) -> str:
 def choose_plan(values: dict[str, Any], given: set[str], lora: bool) -> None:
     """Writes into `values` what --lora, --peft state and a bare --state 1 stand for."""
     if lora:
-        if values.get("peft", "lora") != "lora":
+        if values.setdefault("peft", "lora") not in ("lora", "pissa"):  # old commands say --lora --PISSA
             raise UsageError(f"--lora 1 and --peft {values['peft']}: choose one")
-        values["peft"] = "lora"
         given.add("peft")
     if values.get("state") and "peft" not in given and not values.get("layer_profile"):
         values["peft"] = "state"

@@ -59,6 +59,7 @@ _MARKS = "give the chats themselves (docs/data.md): of them only the answers are
 _FUSED = "kernels are chosen by themselves; --wkv_backend names one"
 _HYBRIDS = ("xa070", "pxa070", "cxa075", "cxa076", "cxa076r")
 _HYBRID = "hybrids of RWKV-7 and attention (ARWKV, PRWKV) are not built; RWKV-7 itself is x070"
+_LISA = "LISA (layers drawn anew as training goes on) is not built"
 _LOADER = "data is read in the process that trains"
 ELSEWHERE: tuple[Elsewhere, ...] = (
     Elsewhere("RWKV-PEFT", "dataload pad", "", _PACKED),
@@ -69,6 +70,7 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
     Elsewhere("RWKV-PEFT", "PISSA", "peft pissa"),
     Elsewhere("RWKV-PEFT", "state_tune", "peft state"),
     Elsewhere("RWKV-PEFT", "train_type none", ""),
+    Elsewhere("RWKV-PEFT", "train_type finetune", "", "everything trains, unless --peft says otherwise"),
     Elsewhere("RWKV-PEFT", "train_type state", "peft state"),
     Elsewhere("RWKV-PEFT", "train_type infctx", "infctx 1"),
     Elsewhere("RWKV-PEFT", "loss_mask none", ""),
@@ -84,19 +86,23 @@ ELSEWHERE: tuple[Elsewhere, ...] = (
     Elsewhere("RWKV-PEFT", "rwkv_version X", "my_testing X"),
     Elsewhere("RWKV-PEFT", "data_shuffle X", "random_mode X"),
     Elsewhere("RWKV-PEFT", "train_parts time ln", "", "these train beside adapters"),
+    Elsewhere("RWKV-PEFT", "train_parts []", "limited_lora 1", "nothing beside adapters"),
     Elsewhere("RWKV-PEFT", "train_parts X", None, "a layer profile says what trains: make_profile.py writes one"),
     Elsewhere("RWKV-PEFT", "data_type sft", "", "the rows are recognised (docs/data.md)"),
     Elsewhere("RWKV-PEFT", "sft_field X", "", "the rows are recognised (docs/data.md)"),
     Elsewhere("RWKV-PEFT", "sft_split train", "", "of a saved data set the split train is read"),
+    Elsewhere("RWKV-PEFT", "sft_split X", None, "write these rows into a file of their own and name that"),
     Elsewhere("RWKV-PEFT", "lr_schedule cos", "lr_schedule cosine"),
     Elsewhere("RWKV-PEFT", "op X", "", _FUSED),
     Elsewhere("RWKV-PEFT", "fused_kernel", "", _FUSED),
     Elsewhere("RWKV-PEFT", "persistent_workers", "", _LOADER),
     Elsewhere("RWKV-PEFT", "num_workers X", "", _LOADER),
     Elsewhere("RWKV-PEFT", "prefetch_factor X", "", _LOADER),
-    Elsewhere("RWKV-PEFT", "lisa_config X", None, "LISA (layers drawn anew as training goes on) is not built"),
+    Elsewhere("RWKV-PEFT", "lisa_config X", None, _LISA),
+    Elsewhere("RWKV-PEFT", "LISA", None, _LISA),
     Elsewhere("RWKV-LM", "head_chunk 0", "head_chunk 1000000000", "one chunk: all logits exist at once"),
     Elsewhere("RWKV-LM", "kernel X", "", _FUSED),
+    Elsewhere("RWKV-LM", "svdfac X", None, "low-rank sizes are those of the file, or RWKV-7's own for a new model"),
     Elsewhere("RWKV-LM", "my_testing r2r3r4", "my_testing x052"),
     Elsewhere("OpenMOSE", "distillation_train_file X", "train_data_file X"),
     Elsewhere("OpenMOSE", "sft_jsonmode 1", "", "the rows are recognised (docs/data.md)"),
@@ -135,6 +141,12 @@ class Old(NamedTuple):
     instead: str  # what to say about any other value
 
 
+_OF_LISA = (
+    *("r", "k", "active_layer", "interval_steps", "debug", "rand_seed", "plus_enabled"),
+    *("plus_att_train_params", "plus_att_active_weight", "plus_att_permanent_freeze_params"),
+    *("plus_ffn_train_params", "plus_ffn_active_weight", "plus_ffn_permanent_freeze_params"),
+    *("plus_custom_layer_probabilities", "plus_custom_layer_probabilities_profile"),
+)
 GONE = "that experiment is not part of this program"
 LEGACY: dict[str, Old] = {
     "pre_ffn": Old(("0",), GONE),
@@ -156,6 +168,9 @@ LEGACY: dict[str, Old] = {
     "gpu_arch": Old((), ""),
     "prefix_tuning": Old(("0",), "prefixes of learnt embeddings are not built; {state} 1 learns the state after one"),
     "prefix_token_len": Old((), ""),
+    "suffix_tuning": Old(("0",), "suffixes of learnt embeddings are not built; {state} 1 learns a first state"),
+    "suffix_offset": Old(("0",), GONE),
+    "suffix_token_len": Old((), ""),
     "direct_state_tuning": Old(("0", "1"), "{state} 1 tunes the initial state"),
     "post_wkv_tuning": Old(("0",), "learnt scales behind the recurrence are not built"),
     "moe": Old(("0",), "mixtures of adapters (MoE) are not built; {peft} lora trains one for all tokens"),
@@ -164,7 +179,8 @@ LEGACY: dict[str, Old] = {
     "moe_shared": Old((), ""),
     "moe_balance_alpha": Old((), ""),
     "zerocot": Old(("0",), "rewarded thoughts (zerocot) are not built; {grpo} 1 rewards whole answers"),
-    "lisa": Old(("0",), "LISA (layers drawn anew as training goes on) is not built"),
+    "lisa": Old(("0",), _LISA),
+    **{f"lisa_{name}": Old((), "") for name in _OF_LISA},
     "grpo_debug": Old((), ""),
     "gqa_kv_heads": Old((), ""),
     "rk_norm": Old(("0",), "it belongs to hybrids with attention, which are not built"),
