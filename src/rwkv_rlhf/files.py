@@ -21,6 +21,8 @@ ENDS = 1 << 20  # bytes of the two ends of a file that its fingerprint begins wi
 BLOCK = 1 << 24  # bytes of a file that are hashed at once
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
+MODEL_SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "sharded": SHARDS_INDEX}  # by --save_format
+FINAL = "rwkv-final"  # how the names of what a run saves at its end begin
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar
-from rwkv_rlhf.files import SHARDS_INDEX, file_hash
+from rwkv_rlhf.files import FINAL, MODEL_SUFFIXES, file_hash
 
-FINAL = tuple(f"rwkv-final{suffix}" for suffix in (".pth", ".safetensors", SHARDS_INDEX))
+FINALS = tuple(f"{FINAL}{suffix}" for suffix in MODEL_SUFFIXES.values())
 
 
 class NamedModel(NamedTuple):
@@ -39,12 +39,12 @@ def checkpoint_file(path: str | Path) -> Path:
         if not path.exists():
             raise ValueError(f"{path}: there is no such file")
         return path
-    for name in FINAL:
+    for name in FINALS:
         if (path / name).is_file():
             return path / name
     if any(path.glob("*.safetensors")):  # a model in shards, in the folder of another program
         return path
-    raise ValueError(f"{path} is a folder without {FINAL[0]}: name a file, or the folder of a run that has ended")
+    raise ValueError(f"{path} is a folder without {FINALS[0]}: name a file, or the folder of a run that has ended")
 
 
 def _base_of(checkpoint: Path, sidecar: Sidecar, others: Sequence[str | Path]) -> Path:

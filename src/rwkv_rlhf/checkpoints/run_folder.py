@@ -22,13 +22,12 @@ from rwkv_rlhf.checkpoints.sidecar import Sidecar, check_whole, read_sidecar, si
 from rwkv_rlhf.checkpoints.tensor_files import write_tensors
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
-from rwkv_rlhf.files import SHARDS_INDEX
+from rwkv_rlhf.files import MODEL_SUFFIXES, SHARDS_INDEX
 from rwkv_rlhf.plan import is_state
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "sharded": SHARDS_INDEX}  # by --save_format
-_SUFFIX = "|".join(map(re.escape, SUFFIXES.values()))
+_SUFFIX = "|".join(map(re.escape, MODEL_SUFFIXES.values()))
 INITIAL = "rwkv-init.pth"  # what --train_stage 1 writes
 NUMBERED = re.compile(rf"^rwkv-(\d+)({_SUFFIX})$")
 SAVED = re.compile(rf"^rwkv-(\d+|final|best|last)({_SUFFIX})$")  # the names that a run writes

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.checkpoints.named_model import FINAL, named_model
+from rwkv_rlhf.checkpoints.named_model import FINALS, named_model
 from rwkv_rlhf.commands import merge
 from rwkv_rlhf.commands.parsers.merge import EXPORTED, SUFFIXES, parser
 from rwkv_rlhf.commands.stages import translated, value_of
@@ -37,5 +37,5 @@ def main(words: Sequence[str]) -> int:
         new += ["--base_model", str(named.base)]
     if output and not output.endswith((*SUFFIXES, *EXPORTED)):
         Path(output).mkdir(parents=True, exist_ok=True)
-        new += ["--output", str(Path(output) / FINAL[0])]
+        new += ["--output", str(Path(output) / FINALS[0])]
     return merge.main(new)

@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
+from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.field import FILE, MAY_CHANGE, ROUNDS, ROUNDS_IF_EXACT, Choices, setting
 from rwkv_rlhf.settings.formats import FORMATS
@@ -370,9 +371,7 @@ class Config:
     save_dtype: str = setting(
         "base", "dtype of whole matrices in checkpoints", choices=("base", "fp32"), resume=MAY_CHANGE
     )
-    save_format: str = setting(
-        "pth", "format of checkpoints", choices=("pth", "safetensors", "sharded"), resume=MAY_CHANGE
-    )
+    save_format: str = setting("pth", "format of checkpoints", choices=tuple(MODEL_SUFFIXES), resume=MAY_CHANGE)
     keep: int = setting(0, "checkpoints that are kept; 0 = all", at_least=0, resume=MAY_CHANGE)
 
     given: frozenset[str] = frozenset()

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from rwkv_rlhf.files import sharded_files
+from rwkv_rlhf.files import FINAL, sharded_files
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains, trains_on_text
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
@@ -20,7 +20,6 @@ MODELS = (
 )
 DATA = ("data_file", "pair_file", "val_file")  # each may name several files
 BOILERPLATE = "rwkv-0"  # the adapter that the commands of RWKV-PEFT name, whether there is one or not
-FINAL = "rwkv-final"  # how the names of what a run saves at its end begin
 TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by mistake
 
 

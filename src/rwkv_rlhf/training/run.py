@@ -15,11 +15,11 @@ from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
-from rwkv_rlhf.checkpoints.run_folder import SAVED, SUFFIXES, RunFolder, trained_tensors
+from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
 from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.files import atomic_write, fingerprint
+from rwkv_rlhf.files import MODEL_SUFFIXES, atomic_write, fingerprint
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.reports.samples import SampleTable
@@ -175,7 +175,7 @@ def run_folder(config: Config, folder: Path, start: Start, sidecar: Sidecar) -> 
         folder,
         lambda: trained_tensors(start.model, start.report.dtypes, config.save_dtype) | unused,
         sidecar,
-        suffix=SUFFIXES[config.save_format],
+        suffix=MODEL_SUFFIXES[config.save_format],
         keep=config.keep,
         states=bool(config.state_output_mode),
     )

@@ -1,9 +1,7 @@
 """The flags of `chat`."""
 
 from rwkv_rlhf.commands.flag_groups import add_adapter_flags, add_devices_flag, add_model_flags, add_text_flags
-from rwkv_rlhf.generation.sampling_params import (
-    add_sampling_flags,
-)
+from rwkv_rlhf.generation.sampling_params import add_sampling_flags
 from rwkv_rlhf.settings.command_line import Parser
 
 

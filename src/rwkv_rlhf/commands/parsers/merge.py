@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rwkv_rlhf.files import SHARDS_INDEX
+from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.exports import EXPORTS, ExportFacts
 
-SUFFIXES = (".pth", ".safetensors", SHARDS_INDEX)
+SUFFIXES = tuple(MODEL_SUFFIXES.values())
 # of files for other programs: the export that writes them
 EXPORTED = {
     suffix: name

@@ -6,11 +6,13 @@ library that is needed anyway has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rwkv_rlhf.training.optimizers.stepping import Stepping
 
 
 def adopt(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
@@ -18,7 +20,7 @@ def adopt(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: flo
     return Adopt(list(groups), betas, eps)
 
 
-class Adopt(torch.optim.Optimizer):
+class Adopt(Stepping):
     """m_t = beta1 m + (1 - beta1) clip(g_t / max(sqrt(v_{t-1}), eps), t^(1/4)); p -= lr m_t; v_t as Adam's.
 
     The first gradient only begins v. Gradients may be split over ranks: all is done number by number.
@@ -27,18 +29,12 @@ class Adopt(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]  # as torch's own
+    def update(self) -> None:
         """One step."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
-        return loss
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]

@@ -7,13 +7,13 @@ size of AdamW's, so that both take the same learning rates and decay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rwkv_rlhf.training.optimizers import takes
+from rwkv_rlhf.training.optimizers.stepping import Stepping
 
 MOMENTUM = 0.95
 
@@ -36,7 +36,7 @@ def muon(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: floa
     return MuonAndAdamW(matrices, others, betas, eps)
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
+class MuonAndAdamW(Stepping):
     """Two optimizers over groups and states that they share with this one."""
 
     def __init__(
@@ -56,13 +56,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.state = self.state
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]  # as torch's own
+    def update(self) -> None:
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for part in self.parts:
             part.step()
-        return loss
