@@ -36,6 +36,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.distributed import ranks
     from rwkv_rlhf.distributed.launch import launch_environment
     from rwkv_rlhf.reports.wandb_run import open_wandb
+    from rwkv_rlhf.training.adapter_choice import with_adapter
     from rwkv_rlhf.training.choices import with_length, with_precision
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
     from rwkv_rlhf.training.out_of_memory import explained
@@ -50,6 +51,7 @@ def ranked(config: Config) -> int | None:
     if config.dry_run_shape:
         dry_run_shape(config)
         return None
+    config = ranks.agreed(lambda: with_adapter(config))
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
         with run_lock(folder):
