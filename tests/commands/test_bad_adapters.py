@@ -181,7 +181,12 @@ def test_a_checkpoint_that_lost_its_sidecar(refused, typed, adapter, base_model,
     merging = ["--base_model", base_model, "--lora_checkpoint", adapter, "--output", tmp_path / "m.pth"]
     refused(merging, "no sidecar", "--lora_scaling (alpha / rank) or --lora_alpha", main=merge.main)
     refused([*merging, "--type", "bone"], "mode bone, but the tensors are those of lora", main=merge.main)
-    refused([*merging, "--lora_alpha", 8, "--lora_init", adapter], "holds no PiSSA adapter", main=merge.main)
+    refused(
+        [*merging, "--lora_alpha", 8, "--lora_init", adapter],
+        "holds no PiSSA adapter",
+        "leave that out",
+        main=merge.main,
+    )
     talking = ["--load_model", base_model, "--load_adapter", adapter, "--vocab_file", typed[3]]
     talking += ["--prompt_file", prompts(tmp_path), "--output", tmp_path / "o.jsonl"]
     refused(talking, "no sidecar", "--lora_scaling (alpha / rank) or --lora_alpha", main=chat.main)

@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = with_adapter_there(parse(argv))
     if not one_of_several():
-        check_given_files(config)
+        check_given(config)
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -26,6 +26,15 @@ def main(argv: Sequence[str]) -> int | None:
 
     with launched(config, [SELF, "train", *argv]) as here:
         return None if here is None else ranked(here)
+
+
+def check_given(config: Config) -> None:
+    """Raises ValueError for files that are not there or not what they should be, before anything slow begins."""
+    check_given_files(config)
+    if "template" in config.given:
+        from rwkv_rlhf.data.templates.named import check_template
+
+        check_template(config.template)
 
 
 def ranked(config: Config) -> int | None:
@@ -46,7 +55,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_named_model, write_initial
 
-    ranks.agreed(lambda: check_given_files(config))  # here for those of a launcher, which say it once
+    ranks.agreed(lambda: check_given(config))  # here for those of a launcher, which say it once
     config = with_length(with_precision(config))
     if config.dry_run_shape:
         dry_run_shape(config)
