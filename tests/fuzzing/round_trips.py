@@ -353,7 +353,8 @@ def parquet_through(folder: Path, rng: Random) -> None:
     table = pyarrow.table(columns)
     for n, kind in enumerate(rng.sample(PARQUET, 3)):
         table = table.append_column(f"c{n}", pyarrow.array(kind[1], kind[0]))
-    pyarrow.parquet.write_table(table, folder / "in.parquet")
+    with open(folder / "in.parquet", "wb") as stream:
+        pyarrow.parquet.write_table(table, stream)
     names, tasks = read_tasks(str(folder / "in.parquet"), "plain", DataReport("in.parquet"))
     for suffix in (".jsonl", ".csv"):
         file = RejectFile(folder / f"written{suffix}", names, {})

@@ -16,7 +16,8 @@ def take_over() -> None:
     """Called once, before anything else is imported.
 
     A notebook names a backend for its own plots, which matplotlib (Lightning imports it) refuses where the notebook's
-    packages are missing. COLUMNS may be no width that a library could fill. A terminal or a pipe may have no byte for a character, and then shows its number.
+    packages are missing. COLUMNS may be no width that a library could fill. A terminal or a pipe may have no byte for
+    a character, and then shows its number.
     """
     os.environ["MPLBACKEND"] = "agg"
     width = os.environ.get("COLUMNS", "")
