@@ -69,7 +69,13 @@ def test_the_example_in_rwkv_6(script, tmp_path):
     """If this breaks, the README's "RWKV-6: --my_testing x060 and nothing else" is not so: sampler and trainer
     disagree, or the numbers of a step are not there. In a few steps nothing is learnt; that is the test above."""
     base, tuned = tmp_path / "base", tmp_path / "tuned"
-    few = {"proj_dir": base, "load_model": base / "rwkv-init.pth", "epoch_steps": 30, "micro_bsz": 32, "my_testing": "x060"}
+    few = {
+        "proj_dir": base,
+        "load_model": base / "rwkv-init.pth",
+        "epoch_steps": 30,
+        "micro_bsz": 32,
+        "my_testing": "x060",
+    }
     init, sft = commands_of("step-1-pretrain.sh", **few)
     init[init.index("--load_model") + 1] = "0"
     few = {"proj_dir": tuned, "load_model": base / "rwkv-final.pth", "epoch_steps": 3, "epoch_count": 1}
