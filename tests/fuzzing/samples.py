@@ -228,9 +228,9 @@ def write_shapes(folder: Path, suffix: str) -> Path:
 def write_reward_file(folder: Path) -> Path:
     """Two functions as a user writes them."""
     (folder / "rewards.py").write_text(
-        "import math\n\n\ndef exact(prompts, completions, answer, **columns):\n"
+        "def exact(prompts, completions, answer, **columns):\n"
         "    return [float(text == right) for text, right in zip(completions, answer)]\n\n\n"
-        "def short(completion_ids, **columns):\n    return [-math.log(len(ids)) for ids in completion_ids]\n"
+        "def short(completion_ids, **columns):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
     )
     return folder / "rewards.py"
 
