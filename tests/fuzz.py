@@ -167,7 +167,8 @@ def one(name: str, files: Sample, target: str, number: int, events: list[str]) -
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data)
     path = folder / target
-    names = [str(path), path.name, *(Path(file).name for file in files), *reader.says]
+    # a path with a comma that is not there is a list of paths, and a sentence names the first of them
+    names = [str(path), str(path).split(",")[0], path.name, *(Path(file).name for file in files), *reader.says]
     before, start = contents(folder), peak(reset=True)
     events.clear()
     wrong = ""
