@@ -1,7 +1,7 @@
 """Sampling and a step of reinforcement learning: tokens per second, where the time goes, how exact the sampler is.
 
 python benchmarks/rl.py                           # tokens/s sampled at 1, 8, 32, 128 answers at once, fp32 and bf16
-python benchmarks/rl.py --peer 1                  # beside the `rwkv` package, one answer at a time, in fp32
+python benchmarks/rl.py --peer 1                  # the same rows, and the `rwkv` package one answer at a time
 python benchmarks/rl.py --places 1                # long and short answers: places that are filled again, or waited for
 python benchmarks/rl.py --step 1                  # shares of a GRPO step; prompt tokens run; max |log ratio|
 python benchmarks/rl.py --only fp32,8 --json PATH
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,17 +85,22 @@ def measure_sampling(rows: list[tuple[str, int]], tokens: int) -> list[dict]:
     return found
 
 
-def measure_peer(tokens: int) -> list[dict]:
-    """The `rwkv` package on the same weights, one answer after the other."""
+def measure_peer(kinds: Sequence[str], tokens: int) -> list[dict]:
+    """The `rwkv` package on the same weights, one answer after the other, in each type."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         torch.save(tensors(), f"{path}.pth")
-        command = [sys.executable, str(PEER), str(path), str(tokens)]
-        variables = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
-        out = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment(), **variables})
-    return [{"type": "fp32", "at once": 1, "tokens/s": float(out.stdout.splitlines()[-1]), "program": "rwkv package"}]
+        variables = {**environment(), "RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+        found = []
+        for kind in kinds:
+            command = [sys.executable, str(PEER), str(path), kind, str(tokens)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+            rate = float(out.stdout.splitlines()[-1])
+            found.append({"type": kind, "at once": 1, "tokens/s": rate, "program": "rwkv package"})
+            print(found[-1], flush=True)
+    return found
 
 
 def environment() -> dict[str, str]:
@@ -192,21 +198,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", default="", help="one row: fp32,8")
     parser.add_argument("--tokens", type=int, default=32, help="sampled tokens of each answer [32]")
-    for name in ("peer", "places", "step"):
+    parser.add_argument("--peer", default="0", help="1 = the `rwkv` package too")
+    for name in ("places", "step"):
         parser.add_argument(f"--{name}", default="0", help="1 = measure this instead")
     parser.add_argument("--json", default="", help="write the rows there too")
     words = parser.parse_args()
-    if words.peer == "1":
-        found = measure_peer(words.tokens)
-    elif words.places == "1":
+    if words.places == "1":
         found = measure_places()
     elif words.step == "1":
         found = [measure_step(kind) for kind in ("fp32", "bf16")]
+        print(*found, sep="\n")
     else:
         kind, _, size = words.only.partition(",")
-        found = measure_sampling([(kind, int(size))] if words.only else ROWS, words.tokens)
-    for row in found:
-        print(row)
+        rows = [(kind, int(size))] if words.only else ROWS
+        found = measure_sampling(rows, words.tokens)
+        if words.peer == "1":
+            found += measure_peer(sorted({kind for kind, _ in rows}), words.tokens)
     if words.json:
         Path(words.json).write_text(json.dumps(found, indent=1))
 

@@ -1,4 +1,4 @@
-"""The `rwkv` package sampling one answer: `rl_peer.py MODEL TOKENS` prints tokens per second; for benchmarks/rl.py.
+"""The `rwkv` package sampling one answer: `rl_peer.py MODEL TYPE TOKENS` prints tokens/s; for benchmarks/rl.py.
 
 MODEL comes without its ending; RWKV_V7_ON=1 says that it is an RWKV-7.
 """
@@ -9,11 +9,11 @@ import time
 import torch
 
 
-def main(path: str, tokens: int) -> None:
+def main(path: str, kind: str, tokens: int) -> None:
     """Times a prompt of 16 tokens and `tokens` sampled ones, after one run of the prompt for warmth."""
     from rwkv.model import RWKV
 
-    model = RWKV(model=path, strategy="cpu fp32")
+    model = RWKV(model=path, strategy=f"cpu {kind}")
     prompt = [int(n) for n in torch.randint(1, 65536, (16,))]
     model.forward(prompt, None)
     begun = time.perf_counter()
@@ -27,6 +27,7 @@ def main(path: str, tokens: int) -> None:
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("model", help="path without .pth")
+    flags.add_argument("type", choices=("fp32", "bf16"))
     flags.add_argument("tokens", type=int)
     words = flags.parse_args()
-    main(words.model, words.tokens)
+    main(words.model, words.type, words.tokens)

@@ -1,10 +1,11 @@
 """Reads damaged and hostile files with every reader of the program: python tests/fuzz.py --count 20000 --seed 1
 
-An input is a whole sample with one to four changes, drawn from its reader's name and its number alone. It is read in a
-worker process, so that a crash or an endless loop is seen and named. Allowed are a value, and a ValueError of one
-sentence that names the file. Any other exception, a crash, more time or memory than an input may cost, a changed or a
-new file, and anything run or connected to on the file's behalf is a defect. Printed for each: how to run it again, and
-with --keep DIR the files themselves.
+An input is a whole sample with one to four changes, drawn from its reader's name and its number alone, now and then
+in a folder with an odd name. Others are made up: what every writer is given and must read back, odd numbers behind
+every flag, odd variables of the environment. Each is read in a worker process, so that a crash or endless loop is
+seen and named. Allowed are a value, and a ValueError of one sentence that names the file. Any other exception, a
+crash, more time or memory than an input may cost, a changed or a new file, and anything run or connected to on the
+file's behalf is a defect. Printed for each: how to run it again, and with --keep DIR the files themselves.
 """
 
 import argparse
@@ -44,6 +45,25 @@ SECONDS = 30  # that one input may take, on a busy machine
 MEMORY = 256 << 20  # bytes that reading an input of at most LONGEST bytes may add to the worker
 CEILING = 4 << 30  # of address space beyond what the worker began with: spares the machine, and shows as MemoryError
 SENTENCE = 1100  # characters
+ODD = 0.15  # of the inputs lie in a folder of FOLDERS
+FOLDERS = (
+    *(
+        "caf\udce9",
+        "a\nb",
+        " a ",
+        "-x",
+        "%s%n",
+        "{load_model}",
+        "a,b",
+        "x:2",
+        "[a]*?",
+        "\u732b",
+        "a'b\"c",
+        "\x1b[2J",
+        "a.gz",
+    ),
+    *("a\\b", "~", "$HOME", "#", "a" * 200, "\u202e", ".hidden", "x.h5", "con"),
+)
 TOGETHER = 100  # inputs of a worker
 # what a data file must never cause; "open" for writing is seen by looking at the folder
 FORBIDDEN = re.compile(r"os\.(system|exec|posix_spawn|spawn|fork)|subprocess\.Popen|socket\.")
@@ -86,7 +106,7 @@ def sample(reader: Reader) -> tuple[Sample, str]:
 def mutated(reader: Reader, files: Sample, rng: Random, whole: bool = False) -> Sample:
     """The sample with one to four changes, unless it is to stay whole; now and then a file is missing."""
     files = dict(files)
-    if whole:
+    if whole or reader.made:
         return files
     names = [name for name in files if "base" not in name]
     count = rng.choice((1, 1, 1, 2, 4))
@@ -140,11 +160,15 @@ def one(name: str, files: Sample, target: str, number: int, events: list[str]) -
     """(whether there was a value, what is wrong or "") of one input, read in the working folder."""
     reader, rng = READERS[name], Random(f"{name} {number}")
     folder = Path.cwd()
+    if number >= 0 and Random(f"folder {name} {number}").random() < ODD:
+        folder = folder / Random(f"folder {number}").choice(FOLDERS)
+        folder.mkdir()
     for file, data in mutated(reader, files, rng, whole=number < 0).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_bytes(data)
     path = folder / target
-    names = [str(path), *(Path(file).name for file in files)]
+    # a path with a comma that is not there is a list of paths, and a sentence names the first of them
+    names = [str(path), str(path).split(",")[0], path.name, *(Path(file).name for file in files), *reader.says]
     before, start = contents(folder), peak(reset=True)
     events.clear()
     wrong = ""
@@ -293,7 +317,7 @@ def main(words: Sequence[str]) -> int:
     began = time.monotonic()
     result = fuzz(names, args.count, first, told=True)
     for name in names:
-        print(f"{name:24} {result.read[name]:6} read {result.refused[name]:6} refused")
+        print(f"{name:32} {result.read[name]:6} read {result.refused[name]:6} refused")
     seconds, name, number = result.slowest
     good = sum(result.read.values()) + sum(result.refused.values())
     print(f"{good} inputs as they should, {len(result.defects)} defects")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rwkv_rlhf.checkpoints.exporters.peft import from_peft, to_peft
+from rwkv_rlhf.commands import merge
 from rwkv_rlhf.layers.adaptation import Adaptation, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
@@ -14,6 +15,7 @@ from rwkv_rlhf.layers.linear import Embedding, Linear, StorageSpec
 peft = pytest.importorskip("peft", reason="peft is a test dependency of its own (requirements-test.txt)")
 
 IN, OUT, RANK = 96, 64, 8
+AB = {"A": (4, 64), "B": (64, 4)}
 
 
 def matrix(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -171,6 +173,47 @@ def test_a_converted_adapter_runs_in_peft_and_comes_back(case, tmp_path):
         assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
         assert {n: (a.mode, a.rank) for n, a in how.items()} == {n: (a.mode, a.rank) for n, a in adapted.items()}
         assert all(how[name].scaling == pytest.approx(adapted[name].scaling) for name in adapted)
+
+
+@pytest.mark.parametrize("layers", [["key"], ["key", "emb"]], ids=["table alone", "table with an adapter"])
+def test_a_folder_saved_with_the_embedding_is_taken_if_the_table_is_the_base_s(layers, script, base_model, tmp_path):
+    """PEFT's save_embedding_layers=True writes the base's table too: that is no reason to refuse an adapter."""
+    base = torch.load(base_model, weights_only=True)
+    table = base["emb.weight"]
+    model = Model(lambda i, o: torch.nn.Linear(i, o, bias=False), torch.nn.Embedding)
+    model.emb = torch.nn.Embedding(*table.shape, _weight=table.clone())
+    model.blocks = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"att": torch.nn.ModuleDict({"key": torch.nn.Linear(64, 64, bias=False)})}) for _ in "ab"
+    )
+    model.get_input_embeddings, model.get_output_embeddings = lambda: model.emb, lambda: None
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=layers))
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=True)
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    saved = load_file(file)
+    (name,) = [name for name in saved if "lora" not in name]  # PEFT wrote the table
+    words = ("--base_model", base_model, "--from_peft", tmp_path / "peft", "--output", tmp_path / "rwkv-0.pth")
+    status, _, err = script(merge.main, *words)
+    assert status == 0, err
+    assert not [name for name in torch.load(tmp_path / "rwkv-0.pth", weights_only=True) if name.endswith("weight")]
+    save_file(saved | {name: saved[name] + 0.1}, file)
+    status, _, err = script(merge.main, *words)
+    assert status == 2 and "is another table than that of the base model" in err and "modules_to_save" in err
+
+
+def test_a_table_that_was_trained_whole_comes_along(script, base_model, tmp_path):
+    """If this breaks, what modules_to_save names is left out, and the model answers as before its training."""
+    base = torch.load(base_model, weights_only=True)
+    key = {f"base_model.model.blocks.0.att.key.lora_{side}.weight": torch.ones(shape) for side, shape in AB.items()}
+    (tmp_path / "peft").mkdir()
+    save_file(
+        key | {"base_model.model.emb.weight": base["emb.weight"] + 1}, tmp_path / "peft" / "adapter_model.safetensors"
+    )
+    config = {"peft_type": "LORA", "lora_alpha": 4, "modules_to_save": ["emb"]}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    words = ("--base_model", base_model, "--from_peft", tmp_path / "peft", "--output", tmp_path / "rwkv-0.pth")
+    status, _, err = script(merge.main, *words)
+    assert status == 0, err
+    assert torch.equal(torch.load(tmp_path / "rwkv-0.pth", weights_only=True)["emb.weight"], base["emb.weight"] + 1)
 
 
 def test_what_peft_cannot_hold_is_refused():

@@ -87,11 +87,12 @@ def test_an_adapter_of_other_layers_or_another_kind(refused, typed, adapter, tex
     data = [*typed, "--data_file", text_jsonl, "--load_adapter", adapter]
     path = profile(LORA[0], "1,freeze,0,0,0,0,0,0,0,0,")
     refused([*data, "--layer_profile", path], "is not an adapter of this model and plan", "unexpected: blocks.1.")
-    refused([*data, "--peft", "lora", "--lora_r", 8], "of rank 4", "of rank 8")
-    refused([*data, "--peft", "dora", "--lora_r", 4], "was trained with lora", "would use dora")
-    refused([*data, "--peft", "bone", "--lora_r", 4], "was trained with lora", "would use bone")
+    refused([*data, "--lora_r", 8], "--lora_r 8, but --load_adapter", "with rank 4: leave --lora_r out")
+    refused([*data, "--lora_alpha", 8], "--lora_alpha 8.0, but --load_adapter", "with alpha 32.0")
+    refused([*data, "--peft", "dora"], "--peft dora, but --load_adapter", "with mode lora")
+    path = profile(*(row.replace("lora,4", "lora,8") for row in LORA))
+    refused([*data, "--layer_profile", path], "of rank 4", "of rank 8")
     refused([*data, "--peft", "lora", "--lora_r", 4, "--rslora", 1], "scaling 8", "scaling 16")
-    refused([*data, "--peft", "pissa", "--lora_r", 4], "was trained with lora", "would use pissa")
     words = ["--peft", "lora", "--lora_r", 4, "--quant", 1, "--quant_mode", "int8"]
     refused([*data, *words], "on none matrices", "as int8")
 
@@ -180,7 +181,12 @@ def test_a_checkpoint_that_lost_its_sidecar(refused, typed, adapter, base_model,
     merging = ["--base_model", base_model, "--lora_checkpoint", adapter, "--output", tmp_path / "m.pth"]
     refused(merging, "no sidecar", "--lora_scaling (alpha / rank) or --lora_alpha", main=merge.main)
     refused([*merging, "--type", "bone"], "mode bone, but the tensors are those of lora", main=merge.main)
-    refused([*merging, "--lora_alpha", 8, "--lora_init", adapter], "holds no PiSSA adapter", main=merge.main)
+    refused(
+        [*merging, "--lora_alpha", 8, "--lora_init", adapter],
+        "holds no PiSSA adapter",
+        "leave that out",
+        main=merge.main,
+    )
     talking = ["--load_model", base_model, "--load_adapter", adapter, "--vocab_file", typed[3]]
     talking += ["--prompt_file", prompts(tmp_path), "--output", tmp_path / "o.jsonl"]
     refused(talking, "no sidecar", "--lora_scaling (alpha / rank) or --lora_alpha", main=chat.main)

@@ -93,3 +93,25 @@ def test_what_does_not_go_together_is_refused_at_once(words, script, flags):
     words = [word if word != words[1] else "no-such-model.pth" for word in words]
     status, _, err = script(train.main, *words, *flags)
     assert status == 2 and REFUSED[flags] in err and flags[1] in err
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
+SRUN = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (TORCHRUN | {"MASTER_PORT": "9", "WORLD_SIZE": "0"}, r"rank 0 of 0 \(WORLD_SIZE\).*that cannot be; unset RANK"),
+        (TORCHRUN | {"MASTER_PORT": "9", "RANK": "2"}, "rank 2 of 2"),
+        (TORCHRUN | {"MASTER_PORT": "9", "LOCAL_WORLD_SIZE": "0"}, "0 of 0 on its machine"),
+        (TORCHRUN | {"MASTER_PORT": "99999"}, "port 99999"),
+        (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT is 'x', expected a whole number"),
+        (SRUN | {"SLURM_NNODES": "0"}, "2 tasks on 0 machines"),
+        (SRUN | {"SLURM_PROCID": "-1"}, "rank -1 of 2"),
+    ],
+)
+def test_numbers_of_a_launcher_that_cannot_be(words, variables, said):
+    """Left over in a shell: if this breaks, the run divides by zero, or waits for processes that nobody starts."""
+    with pytest.raises(ValueError, match=said):
+        rank_info_of(parse(words), variables)

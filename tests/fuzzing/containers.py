@@ -3,6 +3,7 @@
 TORCH, SAFETENSORS, H5 and PARQUET are the tables of them.
 """
 
+import gzip
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 
-from tests.fuzzing.mutators import BYTES, LONGEST, SENTINEL, Mutator, change, nodes, odd
+from tests.fuzzing.mutators import BYTES, JSON, LONGEST, SENTINEL, Mutator, change, nodes, odd
 
 
 class Payload:
@@ -258,3 +259,28 @@ def _table(old: pyarrow.Table, rng: Random) -> bytes:
 
 
 PARQUET: tuple[Mutator, ...] = (table, table)
+
+
+def packed(unpack: Callable[[bytes], bytes], pack: Callable[[bytes], bytes]) -> Mutator:
+    """What is inside a compressed file damaged, or much more of it than anybody expects."""
+
+    def changed(data: bytes, rng: Random) -> bytes | None:
+        try:
+            inside = unpack(data)
+        except Exception:  # it was damaged before
+            return None
+        if rng.random() < 0.02:
+            return pack(inside.split(b"\n")[0] + b"\n" + b" " * (64 << 20))
+        found = rng.choice((*JSON, *BYTES))(inside, rng)
+        return None if found is None else pack(found) + (pack(found[:50]) if rng.random() < 0.1 else b"")
+
+    return changed
+
+
+GZIP: tuple[Mutator, ...] = (packed(gzip.decompress, gzip.compress),) * 2
+ZSTD: tuple[Mutator, ...] = (
+    packed(
+        lambda data: pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd").read(),
+        lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+    ),
+) * 2

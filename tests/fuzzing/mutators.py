@@ -262,3 +262,44 @@ def template(data: bytes, rng: Random) -> bytes:
 
 
 JINJA: tuple[Mutator, ...] = (template, template, *TEXT)
+
+
+def yaml_values(data: bytes, rng: Random) -> bytes:
+    """A YAML file with odd values, keys, anchors, tags and bombs."""
+    odd_words = (
+        "!!python/object/apply:os.system ['touch code-was-run']",
+        "&a [*a]",
+        "*nowhere",
+        "!!binary x",
+        "2026-11-27",
+    )
+    more = (
+        "1e-5",
+        ".nan",
+        ".inf",
+        "0x1F",
+        "1_000",
+        "0o17",
+        "12:30:45",
+        "~",
+        "yes",
+        "No",
+        "[1, 2]",
+        "{a: b}",
+        "|\n  x",
+        "? x",
+    )
+    rows = data.decode("utf-8", errors="replace").split("\n")
+    at = rng.randrange(len(rows))
+    key = rows[at].partition(":")[0]
+    rows[at] = rng.choice(
+        (f"{key}: {rng.choice((*odd_words, *more))}", f"{key}: {odd(rng)!r:.300}", f"{rng.choice(more)}: 1")
+    )
+    if rng.random() < 0.05:
+        bomb = ["a: &a [x,x,x,x,x,x,x,x,x]"]
+        bomb += [f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
+        rows = bomb + rows
+    return "\n".join(rows).encode("utf-8", errors="surrogatepass")
+
+
+YAML: tuple[Mutator, ...] = (yaml_values, yaml_values, *TEXT)

@@ -19,18 +19,27 @@ from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree
 from rwkv_rlhf.data.batch import pack, pack_rated
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.items import Reading, read_items
 from rwkv_rlhf.data.opening import is_rated, kind_of, open_h5, open_pairs, open_rated, open_slices, open_text
+from rwkv_rlhf.data.policy_batch import PromptExample
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.data.shapes.stable import stable_form
 from rwkv_rlhf.data.templates.jinja import load_chat_template
 from rwkv_rlhf.data.text.teacher_log import TeacherLog
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import read_tasks
 from rwkv_rlhf.plan import COLUMNS, OLD_COLUMNS, read_profile
+from rwkv_rlhf.rl.rewards import open_rewards
+from rwkv_rlhf.rl.rollout import Asked, Sample
 from rwkv_rlhf.scoring.kept_scores import KeptScores
 from rwkv_rlhf.scoring.reference import cached_scores
+from rwkv_rlhf.settings.command_line import parse
+from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.shapes import KINDS
 from tests.fuzzing import containers as c
 from tests.fuzzing import mutators as m
+from tests.fuzzing.round_trips import WRITERS
 from tests.fuzzing.samples import (
     ROWS,
     VOCAB,
@@ -54,11 +63,15 @@ from tests.fuzzing.samples import (
     write_point,
     write_profile,
     write_rejects,
+    write_reward_file,
+    write_run_file,
     write_scores,
+    write_shapes,
     write_template,
     write_tokenizer,
     write_vocabulary,
 )
+from tests.fuzzing.words import TYPED, VARIABLES
 
 
 @dataclass(frozen=True)
@@ -68,12 +81,16 @@ class Reader:
     Attributes:
         write: makes a whole sample in a folder and returns the path that is read. read: what the program does with it.
         mutators: beside those of bytes. repairs: the reader may shorten the file or begin it anew, nothing else may.
+        made: nothing is damaged, the function makes up its own input in the file's folder. says: what a sentence may
+        name in place of the file.
     """
 
     write: Callable[[Path], Path]
     read: Callable[[Path, Random], Any]
     mutators: tuple[m.Mutator, ...] = ()
     repairs: bool = False
+    made: bool = False
+    says: tuple[str, ...] = ()
 
 
 def read_pairs(path: Path, rng: Random) -> Any:
@@ -171,6 +188,35 @@ def read_point(path: Path, rng: Random) -> Any:
     return point and point.read(0)
 
 
+def read_shapes(path: Path, rng: Random) -> Any:
+    """As convert_data.py does, of any shape."""
+    report = DataReport(str(path), skip_bad=rng.random() < 0.5)
+    reading = Reading(drop_thinking=rng.random() < 0.5)
+    return [stable_form(found.item) for found in read_items(path, report, tuple(KINDS), reading)]
+
+
+def read_reward_file(path: Path, rng: Random) -> Any:
+    """The user's own functions, asked about two answers."""
+    rewards = open_rewards(Config(loss="grpo", reward_funcs=f"{path}:exact,short"), {})
+    example = PromptExample([1, 2], "say", {"answer": "x"}, "say", "", True, "prompts.jsonl:1")
+    return rewards([Sample(Asked(n, example), n, [3, 4], "x" * n, torch.zeros(2), 0.0, True) for n in (0, 1)])
+
+
+def read_run_file(path: Path, rng: Random) -> Any:
+    return parse(["--config", str(path)])
+
+
+def made(make: Callable[[Path, Random], Any], says: tuple[str, ...] = ()) -> Reader:
+    """What makes up its own input."""
+
+    def write(folder: Path) -> Path:
+        (folder / "nothing.txt").write_text("")
+        return folder / "nothing.txt"
+
+    return Reader(write, lambda path, rng: make(path.parent, rng), repairs=True, made=True, says=says)
+
+
+FLAGS = ("--",)
 READERS: dict[str, Reader] = {
     "pairs.csv": Reader(
         lambda d: write_csv(d / "pairs.csv", [("prompt", "chosen", "reject"), *ROWS]), read_pairs, m.CSV
@@ -221,4 +267,15 @@ READERS: dict[str, Reader] = {
     "rejects.csv": Reader(lambda d: write_rejects(d, ".csv"), read_rejects, m.CSV, repairs=True),
     "rejects.jsonl": Reader(lambda d: write_rejects(d, ".jsonl"), read_rejects, m.JSON, repairs=True),
     "kept scores": Reader(write_scores, read_scores, m.JSON, repairs=True),
+    "shapes.jsonl": Reader(lambda d: write_shapes(d, ".jsonl"), read_shapes, m.JSON),
+    "shapes.json": Reader(lambda d: write_shapes(d, ".json"), read_shapes, m.JSON),
+    "shapes.csv": Reader(lambda d: write_shapes(d, ".csv"), read_shapes, m.CSV),
+    "shapes.tsv": Reader(lambda d: write_shapes(d, ".tsv"), read_shapes, m.TEXT),
+    "shapes.parquet": Reader(lambda d: write_shapes(d, ".parquet"), read_shapes, c.PARQUET),
+    "shapes.jsonl.gz": Reader(lambda d: write_shapes(d, ".jsonl.gz"), read_shapes, c.GZIP),
+    "shapes.jsonl.zst": Reader(lambda d: write_shapes(d, ".jsonl.zst"), read_shapes, c.ZSTD),
+    "rewards.py": Reader(write_reward_file, read_reward_file, m.TEXT, says=("reward_funcs",)),
+    "run.yaml": Reader(write_run_file, read_run_file, m.YAML, says=FLAGS),
+    **{f"round trip of {name}": made(one, ("written", "in.jsonl", "in.parquet")) for name, one in WRITERS.items()},
+    **{name: made(one, (*FLAGS, "{", *VARIABLES, "SLURM")) for name, one in TYPED.items()},
 }

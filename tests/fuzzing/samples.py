@@ -1,6 +1,7 @@
 """A whole sample of every kind of file that the program reads, written by the program where it writes that kind."""
 
 import csv
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.model.initial import initial_tensors
+from tests.support.shape_samples import SAMPLES
 
 VOCAB = 257
 ROWS = [(f"say {n}" + "!" * n, f"gladly: {n}", f"no {n}?") for n in range(4)]
@@ -198,6 +200,48 @@ def write_peft(folder: Path) -> Path:
     for other in (path, path.with_suffix(".json")):
         other.unlink()
     return folder / "peft"
+
+
+def write_shapes(folder: Path, suffix: str) -> Path:
+    """Rows of every shape that the program knows; of a table with columns, those of one."""
+    rows = [one.row for some in SAMPLES.values() for one in some]
+    path = folder / f"shapes{suffix}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix in (".csv", ".tsv"):
+        chosen = [{"system": "be kind", "question": text, "chosen": "yes", "rejected": "no"} for text in "abc"]
+        write_csv(path, [list(chosen[0]), *map(dict.values, chosen)])
+        if suffix == ".tsv":
+            path.write_bytes(path.read_bytes().replace(b",", b"\t"))
+    elif suffix == ".parquet":
+        write_parquet(path, [{"messages": turns("yes"), "id": n, "tools": None} for n in range(3)])
+    elif suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(lines, mtime=0))
+    elif suffix.endswith(".zst"):
+        path.write_bytes(pyarrow.compress(lines, "zstd", asbytes=True))
+    else:
+        path.write_bytes(lines)
+    return path
+
+
+def write_reward_file(folder: Path) -> Path:
+    """Two functions as a user writes them."""
+    (folder / "rewards.py").write_text(
+        "def exact(prompts, completions, answer, **columns):\n"
+        "    return [float(text == right) for text, right in zip(completions, answer)]\n\n\n"
+        "def short(completion_ids, **columns):\n    return [-len(ids) / 10 for ids in completion_ids]\n"
+    )
+    return folder / "rewards.py"
+
+
+def write_run_file(folder: Path) -> Path:
+    """Settings of a run."""
+    lines = ("load_model: base.pth", "loss: dpo", "pair_file: pairs.csv", "lr_init: 1e-5", "micro_bsz: 4", "peft: lora")
+    (folder / "run.yaml").write_text(
+        "# a run\n" + "\n".join((*lines, "lora_r: 8", "bptt: exact", "infctx: true")) + "\n"
+    )
+    return folder / "run.yaml"
 
 
 def write_vocabulary(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from torch import nn
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.generation import sampler
 from rwkv_rlhf.generation.prefixes import PrefixCache
 from rwkv_rlhf.generation.rows import Request
 from rwkv_rlhf.generation.sampler import Sampler
@@ -95,6 +96,32 @@ def test_logprobs_are_those_of_the_model_itself(model):
     for prompt, one in zip(PROMPTS, generate(model, PROMPTS, max_tokens=12, seed=3, **wild, **OPEN), strict=True):
         assert len(one.tokens) == 12 and not one.finished
         assert one.logprobs == pytest.approx(one_pass(model, prompt, one.tokens), abs=2e-4)
+
+
+def test_memory_is_that_of_the_answers_not_of_their_limit(model, monkeypatch):
+    """If this breaks, --max_tokens 1000000000 asks for 8 GB a sequence, or a longer limit samples another answer."""
+    monkeypatch.setattr(sampler, "PLACES", 4)
+    many = generate(model, PROMPTS, max_tokens=20, seed=4, frequency=0.3, **OPEN)
+    stop = {"stop_texts": (), "stop_ids": (many[0].tokens[-1],)}
+    few = generate(model, PROMPTS[:1], max_tokens=20, seed=4, frequency=0.3, **stop)
+    huge = generate(model, PROMPTS[:1], max_tokens=10**9, seed=4, frequency=0.3, **stop)
+    assert huge[0].tokens == few[0].tokens == many[0].tokens[: len(few[0].tokens)]
+    generator = torch.Generator().manual_seed(9)
+    apart = [torch.rand(1, n, generator=generator, dtype=torch.float64) for n in (64, 64, 128)]
+    together = torch.rand(256, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    assert torch.equal(torch.cat(apart, 1)[0], together)  # however often an answer is given more places
+
+
+def test_places_that_grow_are_the_same_in_a_batch_that_others_join(model, monkeypatch):
+    """If this breaks, an answer that joins others in the middle draws other numbers than alone."""
+    monkeypatch.setattr(sampler, "PLACES", 4)
+    alone = [generate(model, [prompt], max_tokens=20, seeds=[n], **OPEN)[0] for n, prompt in enumerate(PROMPTS)]
+    queue = deque(
+        Request(prompt, SamplingParams(max_tokens=20, **OPEN), sequence_seed(n, 0), n)
+        for n, prompt in enumerate(PROMPTS)
+    )
+    found = {one.request.key: one.completion.tokens for one in Sampler(model).stream(queue, at_once=2)}
+    assert [found[n] for n in range(3)] == [one.tokens for one in alone]
 
 
 def test_temperature_0_takes_the_likeliest_token_every_time(model):

@@ -112,6 +112,11 @@ def test_the_initial_factors_of_pissa_are_stored_once(go, script, base_of, tmp_p
     status, _, err = script(merge.main, *merging)
     assert status == 2 and f"initial factors are not there: {factors}: give the right ones with --lora_init" in err
     assert script(merge.main, *merging, "--lora_init", elsewhere)[0] == 0
+    elsewhere.rename(factors)  # a command of older programs names a file that this one calls otherwise
+    status, _, err = script(merge.main, *merging, "--lora_init", folder / "init_pissa.pth")
+    assert status == 2 and f"init_pissa.pth is not there, and {folder / 'rwkv-0.pth'} began from {factors}" in err
+    assert "leave it out" in err
+    factors.rename(elsewhere)
     resumed = (*planned("pissa", "none"), "--load_adapter", folder / "rwkv-0.pth")
     with pytest.raises(AssertionError, match=r"factors are not there.*give them with --load_adapter_pissa_init"):
         go("again", "x070", *resumed)
@@ -126,7 +131,8 @@ def test_the_initial_factors_of_pissa_are_stored_once(go, script, base_of, tmp_p
     torch.save(old, folder / "init_pissa.pth")  # as older programs write it, beside a checkpoint without a sidecar
     wanted = read_tensors(tmp_path / "m.pth")
     (folder / "rwkv-0.json").unlink()
-    assert script(merge.main, *merging[:-1], tmp_path / "o.pth", "--type", "pissa")[0] == 0
+    old_words = (*merging[:-1], tmp_path / "o.pth", "--type", "pissa", "--lora_init", folder / "init_pissa.pth")
+    assert script(merge.main, *old_words)[0] == 0
     assert all(torch.allclose(t, wanted[name], atol=1e-5) for name, t in read_tensors(tmp_path / "o.pth").items())
 
 

@@ -12,7 +12,7 @@ from tests.fuzzing import readers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-EACH = 17  # inputs of a reader: 500 in all
+EACH = 8  # inputs of a reader: 500 in all
 
 
 def test_whole_samples_are_read():

@@ -65,6 +65,31 @@ def test_the_example_learns_to_answer_rightly(script, tmp_path):
     assert {"prompt", "answer", "reward", "rewards", "advantage", "finished"} <= set(shown[0])
 
 
+def test_the_example_in_rwkv_6(script, tmp_path):
+    """If this breaks, the README's "RWKV-6: --my_testing x060 and nothing else" is not so: sampler and trainer
+    disagree, or the numbers of a step are not there. In a few steps nothing is learnt; that is the test above."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    few = {
+        "proj_dir": base,
+        "load_model": base / "rwkv-init.pth",
+        "epoch_steps": 30,
+        "micro_bsz": 32,
+        "my_testing": "x060",
+    }
+    init, sft = commands_of("step-1-pretrain.sh", **few)
+    init[init.index("--load_model") + 1] = "0"
+    few = {"proj_dir": tuned, "load_model": base / "rwkv-final.pth", "epoch_steps": 3, "epoch_count": 1}
+    (grpo,) = commands_of("step-2-train-grpo.sh", **few)
+    for one in (init, sft, grpo):
+        status, _, err = script(train.main, *one)
+        assert status == 0, err
+    steps = read_jsonl(tuned / "metrics.jsonl", "train")
+    assert len(steps) == 3 and steps[0]["sampler_gap"] <= 1e-5
+    assert {"rewards/exact", "rewards/number", "kl", "entropy", "truncated", "completion_length"} <= set(steps[0])
+    (after,) = read_jsonl(tuned / "metrics.jsonl", "val")
+    assert after["prompts"] == 60 and 0 < after["reward"] < 1.2
+
+
 def test_a_broken_reward_stops_the_run_and_loses_nothing(script, words, tmp_path, monkeypatch):
     """One sentence with the function, the error and the sample, status 2; rwkv-last and a point hold what was learnt,
     and the mended run goes on to the same end."""

@@ -2,12 +2,14 @@
 
 import json
 import shlex
+import sys
 
 import pytest
 
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import chat, finetune_clm, merge_peft_adapter, reward_modeling, rl_training
 from tests.support.files import jsonl, read_jsonl
+from tests.support.processes import started
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +79,35 @@ def test_three_stages_as_they_are_typed(did, base_model, vocab_file, orca, tmp_p
         (answer,) = read_jsonl(tmp_path / "out.jsonl")
         answers.append(answer["logprobs"])
     assert answers[0] == pytest.approx(answers[1], rel=1e-3, abs=1e-3)
+
+
+def test_a_stage_is_started_by_torchrun(base_model, vocab_file, orca, tmp_path):
+    """If this breaks, `torchrun --nproc_per_node 2 rl_training.py ...`, as the pipeline's pages have it, starts two
+    runs that do not know of each other, or none."""
+    (tmp_path / "rewards.py").write_text(
+        "def size(completion_ids, **_):\n    return [len(x) for x in completion_ids]\n"
+    )
+    words = ["--model_name", base_model, "--dataset_name", orca, "--tokenizer_name", vocab_file, "--steps=4"]
+    words += [
+        "--batch_size=4",
+        "--mini_batch_size=2",
+        "--ppo_epochs=1",
+        "--output_max_length=4",
+        "--gradient_accumulation_steps=1",
+    ]
+    words += [
+        "--output_dir",
+        tmp_path / "rl",
+        "--reward_funcs",
+        f"{tmp_path / 'rewards.py'}:size",
+        "--precision",
+        "fp32",
+    ]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "rl_training.py")
+    process = started(*words, program=launcher)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-3000:]
+    steps = read_jsonl(tmp_path / "rl" / "metrics.jsonl", "train")
+    assert len(steps) == 2 and (tmp_path / "rl" / "rwkv-final.pth").exists()
+    assert all(step["reward"] == pytest.approx(step["completion_length"]) for step in steps)
+    assert len(list((tmp_path / "rl").glob("rwkv-final.*"))) == 2  # one run wrote it, with its sidecar

@@ -10,6 +10,7 @@ from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import merge, train
 from rwkv_rlhf.scoring.reward_model import open_reward_model
 from tests.support.files import VOCAB, read_jsonl
+from tests.support.models import random_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +75,13 @@ def test_a_reward_model_judges(ran, script, typed, base_model, pairs_csv, tmp_pa
     (record,) = ran(tmp_path / "out", *ppo, "--reward_model", tmp_path / "rm")
     judge = open_reward_model(tmp_path / "rm" / "rwkv-final.pth", BuildOptions(torch.float32), VOCAB)
     assert record["rewards/reward_model"] == record["reward"] and judge.model.scalar_head("score_head") is not None
-    for model, said in ((base_model, "no reward model"), (tmp_path / "nothing.pth", "does not exist")):
+    torch.save(random_tensors(n_layer=1, vocab_size=VOCAB + 3, heads="score_head"), tmp_path / "other.pth")
+    wrong = {
+        base_model: "no reward model",
+        tmp_path / "nothing.pth": "does not exist",
+        tmp_path / "other.pth": f"vocabulary of {VOCAB + 3}",
+    }
+    for model, said in wrong.items():
         status, _, err = script(train.main, *typed, *ppo, "--proj_dir", tmp_path / "bad", "--reward_model", model)
         assert status == 2 and said in err.splitlines()[-1], err
     with pytest.raises(ValueError, match=f"vocabulary of {VOCAB}"):

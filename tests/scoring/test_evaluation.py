@@ -102,6 +102,18 @@ def test_kto_says_of_pairs_what_it_says_of_their_answers():
     assert {name: whole[name] for name in names} == pytest.approx({name: apart[name] for name in names}, rel=1e-4)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_answers_of_one_class_have_no_figures_of_the_other(good):
+    """If this breaks, bad answers alone are said to have a loss of -0 and a perplexity of 1, over 0 tokens."""
+    scores, reference = scores_of([(-10.0, -14.0), (-6.0, -5.0)]), torch.tensor([[-11.0, -13.0], [-5.0, -5.0]])
+    for base in (reference, None):
+        figures = rated_figures(scores, torch.tensor([good, good]), base, Config(loss="kto"))
+        assert figures["answers"] == 2
+        assert ({"loss", "perplexity", "tokens"} <= set(figures)) == good
+        assert ("chosen_logp" in figures) == (good and base is not None)
+        assert ("reject_logp" in figures) == (not good and base is not None)
+
+
 def test_figures_without_a_reference_or_a_loss():
     """--eval_only on a model alone: the raw preference, in nats, and no reward that nobody defines; with a reference
     the same names are against it. By hand: sums -10, -14 and -6, -5, reference -11, -13 and -5, -5."""

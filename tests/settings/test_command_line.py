@@ -1,6 +1,7 @@
 """The command line: every published command parses, mistakes are named, nothing is accepted in silence."""
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from rwkv_rlhf.settings.command_line import Parser, UsageError, as_flags, parse,
 from rwkv_rlhf.settings.config import Config, settings
 from rwkv_rlhf.settings.constraints import CONSTRAINTS
 from rwkv_rlhf.settings.not_built import NOT_BUILT
+from rwkv_rlhf.settings.surroundings import take_over
 
 SIZES = "--load_model M --proj_dir P --vocab_size 65536 --n_layer 24 --n_embd 2048 --my_testing x070"
 INFCTX = f"{SIZES} --infctx 1 --chunk_ctx 512 --ctx_len 65536"
@@ -438,3 +440,24 @@ def test_version_and_help(capsys):
             parse(words)
         assert caught.value.code == 0
     assert "--rlhf_train_file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e309", "a lot"])
+def test_a_number_of_any_command_is_finite(text):
+    """If this breaks, merge.py --lora_scaling nan writes a model of nothing but NaN."""
+    flags = Parser("test")
+    flags.add_argument("--scale", type=float)
+    with pytest.raises(UsageError, match=rf"^--scale: expected a (finite )?number, found '{text}'$"):
+        flags.parse_args([f"--scale={text}"])
+    assert flags.parse_args(["--scale", "1e308"]).scale == 1e308
+
+
+@pytest.mark.parametrize(
+    ("columns", "kept"), [("120", True), ("abc", False), ("0", False), ("-1", False), ("9" * 30, False)]
+)
+def test_a_width_that_no_terminal_has_is_forgotten(monkeypatch, columns, kept):
+    """If this breaks, a variable that a shell left behind ends a dry run in the library that draws its lines."""
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    take_over()
+    assert ("COLUMNS" in os.environ) == kept

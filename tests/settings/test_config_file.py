@@ -10,8 +10,8 @@ import pytest
 
 from rwkv_rlhf.commands.config import main
 from rwkv_rlhf.settings.command_line import UsageError, kinds, parse
-from rwkv_rlhf.settings.config import settings
-from rwkv_rlhf.settings.config_file import RUN_FILE, config_text, schema
+from rwkv_rlhf.settings.config import Config, settings
+from rwkv_rlhf.settings.config_file import RUN_FILE, config_text, read_config_files, schema
 from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.tables import LOSSES
 from tests.support.source_files import ROOT
@@ -79,6 +79,25 @@ def test_a_mistake_in_a_file_is_one_sentence(tmp_path, text, said):
     with pytest.raises(UsageError, match=said) as error:
         parsed(tmp_path, f"{text}\n", "--load_model", "base.pth")
     assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_text_is_named(tmp_path):
+    """If this breaks, the sentence speaks of a codec and of no file."""
+    (tmp_path / "run.yaml").write_bytes(b"loss: dpo\xff\n")
+    for path, said in ((tmp_path / "run.yaml", "byte 9 is not UTF-8"), (tmp_path, "cannot be read: Is a directory")):
+        with pytest.raises(UsageError, match=f"--config {path}:? {said}"):
+            parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x85b", "a\u2028b", "\ufeffa", "\u732b", "a\nb", "\x1b", " a ", "'\"", "#", "caf\udce9"]
+)
+def test_a_name_of_any_characters_comes_back_from_the_file_of_a_run(tmp_path, text):
+    """If this breaks, a run that is repeated from its config.yaml reads another file."""
+    config = Config(load_model="m.pth", data_file=text, given=frozenset({"load_model", "data_file"}))
+    path = tmp_path / "config.yaml"
+    path.write_text(config_text(config), encoding="utf-8")
+    assert read_config_files([str(path)], kinds())["data_file"] == text
 
 
 def test_a_file_that_is_not_there_is_named():

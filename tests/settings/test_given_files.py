@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from rwkv_rlhf.commands.train import check_given
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.given_files import check_given_files, named_files
 from tests.support.source_files import ROOT
@@ -61,10 +62,24 @@ def test_what_is_not_there_is_said_at_once(words):
         check_given_files(config)
 
 
-def test_a_wrong_path_does_not_wait_for_torch():
+def test_a_template_is_looked_at_before_anything_is_loaded():
+    """If this breaks, a template that is not there is said after the model is read and the data are scored."""
+    for name, said in (("none.jinja", r"none\.jinja"), ("wrold", "--template wrold is not known; one of world")):
+        with pytest.raises(ValueError, match=said):
+            check_given(parse(["--doctor", "1", "--template", name]))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--load_model", "none.pth", "--data_file", "d.jsonl"], "--load_model none.pth does not exist"),
+        (["--doctor", "1", "--template", "none.jinja"], "none.jinja"),
+    ],
+)
+def test_a_wrong_path_does_not_wait_for_torch(words, said):
     """If this breaks, a typing error in a path costs ten seconds."""
-    words = [ROOT / "train.py", "--load_model", "none.pth", "--data_file", "d.jsonl"]
-    done = subprocess.run([sys.executable, "-X", "importtime", *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "--load_model none.pth does not exist" in done.stderr
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and said in done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert not imported & set(SLOW)
+    assert not imported & {*SLOW} - ({"numpy"} if "--template" in words else set())

@@ -331,6 +331,10 @@ WRONG: dict[str, list[Wrong]] = {
             "message 1 holds a part of the type image_url: only text is read",
         ),
         Wrong(
+            chat({"role": "user", "content": [{"type": ["text"], "text": "x"}]}, said("Two.")),
+            "message 1 holds a part of the type ['text']: only text is read",
+        ),
+        Wrong(
             chat({"role": "narrator", "content": "x"}),
             "message 1 has the role 'narrator'; one of system, user, assistant, tool",
         ),

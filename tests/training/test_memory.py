@@ -162,7 +162,9 @@ def test_a_shape_is_planned_without_any_file(script):
     assert less == pytest.approx(sums[0] - 3903, abs=2) and host > 3900
 
 
-@pytest.mark.parametrize("shape", ["L0-D64", "61x4096", "L2-D100"])
+@pytest.mark.parametrize(
+    "shape", ["L0-D64", "61x4096", "L2-D100", "L2-D999999999", "L999999999-D64", "L2-D64:V99999999999999999999"]
+)
 def test_a_shape_that_cannot_be_is_refused(script, shape):
     """If this breaks, a typing error ends in a traceback."""
     status, _, err = script(train.main, "--dry_run", 1, "--dry_run_shape", shape)

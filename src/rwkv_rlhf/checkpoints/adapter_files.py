@@ -94,7 +94,7 @@ def open_adapter(
     if needs_initial_factors(layout.modes):
         initial = factors_of(path, sidecar, initial_file, force=force)
     elif initial_file:
-        raise ValueError(f"{path} holds no PiSSA adapter: nothing in it began from {initial_file}")
+        raise ValueError(f"{path} holds no PiSSA adapter, nothing in it began from {initial_file}: leave that out")
     return AdapterFile(Path(path), tensors, sidecar, layout, initial)
 
 
@@ -280,6 +280,11 @@ def factors_of(
     that the sidecar names (unless `force`).
     """
     path = factors_path(checkpoint, sidecar, given)
+    beside = factors_path(checkpoint, sidecar)
+    if not path.exists() and beside.exists():
+        raise ValueError(
+            f"{given} is not there, and {checkpoint} began from {beside}, which is found by itself: leave it out"
+        )
     if not path.exists():
         raise Mismatch("factors", f"{checkpoint} holds PiSSA, and its initial factors are not there: {path}")
     factors = {}

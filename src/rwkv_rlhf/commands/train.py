@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
     config = with_adapter_there(parse(argv))
     if not one_of_several():
-        check_given_files(config)
+        check_given(config)
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -28,6 +28,15 @@ def main(argv: Sequence[str]) -> int | None:
         return None if here is None else ranked(here)
 
 
+def check_given(config: Config) -> None:
+    """Raises ValueError for files that are not there or not what they should be, before anything slow begins."""
+    check_given_files(config)
+    if "template" in config.given:
+        from rwkv_rlhf.data.templates.named import check_template
+
+        check_template(config.template)
+
+
 def ranked(config: Config) -> int | None:
     """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
     from rwkv_rlhf.checkpoints.resume_points import ResumePoint
@@ -36,6 +45,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.distributed import ranks
     from rwkv_rlhf.distributed.launch import launch_environment
     from rwkv_rlhf.reports.wandb_run import open_wandb
+    from rwkv_rlhf.training.adapter_choice import with_adapter
     from rwkv_rlhf.training.choices import with_length, with_precision
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
     from rwkv_rlhf.training.out_of_memory import explained
@@ -45,11 +55,12 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_named_model, write_initial
 
-    ranks.agreed(lambda: check_given_files(config))  # here for those of a launcher, which say it once
+    ranks.agreed(lambda: check_given(config))  # here for those of a launcher, which say it once
     config = with_length(with_precision(config))
     if config.dry_run_shape:
         dry_run_shape(config)
         return None
+    config = ranks.agreed(lambda: with_adapter(config))
     folder = open_folder(config.proj_dir)
     if config.train_stage == 1:
         with run_lock(folder):

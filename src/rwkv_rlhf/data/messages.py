@@ -168,8 +168,9 @@ def _part(part: object, where: str) -> Part:
         return Part("text", part)
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     text = _first(part, SAID) if isinstance(part, dict) else None
-    if kind not in PARTS or not isinstance(text, str):
-        raise RowError(f"{where} holds a part of the type {kind}: only text is read", f"a part that is {kind}")
+    if not isinstance(kind, str) or kind not in PARTS or not isinstance(text, str):
+        named = f"{kind!s:.60}"
+        raise RowError(f"{where} holds a part of the type {named}: only text is read", f"a part that is {named}")
     return Part(PARTS[kind], text)
 
 

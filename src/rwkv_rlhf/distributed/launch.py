@@ -84,7 +84,7 @@ def by_slurm(variables: Variables) -> RankInfo | None:
         return None
     world = _number("SLURM_NTASKS", tasks)
     nodes = _number("SLURM_NNODES", variables.get("SLURM_STEP_NUM_NODES") or variables.get("SLURM_NNODES", "1"))
-    if world % nodes:
+    if nodes < 1 or world % nodes:
         raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine must run equally many")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
     address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
@@ -103,6 +103,7 @@ def rank_info_of(config: Config, variables: Variables) -> RankInfo:
     for find in LAUNCHERS.values():
         info = find(variables)
         if info is not None:
+            _check_numbers(info)
             _check_flags(config, info)
             return info
     nodes, local = config.num_nodes, config.devices
@@ -118,7 +119,22 @@ def rank_info_of(config: Config, variables: Variables) -> RankInfo:
     if nodes == 1:
         return RankInfo(0, local, 0, local, port=_free_port() if local > 1 else 0)
     port = _number("MASTER_PORT", variables["MASTER_PORT"])
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"MASTER_PORT {port}: must be from 1 to 65535")
     return RankInfo(node * local, nodes * local, 0, local, variables["MASTER_ADDR"], port)
+
+
+def _check_numbers(info: RankInfo) -> None:
+    """Raises ValueError for numbers of a launcher that cannot be: left over in a shell, or set by hand."""
+    whole = 0 < info.local_world <= info.world and info.world % info.local_world == 0
+    if not (
+        whole and 0 <= info.rank < info.world and 0 <= info.local_rank < info.local_world and 0 <= info.port < 1 << 16
+    ):
+        raise ValueError(
+            f"the variables of {info.launcher} say rank {info.rank} of {info.world} (WORLD_SIZE), {info.local_rank} of "
+            f"{info.local_world} on its machine (LOCAL_WORLD_SIZE), port {info.port}: that cannot be; unset RANK, "
+            "WORLD_SIZE and their like if nothing started this process with them"
+        )
 
 
 def _check_flags(config: Config, info: RankInfo) -> None:

@@ -3,7 +3,7 @@
 A row whose sequence has ended stays where it is until another one takes its place or too many are empty: a state is
 megabytes, and copying all of them whenever one ends would cost more than running a few for nothing.
 
-Legend: B rows, C width, M most tokens of an answer.
+Legend: B rows, C width, M places for tokens of an answer, more as answers get longer.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Running:
     number: int
     request: Request
     copy: int
+    generator: torch.Generator = field(default_factory=torch.Generator)
     completion: Completion = field(default_factory=Completion)
     tail: bytes = b""
 
@@ -83,7 +84,8 @@ class Rows:
 
     Attributes:
         hidden: (B, C) after the last token. state: B rows.
-        draws: (B, M) float64 in [0, 1). length: (B,) int64, tokens sampled so far.
+        draws: (B, M) float64 in [0, 1), each row from the generator of its sequence. length: (B,) int64, tokens sampled
+            so far.
         history: (B, M) int64 ids sampled so far. first: (B, M) bool, whether an id stands there for the first time.
             Both are kept for penalties only.
     """
@@ -122,18 +124,19 @@ class Rows:
         sequences = [self.sequences[row] for row in rows]
         return Rows(sequences, hidden, self.state.select(index), draws, history, first, length)
 
-    def _widened(self, width: int) -> Rows:
-        """With places for answers of `width` tokens."""
-        more = width - self.draws.shape[1]
-        if more <= 0:
+    def with_places(self) -> Rows:
+        """With places for a further token of each answer: where the longest has none, twice as many as before."""
+        width = self.draws.shape[1]
+        if self.longest < width:
             return self
-        draws, history, first = (functional.pad(part, (0, more)) for part in (self.draws, self.history, self.first))
+        more = to_device(torch.cat([draws_of(one, width) for one in self.sequences]), self.draws.device)
+        history, first = (functional.pad(part, (0, width)) for part in (self.history, self.first))
+        draws = torch.cat([self.draws, more], 1)
         return Rows(self.sequences, self.hidden, self.state, draws, history, first, self.length)
 
     def joined(self, new: Rows) -> Rows:
-        """With the rows of `new`: in the empty places as far as there are any, the others behind."""
-        width = max(self.draws.shape[1], new.draws.shape[1])
-        old, new = self._widened(width), new._widened(width)
+        """With the rows of `new`, which has as many places: in the empty rows as far as there are any, then behind."""
+        old = self
         places = [row for row, sequence in enumerate(old.sequences) if sequence is None][: len(new.sequences)]
         if places:
             target = to_device(torch.tensor(places), old.hidden.device)
@@ -153,6 +156,8 @@ class Rows:
         return [self.hidden, self.draws, self.history, self.first, self.length, *self.state.tensors()]
 
 
-def draws_of(seed: int, tokens: int) -> Tensor:
-    """(tokens,) float64 in [0, 1): the draws of one sequence, from a generator of its own."""
-    return torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def draws_of(sequence: Running | None, tokens: int) -> Tensor:
+    """(1, tokens) float64 in [0, 1): the next draws of one sequence, zeros where it has ended."""
+    if sequence is None:
+        return torch.zeros(1, tokens, dtype=torch.float64)
+    return torch.rand(1, tokens, generator=sequence.generator, dtype=torch.float64)

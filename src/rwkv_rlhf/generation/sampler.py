@@ -30,6 +30,7 @@ from rwkv_rlhf.transfers import to_device
 PREFILL = 8192  # tokens of prompts that run together
 JOIN = 8  # new sequences come when an eighth of the places is free: each time their prompts cost a pass of their own
 EMPTY = 4  # rows without a sequence are taken out when they are more than a fourth of the rows
+PLACES = 64  # for tokens of an answer, at first
 OnToken = Callable[[int, int], None]
 
 
@@ -154,16 +155,15 @@ class _Run:
         parts: list[Begun] = []
         while self.begun and len(begun) < free:
             one = self.begun[0]
-            begun.append(Running(self.number, one.request, one.copies.popleft()))
+            copy = one.copies.popleft()
+            generator = torch.Generator().manual_seed(one.request.seed + copy)
+            begun.append(Running(self.number, one.request, copy, generator))
             parts.append(one)
             self.number += 1
             if not one.copies:
                 self.begun.popleft()
-        width = max(sequence.request.params.max_tokens for sequence in begun)
-        draws = torch.zeros(len(begun), width, dtype=torch.float64)
-        for row, sequence in enumerate(begun):
-            tokens = sequence.request.params.max_tokens
-            draws[row, :tokens] = draws_of(sequence.request.seed + sequence.copy, tokens)
+        width = PLACES if self.rows is None else self.rows.draws.shape[1]
+        draws = torch.cat([draws_of(sequence, width) for sequence in begun])
         return Rows(
             sequences=[*begun],
             hidden=torch.cat([one.hidden for one in parts]),
@@ -202,8 +202,8 @@ class _Run:
 
     def step(self) -> Iterator[Finished]:
         """One more token of each sequence; gives those that end with it."""
-        rows = self.rows
-        assert rows is not None
+        assert self.rows is not None
+        rows = self.rows = self.rows.with_places()
         heartbeat(f"sampling with {len(rows.sequences)} sequences")
         tokens = self._sample(rows)
         done = []

@@ -160,10 +160,11 @@ def pair_figures(scores: PairScores, reference: Tensor | None, loss: Loss[Any], 
 def rated_figures(scores: PairScores, good: Tensor, reference: Tensor | None, config: Config) -> Figures:
     """As `pair_figures` of rated answers, `good` (n,) bool, whose columns are the answer and one to another prompt.
 
-    loss is over the good answers. Against a reference (n, 2) also what KTO logs, z estimated from the second column.
+    loss is over the good answers, and left out where there are none. Against a reference (n, 2) also what KTO logs, z
+    estimated from the second column.
     """
     of_good = TextScore(float(scores.chosen_sum[good].double().sum()), int(scores.chosen_count[good].sum()))
-    found = _likelihood(of_good) | {"answers": len(good)}
+    found = {**(_likelihood(of_good) if of_good.tokens else {}), "answers": len(good)}
     if reference is None:
         return found
     divergence = (scores.reject_sum - reference[:, 1]).mean().clamp_min(0)

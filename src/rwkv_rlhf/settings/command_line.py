@@ -52,6 +52,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str, help: type[argparse.Action] | str = "help") -> None:
         usage = "%(prog)s --flag value ..."
         super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
+        self.register("type", float, finite)  # for every flag with type=float
         if help == "help":
             self.add_argument("-h", "--help", action="help", help="list every flag and stop")
         else:
@@ -94,6 +95,17 @@ def truth(text: str) -> bool:
     if text.lower() not in TRUTH:
         raise argparse.ArgumentTypeError(f"expected 0 or 1, found {text!r}")
     return TRUTH[text.lower()]
+
+
+def finite(text: str) -> float:
+    """A number that is neither NaN nor infinite; raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return value
 
 
 def spelled(text: str) -> str:

@@ -56,7 +56,9 @@ def config_text(config: Config) -> str:
                 here[name] = value
         if here:
             lines += ["", f"# {GROUPS[group].help}"]
-            lines += [yaml.safe_dump({name: value}, allow_unicode=True).strip() for name, value in here.items()]
+            # escaped where not printable: YAML takes U+0085 and its like in plain text for line breaks
+            for name, value in here.items():
+                lines.append(yaml.safe_dump({name: value}, allow_unicode=str(value).isprintable()).strip())
     return "\n".join(lines) + "\n"
 
 
@@ -104,6 +106,12 @@ def _mapping(path: str) -> dict[Hashable, Any]:
         found = Loader(Path(path).read_text(encoding="utf-8-sig")).get_single_data()
     except FileNotFoundError:
         raise ValueError(f"--config {path}: there is no such file") from None
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config {path}: byte {error.start} is not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"--config {path}: nested too deep") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -425,7 +425,8 @@ def check(config: Config) -> None:
     for constraint in (*CONSTRAINTS, *OPTIMIZER_CONSTRAINTS, *STRATEGY_CONSTRAINTS):
         if constraint.broken(config):
             raise ConstraintError(constraint.name, say(constraint.sentence, config))
-    if config.peft not in tables.ADAPTERS:
+    asked_later = bool(config.load_adapter) and not config.layer_profile and "peft" not in config.given  # its sidecar
+    if config.peft not in tables.ADAPTERS and not asked_later:
         useless = [name for name in PLAN_FLAGS if name in config.given]
         if not config.layer_profile:
             useless += [name for name in ADAPTER_SWITCHES if getattr(config, name) != settings()[name].default]

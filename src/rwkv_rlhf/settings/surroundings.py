@@ -4,6 +4,8 @@ import os
 import sys
 from io import TextIOWrapper
 
+DIGITS = 4  # of the width of a terminal
+
 
 def one_of_several() -> bool:
     """Whether a launcher (torchrun, srun) may have started other processes of this command."""
@@ -14,9 +16,13 @@ def take_over() -> None:
     """Called once, before anything else is imported.
 
     A notebook names a backend for its own plots, which matplotlib (Lightning imports it) refuses where the notebook's
-    packages are missing. A terminal or a pipe may have no byte for a character, and then shows its number.
+    packages are missing. COLUMNS may be no width that a library could fill. A terminal or a pipe may have no byte for
+    a character, and then shows its number.
     """
     os.environ["MPLBACKEND"] = "agg"
+    width = os.environ.get("COLUMNS", "")
+    if not (width.isdecimal() and 0 < len(width) <= DIGITS and int(width)):
+        os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

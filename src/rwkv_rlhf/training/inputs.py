@@ -87,6 +87,15 @@ def unbalanced(rated: Pairs, desirable: float, undesirable: float) -> Iterator[s
         )
 
 
+def one_class(rated: Sequence[Any], what: str) -> str:
+    """A sentence when rated answers are all good or all bad; "" when both are there. `what`: which answers."""
+    kinds = {example.good for example in rated if isinstance(example, RatedExample)}
+    if len(kinds) != 1:
+        return ""
+    here, lacking = ("good", "bad") if kinds == {True} else ("bad", "good")
+    return f"all {len(rated)} {what} are {here} ones: KTO learns and is judged by both, so {lacking} ones are missing"
+
+
 class Inputs:
     """Opens the files that `config` names, for the model of `start`. Every reader raises ValueError with file:line."""
 
@@ -136,6 +145,8 @@ class Inputs:
             pairs = pairs if rated else unpair(pairs)
             for sentence in unbalanced(pairs, c.kto_desirable_weight, c.kto_undesirable_weight):
                 log.info(sentence)
+            if sentence := one_class(pairs, "answers of the training data"):
+                log.warning(sentence)
         if self.judges:
             margins_of(pairs, c)
             return pairs.judged()
@@ -436,6 +447,10 @@ class Inputs:
         c, model = self.config, self.start.model
         loss = LOSSES[c.loss or tables.PRETRAINING]
         good = torch.tensor([pair.good for pair in pairs if isinstance(pair, RatedExample)])
+        if sentence := one_class(pairs, "held-out answers"):
+            log.warning(sentence)
+        if len(good) and base is None and not good.any():
+            raise ValueError("the held-out answers are all bad ones: without a reference there is nothing to score")
         distance: Divergence | None = None
         if base is not None:
             reference = self._foreign_model(c.reference_model)[0] if c.reference_model else model

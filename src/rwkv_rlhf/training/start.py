@@ -51,7 +51,7 @@ HINTS = {
     "factors": "give them with {load_adapter_pissa_init}",
     "cold": "{load_cold_adapter} must name the adapter that was merged into its base, or be left out",
 }
-SHAPE = re.compile(r"L(\d+)-D(\d+)(?::V(\d+))?")
+SHAPE = re.compile(r"L(\d{1,9})-D(\d{1,9})(?::V(\d{1,30}))?")
 SIZE_FLAGS = ("version", "n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
 
 
@@ -238,6 +238,11 @@ def shape_model(config: Config) -> tuple[RWKV, Report]:
             "with the vocabulary"
         )
     layers, width, vocabulary = (int(number) for number in found.groups(str(config.vocab_size or 65536)))
+    if layers > 1000 or max(width, config.dim_ffn, config.head_size) > 1 << 20 or vocabulary > 1 << 24:
+        raise ValueError(
+            f"{{dry_run_shape}} {config.dry_run_shape}: at most 1,000 layers, sizes of {1 << 20:,} and a vocabulary of "
+            f"{1 << 24:,}"
+        )
     version = config.version or "x070"
     with torch.device("meta"):
         tensors = initial_tensors(version, layers, width, vocabulary, config.head_size, dim_ffn=config.dim_ffn or None)

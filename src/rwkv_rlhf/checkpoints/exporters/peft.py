@@ -43,6 +43,7 @@ SHOWN = 4  # names of tensors that are left out
 PREFIX = "base_model.model."
 LINEAR = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_M": "lora_magnitude_vector", "miss": "miss_block"}
 EMBEDDING = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+TABLES = ("emb", "head")
 MOST = 1e30  # of any number in a configuration
 # layers in a pattern: names, also with `.*` in them; expressions that could take for ever are none
 NAMES = re.compile(r"\^?[\w.\\]+(?:\.\*[\w.\\]*){0,2}\$?")
@@ -99,8 +100,10 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
     if not (folder / CONFIG).exists():
         raise ValueError(f"--from_peft {folder}: there is no {CONFIG}")
     config = read_json_object(folder / CONFIG)
+    base_tensors = read_tensors(base)
     try:
         tensors, adapted = from_peft(read_tensors(folder / TENSORS), config)
+        tensors = without_tables(tensors, base_tensors, config)
     except ValueError as mistake:
         raise ValueError(f"--from_peft {folder}: {mistake}") from mistake
     own = {f"{layer}." for layer in adapted}
@@ -108,7 +111,7 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
     packed = frozenset(name for name in adapted if name != "emb") if quant != "none" else frozenset()
     layout = Layout(adapted, packed, trained, quant)
     sidecar = sidecar_of(file_sizes(base).version, layout, None, base)
-    Merged(read_tensors(base), AdapterFile(folder, tensors, sidecar, layout, {}))  # refuses what does not fit
+    Merged(base_tensors, AdapterFile(folder, tensors, sidecar, layout, {}))  # refuses what does not fit
     write_checkpoint(tensors, sidecar, output)
     return f"{len(adapted)} adapters of {folder} for {base.name}: {output}"
 
@@ -224,6 +227,28 @@ def from_peft(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> OwnAd
     if not adapted:
         raise ValueError("the file holds no adapter of the PEFT library")
     return OwnAdapter(found, adapted)
+
+
+def without_tables(
+    tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """`tensors` without the base's own tables, which PEFT writes too where it saves with save_embedding_layers.
+
+    Raises ValueError when one of them is not the base's and PEFT's configuration does not say that it was trained.
+    """
+    trained = config.get("modules_to_save") or ()
+    found = dict(tensors)
+    for layer in TABLES:
+        for name in (f"{layer}.weight", f"{layer}.base_layer.weight"):
+            if name not in found or (layer in trained and name == f"{layer}.weight"):
+                continue
+            table, own = found.pop(name), base.get(f"{layer}.weight")
+            if own is None or own.shape != table.shape or not torch.equal(own.to(table.dtype), table):
+                raise ValueError(
+                    f"{name} in it is another table than that of the base model, and {CONFIG} does not name {layer} in "
+                    "modules_to_save: give the base model that the adapter was trained on"
+                )
+    return found
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -25,6 +25,12 @@ def find_templates(name: str) -> tuple[Share, ...]:
     )
 
 
+def check_template(name: str) -> None:
+    """Raises ValueError as `find_templates`. Nothing is kept: what a file says may depend on the run's time."""
+    find_templates(name)
+    load_chat_template.cache_clear()
+
+
 def say_plain_marks(name: str, tokenizer: Tokenizer, report: DataReport) -> None:
     """Notes which special tokens of a template the vocabulary does not have: they are trained as the text they are."""
     marks = [mark for share in find_templates(name) for mark in share.template.marks(tokenizer)]
