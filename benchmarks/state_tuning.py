@@ -1,19 +1,21 @@
 """State tuning: the learning rate against the loss on held-out text, for models of two versions.
 
-python benchmarks/state_tuning.py [--json PATH]            # x060 and x070, ten rates, three lengths; an hour on one core
+python benchmarks/state_tuning.py [--json PATH]            # x060 and x070, ten rates, two lengths; an hour on one core
 python benchmarks/state_tuning.py --versions x070 --rates 0.01,0.1 --steps 30 --base_steps 60     # a quick look
 
-A small model (--layers, --width, World vocabulary) is trained from zero on example/quickstart/corpus.jsonl, whose answers
-are mostly curt. Then `train.py --state 1` learns the state that texts begin from on courteous chats
-(example/SFT/chats.jsonl), batches of 8, the rate falling to a tenth, warm-up of a tenth of the steps. The loss is that of 120 other courteous chats, made by
-the function of example/make_data.py that makes those of example/SFT. "none" is the model before, "full" full
-training of all weights at the best of three rates.
+A small model (--layers, --width, World vocabulary) is trained from zero on example/quickstart/corpus.jsonl, whose
+answers are mostly curt. Then `train.py --state 1` learns the state that texts begin from on courteous chats
+(example/SFT/chats.jsonl) in batches of 8, with a warm-up of a tenth of the steps, the rate falling to a tenth. The loss
+is that of 120 other courteous chats, made by the function of example/make_data.py that makes those of example/SFT.
+"none" is the model before; "full" is full training of all weights, at the best of three rates.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -50,8 +52,8 @@ def train(folder: Path, *words: object) -> None:
         os.chdir(ROOT)
         status = 1
         try:
-            sys.stdout = open(os.devnull, "w")
-            status = main([*map(str, words), "--proj_dir", str(folder)]) or 0
+            with contextlib.redirect_stdout(io.StringIO()):
+                status = main([*map(str, words), "--proj_dir", str(folder)]) or 0
         except Exception:
             logging.exception("%s", folder)
         finally:
@@ -94,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", default="x060,x070")
     parser.add_argument("--rates", default=RATES)
-    parser.add_argument("--steps", default="30,100,400")
+    parser.add_argument("--steps", default="30,150")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--base_steps", type=int, default=450)
@@ -115,22 +117,12 @@ def main() -> None:
     table: dict[str, dict[str, float]] = {}
     for version, steps in columns:
         base, column = base_model(flags, version), f"{version}, {steps} steps"
-        train(
-            out / f"{version}-none",
-            "--load_model",
-            base,
-            "--eval_only",
-            1,
-            "--val_file",
-            held_out,
-            "--precision",
-            "fp32",
-        )
+        scored = ["--load_model", base, "--eval_only", 1, "--val_file", held_out, "--precision", "fp32"]
+        train(out / f"{version}-none", *scored)
         table.setdefault("none", {})[column] = held_out_loss(out / f"{version}-none")
         for rate in rates:
-            table.setdefault(f"{rate:g}", {})[column] = loss_after(
-                flags, base, held_out, steps, rate, "--state", 1, "--peft", "state"
-            )
+            found = loss_after(flags, base, held_out, steps, rate, "--state", 1, "--peft", "state")
+            table.setdefault(f"{rate:g}", {})[column] = found
         full = [loss_after(flags, base, held_out, steps, rate, "--peft", "full") for rate in FULL_RATES]
         table.setdefault("full", {})[column] = min(full)
         print(f"{column} done", file=sys.stderr, flush=True)

@@ -268,9 +268,7 @@ def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, ve
     merged, before = run_merge(base, checkpoint, tmp_path / "merged.pth"), read_tensors(base)
     assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [(n, t.shape, t.dtype) for n, t in before.items()]
     own = read_tensors(checkpoint)
-    kept = re.compile(
-        r"emb\.weight|blocks\.0\.ln0\..*|ln_out\..*|blocks\.0\.att\.v[012]|.*\.s_emb\.weight"
-    )  # v: unused there
+    kept = re.compile(r"emb\.weight|blocks\.0\.(ln0\..*|att\.v[012])|ln_out\..*|.*\.s_emb\.weight")  # v: unused there
     for name, tensor in merged.items():
         if name in own:
             assert torch.equal(tensor, own[name].bfloat16().reshape(tensor.shape)), name

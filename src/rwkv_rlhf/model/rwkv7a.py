@@ -1,8 +1,8 @@
 """RWKV-7a (x070a): RWKV-7 with DeepEmbed, a small matrix for each token of the vocabulary in each channel mixing.
 
-Of token t a table holds R x R numbers, R = 32 in released files; with what a matrix makes of the token's embedding they
-are M_t, and the hidden channels are multiplied by s2 (M_t^T (s1^T x)) + s0. Names, shapes and order of operations follow
-the `rwkv` package 0.8.32 with RWKV_DE_VERSION=1 and RWKV-LM's RWKV-v7/rwkv_v7a_demo.py.
+Of token t a table holds R x R numbers, R = 32 in released files; with what a matrix makes of the token's embedding
+they are M_t, and the hidden channels are multiplied by ((x s1) M_t) s2 + s0. Names, shapes and order of operations
+follow the `rwkv` package 0.8.32 with RWKV_DE_VERSION=1 and RWKV-LM's RWKV-v7/rwkv_v7a_demo.py.
 Legend: B batch, T tokens, C width, F inner width, R rank of DeepEmbed.
 """
 

@@ -33,7 +33,8 @@ _FLAGS = {
 class Sizes:
     """Sizes of a model. `low_rank` holds the inner widths of the low-rank factors.
 
-    x070: `w`, `a`, `v`, `g`; x070a `deep` besides. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its channels do not mix.
+    x070: `w`, `a`, `v`, `g`; x070a `deep` besides. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its
+    channels do not mix.
     `bonus` is the tensor that weighs the current token: time_first, in x050 and x051 its logarithm, or time_faaaa.
     `states` are the learnt initial states that each block has, of `STATES`; `heads` the scalar heads that there are.
     """

@@ -276,16 +276,16 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. new: models of it can be made from zero. spellings: further
-    words of --my_testing. has, lacks: tensors of blocks.0.att (of the other half: ffn.NAME) that a file of it has
-    and has not (of two versions that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
-    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
-    att (or ffn.NAME) whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
-    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
-    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
-    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
-    begins from a learnt time_state in the model's file. frozen_tables: tables by token inside a block, which no mode of
-    a row trains, adapts or packs.
+    block: its block class. new: models of it can be made from zero. spellings: further words of --my_testing. has,
+    lacks: tensors of blocks.0.att (of the other half: ffn.NAME) that a file of it has and has not (of two versions that
+    fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each head (None:
+    not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of att (or ffn.NAME)
+    whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of its small
+    tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C that a block
+    keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the recurrence keeps
+    in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package begins from a learnt
+    time_state in the model's file. frozen_tables: tables by token inside a block, which no mode of a row trains, adapts
+    or packs.
     """
 
     help: str
