@@ -269,6 +269,8 @@ STORAGES: dict[str, StorageFacts] = {
     "int8": StorageFacts("8-bit integers, blocks of 64", ".layers.stores.int8:Int8", 1.0625, 0.006, 32 << 20),
     "fp8": StorageFacts("8-bit floats (e4m3), one scale a row", ".layers.stores.fp8:FP8", 1.0, 0.026, 32 << 20),
 }
+# learning rate of state tuning, first and last: the best of docs/state-tuning.md for RWKV-7
+STATE_LR_INIT, STATE_LR_FINAL = 0.3, 0.03
 DENSE = "none"  # not packed: a parameter in the compute dtype
 
 
