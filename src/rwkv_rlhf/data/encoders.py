@@ -4,6 +4,7 @@ Reading, templates, draws and counts stay in the process that asks, so what is w
 would write, and the first error is the one that it would meet.
 """
 
+import functools
 import os
 import signal
 import unicodedata
@@ -81,7 +82,7 @@ class Encoders(AbstractContextManager["Encoders"]):
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_file: str = "", workers: int = 1, check: bool = False) -> None:
         self._tokenizer, self._check, self._workers = tokenizer, check, workers
-        self._work = _Work(tokenizer.vocab_size, vocab_file or None, check)
+        self._work = functools.partial(_encode_batch, tokenizer.vocab_size, vocab_file or None, check)
         self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _started) if workers > 1 else None
 
     def __exit__(
@@ -164,13 +165,7 @@ def _started() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Work(NamedTuple):
-    """What a process does with a batch. `load_tokenizer` keeps the vocabulary from one batch to the next."""
-
-    vocab_size: int
-    vocab_file: str | None
-    check: bool
-
-    def __call__(self, batch: Sequence[Job]) -> list[Encoded]:
-        tokenizer = load_tokenizer(self.vocab_size, self.vocab_file)
-        return [encoded(job, tokenizer, self.check) for job in batch]
+def _encode_batch(vocab_size: int, vocab_file: str | None, check: bool, batch: Sequence[Job]) -> list[Encoded]:
+    """What a process does. `load_tokenizer` keeps the vocabulary from one batch to the next."""
+    tokenizer = load_tokenizer(vocab_size, vocab_file)
+    return [encoded(job, tokenizer, check) for job in batch]
