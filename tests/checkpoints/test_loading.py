@@ -177,7 +177,9 @@ def test_each_version_is_recognised_and_no_other(version):
     wide = 224 if version[1:4] in ("050", "051", "052", "060") else 256
     assert (sizes.version, sizes.n_layer, sizes.n_embd, sizes.vocab_size) == (version, 2, 64, 40)
     assert (sizes.head_size, sizes.dim_att, sizes.dim_ffn) == (1 if version == "x040" else 16, 64, wide)
-    assert sizes.low_rank.keys() == {"x060": {"mix", "decay"}, "x070": {"w", "a", "v", "g"}}.get(version, set())
+    of_7 = {"w", "a", "v", "g"}
+    expected = {"x060": {"mix", "decay"}, "x070": of_7, "x070a": {*of_7, "deep"}}.get(version, set())
+    assert sizes.low_rank.keys() == expected
 
 
 def test_other_shapes_of_rwkv_5():
@@ -217,7 +219,7 @@ def changed(version: str, **parts: torch.Tensor | None) -> dict[str, torch.Tenso
 )
 def test_a_version_that_nobody_knows_is_refused(tensors):
     """An experiment of the past must not run as something that it is not."""
-    with pytest.raises(ValueError, match=r"not a known RWKV version \(x040, x050, x051, x052, x060, x070\)"):
+    with pytest.raises(ValueError, match=r"not a known RWKV version \(x040, x050, x051, x052, x060, x070, x070a\)"):
         sizes_of(tensors)
 
 

@@ -23,6 +23,7 @@ def test_a_file_is_converted(tmp_path, caplog):
     assert read_jsonl(tmp_path / "out.jsonl") == sample.becomes * 2
     assert "ShareGPT conversations (sharegpt), 2 chats of 2 turns" in caplog.text
     assert "2 rows have `id`: not read" in caplog.text and "wrote 2 objects" in caplog.text
+    assert "2 rows, 2 examples\n" in caplog.text, "nothing is trained here"
 
 
 def test_a_dry_run_shows_and_writes_nothing(tmp_path, capsys, caplog):

@@ -16,7 +16,7 @@ from rwkv_rlhf.checkpoints.tensor_files import read_tensors, write_tensors
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.plan import Row, make_plan
 from tests.support.merging import TOKENS, base_tensors, greedy, logits, plain_logits, run_merge, spread
-from tests.support.processes import rwkv_package
+from tests.support.processes import PACKAGE, package_kind, rwkv_package
 
 
 def mixed_plan():
@@ -244,19 +244,19 @@ def test_inputs_are_never_overwritten(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("v7", [False, True])
-def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, v7):
+@pytest.mark.parametrize("kind", PACKAGE)
+def test_the_merged_file_gives_the_same_greedy_answer_in_the_rwkv_package(tmp_path, kind):
     """The whole point of merging: every other RWKV program answers as the trained model does."""
     ours, paths = [], []
     for version in VERSIONS:
-        if (version == "x070") == v7:
+        if package_kind(version) == kind:
             folder = tmp_path / version
             folder.mkdir()
             base, checkpoint = train(folder, version=version)
             run_merge(base, checkpoint, folder / "merged.pth")
             ours.append(greedy(base, checkpoint))
             paths.append(str(folder / "merged"))
-    assert ours == rwkv_package("greedy", TOKENS, paths, v7=v7)
+    assert ours == rwkv_package("greedy", TOKENS, paths, **PACKAGE[kind])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -268,7 +268,7 @@ def test_every_version_merges_what_was_trained_over_packed_matrices(tmp_path, ve
     merged, before = run_merge(base, checkpoint, tmp_path / "merged.pth"), read_tensors(base)
     assert [(n, t.shape, t.dtype) for n, t in merged.items()] == [(n, t.shape, t.dtype) for n, t in before.items()]
     own = read_tensors(checkpoint)
-    kept = re.compile(r"emb\.weight|blocks\.0\.ln0\..*|ln_out\..*|blocks\.0\.att\.v[012]")  # the last: unused there
+    kept = re.compile(r"emb\.weight|blocks\.0\.(ln0\..*|att\.v[012])|ln_out\..*|.*\.s_emb\.weight")  # v: unused there
     for name, tensor in merged.items():
         if name in own:
             assert torch.equal(tensor, own[name].bfloat16().reshape(tensor.shape)), name

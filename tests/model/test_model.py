@@ -13,7 +13,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.model.state import State
 from tests.support.models import build, random_tensors
-from tests.support.processes import rwkv_package
+from tests.support.processes import PACKAGE, package_kind, rwkv_package
 
 TOKENS = [5, 0, 17, 299, 3, 3, 42, 7, 0, 101, 250, 9]
 SHAPES = [(64, 128), (32, 64)]  # head size, width; the package cannot run a single head of x050
@@ -48,29 +48,29 @@ def bonus_as_logarithm(tensors):
     return positive, logs
 
 
-def package_logits(folder, checkpoints, v7):
+def package_logits(folder, checkpoints, kind):
     """Logits of the `rwkv` package for TOKENS, in one pass and token by token, of each checkpoint."""
     paths = [str(folder / f"model-{number}") for number in range(len(checkpoints))]
     for path, tensors in zip(paths, checkpoints):
         torch.save(tensors, path + ".pth")
-    return [torch.tensor(logits) for logits in rwkv_package("every", TOKENS, paths, v7=v7)]
+    return [torch.tensor(logits) for logits in rwkv_package("every", TOKENS, paths, **PACKAGE[kind])]
 
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
-    """version -> list of (checkpoint, the package's logits); the package must be imported anew for x070."""
+    """version -> list of (checkpoint, the package's logits); the package must be imported anew for each kind."""
     found = {}
-    for v7 in (False, True):
+    for kind in PACKAGE:
         named = [
             (version, random_tensors(version, head_size=size, n_embd=width))
             for version in VERSIONS
             for size, width in SHAPES
-            if (version == "x070") == v7
+            if package_kind(version) == kind
         ]
-        for version in ("x050", "x051") if not v7 else ():
+        for version in ("x050", "x051") if kind == "older" else ():
             named += [(version, tensors) for tensors in bonus_as_logarithm(random_tensors(version))]
         folder = tmp_path_factory.mktemp("package")
-        for (version, tensors), logits in zip(named, package_logits(folder, [t for _, t in named], v7)):
+        for (version, tensors), logits in zip(named, package_logits(folder, [t for _, t in named], kind)):
             found.setdefault(version, []).append((tensors, logits))
     return found
 
@@ -329,12 +329,14 @@ def test_dropout_of_the_stream_is_where_rwkv_lm_has_it(tensors):
         got = model.train()(tokens)[0]
         torch.manual_seed(3)
         drop = torch.nn.Dropout(share)
-        x, carried = drop(plain.emb(tokens)), None
+        x, carried = drop(plain.emb(tokens)), plain.blocks[0].at_first(tokens)
         for block in plain.blocks:
-            x = block.ln0(x) if block.first else x
+            if block.first:
+                x = block.ln0(x)
+                carried = block.begun(x, carried)
             y, carried, _ = block.att(block.ln1(x), carried, None, None, None, "auto")
             x = drop(x + y)
-            x = drop(x + block.ffn(block.ln2(x), None, None))
+            x = drop(x + block.ffn(block.ln2(x), carried, None, None))
         assert torch.allclose(got, plain.ln_out(x), atol=1e-5)
         assert not torch.allclose(got, plain(tokens)[0], atol=0.1)
 

@@ -93,7 +93,7 @@ def test_lora_recipe_on_text(run, text_jsonl, tmp_path, version):
     """If this breaks, `--lora` trains nothing in this version, or too much."""
     words = """--sft 1 --lora --lora_r 4 --lora_alpha 8 --lora_dropout 0.01 --lora_parts att,ffn,time,ln --ctx_len 64
  --micro_bsz 4 --epoch_steps 4 --epoch_count 1 --epoch_save 1 --lr_init 5e-3 --lr_final 5e-3 --pre_ffn 0 --head_qk 0"""
-    typed = {"x052": "--my_testing r3r4", "x050": "", "x051": ""}.get(version, f"--my_testing {version}")
+    typed = {"x052": "--my_testing r3r4", "x050": "", "x051": "", "x070a": ""}.get(version, f"--my_testing {version}")
     files = ["--data_file", text_jsonl, "--proj_dir", tmp_path]
     run(train.main, [*shlex.split(f"{words} {typed}"), *files], version)
     steps = read_jsonl(tmp_path / "metrics.jsonl", "train")

@@ -461,3 +461,20 @@ def test_a_width_that_no_terminal_has_is_forgotten(monkeypatch, columns, kept):
     monkeypatch.setenv("MPLBACKEND", "agg")
     take_over()
     assert ("COLUMNS" in os.environ) == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        ("", (1e-4, 1e-5)),
+        ("--state 1", (0.3, 0.03)),
+        ("--peft state", (0.3, 0.03)),
+        ("--state 1 --lr_init 0.1", (0.1, 0.01)),
+        ("--state 1 --lr_final 0.2", (0.3, 0.2)),
+        ("--state 1 --peft lora", (1e-4, 1e-5)),
+    ],
+)
+def test_states_alone_learn_at_rates_of_their_own(words, rates):
+    """If this breaks, `--state 1` without a rate runs at that of weights, at which a state learns nothing."""
+    config = parse(shlex.split(f"--load_model m.pth --data_file a.jsonl {words}"))
+    assert (config.lr_init, config.lr_final) == pytest.approx(rates)

@@ -35,10 +35,23 @@ def run_program(name: str, *words: object, timeout: float = 300, **variables: ob
     return out
 
 
-def rwkv_package(question: str, tokens: Sequence[int], paths: Sequence[Path], *, v7: bool) -> list:
+# what the `rwkv` package must be told before its import, by kind of model
+PACKAGE = {"older": {"v7": False}, "x070": {"v7": True}, "x070a": {"v7": True, "deep_embed": True}}
+
+
+def package_kind(version: str) -> str:
+    """Which of `PACKAGE` the models of this version are."""
+    return version if version in PACKAGE else "older"
+
+
+def rwkv_package(
+    question: str, tokens: Sequence[int], paths: Sequence[Path], *, v7: bool, deep_embed: bool = False
+) -> list:
     """The answer of the `rwkv` package to `question` (see programs/rwkv_package.py) for each checkpoint.
 
-    paths: files without their ending. v7: whether they are RWKV-7, which the package must be told before its import.
+    paths: files without their ending. v7, deep_embed: whether they are RWKV-7, with the tables of RWKV-7a, which the
+    package must be told before its import.
     """
-    out = run_program("rwkv_package", question, json.dumps(list(tokens)), *paths, RWKV_V7_ON=int(v7), RWKV_JIT_ON=0)
+    told = {"RWKV_V7_ON": int(v7), "RWKV_DE_VERSION": int(deep_embed), "RWKV_JIT_ON": 0}
+    out = run_program("rwkv_package", question, json.dumps(list(tokens)), *paths, **told)
     return json.loads(out.splitlines()[-1])

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
                 file.write((json.dumps(form, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
             if not report.examples:
                 raise ValueError(f"{flags.input}: holds nothing that could be converted ({report.rows} rows read)")
-    for line in report.lines():
+    for line in report.lines(trained=False):
         log.info("%s", line)
     if not flags.dry_run:
         log.info("wrote %d objects to %s", report.examples, flags.output)

@@ -8,6 +8,7 @@ import numpy as np
 
 from rwkv_rlhf.commands.flag_values import reading_of
 from rwkv_rlhf.data.batch import TextExample
+from rwkv_rlhf.data.encoders import Encoders
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sources import refuse_sources, sources_of
 from rwkv_rlhf.data.templates.named import find_templates
@@ -30,7 +31,9 @@ def check_document_flags(flags: Namespace) -> list[Path]:
     return [Path(source.path) for source in sources_of(flags.input_folder)]
 
 
-def examples_of(flags: Namespace, tokenizer: Tokenizer, report: DataReport) -> Iterator[TextExample]:
+def examples_of(
+    flags: Namespace, tokenizer: Tokenizer, report: DataReport, encoders: Encoders | None = None
+) -> Iterator[TextExample]:
     """The documents of all files in order, counted in `report`; those without a trained token are left out."""
     documents = read_documents(
         flags.input_folder,
@@ -40,6 +43,7 @@ def examples_of(flags: Namespace, tokenizer: Tokenizer, report: DataReport) -> I
         train_on_prompt=flags.train_on_prompt,
         seed=flags.random_seed,
         reading=reading_of(flags),
+        encoders=encoders,
     )
     for document in documents:
         tokens = np.asarray(document.tokens, dtype=np.int32)  # half the memory of what is written

@@ -49,6 +49,11 @@ def add_reading_flags(flags: Parser) -> None:
     flags.add_argument("--thinking", default="keep", choices=THINKING, help=help)
 
 
+def add_workers_flag(flags: Parser) -> None:
+    """--workers of a command that tokenises and does nothing else."""
+    flags.add_argument("--workers", type=int, default=0, help="processes that tokenise; 0 = one a core for large files")
+
+
 def add_skip_flag(flags: Parser) -> None:
     """--skip_bad."""
     flags.add_switch("--skip_bad", help="count and leave out bad rows instead of stopping")

@@ -6,16 +6,17 @@ time in another seeded order. Decoding is checked against the text, and the writ
 
 import logging
 import random
-import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rwkv_rlhf.commands.parsers.make_binidx import parser
-from rwkv_rlhf.data.items import Reading, read_items
+from rwkv_rlhf.data.encoders import Encoders, Job, workers_for
+from rwkv_rlhf.data.items import read_items
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.sampler import magic_prime
-from rwkv_rlhf.data.shapes.record import Document
+from rwkv_rlhf.data.shapes.record import Document, Item
 from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
@@ -24,42 +25,51 @@ from rwkv_rlhf.files import check_writable
 log = logging.getLogger("binidx")
 
 
-def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    ids = tokenizer.encode(text)
-    found = tokenizer.decode_bytes(ids)
-    if found != text.encode("utf-8", errors="surrogatepass") and not _composed(found, text):
-        raise RowError("the vocabulary does not give this text back", "not reversible")
-    return [*ids, END_OF_DOCUMENT]
+class _Text(NamedTuple):
+    """A document that is being tokenised: where its row stands, and how often it is used."""
 
-
-def _composed(found: bytes, text: str) -> bool:
-    """Whether a vocabulary that composes characters (the 20B one has the normaliser NFC) gave the same text back."""
-    return unicodedata.normalize("NFC", found.decode(errors="replace")) == unicodedata.normalize("NFC", text)
+    where: str
+    copies: list[int]
 
 
 def read_documents(
-    path: str, tokenizer: Tokenizer, report: DataReport, reading: Reading | None = None
+    path: str, tokenizer: Tokenizer, report: DataReport, encoders: Encoders | None = None
 ) -> list[np.ndarray]:
     """Token ids of each document, its end included; of a file with weight 2 each twice, as the same array.
 
-    Raises ValueError with file and line.
+    encoders: checking ones; None = those of this process. Raises ValueError with file and line.
     """
     documents: list[np.ndarray] = []
-    last = None
-    for where, item, _ in read_items(path, report, ("text",), reading):
-        if item is last:
-            documents.append(documents[-1])
+    for text, found in (encoders or Encoders(tokenizer, check=True)).map(_texts(path, report)):
+        if not found.exact:
+            error = RowError("the vocabulary does not give this text back", "not reversible")
+            for _ in range(len(text.copies)):
+                report.bad(text.where, error)
             continue
-        try:
-            if not isinstance(item, Document):
-                raise RowError("needs text under the key text; a chat is for sft_generate_h5.py", "no text")
-            documents.append(np.asarray(_encode(item.text, tokenizer), token_dtype(tokenizer.vocab_size)))
-            last = item
-        except RowError as error:
-            report.bad(where, error)
+        ids = np.append(found.ids[0], END_OF_DOCUMENT).astype(token_dtype(tokenizer.vocab_size))
+        documents += [ids] * len(text.copies)
     if not documents:
         raise ValueError(f"{path}: holds no text")
     return documents
+
+
+def _texts(path: str, report: DataReport) -> Iterator[tuple[_Text, Job]]:
+    """The documents of all files, each once."""
+    last: Item | None = None
+    waiting: tuple[_Text, Job] | None = None
+    for where, item, _ in read_items(path, report, ("text",)):
+        if item is last and waiting is not None:
+            waiting[0].copies.append(1)
+            continue
+        if waiting is not None:
+            yield waiting
+        last, waiting = item, None
+        if isinstance(item, Document):
+            waiting = _Text(where, [1]), Job((item.text,))
+        else:
+            report.bad(where, RowError("needs text under the key text; a chat is for sft_generate_h5.py", "no text"))
+    if waiting is not None:
+        yield waiting
 
 
 def orders(count: int, repeats: int, seed: int, shuffle: bool) -> Iterator[int]:
@@ -97,7 +107,9 @@ def main(argv: Sequence[str]) -> None:
         check_writable(prefix + suffix)
     tokenizer = load_tokenizer(flags.vocab_size, flags.vocab_file or None)
     report = DataReport(flags.input, skip_bad=flags.skip_bad)
-    documents = read_documents(flags.input, tokenizer, report)
+    workers = workers_for(flags.input, flags.workers)
+    with Encoders(tokenizer, vocab_file=flags.vocab_file, workers=workers, check=True) as encoders:
+        documents = read_documents(flags.input, tokenizer, report, encoders)
     plan = (len(documents), flags.repeats, flags.random_seed, flags.shuffle)
     tokens = write_corpus(prefix, documents, orders(*plan), tokenizer.vocab_size)
     corpus = verify(prefix, documents, orders(*plan))

@@ -12,6 +12,7 @@ from itertools import islice
 from rwkv_rlhf.commands.document_files import check_document_flags, count_lines, examples_of
 from rwkv_rlhf.commands.flag_values import vocabulary_size
 from rwkv_rlhf.commands.parsers.sft_h5 import parser
+from rwkv_rlhf.data.encoders import Encoders, workers_for
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
@@ -34,8 +35,13 @@ def main(argv: Sequence[str]) -> None:
         "template": flags.template,
         "train_on_prompt": int(flags.train_on_prompt),
     }
-    with writing(flags.output_parquet, about) as out, progress_bar(count_lines(files), "documents", True) as done:
-        examples = examples_of(flags, tokenizer, report)
+    workers = workers_for(flags.input_folder, flags.workers)
+    with (
+        Encoders(tokenizer, vocab_file=flags.vocab_file, workers=workers) as encoders,
+        writing(flags.output_parquet, about) as out,
+        progress_bar(count_lines(files), "documents", True) as done,
+    ):
+        examples = examples_of(flags, tokenizer, report, encoders)
         while batch := list(islice(examples, BATCH)):
             out.add(batch)
             done(len(batch))

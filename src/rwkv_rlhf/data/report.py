@@ -94,9 +94,10 @@ class DataReport:
         first = int(np.flatnonzero(bins)[0])
         return [((1 << b) >> 1, 1 << b, int(bins[b])) for b in range(first, len(bins))]
 
-    def lines(self) -> list[str]:
-        """The report as text, one fact a line; notices were logged when they arose."""
-        out = [f"{self.source}: {self.rows} rows, {self.examples} examples, {self.trained} trained (tokens or pairs)"]
+    def lines(self, trained: bool = True) -> list[str]:
+        """The report as text, one fact a line; notices were logged when they arose. trained: with their count."""
+        counted = f", {self.trained} trained (tokens or pairs)" if trained else ""
+        out = [f"{self.source}: {self.rows} rows, {self.examples} examples{counted}"]
         out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
             shortest, mean = int(np.min(self.lengths)), float(np.mean(self.lengths))

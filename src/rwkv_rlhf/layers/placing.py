@@ -17,6 +17,7 @@ from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Linear, Matrix, StorageSpec
+from rwkv_rlhf.plan import is_frozen_table
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Report:
             f"parameters: {self.trained:,} train, {self.frozen:,} are frozen, "
             f"of which {self.packed:,} are packed as {self.layout.store}"
         ]
+        tables = sum(map(is_frozen_table, self.dtypes))
+        if tables:
+            text.append(f"{tables} tables of DeepEmbed (s_emb) stay frozen in every mode: training them is not built")
         if self.layout.unmatched:
             text.append(f"rows of the layer profile that matched nothing: {', '.join(self.layout.unmatched)}")
         return text

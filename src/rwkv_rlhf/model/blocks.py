@@ -6,6 +6,7 @@ Legend: B batch, T tokens, C width, A attention width, H heads, N head size, M m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ class TimeMix(nn.Module):
     """The attention half of a block. A version says which small tensors and matrices it has, and runs them.
 
     `forward(x, carried, shift, wkv_state, starts, backend)` gives (output (B, T, C), carried, new wkv state). `carried`
-    is what a block hands to the next one beside x: v_first in x070, None in the others.
+    is what a block hands to the next one beside x: v_first in x070, `Carried` of model/rwkv7a.py in x070a, None in the
+    others.
     """
 
     matrices: tuple[str, ...] = ("receptance", "key", "value", "output")
@@ -126,6 +128,7 @@ def attention_of_heads(at: Position) -> dict[str, Tensor]:
 class ChannelMix(nn.Module):
     """The feed-forward half of a block: `mixes` names the mixing vectors, one for each input.
 
+    `forward(x, carried, shift, starts)` gives the output (B, T, C); `carried` as the attention half has left it.
     `widening`: its width as a multiple of C in new models, before it is rounded down to a multiple of 32.
     """
 
@@ -156,7 +159,7 @@ class GatedChannelMix(ChannelMix):
         self.receptance = Linear(sizes.n_embd, sizes.n_embd)
         self.value = Linear(sizes.dim_ffn, sizes.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor | None, starts: Starts | None) -> Tensor:
+    def forward(self, x: Tensor, carried: None, shift: Tensor | None, starts: Starts | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         xk, xr = token_mix(x, shift, starts, self.shares())
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
@@ -179,6 +182,15 @@ class Block(nn.Module):
 
     time_mix: type[TimeMix]
     channel_mix: type[ChannelMix]
+
+    @staticmethod
+    def at_first(tokens: Tensor) -> Any:
+        """What block 0 finds as `carried`. tokens (B, T) int64."""
+        return None
+
+    def begun(self, x: Tensor, carried: Any) -> Any:
+        """`carried` in block 0, when x (B, T, C) has passed ln0."""
+        return carried
 
     def __init__(self, sizes: Sizes, layer: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -206,14 +218,15 @@ class Block(nn.Module):
         return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
     def forward(
-        self, x: Tensor, carried: Tensor | None, state: LayerState | None, starts: Starts | None, backend: str
-    ) -> tuple[Tensor, Tensor | None, LayerState]:
-        """x (B, T, C), `carried` from the block before (None in block 0) -> (x, carried, new state).
+        self, x: Tensor, carried: Any, state: LayerState | None, starts: Starts | None, backend: str
+    ) -> tuple[Tensor, Any, LayerState]:
+        """x (B, T, C), `carried` from the block before (`at_first` in block 0) -> (x, carried, new state).
 
         ln0 is applied here, so that whoever shards the model finds all that a block needs in the block's own call.
         """
         if self.first:
             x = normalise(x, self.ln0)
+            carried = self.begun(x, carried)
         if state is None and self.states:
             state = self.initial_state(len(x) if starts is None else len(starts) - 1, x.dtype)
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
@@ -221,6 +234,6 @@ class Block(nn.Module):
         y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)
         x = F.dropout(x + y, self.dropout, self.training)
         ffn_in = normalise(x, self.ln2)
-        x = F.dropout(x + self.ffn(ffn_in, ffn_shift, starts), self.dropout, self.training)
+        x = F.dropout(x + self.ffn(ffn_in, carried, ffn_shift, starts), self.dropout, self.training)
         after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
         return x, carried, after

@@ -47,6 +47,7 @@ class RWKV(nn.Module):
         self.dropout = dropout
         self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
         block = VERSIONS[sizes.version]
+        self._at_first = block.at_first
         heads = sizes.head_size if sizes.head_size > 1 else 0
         self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0)]  # not compiled yet
         self.blocks = nn.ModuleList(block(sizes, layer, dropout) for layer in range(sizes.n_layer))
@@ -93,7 +94,7 @@ class RWKV(nn.Module):
         if tokens.shape[1] == 0:
             return x, state
         packed = None if starts is None else Starts.of(starts)
-        carried = None
+        carried = self._at_first(tokens)
         after = []
         recompute = self.grad_cp and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):

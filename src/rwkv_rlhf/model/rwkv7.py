@@ -130,7 +130,7 @@ class ChannelMix(blocks.ChannelMix):
             "value.weight": torch.zeros(at.C, at.ffn),
         }
 
-    def forward(self, x: Tensor, shift: Tensor | None, starts: Starts | None) -> Tensor:
+    def forward(self, x: Tensor, carried: Tensor | None, shift: Tensor | None, starts: Starts | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         (xk,) = token_mix(x, shift, starts, self.shares())
         return self.value(relu_squared(self.key(xk)))

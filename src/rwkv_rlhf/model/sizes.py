@@ -33,7 +33,8 @@ _FLAGS = {
 class Sizes:
     """Sizes of a model. `low_rank` holds the inner widths of the low-rank factors.
 
-    x070: `w`, `a`, `v`, `g`. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its channels do not mix.
+    x070: `w`, `a`, `v`, `g`; x070a `deep` besides. x060: `mix`, `decay`. Others: empty. `head_size` of x040 is 1: its
+    channels do not mix.
     `bonus` is the tensor that weighs the current token: time_first, in x050 and x051 its logarithm, or time_faaaa.
     `states` are the learnt initial states that each block has, of `STATES`; `heads` the scalar heads that there are.
     """
@@ -66,8 +67,9 @@ def version_of(tensors: Mapping[str, torch.Tensor]) -> str:
     for other, signs in tables.OTHER_VERSIONS.items():
         if all(f"blocks.0.{sign}" in tensors for sign in signs):
             raise ValueError(f"{other}, as blocks.0.{signs[-1]} tells: that version is not built")
-    prefix = "blocks.0.att."
-    att = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items() if name.startswith(prefix)}
+    first = "blocks.0."
+    inside = {name.removeprefix(first): tensor.shape for name, tensor in tensors.items() if name.startswith(first)}
+    att = {name.removeprefix("att."): shape for name, shape in inside.items()}
     by_channel = "time_decay" in att and max(att["time_decay"][1:], default=1) > 1
     found = [
         version
@@ -103,7 +105,8 @@ def _low_rank(tensors: Mapping[str, torch.Tensor], version: str) -> dict[str, in
     """Inner widths; block 1 is asked too, as block 0 may lack a part (x070's v, of which it is the source)."""
     ranks = {}
     for part, names in tables.VERSIONS[version].low_rank.items():
-        places = [f"blocks.{layer}.att.{name}" for name in names for layer in (0, 1)]
+        inside = [name if name.startswith("ffn.") else f"att.{name}" for name in names]
+        places = [f"blocks.{layer}.{name}" for name in inside for layer in (0, 1)]
         name = next((name for name in places if name in tensors), places[0])
         shape = _shape(tensors, name)
         if len(shape) < 2:

@@ -78,12 +78,12 @@ class Plan:
     def trains(self, name: str, version: str, limited: bool) -> bool:
         """Whether the tensor `name`, which is no adapter's, learns.
 
-        version: x040 to x070, for the names of the small tensors; limited: adapter rows train their adapters only.
+        version: x040 to x070a, for the names of the small tensors; limited: adapter rows train their adapters only.
         """
         row = self.row_of(name)
         if is_scalar_head(name):
             return name.split(".")[0] == self.scalar_head
-        if row.rejects(name) or (name == "head.weight" and not self.predicts):
+        if row.rejects(name) or is_frozen_table(name) or (name == "head.weight" and not self.predicts):
             return False
         if is_state(name):
             return name.endswith(self.states)
@@ -98,7 +98,8 @@ class Plan:
     def adapts(self, linear_name: str) -> Row | None:
         """The row whose adapter the matrix of the module `linear_name` (e.g. `blocks.3.att.key`) gets, or None."""
         row = self.row_of(linear_name)
-        if row.mode not in tables.ADAPTERS or row.rejects(linear_name + ".weight"):
+        weight = f"{linear_name}.weight"
+        if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_frozen_table(weight):
             return None
         if linear_name == "head" and not self.predicts:
             return None
@@ -130,6 +131,11 @@ def is_state(name: str) -> bool:
 def is_scalar_head(name: str) -> bool:
     """Whether `name` is the weight of a scalar head (a reward model's, PPO's)."""
     return name.split(".")[0] in tables.SCALAR_HEADS
+
+
+def is_frozen_table(name: str) -> bool:
+    """Whether `name` is a table by token inside a block, which nothing trains, adapts or packs (DeepEmbed)."""
+    return any(name.endswith(f".{table}") for facts in tables.VERSIONS.values() for table in facts.frozen_tables)
 
 
 def is_new(name: str) -> bool:

@@ -76,7 +76,8 @@ def profile_text(
             row["Weight_lr_final"] = _number(first / 10 if lr_final is None else lr_final)
             row["Weight_decay"] = _number(weight_decay)
         if layer.isdigit():
-            row |= {"State_lr_init": "0.1" if kind == "state" else "0.01", "State_lr_final": "0.001"}
+            first, last = (tables.STATE_LR_INIT, tables.STATE_LR_FINAL) if kind == "state" else (0.01, 0.001)
+            row |= {"State_lr_init": _number(first), "State_lr_final": _number(last)}
         writer.writerow(row)
     return file.getvalue()
 

@@ -174,8 +174,8 @@ class Config:
 
     # --- optimizer
     optim: str = setting("adamw", "optimizer", choices=lambda: tuple(OPTIMIZERS))
-    lr_init: float = setting(1e-4, "learning rate after warm-up", at_least=0)
-    lr_final: float = setting(1e-5, "learning rate at the end", at_least=0)
+    lr_init: float = setting(1e-4, "learning rate after warm-up (0.3 with {peft} state)", at_least=0)
+    lr_final: float = setting(1e-5, "learning rate at the end (a tenth of the first with {peft} state)", at_least=0)
     lr_schedule: str | None = setting(
         None,
         "shape between the two; absent = rwkv-lm for text with {my_exit_tokens} or {train_stage} 2, 3, else exp",
@@ -396,9 +396,16 @@ class Config:
         if self.lr_schedule == RWKV_LM and "epoch_steps" not in self.given:
             at_once = self.num_nodes * self.devices * self.micro_bsz
             object.__setattr__(self, "epoch_steps", max(1, RWKV_LM_SAMPLES // at_once))
-        for name, value in self._lengths().items():
+        for name, value in {**self._lengths(), **self._state_rates()}.items():
             if name not in self.given:
                 object.__setattr__(self, name, value)
+
+    def _state_rates(self) -> dict[str, float]:
+        """Learning rates where nothing but states learns, which takes a thousand times those of weights."""
+        if self.peft != "state" or self.layer_profile or self.loss_facts.scalar_head:
+            return {}
+        first = self.lr_init if "lr_init" in self.given else tables.STATE_LR_INIT
+        return {"lr_init": first, "lr_final": first / 10}
 
     def _lengths(self) -> dict[str, int]:
         """Mini-epochs and saves where other flags say how long they are."""

@@ -309,7 +309,8 @@ CONSTRAINTS = (
     Constraint(
         "known_parts",
         lambda c: not set() < {word.strip() for word in c.lora_parts.split(",")} - {""} <= set(PARTS),
-        f"{{lora_parts=}}: must be a comma list of {', '.join(PARTS)}",
+        f"{{lora_parts=}}: must be a comma list of {', '.join(PARTS)}; single matrices are chosen by RejectParts of a "
+        "{layer_profile}",
     ),
 )
 

@@ -269,6 +269,8 @@ STORAGES: dict[str, StorageFacts] = {
     "int8": StorageFacts("8-bit integers, blocks of 64", ".layers.stores.int8:Int8", 1.0625, 0.006, 32 << 20),
     "fp8": StorageFacts("8-bit floats (e4m3), one scale a row", ".layers.stores.fp8:FP8", 1.0, 0.026, 32 << 20),
 }
+# learning rate of state tuning, first and last: the best of docs/state-tuning.md for RWKV-7
+STATE_LR_INIT, STATE_LR_FINAL = 0.3, 0.03
 DENSE = "none"  # not packed: a parameter in the compute dtype
 
 
@@ -276,15 +278,16 @@ DENSE = "none"  # not packed: a parameter in the compute dtype
 class VersionFacts:
     """An RWKV version by what tells it, and what depends on it.
 
-    block: its block class. new: models of it can be made from zero. spellings: further
-    words of --my_testing. has, lacks: tensors of blocks.0.att that a file of it has and has not (of two versions
-    that fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each
-    head (None: not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of
-    att whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of
-    its small tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C
-    that a block keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the
-    recurrence keeps in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package
-    begins from a learnt time_state in the model's file.
+    block: its block class. new: models of it can be made from zero. spellings: further words of --my_testing. has,
+    lacks: tensors of blocks.0.att (of the other half: ffn.NAME) that a file of it has and has not (of two versions that
+    fit, the one that asks for more); per_channel: whether time_decay has a number for each channel of each head (None:
+    not asked). heads: the tensor of blocks.0.att that tells them, "" = none. low_rank: the tensors of att (or ffn.NAME)
+    whose second axis is an inner width, the first that is there counts. small: a pattern for the last word of its small
+    tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C that a block
+    keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the recurrence keeps
+    in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package begins from a learnt
+    time_state in the model's file. frozen_tables: tables by token inside a block, which no mode of a row trains, adapts
+    or packs.
     """
 
     help: str
@@ -301,6 +304,7 @@ class VersionFacts:
     activations: float = 0.0
     recurrence_bytes: int = 0
     starts_from_file: bool = False
+    frozen_tables: tuple[str, ...] = ()
 
 
 VERSIONS: dict[str, VersionFacts] = {
@@ -369,13 +373,25 @@ VERSIONS: dict[str, VersionFacts] = {
         activations=28.6,
         recurrence_bytes=8,
     ),
+    "x070a": VersionFacts(
+        "RWKV-7a (DeepEmbed)",
+        ".model.rwkv7a:Block",
+        has=frozenset({"r_k", "x_r", "ffn.s_emb.weight"}),
+        new=False,
+        heads="r_k",
+        low_rank={"w": ("w1",), "a": ("a1",), "v": ("v1", "a1"), "g": ("g1",), "deep": ("ffn.s1",)},
+        small=r"x_[a-z]+|[wav][012]|g[12]|k_k|k_a|r_k|s[012]",
+        rates={"w0": 2.0},
+        activations=36.7,
+        recurrence_bytes=8,
+        frozen_tables=("ffn.s_emb.weight",),
+    ),
 }
 
 
 # what this program cannot run, by tensors of block 0 that tell it; the first that fits
 OTHER_VERSIONS: dict[str, tuple[str, ...]] = {
     "RWKV-7b (DeepEmbed with attention over its cache)": ("qkv.qq.weight", "ffn.s_emb.weight"),
-    "RWKV-7a (DeepEmbed)": ("ffn.s_emb.weight",),
     "RWKV-8 with attention": ("qkv.qq.weight", "ffn.enn.weight"),
     "RWKV-8": ("ffn.enn.weight",),
 }

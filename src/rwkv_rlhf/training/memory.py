@@ -130,7 +130,7 @@ def block_bytes(model: RWKV, width: int, layer: int) -> int:
     sizes = model.sizes
     facts = tables.VERSIONS[sizes.version]
     block = model.blocks[layer]
-    extra = 0.0
+    extra: float = sizes.low_rank.get("deep", 0) ** 2  # a token's matrix of DeepEmbed
     for _, matrix in matrices(block):
         if matrix.adaptation is not None:
             extra += matrix.in_features * (DROPPED if matrix.adaptation.dropout else 0.0)

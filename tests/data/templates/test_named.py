@@ -7,6 +7,7 @@ import pytest
 
 from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.report import RowError
+from rwkv_rlhf.data.templates.jinja_process import compiled
 from rwkv_rlhf.data.templates.named import draw_template
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.generation.answers import after_cue
@@ -55,6 +56,12 @@ def test_g1h_by_hand():
         "\u273f\nUser\u273fBye\u273f\nBot\u273f<think></think>Bye\u273f"
     )
     assert [span.text for span in spans if span.answer] == [">Yes\u273f", ">Bye\u273f"]
-    assert flower.history([Turn("tool", "3")]) == "User\u273f\n<tool_response>\n3\n</tool_response>\u273f"
+    one, two = (f"\n<tool_response>\n{said}\n</tool_response>" for said in "34")
+    assert flower.history([Turn("tool", "3")]) == f"User\u273f{one}\u273f"
+    called = [Turn("user", "Hi"), Turn("tool", "3"), Turn("tool", "4"), Turn("user", "Bye")]
+    text = f"User\u273fHi\u273f\nUser\u273f{one}{two}\u273f\nUser\u273fBye\u273f"
+    assert flower.history(called) == text
+    messages = [{"role": turn.role, "content": turn.text} for turn in called]
+    assert compiled(flower.as_jinja()).render(messages=messages) == text
     with pytest.raises(RowError, match="holds \u273f, which ends a turn"):
         flower.render([Turn("user", "a \u273f flower")], ["Yes"])

@@ -1,6 +1,6 @@
 """The flags of `make_binidx`."""
 
-from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag
+from rwkv_rlhf.commands.flag_groups import add_skip_flag, add_vocabulary_flag, add_workers_flag
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -17,4 +17,5 @@ def parser() -> Parser:
     flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")
     flags.add_switch("--shuffle", default=True, help="shuffle each time; 0 keeps the file's order [1]")
     add_skip_flag(flags)
+    add_workers_flag(flags)
     return flags

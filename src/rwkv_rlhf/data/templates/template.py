@@ -40,11 +40,19 @@ FLOWER_JINJA = (
     "{%- for message in messages -%}"
     "{%- set name = 'Bot' if message['role'] == 'assistant' else "
     "'System' if message['role'] == 'system' else 'User' -%}"
+    "{%- set tool = message['role'] == 'tool' -%}"
+    "{%- if not (tool and loop.previtem and loop.previtem['role'] == 'tool') -%}"
     "{{- ('' if loop.first else '\n') + name + '\u273f' -}}"
+    "{%- endif -%}"
+    "{%- if tool -%}{{- '\n<tool_response>\n' -}}{%- endif -%}"
     "{%- set text = message['content'].replace('\r\n', '\n').replace('\r', '\n').strip() -%}"
     "{%- for line in text.split('\n') if line.strip() -%}"
-    "{{- line -}}{{- '\u273f' if loop.last else '\n' -}}"
+    "{{- line -}}{{- '\n' if not loop.last else '' if tool else '\u273f' -}}"
     "{%- endfor -%}"
+    "{%- if tool -%}"
+    "{{- '\n</tool_response>' -}}"
+    "{{- '' if loop.nextitem and loop.nextitem['role'] == 'tool' else '\u273f' -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '\nBot\u273f<think' -}}{%- endif -%}"
 )
@@ -173,7 +181,7 @@ class FlowerTemplate(Template):
     """That of RWKV-7 G1h and later: System, User or Bot and a text, FLOWER behind both, a line break between turns.
 
     Source: the chat template of RWKV's vLLM engine. A thought is begun with `<think`, or left out with
-    `<think></think`; what a tool answers is said by the user, between marks.
+    `<think></think`; what tools answer is said by the user, between marks, several answers in one turn.
     """
 
     assistant: str = "Bot"
@@ -188,8 +196,7 @@ class FlowerTemplate(Template):
 
     def _turn(self, turn: Turn) -> str:
         name = {"user": self.user, "assistant": self.assistant, "tool": self.tool}.get(turn.role, self.system)
-        text = f"\n<tool_response>\n{turn.text}\n</tool_response>" if turn.role == "tool" else turn.text
-        return f"{name}{FLOWER}{self._plain(text)}{FLOWER}"
+        return f"{name}{FLOWER}{self._plain(turn.text)}{FLOWER}"
 
     def _plain(self, text: str) -> str:
         if FLOWER in text:
@@ -198,7 +205,15 @@ class FlowerTemplate(Template):
 
     def history(self, turns: Sequence[Turn]) -> str:
         """Finished turns, a line break between them."""
-        return "\n".join(map(self._turn, with_tools_said(turns)))
+        said: list[Turn] = []
+        for turn in with_tools_said(turns):
+            if turn.role != "tool":
+                said.append(turn)
+                continue
+            result = f"\n<tool_response>\n{turn.text}\n</tool_response>"
+            before = said.pop().text if said and said[-1].role == "tool" else ""
+            said.append(Turn("tool", before + result))
+        return "\n".join(map(self._turn, said))
 
     def prompt(self, turns: Sequence[Turn], answers: Sequence[str] = ()) -> str:
         """As `Template.prompt`."""

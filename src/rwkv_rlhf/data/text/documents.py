@@ -5,11 +5,13 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from rwkv_rlhf.data.batch import TextExample
 from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.encoders import Encoded, Encoders, Job, encoded
 from rwkv_rlhf.data.items import Reading, read_file
 from rwkv_rlhf.data.opened import read_unpacked
 from rwkv_rlhf.data.report import DataReport, RowError
@@ -17,7 +19,7 @@ from rwkv_rlhf.data.rows import rows_format
 from rwkv_rlhf.data.shapes.record import Chat, Document, Pair
 from rwkv_rlhf.data.sources import Source, sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
-from rwkv_rlhf.data.templates.template import Template
+from rwkv_rlhf.data.templates.template import Span, Template
 from rwkv_rlhf.data.text.binidx import Corpus, Slices, is_corpus
 from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5 import H5File, H5Texts, open_h5
@@ -28,9 +30,10 @@ from rwkv_rlhf.settings.implementations import load, with_fact
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How documents are made of a file: the template of each row, what is trained, how records are read."""
+    """How documents are made of a file: each row's template, who tokenises, what is trained, how records are read."""
 
     draw: Callable[[], Template]
+    encoders: Encoders
     train_on_prompt: bool = False
     reading: Reading = field(default_factory=Reading)
 
@@ -69,45 +72,74 @@ class Texts(CutDocuments):
         return TextExample(self.tokens[begin:end], None if self.mask is None else self.mask[begin:end])
 
 
-def _plain(text: str, tokenizer: Tokenizer) -> TextExample:
-    """A text byte for byte, and the end of document, trained like any token."""
-    return TextExample(np.asarray([*tokenizer.encode(text), END_OF_DOCUMENT]))
+class _Written(NamedTuple):
+    """A document as pieces of text, each tokenised by itself: a chat's spans, or one text without a template."""
+
+    spans: tuple[Span, ...]
+    template: Template | None = None
+
+    @property
+    def job(self) -> Job:
+        """What is to be tokenised."""
+        return Job(tuple(span.text for span in self.spans), self.template)
+
+    def example(self, found: Encoded, train_on_prompt: bool) -> TextExample:
+        """The document with its ids: of a text all are trained, and so is the end of document behind it."""
+        if self.template is None:
+            return TextExample(np.append(found.ids[0], END_OF_DOCUMENT))
+        ids: list[np.ndarray] = [np.empty(0, np.int64)]
+        mask: list[np.ndarray] = [np.empty(0, bool)]
+        for span, new in zip(self.spans, found.ids, strict=True):
+            end = self.template.end_ids if span.answer else ()
+            ids += [new, np.asarray(end, np.int64)]
+            mask.append(np.broadcast_to(span.answer and span.trained, len(new) + len(end)))
+        return TextExample(np.concatenate(ids), None if train_on_prompt else np.concatenate(mask))
+
+
+def _plain(text: str) -> _Written:
+    """A text byte for byte."""
+    return _Written((Span(text, True),))
+
+
+def _chat(turns: Sequence[Turn], template: Template, train_on_prompt: bool) -> _Written:
+    """A chat, of which the assistant's turns are trained with their closing mark.
+
+    Everything between two answers is one piece of text, tokenised apart from the answers, as sampling meets it.
+    """
+    spans = list(template.spans(turns))
+    if spans and not spans[-1].answer and not train_on_prompt:
+        spans.pop()  # turns that nobody answered teach nothing
+    return _Written(tuple(spans), template)
 
 
 def tokenise_chat(
     turns: Sequence[Turn], template: Template, tokenizer: Tokenizer, train_on_prompt: bool = False
 ) -> TextExample:
-    """A chat, of which the assistant's turns are trained with their closing mark.
-
-    Everything between two answers is one piece of text, tokenised apart from the answers, as sampling meets it.
-    """
-    ids: list[int] = []
-    mask: list[bool] = []
-    spans = list(template.spans(turns))
-    if spans and not spans[-1].answer and not train_on_prompt:
-        spans.pop()  # turns that nobody answered teach nothing
-    for text, answer, trained in spans:
-        new = [*template.ids(text, tokenizer), *(template.end_ids if answer else ())]
-        ids.extend(new)
-        mask.extend([answer and trained] * len(new))
-    return TextExample(np.asarray(ids, dtype=np.int64), None if train_on_prompt else np.asarray(mask, dtype=bool))
+    """A chat as tokens, of which the assistant's turns are trained. Raises RowError where the template refuses it."""
+    written = _chat(turns, template, train_on_prompt)
+    return written.example(encoded(written.job, tokenizer, check=False), train_on_prompt)
 
 
 def row_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
     """The documents and chats of a file that is read row by row."""
+    for written, found in options.encoders.map(_row_texts(path, report, options)):
+        yield written.example(found, options.train_on_prompt)
+
+
+def _row_texts(path: str, report: DataReport, options: TextOptions) -> Iterator[tuple[_Written, Job]]:
     kinds = ("text", "pairs") if options.reading.chosen else ("text",)
     for where, item, _ in read_file(Source(path), report, kinds, options.reading):
         try:
             if isinstance(item, Document):
-                yield _plain(item.text, tokenizer)
-                continue
-            assert isinstance(item, Chat | Pair)
-            turns = item.turns if isinstance(item, Chat) else (*item.turns, Turn("assistant", item.chosen))
-            document = tokenise_chat(turns, options.draw(), tokenizer, options.train_on_prompt)
+                written = _plain(item.text)
+            else:
+                assert isinstance(item, Chat | Pair)
+                turns = item.turns if isinstance(item, Chat) else (*item.turns, Turn("assistant", item.chosen))
+                written = _chat(turns, options.draw(), options.train_on_prompt)
         except RowError as error:
             report.bad(where, error)
             continue
-        yield document
+        yield written, written.job
 
 
 def txt_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: TextOptions) -> Iterator[TextExample]:
@@ -121,7 +153,8 @@ def txt_documents(path: str, tokenizer: Tokenizer, report: DataReport, options: 
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8: save the file as UTF-8"
         ) from error
     report.rows += 1
-    yield _plain(text, tokenizer)
+    written = _plain(text)
+    yield written.example(encoded(written.job, tokenizer, check=False), options.train_on_prompt)
 
 
 def binidx_documents(
@@ -188,9 +221,11 @@ def read_documents(
     train_on_prompt: bool = False,
     seed: int = TEMPLATE_SEED,
     reading: Reading | None = None,
+    encoders: Encoders | None = None,
 ) -> Iterator[TextExample]:
     """The documents of all files that `path` stands for, one after the other; with weight 2 each comes twice.
 
+    encoders: of this tokenizer; None = those of this process.
     Raises ValueError, one sentence with file and line, or flag.
     """
     rng = random.Random(seed)
@@ -200,7 +235,7 @@ def read_documents(
     def draw() -> Template:
         return draw_template(template, rng)
 
-    options = TextOptions(draw, train_on_prompt, reading or Reading())
+    options = TextOptions(draw, encoders or Encoders(tokenizer), train_on_prompt, reading or Reading())
     for source in sources_of(path):
         read: Callable[..., Iterator[TextExample]] = load(FORMATS[_type_of_one(source.path, data_type)].text)
         copies = source.copies()
