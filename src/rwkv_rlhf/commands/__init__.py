@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
+    "serve": Command(("serve",), "answer chat clients that speak OpenAI's API"),
     "score": Command(("score",), "let a reward model score a file of answers"),
     "generate_rejects": Command(
         ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"
