@@ -111,7 +111,7 @@ class Stream:
         self.tokens: list[int] = []
         self.shown = ""
 
-    def __call__(self, sequence: int, token: int) -> None:
+    def __call__(self, sample: int, token: int) -> bool:
         """One more token; bytes of a character that is not whole yet wait."""
         self.tokens.append(token)
         text = self.tokenizer.decode(self.tokens)
@@ -122,6 +122,7 @@ class Stream:
             sys.stdout.write(text[len(self.shown) :])
             sys.stdout.flush()
             self.shown = text
+        return True
 
 
 class Talk:
@@ -153,7 +154,7 @@ class Talk:
             seeds=[self.params.seed + self.turns],
             state=self.state,
             keep_state=True,
-            on_token=Stream(self.tokenizer, self.template.end),
+            hear=Stream(self.tokenizer, self.template.end),
         )[0]
         self.state = one.state
         self.said = [*turns, Turn("assistant", one.text.strip())]
