@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from rwkv_rlhf.checkpoints.adapter_files import NO_FLAGS, AdapterFlags, hinting
-from rwkv_rlhf.checkpoints.named_model import checkpoint_file
+from rwkv_rlhf.checkpoints.named_model import checkpoint_file, named_model
 from rwkv_rlhf.checkpoints.sidecar import read_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.data.items import Reading
@@ -60,6 +60,17 @@ def opened_model(flags: Namespace) -> tuple[RWKV, Tokenizer]:
             cold=flags.load_cold_adapter,
             quant=flags.quant_mode,
         )
+
+
+def flags_of(flags: Namespace, path: str) -> Namespace:
+    """The flags that open another model: a whole one, the folder of a run, or a checkpoint over its base.
+
+    Raises ValueError when it is not there.
+    """
+    named = named_model(path, [flags.load_model])
+    changed = vars(flags) | {"load_model": str(named.base), "load_adapter": str(named.adapter or "")}
+    nothing = {"lora_scaling": None, "lora_alpha": None, "load_adapter_pissa_init": "", "load_cold_adapter": ""}
+    return Namespace(**changed | nothing)
 
 
 def reading_of(flags: Namespace) -> Reading:
