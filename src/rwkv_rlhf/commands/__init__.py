@@ -65,7 +65,7 @@ def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
         flags = f"{PARSERS}.{NAMED[name]}"
         if importlib.util.find_spec(flags) is not None:
             importlib.import_module(flags).parser().parse_args(given)
-            given = local_words(given)
+            given = local_words(given)  # train does it with its settings, which may come from files
         main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
         return main(given)
 
