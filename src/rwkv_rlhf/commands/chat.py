@@ -35,6 +35,7 @@ from rwkv_rlhf.files import atomic_write, check_writable, without_nan
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams, sampling_params
 from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.precision import NAMES, parse_strategy
 from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import KINDS
 from rwkv_rlhf.settings.tables import DENSE
@@ -95,7 +96,8 @@ def talk(flags: Namespace, params: SamplingParams, load: Callable[[str], tuple[R
     paths = [flags.load_model, *([flags.compare] if flags.compare else [])]
     names = [Path(flags.load_adapter or flags.load_model).stem, *(Path(path).stem for path in paths[1:])]
     voices = [Voice(name, *load(path)) for name, path in zip(names, paths, strict=True)]
-    about = f", {flags.strategy}" + (f", {flags.quant_mode}" if flags.quant_mode != DENSE else "")
+    choice = parse_strategy(flags.strategy)
+    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {flags.quant_mode}" if flags.quant_mode != DENSE else "")
     conversation = Talk(flags.template, params, voices, screen_of(names), load, about)
     sys.stdout.write(f"{conversation.settings()}/help lists the commands, Ctrl+C stops an answer, Ctrl+D leaves.\n\n")
     read, pressed = line_reader(flags.history, [word.split()[0] for word in help_text().splitlines()]), 0

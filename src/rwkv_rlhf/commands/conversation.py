@@ -87,7 +87,7 @@ class Screen(Protocol):
 @contextmanager
 def stoppable() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether Ctrl+C was pressed inside the block; a second one raises as ever."""
-    pressed = []
+    pressed: list[int] = []
 
     def press(number: int, frame: FrameType | None) -> None:
         if pressed:

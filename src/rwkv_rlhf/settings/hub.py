@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from rwkv_rlhf.files import MODEL_SUFFIXES, SHARDS_INDEX, read_json_object
@@ -100,7 +100,7 @@ def local_words(words: Sequence[str]) -> list[str]:
 
 def with_local_files(config: Config) -> Config:
     """`config` with local paths in place of names of the Hub. Raises ValueError, with the flag."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in SETTINGS:
         value = getattr(config, name)
         if isinstance(value, str) and PREFIX in value:
@@ -156,9 +156,16 @@ def _sentences(name: Name) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{name.text}: {name.shown} has no revision {name.revision}") from error
-    except (errors.HTTPError, OSError) as error:
+    except _lost() as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name.text}: cannot be had from {page} ({why}), and it is not in the cache") from error
+
+
+def _lost() -> tuple[type[Exception], ...]:
+    """What the library raises without a connection, or when the Hub fails."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its own HTTP client
+
+    return HTTPError, OSError
 
 
 def _listing(name: Name) -> Listing:
@@ -166,10 +173,11 @@ def _listing(name: Name) -> Listing:
     from huggingface_hub import HfApi, errors
 
     try:
-        info = HfApi().repo_info(name.repo, repo_type=name.kind, revision=name.revision or None)
+        ask = HfApi().dataset_info if name.kind == "dataset" else HfApi().model_info
+        info = ask(name.repo, revision=name.revision or None)
     except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
-    except (errors.HTTPError, OSError):
+    except _lost():
         cached = _cached_listing(name)
         if cached is None:
             raise
@@ -275,7 +283,7 @@ def _fetch(name: Name, listing: Listing, path: str) -> Path:
 def _download(name: Name, path: str, commit: str) -> Path:
     """One file of one commit, in the cache. Raises what the library raises, and ValueError for a damaged file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in its list
 
     ref = _storage(name) / "refs" / (name.revision or "main")
     pointer = _storage(name) / "snapshots" / commit / path
