@@ -37,6 +37,7 @@ from rwkv_rlhf.generation.sampling_params import SamplingParams, sampling_params
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES, parse_strategy
 from rwkv_rlhf.settings.formats import refuse_other_format
+from rwkv_rlhf.settings.hub import local
 from rwkv_rlhf.settings.shapes import KINDS
 from rwkv_rlhf.settings.tables import DENSE
 
@@ -146,7 +147,7 @@ def main(argv: Sequence[str]) -> None:
     params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
 
     def load(path: str) -> tuple[RWKV, Tokenizer]:
-        return opened_model(flags if path == flags.load_model else flags_of(flags, path))
+        return opened_model(flags if path == flags.load_model else flags_of(flags, local(path)))
 
     if flags.prompt_file:
         with several(flags, "chat", argv):
