@@ -6,6 +6,7 @@ setting; `spelled` puts the flag there.
 
 import argparse
 import difflib
+import functools
 import logging
 import math
 import re
@@ -150,8 +151,13 @@ def add_raw(parser: argparse._ActionsContainer, flag: str, bare: bool, help: str
 
 def kinds() -> dict[str, type]:
     """The type of each setting; for `X | None` it is X."""
-    hints = typing.get_type_hints(Config)
-    return {name: first_type(hints[name]) for name in record.settings()}
+    return dict(_kinds(Config))
+
+
+@functools.cache  # reading the annotations takes a millisecond, and a command line asks for each of its flags
+def _kinds(owner: type) -> types.MappingProxyType[str, type]:
+    hints = typing.get_type_hints(owner)
+    return types.MappingProxyType({name: first_type(hints[name]) for name in record.settings()})
 
 
 def first_type(hint: Any) -> type:

@@ -49,7 +49,7 @@ def main(words):
     run(words, 2, 64, 128, 16)
     before = resident("VmRSS")
     forget_the_peak()
-    estimate = run(words, 3, 256, 4096, 1024)
+    estimate = run(words, 2, 256, 2048, 512)
     print(resident("VmHWM") - before, estimate)
 
 
