@@ -18,7 +18,7 @@ from tests.support.files import VOCAB
 from tests.support.openai_wire import CHUNK, COMPLETION, ERROR, MODEL, MODELS
 from tests.support.processes import started
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120), pytest.mark.xdist_group("serve")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("serve")]
 HI = [{"role": "user", "content": "say one"}]
 
 
@@ -34,7 +34,7 @@ def client(base_model, vocab_file):
         with httpx.Client(base_url=f"{address}", headers={"Authorization": "Bearer secret"}, timeout=60) as client:
             yield client
         process.terminate()
-        assert process.wait(20) is not None
+        assert process.wait(100) is not None
     finally:
         process.kill()
 
@@ -91,6 +91,7 @@ def test_a_stream_says_the_same(client):
     assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""} and len(chunks) > 5
     assert chunks[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert chunks[-1]["usage"] == whole["usage"] and not chunks[-1]["choices"]
+    assert all(one["usage"] is None for one in chunks[:-1])
     assert len({one["id"] for one in chunks}) == 1
 
 

@@ -14,7 +14,7 @@ from rwkv_rlhf.data.tokenizer import load_tokenizer
 from tests.support.files import VOCAB, jsonl, read_jsonl
 from tests.support.processes import started
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240), pytest.mark.xdist_group("label")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("label")]
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 QUIET += ["--disable-sync", "--no-first-run"]
@@ -59,19 +59,19 @@ class Labelling:
 
     def whole(self):
         """Both answers of the pair that is shown, once they are whole."""
-        expect(self.page.locator("[data-vote=left]")).to_be_enabled(timeout=30000)
+        expect(self.page.locator("[data-vote=left]")).to_be_enabled(timeout=100000)
         return [normalise(self.page.locator(f"#answer{side} .text").text_content()) for side in (0, 1)]
 
     def press(self, key, says):
         """A key, after which the progress says something."""
         self.page.keyboard.press(key)
-        expect(self.page.locator("#progress")).to_contain_text(says, timeout=30000)
+        expect(self.page.locator("#progress")).to_contain_text(says, timeout=100000)
 
     def end(self, number=signal.SIGINT):
         """The exit status and what was printed."""
         self.page.close()
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=100)
         return self.process.returncode, out, err
 
 
@@ -106,7 +106,7 @@ def test_a_person_labels_is_killed_and_goes_on(browser, words, tmp_path, script,
         kept = out.read_bytes()
         assert work.end(signal.SIGKILL)[0] == -signal.SIGKILL
         work = Labelling(browser, words, width=390)
-        expect(work.page.locator("#progress")).to_contain_text("3 votes, 2 pairs, 3", timeout=30000)
+        expect(work.page.locator("#progress")).to_contain_text("3 votes, 2 pairs, 3", timeout=100000)
         assert out.read_bytes() == kept and work.whole() == typed
         work.press("1", "4 votes, 3 pairs, 2")
         for left in (1, 0):

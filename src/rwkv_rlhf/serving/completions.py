@@ -75,17 +75,22 @@ class Service:
         return Response(status_code=499)  # nobody is there to read it
 
     async def _stream(self, question: Question, cue: Cue, reply: Reply) -> AsyncIterator[bytes]:
+        later = {"usage": None} if question.usage else {}  # the counts come with the last chunk
+
+        def chunk(sample: int, delta: dict[str, str], ended: bool = False) -> bytes:
+            return event(reply.chunk(sample, delta, ended) | later)
+
         for sample in range(reply.samples):
-            yield event(reply.chunk(sample, {"role": "assistant", "content": ""}))
+            yield chunk(sample, {"role": "assistant", "content": ""})
         async for piece in pieces(self.engine, cue, question.params, self.seed(question)):
             if piece.error:
                 yield event(Refused(piece.error, 500).body())
                 return
             if piece.text:
-                yield event(reply.chunk(piece.sample, {"content": piece.text}))
+                yield chunk(piece.sample, {"content": piece.text})
             if piece.done is not None:
                 reply.done[piece.sample] = piece.done
-                yield event(reply.chunk(piece.sample, {}, ended=True))
+                yield chunk(piece.sample, {}, ended=True)
         if question.usage:
             yield event(reply.counts())
         yield event("[DONE]")
