@@ -191,11 +191,13 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(base_model, vocab_fi
         chat.wait(".{2000}")
         chat.type("\x03")
         assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\(\d+ tokens, [\d.]+ tokens/s\)")
+        chat.wait(">")  # before each line: what is typed earlier is read by the terminal's own rules
         chat.type("/max 3\r")
+        chat.wait(">")
         chat.type("one\x1b\rtwo\r")  # Alt+Enter is a line break
-        chat.wait(r"\(cut at /max 3\)")
+        chat.wait(r"\(cut at /max 3\).*>")
         chat.type(f"/save {saved}\r")
-        chat.wait("saved: ")
+        chat.wait("saved: .*>")
         chat.type("\x04")
         assert chat.process.wait(100) == 0
     finally:
