@@ -44,6 +44,7 @@ ORDER = (
     ("losses",),
     ("scoring",),
     ("generation",),
+    ("serving",),
     ("rl",),
     ("reports",),
     ("training",),

@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from rwkv_rlhf.commands.old_scripts import OLD_SCRIPTS, translated
 from rwkv_rlhf.settings.command_line import run
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
+from rwkv_rlhf.settings.hub import local_words
 
 
 class Command(NamedTuple):
@@ -32,6 +33,8 @@ COMMANDS = {
     ),
     "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),
     "chat": Command(("chat",), "talk to a model, or let it answer a file of prompts"),
+    "serve": Command(("serve",), "answer chat clients that speak OpenAI's API"),
+    "label": Command(("label",), "compare answers in the browser: preference pairs, a blind test of two models"),
     "score": Command(("score",), "let a reward model score a file of answers"),
     "generate_rejects": Command(
         ("rlhf_generate_reject_csv", "rlhf_generate_reject"), "sample the answers that are to be rejected"
@@ -62,6 +65,7 @@ def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
         flags = f"{PARSERS}.{NAMED[name]}"
         if importlib.util.find_spec(flags) is not None:
             importlib.import_module(flags).parser().parse_args(given)
+            given = local_words(given)  # train does it with its settings, which may come from files
         main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
         return main(given)
 

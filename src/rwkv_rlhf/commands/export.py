@@ -25,10 +25,8 @@ from rwkv_rlhf.checkpoints.exporting import (
     open_exported,
 )
 from rwkv_rlhf.checkpoints.loading import file_sizes
-from rwkv_rlhf.checkpoints.sidecar import read_sidecar
-from rwkv_rlhf.commands.flag_values import ADAPTER_HINTS, adapter_flags
+from rwkv_rlhf.commands.flag_values import ADAPTER_HINTS, adapter_flags, trained_template
 from rwkv_rlhf.commands.parsers.export import parser
-from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import TrieTokenizer, load_tokenizer
 from rwkv_rlhf.files import refuse_same_file
 from rwkv_rlhf.settings.exports import EXPORTS
@@ -41,8 +39,7 @@ NO_VOCABULARY = Vocabulary({}, (), "")
 
 def vocabulary_of(flags: Namespace, vocab_size: int) -> Vocabulary:
     """The words, end of turn and chat template that --vocab_file and --template name. Raises ValueError."""
-    sidecar = read_sidecar(flags.load_adapter) if flags.load_adapter else None
-    template = find_templates(flags.template or (sidecar and sidecar.template) or "world")[0].template
+    template = trained_template(flags)
     tokenizer = load_tokenizer(vocab_size, flags.vocab_file or None)
     if not isinstance(tokenizer, TrieTokenizer):
         raise ValueError(f"--vocab_file {flags.vocab_file}: only World and other trie vocabularies go into an export")

@@ -3,6 +3,7 @@
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED
 from rwkv_rlhf.data.templates.template import TEMPLATES
 from rwkv_rlhf.data.tokenizer import WORLD_SIZE
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 
@@ -25,6 +26,12 @@ def add_adapter_flags(flags: Parser) -> None:
     flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
 
 
+def add_quant_flag(flags: Parser) -> None:
+    """--quant_mode of a command that only runs the model."""
+    text = "storage of the matrices of a model without adapter; with one it is that of the training [none]"
+    flags.add_argument("--quant_mode", default=tables.DENSE, choices=(tables.DENSE, *tables.STORAGES), help=text)
+
+
 def add_devices_flag(flags: Parser) -> None:
     """--devices of a command whose rows several processes share (`several.py`)."""
     flags.add_argument("--devices", type=int, help="processes that share the rows, one a GPU [1, or torchrun's]")
@@ -40,6 +47,12 @@ def add_text_flags(flags: Parser) -> None:
     add_reading_flags(flags)
     flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
     add_vocabulary_flag(flags)
+
+
+def add_trained_template_flag(flags: Parser) -> None:
+    """--template, by default that of the training."""
+    text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [the one that the adapter was trained with, else world]"
+    flags.add_argument("--template", default="", help=text)
 
 
 def add_reading_flags(flags: Parser) -> None:

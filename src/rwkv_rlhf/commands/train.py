@@ -8,12 +8,13 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
 from rwkv_rlhf.settings.given_files import check_given_files, with_adapter_there
+from rwkv_rlhf.settings.hub import local_words, with_local_files
 from rwkv_rlhf.settings.surroundings import one_of_several
 
 
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
-    config = with_adapter_there(parse(argv))
+    config = with_adapter_there(with_local_files(parse(argv)))
     if not one_of_several():
         check_given(config)
     if config.doctor:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str]) -> int | None:
     from rwkv_rlhf.commands.several import SELF
     from rwkv_rlhf.distributed.launch import launched
 
-    with launched(config, [SELF, "train", *argv]) as here:
+    with launched(config, [SELF, "train", *local_words(argv)]) as here:
         return None if here is None else ranked(here)
 
 

@@ -8,7 +8,7 @@ Legend: B rows, C width, M places for tokens of an answer, more as answers get l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.transfers import to_device
 
+Hear = Callable[[int, int], bool]  # (number of the sample, id) -> whether that sample is still wanted
+
 
 @dataclass
 class Completion:
@@ -30,7 +32,7 @@ class Completion:
         logprobs: the natural-log probability of each under the model's own distribution at
             `params.scored_temperature` (no penalty, nothing cut), float32 precision.
         entropies: of the whole distribution at each token, at the same temperature, in nats; only with params.entropy.
-        finished: it stopped by itself, not at max_tokens.
+        finished: it stopped by itself, not at max_tokens and not because nobody wanted more of it.
         text: the decoded tokens before the stop; "" without a tokenizer.
         state: one row, what the model remembers after all tokens but the last; only with keep_state.
     """
@@ -48,7 +50,7 @@ class Request:
     """A prompt that is to be continued `params.samples` times.
 
     prompt: ids, at least one. seed: of the first sample; sample n has seed + n. key: what the caller knows it by.
-    state: one row, where the prompt begins; None = before any text.
+    state: one row, where the prompt begins; None = before any text. hear: is called with each token as it comes.
     """
 
     prompt: Sequence[int]
@@ -56,6 +58,7 @@ class Request:
     seed: int
     key: Any = None
     state: State | None = None
+    hear: Hear | None = None
 
 
 class Finished(NamedTuple):
@@ -68,9 +71,8 @@ class Finished(NamedTuple):
 
 @dataclass
 class Running:
-    """One sequence that has not ended. number: in order of their beginning. tail: its last decoded bytes."""
+    """One sequence that has not ended. tail: its last decoded bytes."""
 
-    number: int
     request: Request
     copy: int
     generator: torch.Generator = field(default_factory=torch.Generator)

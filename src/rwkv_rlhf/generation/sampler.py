@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.distributed.watchdog import heartbeat
-from rwkv_rlhf.generation.rows import Completion, Finished, Request, Rows, Running, draws_of
+from rwkv_rlhf.generation.rows import Completion, Finished, Hear, Request, Rows, Running, draws_of
 from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.generation.stops import Stops
@@ -31,7 +31,6 @@ PREFILL = 8192  # tokens of prompts that run together
 JOIN = 8  # new sequences come when an eighth of the places is free: each time their prompts cost a pass of their own
 EMPTY = 4  # rows without a sequence are taken out when they are more than a fourth of the rows
 PLACES = 64  # for tokens of an answer, at first
-OnToken = Callable[[int, int], None]
 
 
 class Begun(NamedTuple):
@@ -57,13 +56,13 @@ class Sampler:
         seeds: Sequence[int] | None = None,
         state: State | None = None,
         keep_state: bool = False,
-        on_token: OnToken | None = None,
+        hear: Hear | None = None,
         at_once: int = 0,
     ) -> list[Completion]:
         """`params.samples` completions of each prompt (lists of ids, none empty), prompt-major.
 
-        `seeds`, one a prompt, stand in place of params.seed. `state` (S rows) is where the prompts begin. The other
-        arguments, what is promised and what is raised: as `stream`.
+        `seeds`, one a prompt, stand in place of params.seed. `state` (S rows) is where the prompts begin. `hear`: of
+        every request, see `Request`. The other arguments, what is promised and what is raised: as `stream`.
         """
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -74,10 +73,11 @@ class Sampler:
                 sequence_seed(params.seed, row) if seeds is None else sequence_seed(seeds[row], 0),
                 row,
                 None if state is None else state.row(row),
+                hear,
             )
             for row, prompt in enumerate(prompts)
         )
-        done = self.stream(queue, keep_state=keep_state, on_token=on_token, at_once=at_once)
+        done = self.stream(queue, keep_state=keep_state, at_once=at_once)
         found = {(one.request.key, one.copy): one.completion for one in done}
         return [found[row, copy] for row in range(len(prompts)) for copy in range(params.samples)]
 
@@ -88,20 +88,19 @@ class Sampler:
         *,
         at_once: int = 0,
         keep_state: bool = False,
-        on_token: OnToken | None = None,
     ) -> Iterator[Finished]:
-        """The samples of all requests, each as soon as it is done. More may be put into `queue` meanwhile.
+        """The samples of all requests, each as soon as it is done. More may be put into `queue` meanwhile, also by
+        another thread.
 
         At most `at_once` sequences run at a time, 0 = all. Each draws from a generator of its own, so what is sampled
-        after a prompt does not depend on what else runs, up to the rounding of batched matrix products.
-        on_token(number, id) is called as tokens come, sequences numbered in the order of their beginning. The model's
-        training mode is restored.
+        after a prompt does not depend on what else runs, up to the rounding of batched matrix products. The
+        model's training mode is restored.
         Raises ValueError for an empty prompt and logits that are not finite.
         """
         training = self.model.training
         self.model.eval()
         try:
-            run = _Run(self.model, self.tokenizer, queue, at_once, keep_state, on_token)
+            run = _Run(self.model, self.tokenizer, queue, at_once, keep_state)
             while run.admit():
                 yield from run.step()
         finally:
@@ -118,14 +117,12 @@ class _Run:
         queue: deque[Request],
         at_once: int,
         keep_state: bool,
-        on_token: OnToken | None,
     ) -> None:
         self.model, self.tokenizer, self.queue = model, tokenizer, queue
-        self.at_once, self.keep_state, self.on_token = at_once, keep_state, on_token
+        self.at_once, self.keep_state = at_once, keep_state
         self.begun: deque[Begun] = deque()
         self.rows: Rows | None = None
         self.stops: dict[SamplingParams, Stops] = {}
-        self.number = 0  # of the next sequence
         self.requests = 0  # taken from the queue so far
         self.device = next(model.parameters()).device
         for request in queue:
@@ -157,9 +154,8 @@ class _Run:
             one = self.begun[0]
             copy = one.copies.popleft()
             generator = torch.Generator().manual_seed(one.request.seed + copy)
-            begun.append(Running(self.number, one.request, copy, generator))
+            begun.append(Running(one.request, copy, generator))
             parts.append(one)
-            self.number += 1
             if not one.copies:
                 self.begun.popleft()
         width = PLACES if self.rows is None else self.rows.draws.shape[1]
@@ -212,9 +208,9 @@ class _Run:
                 continue
             token, params, one = tokens[row], sequence.request.params, sequence.completion
             one.finished, sequence.tail = self._stops(params).ends(sequence.tail, token)
-            if self.on_token is not None:
-                self.on_token(sequence.number, token)
-            if one.finished or len(one.tokens) == params.max_tokens:
+            hear = sequence.request.hear
+            wanted = hear is None or hear(sequence.copy, token)
+            if one.finished or not wanted or len(one.tokens) == params.max_tokens:
                 one.text = self._stops(params).text(one.tokens)
                 one.state = rows.select([row]).state if self.keep_state else None
                 rows.sequences[row] = None

@@ -17,6 +17,7 @@ from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config, grouped_settings,
 from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF
 from rwkv_rlhf.settings.help import text_of
+from rwkv_rlhf.settings.hub import named_again
 
 RUN_FILE = "config.yaml"  # in the folder of a run
 NOT_REPEATED = ("resume", "force", "archive", "debug")  # settings that belong to one start, not to the run
@@ -53,7 +54,7 @@ def config_text(config: Config) -> str:
             value, default = getattr(config, name), fields[name].default
             chosen = value != default and name != "loss" and default is not None  # by --peft state, --state 1
             if name not in NOT_REPEATED and value is not None and (name in config.given or chosen):
-                here[name] = value
+                here[name] = named_again(value) if isinstance(value, str) else value
         if here:
             lines += ["", f"# {GROUPS[group].help}"]
             # escaped where not printable: YAML takes U+0085 and its like in plain text for line breaks

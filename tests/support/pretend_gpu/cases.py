@@ -64,13 +64,14 @@ def sample(model: Path, options: dict[str, object]) -> tuple[list[list[int]], Wa
         sampler = Sampler(load_model(model, BuildOptions(torch.float32, device="cuda"))[0])
         DEVICE.waits.clear()
 
-        def said(sequence: int, token: int) -> None:
+        def said(sample: int, token: int) -> bool:
             if DEVICE.waits:
                 steps.append(list(DEVICE.waits))
                 DEVICE.waits.clear()
+            return True
 
         prompts = [[5, 7, 9], [3], [250, 1, 2, 8]]
-        done = sampler.generate(prompts, SamplingParams(**options), on_token=said)
+        done = sampler.generate(prompts, SamplingParams(**options), hear=said)
     return [one.tokens for one in done], Waits([wait for step in steps for wait in step], steps)
 
 

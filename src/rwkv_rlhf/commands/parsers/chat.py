@@ -1,6 +1,12 @@
 """The flags of `chat`."""
 
-from rwkv_rlhf.commands.flag_groups import add_adapter_flags, add_devices_flag, add_model_flags, add_text_flags
+from rwkv_rlhf.commands.flag_groups import (
+    add_adapter_flags,
+    add_devices_flag,
+    add_model_flags,
+    add_quant_flag,
+    add_text_flags,
+)
 from rwkv_rlhf.generation.sampling_params import add_sampling_flags
 from rwkv_rlhf.settings.command_line import Parser
 
@@ -10,6 +16,9 @@ def parser() -> Parser:
     flags = Parser("Talk to a model, or let it answer a file of prompts.")
     add_model_flags(flags, "checkpoint of the model")
     add_adapter_flags(flags)
+    add_quant_flag(flags)
+    flags.add_argument("--compare", default="", help="another model (a run's folder too) that answers beside it")
+    flags.add_argument("--history", default="", help="file that keeps the lines typed in conversations [none]")
     flags.add_argument("--prompt_file", default="", help="file of prompts, chats or pairs; empty = talk")
     flags.add_argument("--output", default="", help="JSONL of answers to write (with --prompt_file)")
     add_sampling_flags(flags, top_p=0.7)

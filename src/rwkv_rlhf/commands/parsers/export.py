@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rwkv_rlhf.commands.flag_groups import add_adapter_flags, add_vocabulary_flag
-from rwkv_rlhf.data.templates.template import TEMPLATES
+from rwkv_rlhf.commands.flag_groups import add_adapter_flags, add_trained_template_flag, add_vocabulary_flag
 from rwkv_rlhf.settings.command_line import Parser, truth
 from rwkv_rlhf.settings.exports import EXPORTS
 
@@ -23,8 +22,7 @@ def parser() -> Parser:
     flags.add_argument("--output", required=True, help="the file or folder to write")
     flags.add_argument("--dtype", default="", choices=("", *DTYPES), help="of the matrices [the target's usual one]")
     flags.add_argument("--shard_size", type=float, default=4.0, help="largest file of several, in GiB [4]")
-    text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [the one that the adapter was trained with, else world]"
-    flags.add_argument("--template", default="", help=text)
+    add_trained_template_flag(flags)
     add_vocabulary_flag(flags)
     flags.add_argument("--name", default="", help="what the file calls the model [the name of --output]")
     flags.add_argument("--licence", default="", help="licence of the model, to be written into it")

@@ -1,0 +1,11 @@
+"""Answer chat clients that speak OpenAI's API."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
+
+from rwkv_rlhf.commands import run_command
+
+if __name__ == "__main__":
+    run_command("serve")

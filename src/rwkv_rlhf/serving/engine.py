@@ -1,0 +1,130 @@
+"""A model in a thread of its own, which answers whoever asks: all that is asked at a time decodes together."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.generation.answers import AnswerStream
+from rwkv_rlhf.generation.rows import Completion, Request
+from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.settings.exit_status import sentence_of
+
+log = logging.getLogger(__name__)
+
+
+class Cue(NamedTuple):
+    """What an answer follows: the text and its ids. bare: white space around the answer belongs to it."""
+
+    text: str
+    ids: Sequence[int]
+    bare: bool = False
+
+
+class Piece(NamedTuple):
+    """More text of answer `sample`; `done` with the last piece. error: why there is no answer, in a sentence."""
+
+    sample: int
+    text: str
+    done: Completion | None = None
+    error: str = ""
+
+
+@dataclass
+class Ticket:
+    """Answers that somebody waits for. `hear` is called in the engine's thread with each piece of them."""
+
+    streams: list[AnswerStream]
+    hear: Callable[[Piece], None]
+    cancelled: bool = field(default=False)
+
+    def cancel(self) -> None:
+        """Nobody waits any more: the answers end with their next token."""
+        self.cancelled = True
+
+    def token(self, sample: int, token: int) -> bool:
+        """One more token; whether more are wanted."""
+        text = self.streams[sample].add(token)
+        if text:
+            self.tell(Piece(sample, text))
+        return not self.cancelled
+
+    def finish(self, sample: int, completion: Completion) -> None:
+        """An answer is whole."""
+        self.tell(Piece(sample, self.streams[sample].end(), completion))
+
+    def tell(self, piece: Piece) -> None:
+        """Hand a piece on; a listener that is gone (its loop is closed) is no fault of the others."""
+        if self.cancelled:
+            return
+        try:
+            self.hear(piece)
+        except RuntimeError as error:
+            log.debug("a listener is gone: %s", error)
+            self.cancelled = True
+
+
+class Engine:
+    """Answers requests of any thread, at most `at_once` answers at a time; the others wait for their turn."""
+
+    def __init__(self, model: RWKV, tokenizer: Tokenizer, at_once: int) -> None:
+        self.tokenizer, self.at_once = tokenizer, at_once
+        self._sampler = Sampler(model, tokenizer)
+        self._queue: deque[Request] = deque()
+        self._open: dict[int, tuple[Ticket, int]] = {}  # by id: ticket, answers that are still to end
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    def ask(self, cue: Cue, params: SamplingParams, seed: int, hear: Callable[[Piece], None]) -> Ticket:
+        """`params.samples` answers to `cue`, of which `hear` learns in the engine's thread.
+
+        seed: of the first answer. The same seed gives the same answer, whatever else runs, up to rounding.
+        """
+        assert cue.ids
+        streams = [AnswerStream(cue.text, params, self.tokenizer, bare=cue.bare) for _ in range(params.samples)]
+        ticket = Ticket(streams, hear)
+        self._open[id(ticket)] = ticket, params.samples
+        self._queue.append(Request(cue.ids, params, seed, ticket, None, ticket.token))
+        self._wake.set()
+        return ticket
+
+    def close(self) -> None:
+        """Ends the thread; answers that are not whole yet are given up."""
+        self._closed = True
+        for ticket, _ in [*self._open.values()]:
+            ticket.cancel()
+        self._wake.set()
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            self._wake.clear()
+            try:
+                for done in self._sampler.stream(self._queue, at_once=self.at_once):
+                    ticket: Ticket = done.request.key
+                    self._one_less(ticket)
+                    ticket.finish(done.copy, done.completion)
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                log.exception("the model failed")
+                self._fail(sentence_of(error))
+
+    def _one_less(self, ticket: Ticket) -> None:
+        _, left = self._open.pop(id(ticket))
+        if left > 1:
+            self._open[id(ticket)] = ticket, left - 1
+
+    def _fail(self, sentence: str) -> None:
+        self._queue.clear()
+        for ticket, _ in [*self._open.values()]:
+            ticket.tell(Piece(0, "", error=sentence))
+        self._open.clear()
