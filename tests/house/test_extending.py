@@ -22,11 +22,11 @@ from rwkv_rlhf.ops import check
 from rwkv_rlhf.ops.backend import RECURRENCES
 from rwkv_rlhf.ops.backends import candidates
 from rwkv_rlhf.plan import is_matrix
-from rwkv_rlhf.reports.page import draw_curves
+from rwkv_rlhf.reports.curves import draw_curves
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.training.callbacks import shown
 from rwkv_rlhf.training.run_identity import differences, identity
+from rwkv_rlhf.training.screen import shown
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.processes import run_program
 from tests.support.recipes import follow, recipes, write

@@ -25,7 +25,9 @@ TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by m
 
 def named_files(config: Config) -> Iterator[str]:
     """Settings that name a file which this run reads."""
-    yield from (name for name in (*MODELS, "layer_profile", "vocab_file", "val_file") if getattr(config, name))
+    yield from (
+        name for name in (*MODELS, "layer_profile", "vocab_file", "val_file", "sample_prompts") if getattr(config, name)
+    )
     if trains(config) and trains_on_text(config):
         yield "data_file"
     if trains(config) and config.loss and config.loss_facts.data != "text":
