@@ -1,32 +1,23 @@
 """The picture and the page of a run, made from what lies in its folder."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from rwkv_rlhf.reports.curves import draw_curves
 from rwkv_rlhf.reports.page import open_run, run_page, write_page
-from rwkv_rlhf.reports.run_facts import RunFacts, write_facts
+from tests.support.chromium import chromium
 from tests.support.files import jsonl
+from tests.support.run_folder import BEGIN, a_run
 
 PNG = b"\x89PNG"
-CHROMIUM = ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")
-QUIET = ("background-networking", "component-update", "sync")
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """A headless Chromium that asks nobody for anything by itself."""
-    library = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    path = next((path for path in CHROMIUM if Path(path).exists()), None)
-    if path is None:
-        pytest.skip("there is no Chromium on this machine")
-    words = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{word}" for word in QUIET)]
-    with library.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=words)
+    """One browser for all tests."""
+    with chromium() as found:
         yield found
-        found.close()
 
 
 @pytest.mark.usefixtures("curves")
@@ -45,38 +36,6 @@ def test_a_picture_of_what_was_logged(tmp_path):
         file.write(json.dumps({"event": "val", "step": 3, "accuracy": 1.0}) + "\n" + '{"event": "tra')
     before = picture.read_bytes()
     assert draw_curves(tmp_path) == picture and picture.read_bytes() != before
-
-
-BEGIN = {
-    "event": "begin",
-    "run": "r1",
-    "time": "2026-01-02T03:04:05",
-    "settings": {"data_file": "<script>alert(1)</script>"},
-}
-
-
-def a_run(folder, steps=120):
-    """A folder as a run of DPO leaves it: answers, a pair that is wrong, a warning, all with marks that HTML has."""
-    lines = [BEGIN, {"event": "start", "step": 0, "loss": 9.0, "accuracy": 0.5}]
-    for step in range(1, steps + 1):
-        accuracy = 0.5 + step / 2 / steps
-        lines.append(
-            {"event": "train", "step": step, "loss": 2.0 / step, "lr": 1e-4, "accuracy": accuracy, "memory": 1.0}
-        )
-        if step % 40 == 0:
-            lines.append(
-                {"event": "val", "step": step, "loss": 9.0 - step / 40, "accuracy": accuracy, "kl": 0.01 * step}
-            )
-    jsonl(folder / "metrics.jsonl", *lines)
-    asked = [{"step": step, "run": "r1", "prompt": "<b>Hi?</b>", "answer": f"<i>{step}</i>"} for step in (0, 40, 80)]
-    jsonl(folder / "samples.jsonl", *asked, {"step": 0, "run": "another", "prompt": "old", "answer": "not of this run"})
-    pair = {"prompt": "<p>", "chosen": "yes", "reject": "no", "margin": "-1.5"}
-    facts = RunFacts(run="r1", total=240, seconds=60.0, next=["python chat.py --load_model <M>"])
-    facts.about = [["model", "<M>"]]
-    facts.held_out = {"name": "accuracy", "value": 1.0, "step": 120}
-    facts.wrong = {"count": 1, "of": 9, "step": 120, "pairs": [pair]}
-    facts.notice("2026-01-02 03:04:06", 7, "the loss is <nan>")
-    write_facts(folder, facts)
 
 
 def test_the_page_needs_no_network_and_quotes_what_it_shows(tmp_path):
@@ -108,7 +67,7 @@ def numbers_in(text):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_shows_it(tmp_path, browser, width, scheme):
-    """If this breaks, curves are not drawn or cannot be read off, or the page asks a network, or is wider than a phone."""
+    """If this breaks, curves are not drawn or cannot be read off, or the page asks a network or is too wide."""
     a_run(tmp_path)
     path = write_page(open_run(tmp_path))
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)

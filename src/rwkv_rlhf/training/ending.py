@@ -64,7 +64,8 @@ def end_lines(run: Run, passes: float) -> Iterator[str]:
         yield f"best held-out {best['name']}: {figure(best['value'])} at step {best['step']:,}"
     for _, path, count in facts.files:
         yield f"saved: {path} ({size(count)})"
-    yield f"page: {run.folder / PAGE}"
+    if (run.folder / PAGE).exists():
+        yield f"page: {run.folder / PAGE}"
     if facts.next:
         yield "next:"
         yield from (f"  {line}" for line in facts.next)
