@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
@@ -43,3 +46,8 @@ def short_count(value: float) -> str:
     if value < 1000:
         return f"{value:.0f}"
     return f"{value / 1000:.1f}k" if value < 10_000 else f"{value / 1000:.0f}k"
+
+
+def command(name: str) -> str:
+    """How the command `name` is typed where this process was started: as a script, or as one of the installed ones."""
+    return f"rwkv-rlhf {name}" if Path(sys.argv[0].split(" ")[0]).name == "rwkv-rlhf" else f"python {name}.py"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.checkpoints.run_folder import SAVED
-from rwkv_rlhf.files import is_sharded, sharded_files
+from rwkv_rlhf.files import bytes_of
 from rwkv_rlhf.reports.page import PAGE, Run
 from rwkv_rlhf.reports.records import ends
-from rwkv_rlhf.reports.words import duration, figure, size
+from rwkv_rlhf.reports.words import command, duration, figure, size
 from rwkv_rlhf.settings.config import Config
 
 
@@ -22,17 +21,6 @@ def saved_files(folder: Path) -> list[list[Any]]:
     numbers = [int(name) for name in found if name.isdigit()]
     names = [name for name in ("best", "final", "last") if name in found] + [str(max(numbers))] * bool(numbers)
     return [[found[name].name, str(found[name]), bytes_of(found[name])] for name in names]
-
-
-def bytes_of(path: Path) -> int:
-    """Of a checkpoint, all its shards together."""
-    files = sharded_files(path) if is_sharded(path) else [path]
-    return sum(file.stat().st_size for file in files)
-
-
-def command(name: str) -> str:
-    """How the command `name` is typed where this process was started."""
-    return f"rwkv-rlhf {name}" if Path(sys.argv[0].split(" ")[0]).name == "rwkv-rlhf" else f"python {name}.py"
 
 
 def next_commands(config: Config, folder: Path, base: Path, whole: bool) -> list[str]:

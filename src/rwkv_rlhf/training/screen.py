@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rwkv_rlhf.data.progress import logging_to_stderr_of_now
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.words import duration, short_count
 from rwkv_rlhf.settings.metrics import METRICS
@@ -79,7 +79,7 @@ class Bar(pl.Callback):
         self.console = console or Console(stderr=True)
         self.harmless = Harmless("the progress bar cannot be shown")
         self.live: Live | None = None
-        self._back: list[Callable[[], Any]] = []
+        self.open = ExitStack()  # what is given back at the end
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to the module's records."""
@@ -89,13 +89,9 @@ class Bar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on log lines stand above the bar."""
         with self.harmless():
-            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
-            before = sys.stderr
-            self.live.start()
-            for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                    handler.setStream(sys.stderr)  # rich's, which knows of the bar
-                    self._back.append(lambda handler=handler: handler.setStream(before))
+            self.open.enter_context(live := Live(console=self.console, refresh_per_second=4, transient=True))
+            self.open.enter_context(logging_to_stderr_of_now())
+            self.live = live
 
     def record(self, record: dict[str, Any]) -> None:
         """One optimizer step is done; comes after the pace was told."""
@@ -116,11 +112,8 @@ class Bar(pl.Callback):
     def stop(self) -> None:
         """Give the terminal back."""
         with self.harmless():
-            while self._back:
-                self._back.pop()()
-            if self.live is not None:
-                self.live.stop()
-                self.live = None
+            self.live = None
+            self.open.close()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The run is over."""
