@@ -154,6 +154,6 @@ def say_pace(pace: Pace) -> None:
     left = pace.seconds_left
     if pace.here == REAL_STEPS and left is not None:
         rest = pace.total - pace.done
-        if rest > 0:
+        if rest > 1:
             each = left / rest
             log.info("the other %s steps take about %s (%.3g s each)", f"{rest:,}", duration(left), each)
