@@ -83,11 +83,6 @@ CONSTRAINTS = (
         "{eval_only} 1 needs {val_file}, the text or pairs to score",
     ),
     Constraint(
-        "samples_need_a_model_that_writes",
-        lambda c: bool(c.sample_prompts) and not c.loss_facts.predicts,
-        "{sample_prompts=}: a reward model writes no answers; leave it out",
-    ),
-    Constraint(
         "new_model_has_no_base",
         lambda c: c.train_stage == 1 and bool(c.load_model),
         "{train_stage} 1 writes a new model, so {load_model} must be 0, not {load_model!}",

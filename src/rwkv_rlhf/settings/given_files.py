@@ -38,6 +38,8 @@ def check_given_files(config: Config) -> None:
     """Raises ValueError, with the flag, for the first file that is not there or whose name no reader knows."""
     if config.doctor or config.dry_run_shape or config.train_stage == 1:
         return
+    if config.sample_prompts and not config.loss_facts.predicts:
+        raise ValueError(f"{{sample_prompts}} {config.sample_prompts}: a reward model writes no answers; leave it out")
     for name in named_files(config):
         given = str(getattr(config, name))
         for path in plain_files(given) if name in DATA else [given]:
