@@ -7,8 +7,9 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.plan.rows import Row
 from rwkv_rlhf.precision import device_for
+from rwkv_rlhf.reports.run_facts import RUNNING, RunFacts
 from rwkv_rlhf.reports.words import size
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
@@ -135,25 +137,36 @@ def rate_line(config: Config, plan: Plan) -> str:
     return f"{several}{shape}, {f'{steps:,} steps of warm-up' if steps else 'no warm-up'}"
 
 
+def opening_lines(config: Config, start: Start) -> Iterator[list[str]]:
+    """[label, text] of what is known when the model is loaded."""
+    yield ["model", model_line(start)]
+    yield ["method", method_line(config, start.plan)]
+    yield ["learning rate", rate_line(config, start.plan)]
+
+
 def about_lines(config: Config, start: Start, inputs: Inputs, steps: AnySteps, room: Room) -> Iterator[list[str]]:
     """[label, text] of everything that a person wants to know first."""
     report = start.report
     whole = report.trained + report.frozen
-    yield ["model", model_line(start)]
-    yield ["method", method_line(config, start.plan)]
+    opening = list(opening_lines(config, start))
+    yield from opening[:2]
     yield ["trained", f"{report.trained:,} of {whole:,} parameters ({report.trained / max(1, whole):.2%})"]
     found = [line for known in inputs.reports for line in (known.found or [known.source])]
     yield ["data", "; ".join(found)]
     yield ["length", next(length_lines(config, steps))]
-    yield ["learning rate", rate_line(config, start.plan)]
+    yield from opening[2:]
     yield ["memory", str(room)]
 
 
-def say_about(lines: Sequence[Sequence[str]]) -> None:
-    """The lines that no other part of the start says."""
-    for label, text in lines:
-        if label in ("model", "method", "learning rate"):
-            log.info("%s: %s", label, text)
+def begin_facts(facts: RunFacts, config: Config, start: Start, inputs: Inputs, steps: AnySteps) -> None:
+    """Says whether the run fits into memory, and notes for the page what the run is."""
+    facts.state, facts.total = RUNNING, optimizer_steps(config, steps)
+    facts.plan, facts.versions = plan_rows(start.plan), versions()
+    facts.data = [line for report in inputs.reports for line in (*report.lines(), *report.notices)]
+    facts.command, facts.directory = shlex.join(sys.argv), str(Path.cwd())
+    room = room_for(config, start, step_tokens(config, inputs, steps).largest)
+    say_room(config, room)
+    facts.about = list(about_lines(config, start, inputs, steps, room))
 
 
 def plan_rows(plan: Plan) -> list[dict[str, str]]:
@@ -173,11 +186,6 @@ def plan_rows(plan: Plan) -> list[dict[str, str]]:
         titles = ("layers", "mode", "rank", "alpha", "learning rate", "weight decay")
         found.append(dict(zip(titles, (layers, *about))))
     return found
-
-
-def command_line() -> str:
-    """What was typed to start this process."""
-    return shlex.join(sys.argv)
 
 
 def versions() -> dict[str, str]:

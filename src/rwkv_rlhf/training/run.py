@@ -17,6 +17,7 @@ from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import MODEL_SUFFIXES, atomic_write, fingerprint
@@ -24,7 +25,7 @@ from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.reports.page import Run
-from rwkv_rlhf.reports.run_facts import RUNNING, RunFacts, read_facts
+from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
 from rwkv_rlhf.reports.samples import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.finite import refuse_not_finite
@@ -33,21 +34,12 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
 from rwkv_rlhf.training.choices import as_typed, with_pass
 from rwkv_rlhf.training.ending import end_lines, next_commands
-from rwkv_rlhf.training.fit import Around, fit, optimizer_steps, schedule_of
-from rwkv_rlhf.training.fixed_prompts import FixedPrompts, prompts_of_data, prompts_of_file
+from rwkv_rlhf.training.fit import Around, fit, schedule_of
+from rwkv_rlhf.training.fixed_prompts import FixedPrompt, FixedPrompts, prompts_of_data, prompts_of_file
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
-from rwkv_rlhf.training.overview import (
-    about_lines,
-    command_line,
-    plan_rows,
-    room_for,
-    say_about,
-    say_room,
-    step_tokens,
-    versions,
-)
+from rwkv_rlhf.training.overview import begin_facts, opening_lines
 from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
 from rwkv_rlhf.training.resume import about_run, take_weights
 from rwkv_rlhf.training.run_owner import begin_run
@@ -96,6 +88,8 @@ def train(
     if config.num_nodes > 1:
         ranks.check_same("--load_model", fingerprint(start.path))
     begun = template_process().now = first_start(point)
+    for label, line in opening_lines(config, start):
+        log.info("%s: %s", label, line)
     with open_journal(folder, point) as journal:
         return _train(config, typed, folder, start, settings, point, begun, journal)
 
@@ -119,6 +113,7 @@ def _train(
 ) -> bool:
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
+    prompts = prompts_of_file(config, inputs.tokenizer) if config.sample_prompts else []
     steps = inputs.training()
     config = inputs.config = with_pass(config, steps)
     ranks.check_same("number of examples", len(steps.examples))
@@ -132,13 +127,11 @@ def _train(
         take_weights(start.model, point, start.hash)
     elif config.load_adapter:
         resume_adapter(config, start)
-    room = room_for(config, start, step_tokens(config, inputs, steps).largest)
-    about = list(about_lines(config, start, inputs, steps, room))
-    say_about(about)
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
-    say_room(config, room)
+    with Harmless("the page does not say what this run is")():
+        begin_facts(journal.facts, config, start, inputs, steps)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
@@ -147,18 +140,16 @@ def _train(
     if ranks.is_rank_zero():
         with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(as_typed(typed)).encode())
-    facts = journal.facts
-    facts.run, facts.state, facts.begun, facts.about = name, RUNNING, begun, about
-    facts.total, facts.plan, facts.versions = optimizer_steps(config, steps), plan_rows(start.plan), versions()
-    facts.data = [line for report in inputs.reports for line in (*report.lines(), *report.notices)]
-    facts.command, facts.directory = command_line(), str(Path.cwd())
+    journal.facts.run, journal.facts.begun = name, begun
     initial = (sidecar.initial_file, sidecar.initial_sha256)
     identity = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun)
     points = ResumePoints(folder / FOLDER, identity, point.path if point else None)
+    if held_out is not None and not prompts:
+        prompts = data_prompts(inputs, steps)
     around = Around(
         held_out,
         lambda: inputs.wrong,
-        fixed_prompts(inputs, steps, folder, name, validated=held_out is not None),
+        FixedPrompts(prompts, inputs.sampler, folder, name) if prompts else None,
         journal if ranks.is_rank_zero() else None,
         steps_of_a_pass(steps),
     )
@@ -169,19 +160,16 @@ def _train(
     return stopped
 
 
-def fixed_prompts(inputs: Inputs, steps: Any, folder: Path, run: str, *, validated: bool) -> FixedPrompts | None:
-    """What answers --sample_prompts, or with a validation three prompts of the data. None without any.
+def data_prompts(inputs: Inputs, steps: Steps | MixedSteps | PromptSteps) -> list[FixedPrompt]:
+    """Three prompts of the data, where something is held out; the first ones of that, if it was split off.
 
     Losses on prompts keep answers of their own rollouts, and a reward model writes none.
     """
-    c = inputs.config
-    if c.sample_prompts:
-        found = prompts_of_file(c, inputs.tokenizer)
-    elif validated and c.loss_facts.predicts and c.loss_facts.data != "prompts":
-        found = prompts_of_data(inputs.split_off or steps.examples, c, inputs.tokenizer)
-    else:
-        found = []
-    return FixedPrompts(found, inputs.sampler, folder, run) if found else None
+    c, found = inputs.config, []
+    if c.loss_facts.predicts and c.loss_facts.data != "prompts":
+        with Harmless("no prompts of the data are answered")():
+            found = prompts_of_data(inputs.split_off or steps.examples, c, inputs.tokenizer)
+    return found
 
 
 def say_end(config: Config, run: RunFolder, start: Start, journal: Journal, often: float) -> None:
