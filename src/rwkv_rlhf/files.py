@@ -224,7 +224,7 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
 
 def bytes_of(path: str | os.PathLike[str]) -> int:
     """The size of a model's file, or of all its shards together."""
-    return sum(os.path.getsize(file) for file in (sharded_files(path) if is_sharded(path) else [path]))
+    return sum(os.path.getsize(file) for file in (sharded_files(path) if is_sharded(path) else [Path(path)]))
 
 
 def sharded_files(path: str | os.PathLike[str]) -> list[Path]:
