@@ -23,6 +23,15 @@ POLICY = (
 )
 
 
+class Quiet(ThreadingHTTPServer):
+    """A browser that leaves in the middle of an answer is nothing to tell."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing."""
+
+
 class PageServer:
     """Serves the page of the run in `folder` from a thread, between `with` and its end; port 0 = a free one.
 
@@ -62,13 +71,11 @@ class PageServer:
                 """Requests are not said."""
 
         try:
-            self._server = ThreadingHTTPServer((HOST, port), Answer)
+            self._server = Quiet((HOST, port), Answer)
         except OSError as error:
             raise ValueError(
                 f"{{serve_report}} {port}: {HOST}:{port} cannot be listened at ({error.strerror}); give another port"
             ) from error
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda request, address: None  # type: ignore[method-assign]  # a browser that left
         self.address = f"http://{HOST}:{self._server.server_port}/"
 
     def __enter__(self) -> PageServer:
