@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton, whose library is compiled for it
 
-from rwkv_rlhf.reports import page
+from rwkv_rlhf.reports import curves as drawing
 from rwkv_rlhf.settings.command_line import run as run_script
 from tests.support.files import VOCAB
 from tests.support.models import any_initial_tensors
@@ -30,21 +30,21 @@ def _seed():
     torch.manual_seed(0)
 
 
-DRAW_CURVES = page.draw_curves
+DRAW_CURVES = drawing.draw_curves
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_curves():
     """Drawing takes longer than these runs to train."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "draw_curves", lambda folder: None)
+        patch.setattr(drawing, "draw_curves", lambda folder: None)
         yield
 
 
 @pytest.fixture
 def curves(monkeypatch):
     """Where a test is about the curves, they are drawn."""
-    monkeypatch.setattr(page, "draw_curves", DRAW_CURVES)
+    monkeypatch.setattr(drawing, "draw_curves", DRAW_CURVES)
 
 
 @pytest.fixture(scope="session")

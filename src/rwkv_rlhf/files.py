@@ -222,6 +222,11 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).endswith(SHARDS_INDEX) or os.path.isdir(path)
 
 
+def bytes_of(path: str | os.PathLike[str]) -> int:
+    """The size of a model's file, or of all its shards together."""
+    return sum(os.path.getsize(file) for file in (sharded_files(path) if is_sharded(path) else [Path(path)]))
+
+
 def sharded_files(path: str | os.PathLike[str]) -> list[Path]:
     """The files of a model in shards: its index and the shards that this names, or the one file of a folder.
 

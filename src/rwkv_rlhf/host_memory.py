@@ -16,6 +16,7 @@ import math
 import mmap
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +28,32 @@ M_MMAP_MAX = -4
 NEVER = (1 << 31) - 1
 OWN_PAGES = 1 << 17  # bytes of a block that gets pages of its own while loading
 MOST_BLOCKS = 1 << 16  # of them, as glibc counts before anything is set
+
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def host_bytes() -> int:
+    """Bytes of memory that this machine has, or that its container may use; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    except OSError:
+        return 0
+    for path in LIMITS:
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no container, or one without a limit
+            continue
+    return min(found, default=0)
+
+
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def keep_pages() -> bool:

@@ -7,6 +7,7 @@ import types
 import pytest
 
 from rwkv_rlhf.commands import train
+from rwkv_rlhf.reports import journal
 from rwkv_rlhf.reports.wandb_run import open_wandb
 from rwkv_rlhf.training import callbacks
 
@@ -48,8 +49,8 @@ def failing(*args, **named):
 
 def test_a_run_without_any_report(script, typed, text_jsonl, tmp_path, monkeypatch, wandb, caplog):
     """If this breaks, a page that cannot be written costs the run, or its resume point."""
-    for name in ("append_json", "log_epoch", "write_report"):
-        monkeypatch.setattr(callbacks, name, failing)
+    for module, name in ((callbacks, "append_json"), (callbacks, "log_epoch"), (journal, "write_page")):
+        monkeypatch.setattr(module, name, failing)
     words = [*typed, "--data_file", text_jsonl, "--wandb", "mine", "--epoch_steps", 2, "--epoch_count", 2]
     status, _, err = script(train.main, *words)
     assert status == 0, err

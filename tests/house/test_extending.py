@@ -22,11 +22,11 @@ from rwkv_rlhf.ops import check
 from rwkv_rlhf.ops.backend import RECURRENCES
 from rwkv_rlhf.ops.backends import candidates
 from rwkv_rlhf.plan import is_matrix
-from rwkv_rlhf.reports.page import draw_curves
+from rwkv_rlhf.reports.curves import draw_curves
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.training.callbacks import shown
 from rwkv_rlhf.training.run_identity import differences, identity
+from rwkv_rlhf.training.screen import shown
 from tests.support.files import VOCAB, read_jsonl
 from tests.support.processes import run_program
 from tests.support.recipes import follow, recipes, write
@@ -133,7 +133,7 @@ def test_a_loss(go, refused, explained, tmp_path, pairs_csv):
     go(words)
     go(f"{words} --infctx 1 --chunk_ctx 4", folder="chunks")
     records = read_jsonl(tmp_path / "out" / "metrics.jsonl")[1:]  # behind the begin of the run
-    first, last, held_out = records
+    _, first, last, held_out = records
     assert first["loss"] == first["apo"] == pytest.approx(1.0) and first["reward_margin"] == pytest.approx(0, abs=1e-6)
     assert last["apo"] < first["apo"] and held_out["reward_margin"] > 0 and held_out["event"] == "val"
     assert held_out["reward_margin"] == pytest.approx(0.5 * held_out["logp_margin"], rel=1e-5)
@@ -156,7 +156,7 @@ def test_a_metric(go, curves, tmp_path, pairs_csv, explained):
     """One name in training, held out, on the curves and in the bar."""
     go(f"{LORA} --orpo 1 --rlhf_train_file {pairs_csv} --val_file {pairs_csv}")
     records = read_jsonl(tmp_path / "out" / "metrics.jsonl")[1:]  # behind the begin of the run
-    assert {record["event"] for record in records} == {"train", "val"}
+    assert {record["event"] for record in records} == {"start", "train", "val"}
     assert all(5 < record["chosen_tokens"] < 40 for record in records)
     assert shown(records[0])["chosen tokens"] == f"{records[0]['chosen_tokens']:.4g}"
     assert "answer length" in drawn_titles(tmp_path / "out")

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from rwkv_rlhf.reports.page import draw_curves
+from rwkv_rlhf.reports.curves import draw_curves
 from rwkv_rlhf.settings.metrics import METRICS, panels
-from rwkv_rlhf.training.callbacks import merit, shown
+from rwkv_rlhf.training.callbacks import merit
+from rwkv_rlhf.training.screen import shown
 from tests.support.metrics_page import PAGE, text
 
 
@@ -50,7 +51,7 @@ def test_a_new_metric_is_drawn_and_shown(tmp_path, monkeypatch):
 def test_the_bar_has_the_names_that_people_look_for():
     """If this breaks, the progress bar no longer shows what it promises."""
     record = {"loss": 1.0, "lr": 1e-4, "tokens_per_s": 123.456, "pref_percentage": 0.5, "accuracy": 1.0, "grad_norm": 2}
-    assert list(shown(record)) == ["loss", "pref_percentage", "accuracy", "lr", "tokens_per_s"]
+    assert list(shown(record)) == ["loss", "pref_percentage", "accuracy", "lr", "grad_norm", "tokens_per_s"]
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,10 @@ class RunFolder:
     def numbered(self, names: list[str]) -> None:
         self._numbered = [self.folder / name for name in names]
 
-    def save(self, name: str) -> Path:
+    def save(self, name: str, why: str = "") -> Path:
         """Write `rwkv-{name}` and its sidecar; returns the checkpoint's path. Raises ValueError when it cannot.
+
+        `why` is said with it.
 
         Every rank calls this, as all of them may hold parts of the tensors; rank zero writes.
         """
@@ -126,7 +128,7 @@ class RunFolder:
         if learnt:
             write_tensors(learnt, self._state_path(path))
         write_checkpoint(tensors, self.sidecar, path)
-        log.info("saved %s", path)
+        log.info("saved %s%s", path, f" ({why})" if why else "")
         return path
 
     def _state_path(self, path: Path) -> Path:

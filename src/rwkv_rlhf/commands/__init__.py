@@ -50,6 +50,7 @@ COMMANDS = {
     "reward_modeling": Command(("reward_modeling",), "neural_chat's second stage: a reward model"),
     "rl_training": Command(("rl_training",), "neural_chat's third stage: PPO"),
     "merge_peft_adapter": Command(("merge_peft_adapter",), "neural_chat's merging, between its stages"),
+    "report": Command((), "write the page of a run again, or one page that compares several runs"),
     "config": Command((), "check the settings of a run, print them as a file for --config, or their JSON schema"),
 }
 PARSERS = "rwkv_rlhf.commands.parsers"  # a module for each command that has flags of its own

@@ -5,32 +5,49 @@ Nothing is trained or written, except that kernels are compiled into their cache
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.ops import build, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
-from rwkv_rlhf.ops.fastest import fastest_precision, slowness
+from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
 from rwkv_rlhf.precision import NAMES
+from rwkv_rlhf.reports.words import size
+from rwkv_rlhf.training.verdict import verdict
 
 GIB = 1 << 30
 WIDTH = 120
 DISAGREEMENT = 1  # exit status
+OPTIONAL = {
+    "bitsandbytes": "packed bases, 8-bit optimizers",
+    "deepspeed": "several GPUs",
+    "h5py": ".h5 data",
+    "pyarrow": ".parquet and .zst data",
+    "wandb": "--wandb",
+    "matplotlib": "curves.png",
+    "gguf": "export for llama.cpp",
+    "pyrwkv_tokenizer": "faster tokens",
+}
 
 
 def doctor() -> int | None:
     """Print the examination; returns the exit status: None when every kernel that can run here agrees."""
     console = Console(soft_wrap=True, highlight=False, width=WIDTH)
-    for title, lines in (("machine", machine()), ("compilers", compilers()), ("kernel cache", cache())):
+    parts = {"machine": (machine(), space(), rates()), "packages": (packages(),), "compilers": (compilers(),)}
+    for title, lines in (parts | {"kernel cache": (cache(),)}).items():
         console.print(f"[bold]{title}[/bold]")
-        for name, text in lines:
+        for name, text in chain.from_iterable(lines):
             console.print(f"  {name:<10} {text}", markup=False)
     console.print("[bold]kernels[/bold] (each against the plain loop in float64, values and gradients)")
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
@@ -53,6 +70,8 @@ def doctor() -> int | None:
         about = f"{speed.op} {speed.backend:<6} {speed.device:<6} {NAMES[speed.dtype]}  {shape:<18}"
         console.print(f"  {about} {figures}", markup=False)
     console.print(f"  {chosen(devices)}", markup=False)
+    console.print("[bold]verdict[/bold]")
+    console.print(f"  {said(devices)}", markup=False)
     wrong = [finding for finding in found if not finding.agrees]
     if wrong:
         names = ", ".join(dict.fromkeys(f"{f.case} ({f.backend}, {NAMES[f.dtype]})" for f in wrong))
@@ -82,6 +101,41 @@ def machine() -> Iterator[tuple[str, str]]:
         nvidia = shutil.which("nvidia-smi") is not None
         reason = "the driver is there, but this torch cannot use it" if nvidia else "none that torch can use"
         yield "GPU", f"{reason}; training runs on the processor"
+
+
+def space() -> Iterator[tuple[str, str]]:
+    """Memory, disk and cores."""
+    disk = shutil.disk_usage(".")
+    yield "memory", size(host_bytes()) if host_bytes() else "not known"
+    yield "disk", f"{size(disk.free)} free of {size(disk.total)} where this was typed"
+    yield "cores", f"{os.cpu_count() or 1}"
+
+
+def rates() -> Iterator[tuple[str, str]]:
+    """Products in each precision, on all cores and on the GPU."""
+    devices = [torch.device("cpu"), *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
+    for device in devices:
+        names = ("bf16", "fp32") if device.type == "cpu" else ("bf16", "fp16", "fp32")
+        found = ", ".join(f"{name} {product_rate(name, device) / 1e9:,.3g}" for name in names)
+        yield "products", f"{device.type}: {found} GFLOP/s"
+
+
+def packages() -> Iterator[tuple[str, str]]:
+    """What is installed beside the necessary, and what for."""
+    have = [name for name in OPTIONAL if importlib.util.find_spec(name) is not None]
+    yield "installed", ", ".join(f"{name} ({OPTIONAL[name]})" for name in have) or "none"
+    lacking = [f"{name} ({purpose})" for name, purpose in OPTIONAL.items() if name not in have]
+    if lacking:
+        yield "missing", ", ".join(lacking)
+
+
+def said(devices: list[torch.device]) -> str:
+    """The verdict on the GPU, or on the processor where there is none."""
+    device = devices[-1]
+    gpu = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if gpu else host_bytes()
+    precision = fastest_precision(device.type)
+    return verdict(memory, precision, gpu=gpu, rate=lambda: product_rate(precision, device))
 
 
 def compilers() -> Iterator[tuple[str, str]]:

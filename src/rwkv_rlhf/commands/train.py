@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.settings.config import Config
@@ -36,6 +37,16 @@ def check_given(config: Config) -> None:
         from rwkv_rlhf.data.templates.named import check_template
 
         check_template(config.template)
+
+
+def serve_page(config: Config, folder: Path, held: ExitStack) -> None:
+    """--serve_report, on rank zero, from before the model is loaded until the process leaves `held`."""
+    from rwkv_rlhf.distributed import ranks
+
+    if config.serve_report and ranks.is_rank_zero():
+        from rwkv_rlhf.reports.server import PageServer
+
+        held.enter_context(PageServer(folder, config.serve_report))
 
 
 def ranked(config: Config) -> int | None:
@@ -75,6 +86,7 @@ def ranked(config: Config) -> int | None:
             return None
         if not config.dry_run:
             ranks.agreed(lambda: held.enter_context(run_lock(folder)))
+            ranks.agreed(lambda: serve_page(config, folder, held))
         settings = common_identity(config, launch_environment().local_rank())
 
         def claimed() -> ResumePoint | None:

@@ -55,9 +55,11 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report in sentences."""
+        whole = self.trained + self.frozen
+        packed = f", of which {self.packed:,} are packed as {self.layout.store}" if self.packed else ""
         text = [
-            f"parameters: {self.trained:,} train, {self.frozen:,} are frozen, "
-            f"of which {self.packed:,} are packed as {self.layout.store}"
+            f"parameters: {self.trained:,} train ({self.trained / max(1, whole):.2%} of {whole:,}), "
+            f"{self.frozen:,} are frozen{packed}"
         ]
         tables = sum(map(is_frozen_table, self.dtypes))
         if tables:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 KEPT = "products.json"  # machine -> precision -> seconds
 SHAPE = (64, 512, 512)  # (M, K) by (K, N)
+CPU_SHAPE, GPU_SHAPE = 512, 4096  # rows and columns of a product whose rate is measured
 REPEATS = 5
 SLOW = 4.0  # times as slow as float32: too slow to measure more of it
 SLOWER = 1.2  # times as slow as float32, from which a typed precision is worth a sentence
@@ -82,3 +83,17 @@ def slowness(precision: str, device: str) -> float:
         seconds = kept_seconds()
         return seconds["bf16"] / seconds["fp32"]
     return 1.0
+
+
+def product_rate(precision: str, device: torch.device) -> float:
+    """Floating-point operations a second of products in `precision`, on all cores or on the GPU."""
+    size = GPU_SHAPE if device.type == "cuda" else CPU_SHAPE
+    x = torch.ones(size, size, dtype=DTYPES[precision], device=device)
+
+    def once() -> float:
+        begin = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for it
+        return time.perf_counter() - begin
+
+    once()
+    return 2 * size**3 / min(once() for _ in range(REPEATS))

@@ -1,67 +1,244 @@
-"""Curves of a run as one PNG and a page that opens without a network, drawn from metrics.jsonl alone."""
+"""report.html: a run on one page that opens without a network, from what lies in the run's folder."""
 
 from __future__ import annotations
 
-import base64
 import html
-import logging
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rwkv_rlhf.reports.metrics import read_records
-from rwkv_rlhf.settings.metrics import panels
+from rwkv_rlhf.files import atomic_write
+from rwkv_rlhf.reports.metrics import METRICS as METRICS_FILE
+from rwkv_rlhf.reports.panels import panels_of
+from rwkv_rlhf.reports.records import Records, ends
+from rwkv_rlhf.reports.run_facts import ENDED, RUNNING, RunFacts, read_facts
+from rwkv_rlhf.reports.samples import FixedAnswers, rollout_answers
+from rwkv_rlhf.reports.words import duration, figure, size
+from rwkv_rlhf.settings.config_file import RUN_FILE
 
-log = logging.getLogger(__name__)
+PAGE = "report.html"
+HERE = Path(__file__).parent
 
 
-def draw_curves(folder: Path) -> Path | None:
-    """Draw `folder/metrics.jsonl` into `folder/curves.png`; None (and one notice) without matplotlib or records."""
-    train = read_records(folder / "metrics.jsonl", "train")
-    held_out = read_records(folder / "metrics.jsonl", "val")
-    if not train:
-        return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.warning("curves.png is not drawn: pip install matplotlib")
-        return None
-    if any("accuracy" in record for record in held_out):  # a pair's loss is not the likelihood that is held out
-        held_out = [{name: value for name, value in record.items() if name != "loss"} for record in held_out]
-    logged = {name for record in (*train, *held_out) for name in record}
-    drawn = {title: [name for name in names if name in logged] for title, names in panels(logged).items()}
-    drawn = {title: names for title, names in drawn.items() if names}
-    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
-        for name in names:
-            faint = 1.0 if name == names[0] else 0.3  # a line of single steps behind their running mean
-            draw(axis, train, name, "-", linewidth=1.2, alpha=faint, label=f"{name}, training")
-            draw(axis, held_out, name, "o-", markersize=4, label=f"{name}, held out")
-        axis.legend(frameon=False, fontsize="small")
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-    path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+class Run(NamedTuple):
+    """A folder as a page sees it."""
+
+    folder: Path
+    records: Records
+    facts: RunFacts
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.folder.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that differs from its default, as the run logged them."""
+        found = self.records.begin.get("settings")
+        return found if isinstance(found, dict) else {}
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder. Raises ValueError where there is none."""
+    records = Records(folder / METRICS_FILE)
+    records.read()
+    if not records.begin and not records.train and not records.held_out:
+        raise ValueError(f"{folder} is no folder of a run: it has no {METRICS_FILE} in which a run begins")
+    facts = read_facts(folder)
+    known = records.begin.get("run", "")
+    return Run(folder, records, facts if not known or facts.run in ("", known) else RunFacts())
+
+
+def escaped(text: object) -> str:
+    """Text as HTML; what UTF-8 cannot write as escapes."""
+    return html.escape(str(text).encode(errors="backslashreplace").decode())
+
+
+def table(rows: Iterable[tuple[str, object]], form: str = "facts") -> str:
+    """Rows of a label and a text."""
+    inside = "".join(f"<tr><th>{escaped(label)}</th><td>{escaped(text)}</td></tr>" for label, text in rows)
+    return f'<table class="{form}">{inside}</table>' if inside else ""
+
+
+def wide_table(titles: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table with titles, which is moved sideways where the window is narrow."""
+    head = "".join(f"<th>{escaped(title)}</th>" for title in titles)
+    body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def block(text: str) -> str:
+    """Text as it was written."""
+    return f"<pre>{escaped(text)}</pre>"
+
+
+def section(title: str, inside: str) -> str:
+    """A part of the page; nothing where there is nothing in it."""
+    return f"<h2>{escaped(title)}</h2>{inside}" if inside else ""
+
+
+def page(title: str, inside: str, panels: list[dict[str, Any]], live: bool = False) -> str:
+    """A whole document: style, program and data stand in it, and it asks for nothing else."""
+    data = json.dumps(panels).replace("<", "\\u003c")
+    style, program = ((HERE / name).read_text(encoding="ascii") for name in ("page.css", "page.js"))
+    at = inside.index(CURVES)
+    body = f'{inside[:at]}<script type="application/json" id="data">{data}</script>{inside[at:]}'
+    return f"""<!doctype html>
+<html lang="en"{' data-live="1"' if live else ""}>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{escaped(title)}</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>{body}</main>
+<noscript>The curves of this page are drawn by a script in it.</noscript>
+<script>
+{program}</script>
+</body>
+</html>
+"""
+
+
+CURVES = '<div class="grid" id="curves"></div>'
+
+
+def run_page(run: Run, live: bool = False) -> str:
+    """The page of one run."""
+    facts = run.facts
+    curves = panels_of(run.records)
+    inside = [
+        f"<h1>{escaped(run.name)}</h1>",
+        f'<div class="dim" id="live">{escaped(state_line(run))}</div>',
+        table(summary(run)),
+        section("Next", "".join(map(block, facts.next))),
+        f"<h2>Curves</h2>{'' if curves else '<p>Nothing is logged yet.</p>'}{CURVES}",
+        section(
+            "Answers to fixed prompts", answers(FixedAnswers.of(run.folder, str(run.records.begin.get("run", ""))))
+        ),
+        section("Answers of the last rollout", rollout_table(run.folder)),
+        section("Pairs still wrong", wrong_pairs(facts.wrong)),
+        section("Notices and events", notices(run)),
+        section("Plan", plan_table(facts.plan)),
+        section("Data", block("\n".join(facts.data)) if facts.data else ""),
+        section("How it was started", started(run)),
+    ]
+    return page(run.name, "".join(inside), curves, live)
+
+
+def write_page(run: Run) -> Path:
+    """Rewrite the page of a run at once, or not at all."""
+    path = run.folder / PAGE
+    with atomic_write(path) as file:
+        file.write(run_page(run).encode())
     return path
 
 
-def draw(axis: Any, records: list[dict[str, Any]], name: str, form: str, **style: Any) -> None:
-    """One metric over the optimizer steps, where records have it."""
-    points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-    if points:
-        axis.plot(*zip(*points), form, **style)
+def state_line(run: Run) -> str:
+    """Where the run stands."""
+    facts, done = run.facts, run.records.step
+    if not facts.total:
+        return f"step {done:,}"
+    words = f"{facts.state}: step {done:,} of {facts.total:,} ({min(1.0, done / facts.total):.0%})"
+    if facts.state == RUNNING and done and facts.seconds:
+        words += f", about {duration(facts.seconds / done * max(0, facts.total - done))} left"
+    return f"{words}; this page: {facts.updated}" if facts.updated else words
 
 
-def write_report(folder: Path, settings: dict[str, object]) -> None:
-    """Rewrite `folder/report.html`: the curves inside the page and every setting of the run."""
-    picture = draw_curves(folder)
-    image = ""
-    if picture is not None:
-        image = f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>" for name, value in settings.items()
+def summary(run: Run) -> Iterator[tuple[str, str]]:
+    """The head of the page."""
+    facts, records = run.facts, run.records
+    yield from ((label, text) for label, text, *_ in facts.about)
+    if facts.seconds:
+        speed = f", {facts.tokens_per_s:,.0f} tokens/s" if facts.tokens_per_s else ""
+        yield ("time" if facts.state == ENDED else "time so far"), duration(facts.seconds) + speed
+    loss = records.train.get("loss")
+    if loss is not None and (found := ends(loss.line())):
+        yield "loss, smoothed", f"{figure(found[0])} -> {figure(found[1])}"
+    yield from held_out_lines(run)
+    for name, path, count in facts.files:
+        yield str(name), f"{path} ({size(count)})"
+
+
+def held_out_lines(run: Run) -> Iterator[tuple[str, str]]:
+    """First, last and best of what rwkv-best is chosen by."""
+    best = run.facts.held_out
+    if not best:
+        return
+    name, column = str(best["name"]), run.records.held_out.get(str(best["name"]))
+    if column is not None and len(values := column.line().values):
+        yield f"held-out {name}", f"{figure(values[0])} -> {figure(values[-1])}"
+    yield f"best held-out {name}", f"{figure(best['value'])} at step {best['step']:,} (rwkv-best)"
+
+
+def answers(found: FixedAnswers) -> str:
+    """Each prompt with its first answer and, beside it, a later one that can be chosen."""
+    blocks = []
+    for number, (prompt, given) in enumerate(found.by_prompt.items()):
+        steps = list(given)
+        word = f"answer{number}"
+        chosen = "".join(
+            f'<option value="{step}"{" selected" if step == steps[-1] else ""}>step {step}</option>' for step in steps
+        )
+        later = "".join(
+            f'<pre data-{word}="{step}"{"" if step == steps[-1] else " hidden"}>{escaped(text)}</pre>'
+            for step, text in given.items()
+        )
+        blocks.append(
+            f'<div class="answers"><div class="prompt">{escaped(prompt)}</div>'
+            f'<div><span class="dim">before: step {steps[0]}</span>{block(given[steps[0]])}</div>'
+            f'<div><label class="dim">now: <select data-answers="{word}">{chosen}</select></label>{later}</div></div>'
+        )
+    return "".join(blocks)
+
+
+def rollout_table(folder: Path) -> str:
+    """What a policy answered last, with its rewards."""
+    rows = rollout_answers(folder)
+    titles = ("prompt", "answer", "reward")
+    return wide_table(titles, ((row.get(title, "") for title in titles) for row in rows)) if rows else ""
+
+
+def wrong_pairs(wrong: Mapping[str, Any]) -> str:
+    """Held-out pairs whose rejected answer is ahead, the worst first."""
+    pairs = wrong.get("pairs", [])
+    if not wrong:
+        return ""
+    said = f"<p>{wrong['count']} of {wrong['of']} held-out pairs at step {wrong['step']}; the worst {len(pairs)}:</p>"
+    if not pairs:
+        return f"<p>None of {wrong['of']} held-out pairs at step {wrong['step']}.</p>"
+    titles = ("prompt", "chosen", "reject", "margin")
+    return said + wide_table(titles, ((pair[title] for title in titles) for pair in pairs))
+
+
+def notices(run: Run) -> str:
+    """Warnings, and where the run went on after a stop."""
+    rows = [(known["time"], known["step"], known["text"]) for known in run.facts.notices]
+    rows += [("", event.get("step", ""), "the run went on from here after a stop") for event in run.records.events]
+    return wide_table(("time", "step", "what"), rows) if rows else ""
+
+
+def plan_table(plan: list[dict[str, str]]) -> str:
+    """What trains in which layers, and how fast."""
+    return wide_table(plan[0], (row.values() for row in plan)) if plan else ""
+
+
+def started(run: Run) -> str:
+    """The command, versions and all settings."""
+    facts, config = run.facts, run.folder / RUN_FILE
+    about = [("begun", facts.begun or run.records.begin.get("time", "")), ("folder", facts.directory)]
+    inside = (block(facts.command) if facts.command else "") + table(
+        (label, text) for label, text in (*about, *facts.versions.items()) if text
     )
-    page = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(folder.name)}</title>
-<style>body{{font:14px sans-serif;margin:2em}}td{{padding:0 1em 0 0}}img{{max-width:100%}}</style>
-<h1>{html.escape(folder.name)}</h1>{image}<h2>Settings</h2><table>{rows}</table>
-"""
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    if run.settings:
+        inside += f"<details><summary>Settings that differ from their defaults</summary>{table(run.settings.items())}"
+        inside += "</details>"
+    if config.is_file():
+        text = config.read_text(encoding="utf-8", errors="replace")
+        inside += f"<details><summary>{RUN_FILE}, for --config</summary>{block(text)}</details>"
+    return inside

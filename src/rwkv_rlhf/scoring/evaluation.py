@@ -22,7 +22,7 @@ from rwkv_rlhf.distributed.watchdog import heartbeat
 from rwkv_rlhf.losses.kinds import Loss
 from rwkv_rlhf.losses.kto import rated_metrics
 from rwkv_rlhf.losses.orpo import log_odds
-from rwkv_rlhf.losses.pairs import PairScores, pair_metrics
+from rwkv_rlhf.losses.pairs import PairScores, log_ratios, pair_metrics
 from rwkv_rlhf.losses.tokens import token_scores
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.scoring.forward import pair_sums, text_hidden
@@ -155,6 +155,15 @@ def pair_figures(scores: PairScores, reference: Tensor | None, loss: Loss[Any], 
         found["logp_margin"] = found["chosen_logp"] - found["reject_logp"]
     found["log_odds_margin"] = float((log_odds(scores.chosen_mean) - log_odds(scores.reject_mean)).mean())
     return found
+
+
+def decisive_margins(scores: PairScores, reference: Tensor | None, loss: Loss[Any], config: Config) -> Tensor:
+    """(n,) the margins that `accuracy` counts: of the loss's rewards, or of log-probabilities where it has none."""
+    known = reference is not None or not loss.facts.reference
+    rewards = loss.rewards(scores, reference, config) if known else None
+    if rewards is not None:
+        return rewards.margin()
+    return scores.chosen_sum - scores.reject_sum if reference is None else log_ratios(scores, reference).margin()
 
 
 def rated_figures(scores: PairScores, good: Tensor, reference: Tensor | None, config: Config) -> Figures:

@@ -134,6 +134,13 @@ class Config:
     )
     compile: bool = setting(False, "compile the model with torch.compile", resume=ROUNDS)
     enable_progress_bar: bool = setting(True, "show a progress bar", resume=MAY_CHANGE)
+    serve_report: int = setting(
+        0,
+        "port of this machine (127.0.0.1) at which the page is shown live; 0 = off",
+        at_least=0,
+        at_most=65535,
+        resume=MAY_CHANGE,
+    )
     log_every: int = setting(1, "optimizer steps between two lines of metrics.jsonl", at_least=1, resume=MAY_CHANGE)
     resume: str = setting(
         "",
@@ -364,6 +371,12 @@ class Config:
     # --- evaluation
     val_file: str = setting("", "held-out text or pairs", resume=FILE)
     val_split: float = setting(0.0, "share of the training file that is held out", at_least=0, below=1)
+    sample_prompts: str = setting(
+        "",
+        "prompts that are answered at each validation, for the page; empty = three of the data where there is a "
+        "validation",
+        resume=MAY_CHANGE,
+    )
     eval_only: bool = setting(False, "score {val_file} and stop", resume=MAY_CHANGE)
     early_stop: int = setting(0, "mini-epochs without improvement before stopping; 0 = never", at_least=0)
 

@@ -25,7 +25,9 @@ TABLES = (".csv", ".jsonl", ".parquet", ".txt")  # what is given as a model by m
 
 def named_files(config: Config) -> Iterator[str]:
     """Settings that name a file which this run reads."""
-    yield from (name for name in (*MODELS, "layer_profile", "vocab_file", "val_file") if getattr(config, name))
+    yield from (
+        name for name in (*MODELS, "layer_profile", "vocab_file", "val_file", "sample_prompts") if getattr(config, name)
+    )
     if trains(config) and trains_on_text(config):
         yield "data_file"
     if trains(config) and config.loss and config.loss_facts.data != "text":
@@ -36,6 +38,8 @@ def check_given_files(config: Config) -> None:
     """Raises ValueError, with the flag, for the first file that is not there or whose name no reader knows."""
     if config.doctor or config.dry_run_shape or config.train_stage == 1:
         return
+    if config.sample_prompts and not config.loss_facts.predicts:
+        raise ValueError(f"{{sample_prompts}} {config.sample_prompts}: a reward model writes no answers; leave it out")
     for name in named_files(config):
         given = str(getattr(config, name))
         for path in plain_files(given) if name in DATA else [given]:

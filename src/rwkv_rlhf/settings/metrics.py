@@ -79,15 +79,19 @@ METRICS: dict[str, Metric] = {
         "reward of the chosen (or good) answers: DPO, WPO, KTO beta * log-ratio to the reference; CPO beta * "
         "summed, SimPO beta * mean log-probability; ORPO log odds; of a reward model what its head says",
         "rewards of the loss",
+        panel="rewards of the answers",
         better="higher",
     ),
-    "reject_reward": Metric("the same of the rejected (or bad) answers", "rewards of the loss"),
+    "reject_reward": Metric(
+        "the same of the rejected (or bad) answers", "rewards of the loss", panel="rewards of the answers"
+    ),
     "reward_min": Metric("held-out pairs: smallest reward that a reward model gives an answer", "rewards"),
     "reward_max": Metric("held-out pairs: largest reward that a reward model gives an answer", "rewards"),
     "logp_margin": Metric(
         "chosen_logp - reject_logp, less the same of the reference (held out, of the model that training began from or "
         "--reference_model); --eval_only without either: the raw difference",
         "nats",
+        panel="margin of log-probabilities",
         better="higher",
     ),
     "chosen_logp": Metric("summed log-probability of the chosen (or good) answers", "nats", better="higher"),
@@ -140,11 +144,17 @@ METRICS: dict[str, Metric] = {
         "PPO: how far the policy is from the one that sampled, log-probability then - now", "nats/token"
     ),
     "lr": Metric("learning rate of the largest group of parameters", panel="learning rate", short="lr"),
-    "grad_norm": Metric("norm of the gradient before it is clipped"),
+    "grad_norm": Metric("norm of the gradient before it is clipped", panel="norm of the gradient", short="grad_norm"),
     "loss_scale": Metric("--precision fp16: the factor on the loss that the next step is computed with"),
     "overflows": Metric("--precision fp16: optimizer steps left out so far because a gradient overflowed", "steps"),
     "tokens": Metric("training: tokens that went through the model in the step; held out: tokens scored", "tokens"),
     "tokens_per_s": Metric("training speed", "tokens/s", panel="tokens per second", short="tokens_per_s"),
+    "memory": Metric(
+        "training: the most memory of the GPU so far, or what the process holds on a CPU (of rank zero)",
+        "GiB",
+        panel="memory",
+        short="memory",
+    ),
     "pairs": Metric("held-out pairs", "pairs"),
     "answers": Metric("held-out rated answers", "answers"),
     "prompts": Metric("held-out prompts", "prompts"),

@@ -1,38 +1,36 @@
-"""What happens around the steps: records, progress bar, validation, saves, and a save when the run is stopped."""
+"""What happens around the steps: records, validation, saves, the page, and a save when the run is stopped."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.reports.harmless import Harmless
+from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
-from rwkv_rlhf.reports.page import write_report
+from rwkv_rlhf.reports.run_facts import STOPPED
 from rwkv_rlhf.reports.wandb_run import open_wandb
+from rwkv_rlhf.reports.words import change, figure
 from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.metrics import METRICS
+from rwkv_rlhf.training.ending import saved_files
 from rwkv_rlhf.training.module import TrainingModule
+from rwkv_rlhf.training.pace import Pace
+from rwkv_rlhf.training.run_state import left_alone
+from rwkv_rlhf.training.screen import Spoken, say_pace
 
 log = logging.getLogger(__name__)
 
 Evaluate = Callable[[], dict[str, Any]]
 STOPS = (KeyboardInterrupt, SIGTERMException, RewardError)  # after which the weights are good, and are saved
-
-
-def shown(record: dict[str, Any]) -> dict[str, str]:
-    """The numbers that a person watches, by their short names: what the table of metrics has one for."""
-    watched = ((metric.short, record[name]) for name, metric in METRICS.items() if metric.short and name in record)
-    return {short: f"{value:.4g}" for short, value in watched}
 
 
 def training(module: pl.LightningModule) -> TrainingModule:
@@ -41,46 +39,14 @@ def training(module: pl.LightningModule) -> TrainingModule:
     return module
 
 
-class Bar(TQDMProgressBar):
-    """Lightning's bar with the numbers of the last optimizer step; a terminal that is gone does not end the run."""
-
-    def __init__(self, refresh_rate: int) -> None:
-        super().__init__(refresh_rate=refresh_rate)
-        self.harmless = Harmless("the progress bar cannot be shown")
-
-    def on_train_epoch_start(self, *args: Any, **named: Any) -> None:
-        """As Lightning's."""
-        with self.harmless():
-            super().on_train_epoch_start(*args, **named)
-
-    def on_train_batch_end(self, *args: Any, **named: Any) -> None:
-        """As Lightning's."""
-        with self.harmless():
-            super().on_train_batch_end(*args, **named)
-
-    def on_train_epoch_end(self, *args: Any, **named: Any) -> None:
-        """As Lightning's."""
-        with self.harmless():
-            super().on_train_epoch_end(*args, **named)
-
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands to the right of the bar."""
-        return dict(shown(training(pl_module).last_record))
-
-
 class Log(pl.Callback):
-    """Appends metrics.jsonl per optimizer step and train_log.txt per mini-epoch.
+    """Appends metrics.jsonl per optimizer step and train_log.txt per mini-epoch, and tells `pace` of each step.
 
     With `spoken` (no progress bar to look at) it also says a line every few seconds.
     """
 
-    PAUSE = 10.0  # seconds between two lines
-
-    def __init__(self, folder: Path, every: int, epoch_begin: int, spoken: bool) -> None:
-        self.spoken = spoken
-        self._said = 0.0
+    def __init__(self, folder: Path, every: int, epoch_begin: int, pace: Pace, spoken: Spoken | None) -> None:
+        self.pace, self.spoken = pace, spoken
         self.metrics = folder / "metrics.jsonl"
         self.text = folder / "train_log.txt"
         self.every = every
@@ -106,10 +72,10 @@ class Log(pl.Callback):
         if record["step"] % self.every == 0:
             with self.harmless():
                 append_json(self.metrics, {"event": "train"} | record)
-        if self.spoken and time.monotonic() - self._said >= self.PAUSE:
-            self._said = time.monotonic()
-            numbers = ", ".join(f"{name} {value}" for name, value in shown(record).items())
-            log.info("step %d: %s", record["step"], numbers)
+        self.pace.step(record)
+        if self.spoken is not None:
+            self.spoken(record)
+        say_pace(self.pace)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the mini-epoch with its mean loss."""
@@ -129,41 +95,87 @@ def merit(record: dict[str, Any]) -> tuple[float, ...]:
     return (record["accuracy"], record.get("reward_margin", record.get("logp_margin", 0.0)))
 
 
-class Validate(pl.Callback):
-    """Scores the held-out examples after each mini-epoch and keeps the best checkpoint as rwkv-best.
+def deciding(record: dict[str, Any]) -> tuple[str, float]:
+    """The figure by which a person knows what `merit` compares: its name, its value."""
+    name = next((name for name in ("accuracy", "reward") if name in record), "loss")
+    return name, record[name]
 
-    With `patience` > 0 the run ends after so many mini-epochs without improvement.
+
+def held_out_line(record: dict[str, Any], before: dict[str, Any] | None) -> str:
+    """The figures that have a curve, the deciding one first, each with what it was before training if known."""
+    drawn = [name for name, metric in METRICS.items() if metric.panel and isinstance(record.get(name), float)]
+    drawn.sort(key=lambda name: name != deciding(record)[0])
+    was = before or {}
+
+    def shown(name: str) -> str:
+        return change(was[name], record[name]) if isinstance(was.get(name), float) else figure(record[name])
+
+    return "held out: " + ", ".join(f"{name} {shown(name)}" for name in drawn)
+
+
+class Validate(pl.Callback):
+    """Scores the held-out examples before training and after each mini-epoch, and keeps the best as rwkv-best.
+
+    With `patience` > 0 the run ends after so many mini-epochs without improvement. `journal`: where the page learns of
+    it (rank zero), `wrong`: the pairs that the last score found wrong.
     """
 
-    def __init__(self, evaluate: Evaluate, folder: RunFolder, patience: int) -> None:
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        folder: RunFolder,
+        patience: int,
+        journal: Journal | None = None,
+        wrong: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self.patience = patience
         self.waited = 0
         self.evaluate = evaluate
         self.folder = folder
+        self.journal, self.wrong = journal, wrong
         self.best: tuple[float, ...] | None = None
+        self.before: dict[str, Any] | None = None  # the figures before training
         self.harmless = Harmless("metrics.jsonl lacks held-out figures")
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and how many mini-epochs were not better."""
-        return {"best": self.best, "waited": self.waited}
+        """The best so far, how many mini-epochs were not better, and where it began."""
+        return {"best": self.best, "waited": self.waited, "before": self.before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing; a run that was not validated before has nothing to compare with."""
         self.best, self.waited = state_dict.get("best"), state_dict.get("waited", 0)
+        self.before = state_dict.get("before")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Score the model before step 1: what comes later is a change."""
+        if self.before is not None or trainer.global_step:
+            return
+        with left_alone(trainer.strategy.root_device):
+            self.before = self.evaluate()
+        self._keep({"event": "start", "step": 0} | self.before)
+        log.info("%s (before training)", held_out_line(self.before, None))
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        if ranks.is_rank_zero():
+            with self.harmless():
+                append_json(self.folder.folder / "metrics.jsonl", record)
+        if self.journal is not None and (wrong := self.wrong()):
+            self.journal.facts.wrong = wrong | {"step": record["step"]}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Score, and save what is better than all before."""
         record = {"event": "val", "step": trainer.global_step} | self.evaluate()
-        if ranks.is_rank_zero():
-            with self.harmless():
-                append_json(self.folder.folder / "metrics.jsonl", record)
-        log.info("held out: %s", ", ".join(f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)))
+        self._keep(record)
+        log.info("%s", held_out_line(record, self.before))
         found = merit(record)
         if not all(map(math.isfinite, found)) or not training(pl_module).good_steps:
             log.warning("rwkv-best is not written: the held-out figures are no numbers, or nothing was learnt yet")
         elif self.best is None or found > self.best:
             self.best, self.waited = found, 0
-            self.folder.save("best")
+            name, value = deciding(record)
+            if self.journal is not None:
+                self.journal.facts.held_out = {"name": name, "value": value, "step": trainer.global_step}
+            self.folder.save("best", f"held-out {name} {value:.3f}, step {trainer.global_step}")
             return
         self.waited += 1
         if self.waited == self.patience:
@@ -205,12 +217,25 @@ class Save(pl.Callback):
 
 
 class Report(pl.Callback):
-    """Redraws curves and page after each save; comes after the resume points, as nothing depends on it."""
+    """Redraws the page each minute and after each save; comes after the resume points, as nothing depends on it."""
 
-    def __init__(self, save: Save, settings: dict[str, Any]) -> None:
-        self.save = save
-        self.settings = settings
-        self.harmless = Harmless("report.html is not written")
+    def __init__(self, save: Save, journal: Journal, pace: Pace) -> None:
+        self.save, self.journal, self.pace = save, journal, pace
+        self._before = journal.facts.seconds  # of earlier starts
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen to the module's records."""
+        training(pl_module).listeners.append(self.record)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One optimizer step is done."""
+        self._take_pace()
+        self.journal.step = record["step"]
+        self.journal.tick()
+
+    def _take_pace(self) -> None:
+        self.journal.facts.seconds = self._before + self.pace.seconds
+        self.journal.facts.tokens_per_s = self.pace.tokens_per_s
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """When the mini-epoch was saved."""
@@ -218,14 +243,16 @@ class Report(pl.Callback):
             self.draw()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """When rwkv-last was saved."""
-        if isinstance(exception, STOPS):
-            self.draw()
+        """When rwkv-last was saved, and when the run broke."""
+        self.journal.facts.state = STOPPED
+        self.draw()
 
     def draw(self) -> None:
-        """Redraw; only rank zero's is called."""
-        with self.harmless():
-            write_report(self.save.folder.folder, self.settings)
+        """Redraw page and picture; only rank zero's is called."""
+        self._take_pace()
+        with self.journal.harmless():
+            self.journal.facts.files = saved_files(self.save.folder.folder)
+        self.journal.write(picture=True)
 
 
 class WandB(pl.Callback):

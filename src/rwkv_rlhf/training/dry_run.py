@@ -23,13 +23,12 @@ from rwkv_rlhf.training.choices import with_pass
 from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
-from rwkv_rlhf.training.module import tokens_run
 from rwkv_rlhf.training.optimizers import state_of
+from rwkv_rlhf.training.overview import room_for, step_tokens
 from rwkv_rlhf.training.recipe import say_recipe
 from rwkv_rlhf.training.start import Start, shape_model
 
 SAMPLES = 3
-LOOKED_AT = 32  # micro-batches whose tokens are counted
 SHOWN = 200  # tokens of a sample
 MIB = 1 << 20
 
@@ -116,17 +115,6 @@ def show_memory(console: Console, estimate: Estimate, tokens: int) -> None:
             console.print(f"{part:28} {size / MIB:12,.1f} MiB", highlight=False)
 
 
-def spread(count: int) -> list[int]:
-    """Some of `count` micro-batches, from the first to the last; samples may grow, and files may be sorted."""
-    return sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
-
-
-def longest(config: Config, inputs: Inputs) -> int:
-    """Tokens of a micro-batch of nothing but the longest row of the files, as far as rows are known."""
-    row = inputs.reports[0].longest  # of a pair, the prompt and the longer answer
-    return config.micro_bsz * (row if config.pair_file else min(row, config.ctx_len))
-
-
 def dry_run_shape(config: Config) -> None:
     """--dry_run_shape: what a model of that shape would take, in rows of --ctx_len tokens. No file is read.
 
@@ -164,16 +152,10 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     about = [*start.report.lines(), state_of(config.optim, start.model).line()]
     console.print("\n".join(about), markup=False, highlight=False)
     total = optimizer_steps(config, steps)
-    batches = spread(total * config.accumulate_grad_batches)
-    if isinstance(steps, PromptSteps):
-        how = inputs.algorithm.sampling()
-        seen = [config.micro_bsz * (inputs.reports[0].longest + how.samples * how.max_tokens)]
-    else:
-        seen = [tokens_run(steps.micro_batch(k)) for k in batches]
-    tokens = max(*seen, longest(config, inputs))
-    show_memory(
-        console, memory_by_part(config, start.model, tokens, gpu=device_for(config.accelerator) == "cuda"), tokens
-    )
+    seen = step_tokens(config, inputs, steps)
+    gpu = device_for(config.accelerator) == "cuda"
+    show_memory(console, memory_by_part(config, start.model, seen.largest, gpu=gpu), seen.largest)
+    console.print(str(room_for(config, start, seen.largest)), highlight=False)
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
@@ -182,6 +164,6 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
     console.print(
         f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {count * config.micro_bsz:,} samples, about "
-        f"{round(count * sum(seen) / len(seen)):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
+        f"{round(count * seen.mean):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
         highlight=False,
     )

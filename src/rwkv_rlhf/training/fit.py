@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -24,15 +25,20 @@ from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launch_environment
 from rwkv_rlhf.reports.harmless import Harmless
+from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.metrics import log_new_run
+from rwkv_rlhf.reports.run_facts import ENDED
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.exit_status import Failure
-from rwkv_rlhf.training.callbacks import Bar, Log, Report, Save, Validate, WandB
+from rwkv_rlhf.training.callbacks import Log, Report, Save, Validate, WandB
 from rwkv_rlhf.training.choices import one_pass
+from rwkv_rlhf.training.fixed_prompts import FixedPrompts
 from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
+from rwkv_rlhf.training.pace import Pace
 from rwkv_rlhf.training.resume import WriteResumePoints
 from rwkv_rlhf.training.schedule import Schedule
+from rwkv_rlhf.training.screen import Bar, Spoken
 from rwkv_rlhf.training.strategies import make_strategy
 
 
@@ -129,20 +135,40 @@ def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Sche
     return Schedule(config.warmup_steps, total, config.lr_schedule or "exp", offset=done)
 
 
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What stands around the steps of a run.
+
+    Attributes:
+        evaluate: scores what is held out, None without any. wrong: the pairs that it found wrong.
+        prompts: answers the fixed prompts, None without any. journal: what the page is made from; rank zero's.
+        pass_steps: optimizer steps of one pass over the data.
+    """
+
+    evaluate: Callable[[], dict[str, Any]] | None = None
+    wrong: Callable[[], dict[str, Any]] = dict
+    prompts: FixedPrompts | None = None
+    journal: Journal | None = None
+    pass_steps: float = 1.0
+
+
 def _callbacks(
-    config: Config, folder: Path, settings: dict[str, Any], validate: Validate | None, save: Save, bar: bool
+    config: Config, run: RunFolder, settings: dict[str, Any], around: Around, save: Save, pace: Pace, bar: bool
 ) -> list[pl.Callback]:
     """What logs, scores, saves and shows, in this order: a save writes what validation found. Logs are rank zero's."""
     callbacks: list[pl.Callback] = []
     if ranks.is_rank_zero():
-        callbacks.append(Log(folder, config.log_every, config.epoch_begin, spoken=not bar))
-    if validate is not None:
-        callbacks.append(validate)
+        spoken = None if bar else Spoken(pace)
+        callbacks.append(Log(run.folder, config.log_every, config.epoch_begin, pace, spoken))
+    if around.evaluate is not None:
+        callbacks.append(Validate(around.evaluate, run, config.early_stop, around.journal, around.wrong))
+    if around.prompts is not None:
+        callbacks.append(around.prompts)
     callbacks.append(save)
     if config.wandb and ranks.is_rank_zero():
-        callbacks.append(WandB(config.wandb, folder, settings))
+        callbacks.append(WandB(config.wandb, run.folder, settings))
     if bar:
-        callbacks.append(Bar(refresh_rate=max(1, config.accumulate_grad_batches)))
+        callbacks.append(Bar(pace, around.pass_steps))
     return callbacks
 
 
@@ -152,12 +178,13 @@ def fit(
     config: Config,
     run: RunFolder,
     settings: dict[str, Any],
-    evaluate: Callable[[], dict[str, Any]] | None = None,
+    around: Around | None = None,
     points: ResumePoints | None = None,
     resumed: ResumePoint | None = None,
 ) -> bool:
     """Train to the end, from the point `resumed` on; True when Ctrl+C stopped it (rwkv-last is written then)."""
     folder: Path = run.folder
+    around = around or Around()
     # Lightning's advice is about data loaders and loggers that this program does not have
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
@@ -165,14 +192,15 @@ def fit(
     if ranks.is_rank_zero():
         with Harmless("train_log.txt cannot be written")():
             log_new_run(folder / "train_log.txt", settings)
-    bar = config.enable_progress_bar and sys.stdout.isatty()
+    bar = config.enable_progress_bar and sys.stderr.isatty() and ranks.is_rank_zero()
+    pace = Pace(optimizer_steps(config, steps))
     save = Save(run, config.epoch_begin, config.epoch_save)
-    validate = None if evaluate is None else Validate(evaluate, run, config.early_stop)
-    callbacks = _callbacks(config, folder, settings, validate, save, bar)
+    callbacks = _callbacks(config, run, settings, around, save, pace, bar)
     if points is not None:
         callbacks.append(WriteResumePoints(points, save, config.resume_every, folder, resumed, config.resume == "auto"))
-    if ranks.is_rank_zero():
-        callbacks.append(Report(save, settings))
+    report = None if around.journal is None else Report(save, around.journal, pace)
+    if report is not None:
+        callbacks.append(report)
     device = next(module.parameters()).device
     trainer = pl.Trainer(
         accelerator="cpu" if device.type == "cpu" else "gpu",
@@ -181,12 +209,12 @@ def fit(
         strategy=make_strategy(config, module.model),
         plugins=launch_environment(),
         max_epochs=config.epoch_count,
-        max_steps=optimizer_steps(config, steps),
+        max_steps=pace.total,
         accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=bar,
+        enable_progress_bar=False,
         logger=False,
         use_distributed_sampler=False,
         default_root_dir=str(folder),
@@ -211,4 +239,7 @@ def fit(
                 "use --precision fp32, or look for odd rows in the data"
             )
         run.save("final")
+        if report is not None:
+            report.journal.facts.state = ENDED
+            report.draw()
     return save.stopped

@@ -60,10 +60,18 @@ from rwkv_rlhf.rl.loop import PromptSteps, Rollouts
 from rwkv_rlhf.rl.rewards import ModelReward, Rewards, open_rewards
 from rwkv_rlhf.rl.start_values import StartValues
 from rwkv_rlhf.scoring.divergence import Divergence
-from rwkv_rlhf.scoring.evaluation import evaluate_text, evaluating, pair_figures, rated_figures, score_pairs
+from rwkv_rlhf.scoring.evaluation import (
+    decisive_margins,
+    evaluate_text,
+    evaluating,
+    pair_figures,
+    rated_figures,
+    score_pairs,
+)
 from rwkv_rlhf.scoring.reference import reference_scores
 from rwkv_rlhf.scoring.reward_model import RewardModel, open_reward_model
 from rwkv_rlhf.scoring.rewards import SCORE_HEAD, margins_of, pair_rewards, reward_figures
+from rwkv_rlhf.scoring.wrong_pairs import wrong_pairs
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
@@ -105,6 +113,7 @@ class Inputs:
         self.folder = folder
         self.reports: list[DataReport] = []
         self.split_off: Subset | None = None  # what --val_split took from the training examples
+        self.wrong: dict[str, Any] = {}  # held-out pairs that the model had wrong when they were last scored
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -420,7 +429,9 @@ class Inputs:
 
         def score() -> dict[str, Any]:
             with evaluating(start.model):
-                return reward_figures(pair_rewards(start.model, pairs, chunk=c.chunk), margins, c)
+                rewards = pair_rewards(start.model, pairs, chunk=c.chunk)
+            self.wrong = wrong_pairs(pairs, rewards.margin(), self.tokenizer.decode)
+            return reward_figures(rewards, margins, c)
 
         return score
 
@@ -468,6 +479,7 @@ class Inputs:
                 near = {} if distance is None else {"kl": distance.of(model)}
             if len(good):
                 return rated_figures(scores, good, base, c) | near
+            self.wrong = wrong_pairs(pairs, decisive_margins(scores, base, loss, c), self.tokenizer.decode)
             return pair_figures(scores, base, loss, c) | near
 
         return score

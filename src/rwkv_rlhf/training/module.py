@@ -20,6 +20,7 @@ from rwkv_rlhf.data.batch import Batch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
+from rwkv_rlhf.host_memory import resident_bytes
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.kinds import LossValue
 from rwkv_rlhf.model.rwkv import RWKV
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 PREFERENCE_MEMORY = 0.9  # pref_percentage = 0.9 old + 0.1 new, from 0.5, as the tradition logs it
 
+GIB = 1 << 30
 COUNTERS = ("bad_steps", "pref_percentage", "last_record")
 
 
@@ -58,6 +60,12 @@ def tokens_run(batch: Batch) -> int:
     if isinstance(batch, PairBatch) and batch.general is not None:
         return own + tokens_run(batch.general)
     return own + sum(map(tokens_run, batch.others)) if isinstance(batch, RatedBatch) else own
+
+
+def memory_held(device: torch.device) -> float:
+    """GiB of the GPU at the highest so far, or of the process on a CPU; 0 where nobody knows."""
+    held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
+    return round(held / GIB, 3)
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:
@@ -278,8 +286,8 @@ class TrainingModule(pl.LightningModule):
             group["lr"] = self.schedule.rate(step, group["lr_init"], group["lr_final"])
             group["weight_decay"] = self.schedule.decay(step, group["decay_init"], final)
 
-    def on_train_start(self) -> None:
-        """Start the clock of the first step when everything is loaded."""
+    def on_train_epoch_start(self) -> None:
+        """The clock of a mini-epoch's first step starts when validation and saves are over."""
         self._clock = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
@@ -312,6 +320,8 @@ class TrainingModule(pl.LightningModule):
         record = {"step": self.trainer.global_step, "loss": means.pop("loss"), "lr": widest["lr"]}
         record |= {"tokens": int(tokens), "tokens_per_s": tokens / max(now - self._clock, 1e-9)}
         record |= {"grad_norm": self.grad_norm}
+        if held := memory_held(self.device):
+            record["memory"] = held
         if self.loss_scale is not None:
             record |= {"loss_scale": self.loss_scale.scale, "overflows": self.loss_scale.overflows}
         if "accuracy" in means:

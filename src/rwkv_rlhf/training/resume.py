@@ -27,7 +27,7 @@ from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoint
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.metrics import METRICS, append_json, drop_after
-from rwkv_rlhf.reports.samples import FIRST, SAMPLES
+from rwkv_rlhf.reports.samples import ANSWERED, FIRST, SAMPLES
 from rwkv_rlhf.rl.rewards import RewardError
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
@@ -42,7 +42,8 @@ from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 log = logging.getLogger(__name__)
 
 LOG = "train_log.txt"
-LOGS = {METRICS: ('{"event": "train"', '{"event": "val"'), LOG: tuple("0123456789"), SAMPLES: (FIRST,)}  # whose lines
+EVENTS = tuple(f'{{"event": "{name}"' for name in ("start", "train", "val"))
+LOGS = {METRICS: EVENTS, LOG: tuple("0123456789"), SAMPLES: (FIRST, ANSWERED)}  # how lines begin that come again
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 NEVER = -1  # --resume_every
 SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins

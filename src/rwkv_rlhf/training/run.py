@@ -17,11 +17,15 @@ from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import MODEL_SUFFIXES, atomic_write, fingerprint
 from rwkv_rlhf.reports.harmless import Harmless
+from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.metrics import append_json
+from rwkv_rlhf.reports.page import Run
+from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
 from rwkv_rlhf.reports.samples import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.finite import refuse_not_finite
@@ -29,11 +33,14 @@ from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
 from rwkv_rlhf.training.choices import as_typed, with_pass
-from rwkv_rlhf.training.fit import fit, schedule_of
+from rwkv_rlhf.training.ending import end_lines, next_commands
+from rwkv_rlhf.training.fit import Around, fit, schedule_of
+from rwkv_rlhf.training.fixed_prompts import FixedPrompt, FixedPrompts, prompts_of_data, prompts_of_file
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
-from rwkv_rlhf.training.recipe import say_recipe
+from rwkv_rlhf.training.overview import begin_facts, opening_lines
+from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
 from rwkv_rlhf.training.resume import about_run, take_weights
 from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
@@ -81,8 +88,32 @@ def train(
     if config.num_nodes > 1:
         ranks.check_same("--load_model", fingerprint(start.path))
     begun = template_process().now = first_start(point)
+    for label, line in opening_lines(config, start):
+        log.info("%s: %s", label, line)
+    with open_journal(folder, point) as journal:
+        return _train(config, typed, folder, start, settings, point, begun, journal)
+
+
+def open_journal(folder: Path, point: ResumePoint | None) -> Journal:
+    """What keeps the page; of a run that goes on, with what it knew. Only rank zero's is ever written."""
+    return Journal(
+        folder, read_facts(folder) if point is not None and point.project.resolve() == folder.resolve() else RunFacts()
+    )
+
+
+def _train(
+    config: Config,
+    typed: Config,
+    folder: Path,
+    start: Start,
+    settings: dict[str, Any],
+    point: ResumePoint | None,
+    begun: str,
+    journal: Journal,
+) -> bool:
     teacher = open_teacher(config, start.sizes.vocab_size)
     inputs = Inputs(config, start, folder)
+    prompts = prompts_of_file(config, inputs.tokenizer) if config.sample_prompts else []
     steps = inputs.training()
     config = inputs.config = with_pass(config, steps)
     ranks.check_same("number of examples", len(steps.examples))
@@ -99,6 +130,8 @@ def train(
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
+    with Harmless("the page does not say what this run is")():
+        begin_facts(journal.facts, config, start, inputs, steps)
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
@@ -107,10 +140,45 @@ def train(
     if ranks.is_rank_zero():
         with Harmless(f"{RUN_FILE} is not written")(), atomic_write(folder / RUN_FILE) as file:
             file.write(config_text(as_typed(typed)).encode())
+    journal.facts.run, journal.facts.begun = name, begun
     initial = (sidecar.initial_file, sidecar.initial_sha256)
-    about = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun)
-    points = ResumePoints(folder / FOLDER, about, point.path if point else None)
-    return fit(module, steps, config, run, settings_of(config), held_out, points, point)
+    identity = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun)
+    points = ResumePoints(folder / FOLDER, identity, point.path if point else None)
+    if held_out is not None and not prompts:
+        prompts = data_prompts(inputs, steps)
+    around = Around(
+        held_out,
+        lambda: inputs.wrong,
+        FixedPrompts(prompts, inputs.sampler, folder, name) if prompts else None,
+        journal if ranks.is_rank_zero() else None,
+        steps_of_a_pass(steps),
+    )
+    stopped = fit(module, steps, config, run, settings_of(config), around, points, point)
+    if ranks.is_rank_zero() and not stopped:
+        with Harmless("the end of the run is not told")():
+            say_end(config, run, start, journal, passes(config, steps))
+    return stopped
+
+
+def data_prompts(inputs: Inputs, steps: Steps | MixedSteps | PromptSteps) -> list[FixedPrompt]:
+    """Three prompts of the data, where something is held out; the first ones of that, if it was split off.
+
+    Losses on prompts keep answers of their own rollouts, and a reward model writes none.
+    """
+    c, found = inputs.config, []
+    if c.loss_facts.predicts and c.loss_facts.data != "prompts":
+        with Harmless("no prompts of the data are answered")():
+            found = prompts_of_data(inputs.split_off or steps.examples, c, inputs.tokenizer)
+    return found
+
+
+def say_end(config: Config, run: RunFolder, start: Start, journal: Journal, often: float) -> None:
+    """The last lines on the screen, and the commands on the page too."""
+    whole = start.report.layout.trained >= {name for name, _ in start.model.named_parameters()}
+    journal.facts.next = next_commands(config, run.folder, start.path, whole)
+    journal.write()
+    for line in end_lines(Run(run.folder, journal.records, journal.facts), often):
+        log.info("%s", line)
 
 
 def first_start(point: ResumePoint | None) -> str:

@@ -15,6 +15,7 @@ from rwkv_rlhf.checkpoints.run_folder import INITIAL, SAVED
 from rwkv_rlhf.files import file_hash, read_json_object, write_json
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.metrics import METRICS, append_json
+from rwkv_rlhf.reports.run_facts import FACTS
 from rwkv_rlhf.reports.samples import SAMPLES
 from rwkv_rlhf.settings.config import PROGRAM_VERSION, Config
 from rwkv_rlhf.settings.config_file import RUN_FILE
@@ -27,8 +28,8 @@ RUN = "run.json"
 # all that a run leaves, beside scores that any run of the model may use
 LEFT = re.compile(
     r"rwkv-(\d+|final|best|last)(-state)?(-[0-9a-f]{8}-\d{5}-of-\d{5})?\.(pth|safetensors|json|safetensors\.index\.json)"
-    r"|pissa-init-.*|bad-step-.*\.pth|metrics\.jsonl|train_log\.txt|curves\.png|report\.html"
-    rf"|{'|'.join(map(re.escape, (RUN, RUN_FILE, SAMPLES)))}|{FOLDER}"
+    r"|pissa-init-.*|bad-step-.*\.pth|metrics\.jsonl|train_log\.txt|curves\.png|report\.html|compare\.html"
+    rf"|{'|'.join(map(re.escape, (RUN, RUN_FILE, SAMPLES, FACTS)))}|{FOLDER}"
 )
 SHOWN = 3  # names in a sentence
 

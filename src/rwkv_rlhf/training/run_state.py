@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,16 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     RandomState(state["torch"], state.get("cuda") if device.type == "cuda" else None, device).restore()
+
+
+@contextmanager
+def left_alone(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn inside, training goes on drawing as if it had not been."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -41,13 +41,13 @@ def preloaded() -> Iterator[None]:
 
 def install() -> None:
     """Give this process, which has the device guard, a pretend GPU."""
-    from rwkv_rlhf.reports import page
+    from rwkv_rlhf.reports import curves
     from tests.support.pretend_gpu import cuda_module, kernels
 
     os.environ.pop(PRELOAD, None)
     cuda_module.install()
     kernels.install()
-    page.draw_curves = lambda folder: None  # drawing takes longer than a run
+    curves.draw_curves = lambda folder: None  # drawing takes longer than a run
 
 
 def restarted(words: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 
 from rwkv_rlhf.commands import train
-from rwkv_rlhf.reports import page
+from rwkv_rlhf.reports import curves
 from rwkv_rlhf.settings.command_line import run
 from rwkv_rlhf.training import run as training_run
 from rwkv_rlhf.training import start
@@ -18,7 +18,7 @@ ONCE = (training_run, start)  # imported here, so that no child has to
 
 def main(log_file):
     """Until stdin ends."""
-    page.draw_curves = lambda folder: None  # takes longer than the training
+    curves.draw_curves = lambda folder: None  # takes longer than the training
     for line in sys.stdin:
         child = os.fork()
         if not child:

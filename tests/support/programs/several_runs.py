@@ -14,7 +14,7 @@ from pathlib import Path
 from rwkv_rlhf.commands.train import ranked
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launched
-from rwkv_rlhf.reports import page
+from rwkv_rlhf.reports import curves
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.resume import HostCopy
@@ -54,5 +54,5 @@ training_step = TrainingModule.training_step
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     TrainingModule.training_step = forget
-    page.draw_curves = lambda folder: None  # takes longer than the training
+    curves.draw_curves = lambda folder: None  # takes longer than the training
     main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,59 @@
+"""What a person is told when a run has ended: what came out, where it lies, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rwkv_rlhf.checkpoints.run_folder import SAVED
+from rwkv_rlhf.files import bytes_of
+from rwkv_rlhf.reports.page import PAGE, Run
+from rwkv_rlhf.reports.records import ends
+from rwkv_rlhf.reports.words import command, duration, figure, size
+from rwkv_rlhf.settings.config import Config
+
+
+def saved_files(folder: Path) -> list[list[Any]]:
+    """[name, path, bytes] of what a run saved: the best, the last and the newest numbered checkpoint."""
+    found = {match[1]: path for path in folder.iterdir() if (match := SAVED.match(path.name))}
+    numbers = [int(name) for name in found if name.isdigit()]
+    names = [name for name in ("best", "final", "last") if name in found] + [str(max(numbers))] * bool(numbers)
+    return [[found[name].name, str(found[name]), bytes_of(found[name])] for name in names]
+
+
+def next_commands(config: Config, folder: Path, base: Path, whole: bool) -> list[str]:
+    """Merge and chat, to paste; a whole model needs no merging, and a reward model does not chat."""
+    found = {path.name.split(".")[0]: path for path in sorted(folder.iterdir()) if SAVED.match(path.name)}
+    trained = found.get("rwkv-best") or found.get("rwkv-final")
+    if trained is None:
+        return []
+    told = config.template not in ("world", "mixed")
+    template = f" --template {shlex.quote(config.template)}" if told else ""
+    model, lines = trained, []
+    if not whole:
+        model = folder / "merged.pth"
+        words = ["--base_model", str(base), "--lora_checkpoint", str(trained), "--output", str(model)]
+        lines.append(f"{command('merge')} {shlex.join(words)}")
+    if config.loss_facts.predicts:
+        lines.append(f"{command('chat')} --load_model {shlex.quote(str(model))}{template}")
+    return lines
+
+
+def end_lines(run: Run, passes: float) -> Iterator[str]:
+    """The summary, from what the page knows."""
+    facts, records = run.facts, run.records
+    speed = f", {facts.tokens_per_s:,.0f} tokens/s" if facts.tokens_per_s else ""
+    yield f"done: {records.step:,} steps, {passes:.3g} passes in {duration(facts.seconds)}{speed}"
+    if "loss" in records.train and (found := ends(records.train["loss"].line())):
+        yield f"loss (smoothed): {figure(found[0])} -> {figure(found[1])}"
+    if best := facts.held_out:
+        yield f"best held-out {best['name']}: {figure(best['value'])} at step {best['step']:,}"
+    for _, path, count in facts.files:
+        yield f"saved: {path} ({size(count)})"
+    if (run.folder / PAGE).exists():
+        yield f"page: {run.folder / PAGE}"
+    if facts.next:
+        yield "next:"
+        yield from (f"  {line}" for line in facts.next)

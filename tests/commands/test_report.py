@@ -1,0 +1,48 @@
+"""`rwkv-rlhf report`: the page of a run again, and runs beside each other."""
+
+import json
+
+from rwkv_rlhf.commands import report
+from tests.support.files import jsonl
+from tests.support.run_folder import BEGIN, a_run
+
+
+def test_one_run(script, tmp_path):
+    """If this breaks, nobody gets the page of a run that was killed, or of one that an older program left."""
+    a_run(tmp_path)
+    status, out, _ = script(report.main, tmp_path)
+    assert (status, out.strip()) == (0, str(tmp_path / "report.html")) and (tmp_path / "report.html").exists()
+
+
+def test_two_runs(script, tmp_path):
+    """If this breaks, one cannot see what two runs do differently, in settings, figures, curves and answers."""
+    for name, rate in (("one", 1e-4), ("two", 2e-4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        a_run(folder)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()[1:]
+        settings = {"lr_init": rate, "loss": "dpo", "proj_dir": str(folder)}
+        jsonl(folder / "metrics.jsonl", BEGIN | {"settings": settings}, *map(json.loads, lines))
+    output = tmp_path / "c.html"
+    status, out, err = script(report.main, tmp_path / "one", tmp_path / "two", "--output", output)
+    assert (status, out.strip()) == (0, str(output)), err
+    page = output.read_text()
+    different = page[page.index("Settings that differ") : page.index("<h2>Curves")]
+    assert "<td>lr_init</td><td>0.0001</td><td>0.0002</td>" in different and "dpo" not in different
+    assert "proj_dir" not in different and "one, step 80" in page and "two, step 80" in page
+    panels = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    (loss,) = [panel for panel in panels if panel["title"] == "loss"]
+    assert [line["label"] for line in loss["lines"]] == [
+        "one, training",
+        "one, held out",
+        "two, training",
+        "two, held out",
+    ]
+
+
+def test_what_is_no_run(script, tmp_path):
+    """If this breaks, a wrong folder gives a traceback or an empty page."""
+    status, _, err = script(report.main, tmp_path / "nothing")
+    assert status == 2 and "nothing is no folder of a run" in err
+    a_run(tmp_path)
+    assert script(report.main, tmp_path, tmp_path, "--output", tmp_path / "no" / "x.html")[0] == 2
