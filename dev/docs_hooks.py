@@ -11,12 +11,13 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "rwkv_rlhf"
+NAME = "messages"  # of the page
 SENTENCE = 4  # words: shorter texts are names
 HEAD = """\
 # Messages
 
-Every sentence with which the program refuses something, by the file that says it. `…` stands for a value, `{name}` for the
-flag of that setting. What to do about the most frequent ones: [Troubleshooting](troubleshooting.md).
+Every sentence with which the program refuses something, by the file that says it. `…` stands for a value, `{name}` for
+the flag of that setting. What to do about the most frequent ones: [Troubleshooting](troubleshooting.md).
 """
 
 
@@ -38,7 +39,13 @@ def sentences(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).rpartition(".")[2]
-            if name.endswith(("Error", "Loss", "Memory")) or name in ("wrong", "Damaged", "Constraint", "Mismatch", "warning"):
+            if name.endswith(("Error", "Loss", "Memory")) or name in (
+                "wrong",
+                "Damaged",
+                "Constraint",
+                "Mismatch",
+                "warning",
+            ):
                 texts = [" ".join(spelled(one).split()) for one in node.args]
                 found += [text for text in texts if len(text.split()) >= SENTENCE]
     return list(dict.fromkeys(found))
@@ -55,7 +62,7 @@ def messages() -> Iterator[str]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The page of messages joins those that lie in docs/."""
-    files.append(File.generated(config, "messages.md", content="\n".join(messages()) + "\n"))
+    files.append(File.generated(config, NAME + ".md", content="\n".join(messages()) + "\n"))
     return files
 
 

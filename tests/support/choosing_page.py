@@ -1,4 +1,4 @@
-"""docs/choosing.md out of the plan of memory: `PYTHONPATH=src python -m tests.support.choosing_page` writes it again."""
+"""docs/choosing.md out of the plan of memory: `python -m tests.support.choosing_page` writes it again."""
 
 from pathlib import Path
 
@@ -24,22 +24,23 @@ HEAD = """\
 
 ## What fits
 
-Memory of a training step in GiB, as the program plans it: RWKV-7, bf16, `--micro_bsz 1 --ctx_len 2048 --grad_cp 1`, AdamW; and the
-smallest card (of 8, 16, 24 and 80 GB) that holds it, with 8 % left for what else lies there.
+Memory of a training step in GiB, as the program plans it: RWKV-7, bf16, `--micro_bsz 1 --ctx_len 2048 --grad_cp 1`,
+AdamW; and the smallest card (of 8, 16, 24 and 80 GB) that holds it, with 8 % left for what else lies there.
 
 """
 TAIL = """
-`python train.py --dry_run 1 --dry_run_shape L32-D4096 ...` says it of your own command. More tokens a step cost activations only
-(`--infctx 1` bounds them: `docs/infinite-context.md`), longer texts otherwise nothing; DPO runs two answers a pair, and
-no second model. Full training takes less with `--optim adam8bit`, `lion` or a strategy that ends in `_offload` (`docs/running.md`).
+`python train.py --dry_run 1 --dry_run_shape L32-D4096 ...` says it of your own command. More tokens a step
+cost activations only (`--infctx 1` bounds them: `docs/infinite-context.md`), longer texts otherwise nothing;
+DPO runs two answers a pair, and no second model. Full training takes less with `--optim adam8bit`, `lion` or a
+strategy that ends in `_offload` (`docs/running.md`).
 
 ## Which method
 
 | you have | take | page |
 |---|---|---|
-| a better and a worse answer to each prompt | DPO; ORPO or SimPO if two passes of the model are too slow | `docs/dpo.md`, `docs/orpo.md` |
+| a better and a worse answer to each prompt | DPO; ORPO or SimPO without a reference | `docs/dpo.md`, `docs/orpo.md` |
 | answers, each marked good or bad | KTO | `docs/kto.md` |
-| good answers only | SFT; DPO with sampled rejects where the manner matters more than knowledge | `docs/sft.md`, `docs/dpo.md` |
+| good answers only | SFT; DPO with sampled rejects where manner matters most | `docs/sft.md`, `docs/dpo.md` |
 | a way to check an answer by program | GRPO | `docs/reinforcement.md` |
 | preferences and many prompts without answers | a reward model, then PPO | `docs/reinforcement.md` |
 | a larger model of the same vocabulary | distillation | `docs/distillation.md` |
