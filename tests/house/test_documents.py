@@ -16,7 +16,7 @@ from rwkv_rlhf.settings.flags import CONFIGS, ELSEWHERE
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.metrics import METRICS
 from rwkv_rlhf.settings.pipeline import STAGES
-from tests.support.source_files import PACKAGE, PAGES, ROOT, name_of, tree_of
+from tests.support.source_files import PACKAGE, PAGES, ROOT, SRC, name_of, nodes_of, tree_of
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CHANGELOG = ROOT / "CHANGELOG.md"  # history: what it names may be gone
@@ -171,13 +171,14 @@ def test_numbers_of_kinds():
 def test_every_kind_is_on_its_page():
     """If this breaks, something new can be asked for, and no page says so."""
     pages = {path: (ROOT / path).read_text(encoding="utf-8") for path in map(name_of, PAGES)}
-    wanted = {f"--{name} 1": "README.md" for name in LOSSES}
-    wanted |= {f"`{name}`": "layerprofile/README.md" for name in (*tables.ADAPTERS, "full", "freeze")}
+    wanted = {f"`{name}`": "docs/layer-profiles.md" for name in (*tables.ADAPTERS, "full", "freeze")}
     wanted |= {f"{name}": "README.md" for name in tables.STORAGES}
     wanted |= {f"({name}": "README.md" for name, facts in tables.VERSIONS.items() if facts.new}
     wanted |= {f"| `{name}` |": "docs/formats.md" for name in FORMATS}
     wanted |= {f"| `{name}` |": "docs/metrics.md" for name in METRICS}
     lost = [f"{page}: {what}" for what, page in wanted.items() if what not in pages[page]]
+    tasks = "".join(text for page, text in pages.items() if page.startswith("docs/"))
+    lost += [f"docs/: --{name} 1" for name in LOSSES if f"--{name} 1" not in tasks]
     assert not lost, "\n" + "\n".join(lost)
     suffixes = {suffix for facts in FORMATS.values() for suffix in facts.suffixes}
     assert all(f"`{suffix}`" in pages["docs/formats.md"] for suffix in suffixes)
@@ -203,3 +204,13 @@ def test_the_changelog_knows_this_version():
     assert re.search(
         rf"^## \[(Unreleased\] \({re.escape(__version__)}\)|{re.escape(__version__)}\])", CHANGELOG.read_text(), re.M
     )
+
+
+def test_what_troubleshooting_quotes_is_said():
+    """If this breaks, somebody looks for his error message on the page and does not find it."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [text for row in page.splitlines() if row.startswith("|") for text in WRITTEN.findall(row.split("|")[1])]
+    texts = [node.value for path in SRC for node in nodes_of(path) if isinstance(node, ast.Constant)]
+    said = "\0".join(" ".join(text.split()) for text in texts if isinstance(text, str))
+    lost = [text for text in quoted if not text.startswith(("--", "{")) and text not in said]
+    assert len(quoted) >= 15 and not lost, lost

@@ -15,6 +15,7 @@ from rwkv_rlhf.ops import elementwise as elementwise
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.settings.config import new_versions
 from rwkv_rlhf.training.memory import block_bytes, state_bytes, weights_by_storage
+from tests.support.choosing_page import HEAD, PAGE, TAIL, row
 from tests.support.files import VOCAB
 from tests.support.models import any_initial_tensors
 from tests.support.processes import run_program
@@ -172,3 +173,10 @@ def test_a_shape_that_cannot_be_is_refused(script, shape):
     assert status == 2 and len(err.strip().splitlines()) == 1
     status, _, err = script(train.main, "--dry_run_shape", "L2-D64")
     assert status == 2 and "--dry_run 1" in err
+
+
+@pytest.mark.parametrize("model", ["0.1B", "0.4B"])
+def test_the_page_of_choices_is_the_plan(model):
+    """If this breaks, docs/choosing.md is old: `python -m tests.support.choosing_page` writes it again."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert row(model) in page and page.startswith(HEAD) and page.endswith(TAIL)

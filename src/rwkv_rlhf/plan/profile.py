@@ -1,4 +1,4 @@
-"""Layer profiles: CSV files with one row for emb, for each block and for head (layerprofile/README.md)."""
+"""Layer profiles: CSV files with one row for emb, for each block and for head (docs/layer-profiles.md)."""
 
 import csv
 import dataclasses

@@ -209,7 +209,7 @@ class Config:
 
     # --- trained
     layer_profile: str = setting(
-        "", "CSV with one row per layer: mode, rank, learning rates (layerprofile/README.md)", resume=FILE
+        "", "CSV with one row per layer: mode, rank, learning rates (docs/layer-profiles.md)", resume=FILE
     )
     peft: str = setting("full", "plan for all blocks if there is no layer profile", choices=peft_modes)
     lora_r: int = setting(8, "rank (or Bone's block size) with {peft}", at_least=1)
