@@ -45,10 +45,11 @@ ELSEWHERE = {  # what a page shows and this test does not do
     "P/again.gguf": "of models with the World vocabulary: tests/commands/test_merge.py",
     "...": "an excerpt",
 }
+SERVERS = {"serve": "tests/serving/test_completions.py", "label": "tests/serving/test_label.py"}  # they never end
 HAVE_VOCABULARY = ("train", "chat", "score", "export", "generate_rejects", "score_pairs", "prepare_pairs", "sft_h5")
 HAVE_VOCABULARY += ("distillation_h5", "make_binidx", "finetune_clm", "reward_modeling", "rl_training")
 TRAINED = "trained"  # the folder of a run, P, that these pages suppose
-SUPPOSE_A_RUN = ("merging.md", "exporting.md")
+SUPPOSE_A_RUN = {"merging.md": ("P",), "exporting.md": ("P",), "talking.md": ("P",), "report.md": ("P", "P2")}
 SHOWN = [page for page in PAGES if page.parent.name == "docs" or name_of(page) == "README.md"]
 
 
@@ -138,13 +139,15 @@ def test_what_a_reader_copies_runs(page, place, vocab_file, tmp_path, monkeypatc
     for path in place.iterdir():
         if path.name != TRAINED:
             (work / path.name).symlink_to(path)
-    if page.name in SUPPOSE_A_RUN:
-        shutil.copytree(place / TRAINED / "P", work / "P")
+    for name in SUPPOSE_A_RUN.get(page.name, ()):
+        shutil.copytree(place / TRAINED / "P", work / name)
     monkeypatch.chdir(work)
     ran = 0
     for command in WRITTEN_IN[page]:
-        if "/" in command.name or any(
-            re.search(rf"(^| ){re.escape(word)}", " ".join(command.words)) for word in ELSEWHERE
+        if (
+            "/" in command.name
+            or command.name in SERVERS
+            or any(re.search(rf"(^| ){re.escape(word)}", " ".join(command.words)) for word in ELSEWHERE)
         ):
             continue
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))

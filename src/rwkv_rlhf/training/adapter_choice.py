@@ -64,7 +64,7 @@ def plan_of(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     own = {f"{name}.{part}" for name, how in adapted.items() for part in adapter_tensor_names(how.mode)}
     beside = [name for name in read_tensors(path) if name not in own and not is_scalar_head(name)]
     states, rest = [name for name in beside if is_state(name)], [name for name in beside if not is_state(name)]
-    found = {"state": bool(states), "state_shift": any("shift_state" in name for name in states)}
+    found: dict[str, Any] = {"state": bool(states), "state_shift": any("shift_state" in name for name in states)}
     if not adapted:
         return {"peft": "state", **found} if states and not rest else {}
     ways = {(how.mode, how.rank, how.alpha, how.scaling) for how in adapted.values()}
