@@ -96,7 +96,8 @@ def test_what_is_inside(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         about = archive.read(f"rwkv_lm_rlhf-{__version__}.dist-info/WHEEL").decode()
-    wanted = [f"rwkv_rlhf/{path.relative_to(PACKAGE).as_posix()}" for path in (*SRC, *PACKAGE.rglob("*.html"))]
+    pages = [path for path in PACKAGE.rglob("*") if path.suffix in (".html", ".css", ".js")]
+    wanted = [f"rwkv_rlhf/{path.relative_to(PACKAGE).as_posix()}" for path in (*SRC, *pages)]
     wanted += [f"rwkv_rlhf/{path.relative_to(ROOT).as_posix()}" for path in NATIVE]
     kinds = [(path.stem, isa) for path in (ROOT / "cuda" / "cpu").glob("*.cpp") for isa in build.instruction_sets()]
     wanted += [f"rwkv_rlhf/cuda/{build.packaged_path(*kind).relative_to(build.KERNELS).as_posix()}" for kind in kinds]

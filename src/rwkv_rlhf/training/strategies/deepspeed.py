@@ -107,8 +107,9 @@ def keep_whole(model: Any, optimizer: Any) -> None:
         if not parameter.ds_persist:
             parameter.ds_persist = True
             optimizer.persistent_parameters.append(parameter)
-    if parameters:
-        parameters[0].all_gather(parameters)
+    whole = optimizer.persistent_parameters  # vectors too, as after each step: held-out examples run before the first
+    if whole:
+        whole[0].all_gather(whole)
     for part in model.head.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()
