@@ -127,4 +127,4 @@ def test_an_adapter_of_another_plan(refused, script, typed, tmp_path, pairs_csv)
     assert status == 0, err
     adapter = tmp_path / "first" / "rwkv-0.pth"
     words = [*typed, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--peft", "lora", "--lora_r", 4]
-    refused([*words, "--load_adapter", adapter], adapter, "rank 8", "rank 4")
+    refused([*words, "--load_adapter", adapter], adapter, "rank 8", "--lora_r 4")

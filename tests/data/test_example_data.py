@@ -110,8 +110,8 @@ def test_the_comparison_script_tells_success_from_failure(tmp_path):
         assert done.stdout.splitlines()[-1] == f"held-out preference accuracy: 0.12 -> {after:.2f}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "example/pretrain/step-1-make-corpus.sh"])
+@pytest.mark.parametrize("page", ["docs/pretraining.md", "example/pretrain/step-1-make-corpus.sh"])
 def test_corpora_are_made_of_files_with_text(page):
-    """make_binidx.py reads `text` only; the README once named a file of prompts and completions."""
+    """make_binidx.py reads `text` only; a page once named a file of prompts and completions."""
     named = re.findall(r"make_binidx\.py --input example/(\S+)", (EXAMPLE.parent / page).read_text(encoding="utf-8"))
     assert named and all(isinstance(line["text"], str) for name in named for line in jsonl(name))
