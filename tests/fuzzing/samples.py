@@ -202,9 +202,17 @@ def write_peft(folder: Path) -> Path:
     return folder / "peft"
 
 
+ROWS = {  # suffix -> shapes that one file may hold together
+    ".jsonl": ("text", "messages", "completion"),
+    ".json": ("rated",),
+    ".jsonl.gz": ("preference",),
+    ".jsonl.zst": ("ranked",),
+}
+
+
 def write_shapes(folder: Path, suffix: str) -> Path:
-    """Rows of every shape that the program knows; of a table with columns, those of one."""
-    rows = [one.row for some in SAMPLES.values() for one in some]
+    """Rows of shapes that the program knows."""
+    rows = [one.row for shape in ROWS.get(suffix, ()) for one in SAMPLES[shape]]
     path = folder / f"shapes{suffix}"
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if suffix == ".json":
