@@ -34,10 +34,11 @@ DRAW_CURVES = drawing.draw_curves
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_curves():
-    """Drawing takes longer than these runs to train."""
+def _short_reports():
+    """Drawing, and answers of models that never learnt to stop, take longer than these runs to train."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "draw_curves", lambda folder: None)
+        patch.setattr("rwkv_rlhf.training.fixed_prompts.MOST_TOKENS", 4)
         yield
 
 

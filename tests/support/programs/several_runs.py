@@ -16,6 +16,7 @@ from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launched
 from rwkv_rlhf.reports import curves
 from rwkv_rlhf.settings.command_line import parse
+from rwkv_rlhf.training import fixed_prompts
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.resume import HostCopy
 from rwkv_rlhf.training.strategies import load_rank_state, local, own_states, rank_state
@@ -54,5 +55,6 @@ training_step = TrainingModule.training_step
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     TrainingModule.training_step = forget
-    curves.draw_curves = lambda folder: None  # takes longer than the training
+    curves.draw_curves = lambda folder: None  # takes longer than the training, as long answers do
+    fixed_prompts.MOST_TOKENS = 4
     main(sys.argv[1], sys.argv[2:])
