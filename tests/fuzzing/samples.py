@@ -202,7 +202,7 @@ def write_peft(folder: Path) -> Path:
     return folder / "peft"
 
 
-ROWS = {  # suffix -> shapes that one file may hold together
+SHAPES = {  # suffix -> shapes that one file may hold together
     ".jsonl": ("text", "messages", "completion"),
     ".json": ("rated",),
     ".jsonl.gz": ("preference",),
@@ -212,7 +212,7 @@ ROWS = {  # suffix -> shapes that one file may hold together
 
 def write_shapes(folder: Path, suffix: str) -> Path:
     """Rows of shapes that the program knows."""
-    rows = [one.row for shape in ROWS.get(suffix, ()) for one in SAMPLES[shape]]
+    rows = [one.row for shape in SHAPES.get(suffix, ()) for one in SAMPLES[shape]]
     path = folder / f"shapes{suffix}"
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if suffix == ".json":

@@ -9,6 +9,7 @@ import pytest
 
 from tests import fuzz
 from tests.fuzzing import readers
+from tests.fuzzing.words import TYPED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -20,7 +21,8 @@ def test_whole_samples_are_read():
     for name, reader in readers.READERS.items():
         result = fuzz.Result()
         fuzz.batch(name, [-1], result, fuzz.sample(reader))
-        assert result.read[name] == 1, (name, result.defects)
+        refused = name in TYPED and not result.defects  # what is typed there is odd by intention
+        assert result.read[name] == 1 or refused, (name, result.defects)
 
 
 def test_damaged_files_end_in_a_value_or_one_sentence():
