@@ -146,6 +146,10 @@ def test_lines_go_on_behind_a_backslash(talk):
     assert asked == [("User: one\ntwo\n\nAssistant:", False)]
 
 
+# a new line is asked for: what is typed before that is read by the terminal's own rules
+READY = r"\x1b\[\?2004h.*?>"
+
+
 class Terminal:
     """A program on a pseudo-terminal."""
 
@@ -186,18 +190,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(base_model, vocab_fi
     history, saved = tmp_path / "history.txt", tmp_path / "talk.jsonl"
     chat = Terminal("chat.py", *words, "--temperature", 0, "--max_tokens", 200000, "--history", history)
     try:
-        chat.wait("Ctrl.D leaves.*>")
+        chat.wait("Ctrl.D leaves.*" + READY)
         chat.type("hexlo\x1b[D\x1b[D\x7fl\r")  # two steps to the left, the x is deleted, an l is typed
         chat.wait(".{2000}")
         chat.type("\x03")
         assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\(\d+ tokens, [\d.]+ tokens/s\)")
-        chat.wait(">")  # before each line: what is typed earlier is read by the terminal's own rules
+        chat.wait(READY)
         chat.type("/max 3\r")
-        chat.wait(">")
+        chat.wait(READY)
         chat.type("one\x1b\rtwo\r")  # Alt+Enter is a line break
-        chat.wait(r"\(cut at /max 3\).*>")
+        chat.wait(r"\(cut at /max 3\).*" + READY)
         chat.type(f"/save {saved}\r")
-        chat.wait("saved: .*>")
+        chat.wait("saved: .*" + READY)
         chat.type("\x04")
         assert chat.process.wait(100) == 0
     finally:
