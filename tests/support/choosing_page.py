@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from rwkv_rlhf.settings.command_line import parse
+from rwkv_rlhf.training import verdict
 from rwkv_rlhf.training.dry_run import shape_model
 from rwkv_rlhf.training.memory import memory_by_part
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "choosing.md"
 CARDS = (8, 16, 24, 80)  # GB
 SHARE = 0.92  # of a card that a program may fill
-SHAPES = {"0.1B": "L12-D768", "0.4B": "L24-D1024", "1.5B": "L24-D2048", "2.9B": "L32-D2560", "7.2B": "L32-D4096"}
-SHAPES["13.3B"] = "L61-D4096"
+NAMES = ("0.1B", "0.4B", "1.5B", "2.9B", "7.2B", "13.3B")
+SHAPES = {name: f"L{layers}-D{width}" for name, (layers, width) in zip(NAMES, verdict.SHAPES, strict=True)}
 WAYS = {
     "full": "--peft full",
     "LoRA 16": "--peft lora --lora_r 16",

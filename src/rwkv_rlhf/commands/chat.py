@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
     template = find_templates(flags.template)[0].template
-    params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
+    params = sampling_params(flags, stop_texts=template.stop_texts)
 
     def load(path: str) -> tuple[RWKV, Tokenizer]:
         return opened_model(flags if path == flags.load_model else flags_of(flags, local(path)))

@@ -321,7 +321,7 @@ class Talk:
     def use_template(self, name: str) -> str:
         """Another template; the conversation is read again."""
         self.template, self.template_name = find_templates(name)[0].template, name
-        self.params = dataclasses.replace(self.params, stop_texts=(self.template.end,) if self.template.end else ())
+        self.params = dataclasses.replace(self.params, stop_texts=self.template.stop_texts)
         for voice in self.voices:
             voice.read_again(voice.memory.said)
         return ""

@@ -26,8 +26,10 @@ def add_adapter_flags(flags: Parser) -> None:
     flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
 
 
-def add_quant_flag(flags: Parser) -> None:
-    """--quant_mode of a command that only runs the model."""
+def add_opened_model_flags(flags: Parser, model: str) -> None:
+    """What `flag_values.opened_model` reads, but for --vocab_file. model: the help text of --load_model."""
+    add_model_flags(flags, model)
+    add_adapter_flags(flags)
     text = "storage of the matrices of a model without adapter; with one it is that of the training [none]"
     flags.add_argument("--quant_mode", default=tables.DENSE, choices=(tables.DENSE, *tables.STORAGES), help=text)
 

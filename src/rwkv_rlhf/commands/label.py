@@ -80,7 +80,7 @@ def main(words: Sequence[str]) -> None:
     if flags.ahead < 0:
         raise ValueError(f"--ahead {flags.ahead}: must be at least 0")
     template = trained_template(flags)
-    params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
+    params = sampling_params(flags, stop_texts=template.stop_texts)
     prompts = prompts_of(flags)
     sides = [flags, flags_of(flags, flags.compare)] if flags.compare else [flags]
     serve(flags, sides, template, params, prompts)

@@ -31,7 +31,7 @@ def main(words: Sequence[str]) -> None:
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
     template = trained_template(flags)
-    params = sampling_params(flags, stop_texts=(template.end,) if template.end else ())
+    params = sampling_params(flags, stop_texts=template.stop_texts)
     local = is_loopback(flags.host)
     token = flags.token or ("" if local else secrets.token_urlsafe(24))
     with bound(flags.host, flags.port) as listener:

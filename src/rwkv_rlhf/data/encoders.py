@@ -137,25 +137,18 @@ def _batches(jobs: Iterable[tuple[T, Job]]) -> Iterator[tuple[list[T], list[Job]
     companions: list[T] = []
     batch: list[Job] = []
     size = 0
-    source = iter(jobs)
-    while True:
-        error: Exception | None = None
-        try:
-            companion, job = next(source)
-        except StopIteration:
-            break
-        except Exception as found:
-            error = found
-        if error is not None:
-            if batch:
+    try:
+        for companion, job in jobs:
+            companions.append(companion)
+            batch.append(job)
+            size += sum(map(len, job.texts)) + 1
+            if size >= _BATCH:
                 yield companions, batch
-            raise error
-        companions.append(companion)
-        batch.append(job)
-        size += sum(map(len, job.texts)) + 1
-        if size >= _BATCH:
+                companions, batch, size = [], [], 0
+    except Exception:  # of the reader: after what it gave before
+        if batch:
             yield companions, batch
-            companions, batch, size = [], [], 0
+        raise
     if batch:
         yield companions, batch
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from rwkv_rlhf.files import atomic_write
 from rwkv_rlhf.reports.page import CURVES, Run, block, escaped, page, section, wide_table
 from rwkv_rlhf.reports.panels import compared_panels
-from rwkv_rlhf.reports.records import ends
-from rwkv_rlhf.reports.samples import FixedAnswers
 from rwkv_rlhf.reports.words import duration, figure
 
 OF_ONE_RUN = ("proj_dir",)  # settings in which runs differ anyway
@@ -32,10 +30,6 @@ def differing(runs: Sequence[Run]) -> Iterator[list[str]]:
 def figures(runs: Sequence[Run]) -> Iterator[list[str]]:
     """[label, text of each run]."""
 
-    def loss(run: Run) -> str:
-        found = ends(run.records.train["loss"].line()) if "loss" in run.records.train else None
-        return f"{figure(found[0])} -> {figure(found[1])}" if found else ""
-
     def best(run: Run) -> str:
         known = run.facts.held_out
         return f"{known['name']} {figure(known['value'])} at step {known['step']:,}" if known else ""
@@ -44,13 +38,13 @@ def figures(runs: Sequence[Run]) -> Iterator[list[str]]:
     yield ["steps", *(f"{run.records.step:,}" for run in runs)]
     yield ["time", *(duration(run.facts.seconds) if run.facts.seconds else "" for run in runs)]
     yield ["tokens/s", *(f"{run.facts.tokens_per_s:,.0f}" if run.facts.tokens_per_s else "" for run in runs)]
-    yield ["loss, smoothed", *map(loss, runs)]
+    yield ["loss, smoothed", *(run.smoothed_loss for run in runs)]
     yield ["best held-out figure", *map(best, runs)]
 
 
 def last_answers(runs: Sequence[Run], names: Sequence[str]) -> str:
     """The last answer of each run to the prompts that several of them were asked."""
-    found = [FixedAnswers.of(run.folder, str(run.records.begin.get("run", ""))).by_prompt for run in runs]
+    found = [run.answers.by_prompt for run in runs]
     blocks = []
     for prompt in dict.fromkeys(prompt for given in found for prompt in given):
         asked = [(name, given[prompt]) for name, given in zip(names, found) if prompt in given]

@@ -39,6 +39,25 @@ class Run(NamedTuple):
         found = self.records.begin.get("settings")
         return found if isinstance(found, dict) else {}
 
+    @property
+    def answers(self) -> FixedAnswers:
+        """What it answered to its fixed prompts."""
+        return FixedAnswers.of(self.folder, str(self.records.begin.get("run", "")))
+
+    @property
+    def smoothed_loss(self) -> str:
+        """The first and the last smoothed training loss, "" before there is one."""
+        loss = self.records.train.get("loss")
+        found = ends(loss.line()) if loss is not None else None
+        return f"{figure(found[0])} -> {figure(found[1])}" if found else ""
+
+    @property
+    def time(self) -> str:
+        """How long it took up to now, and how fast it is."""
+        facts = self.facts
+        speed = f", {facts.tokens_per_s:,.0f} tokens/s" if facts.tokens_per_s else ""
+        return duration(facts.seconds) + speed
+
 
 def open_run(folder: Path) -> Run:
     """The run in a folder. Raises ValueError where there is none."""
@@ -118,9 +137,7 @@ def run_page(run: Run, live: bool = False) -> str:
         table(summary(run)),
         section("Next", "".join(map(block, facts.next))),
         f"<h2>Curves</h2>{'' if curves else '<p>Nothing is logged yet.</p>'}{CURVES}",
-        section(
-            "Answers to fixed prompts", answers(FixedAnswers.of(run.folder, str(run.records.begin.get("run", ""))))
-        ),
+        section("Answers to fixed prompts", answers(run.answers)),
         section("Answers of the last rollout", rollout_table(run.folder)),
         section("Pairs still wrong", wrong_pairs(facts.wrong)),
         section("Notices and events", notices(run)),
@@ -152,14 +169,12 @@ def state_line(run: Run) -> str:
 
 def summary(run: Run) -> Iterator[tuple[str, str]]:
     """The head of the page."""
-    facts, records = run.facts, run.records
+    facts = run.facts
     yield from ((label, text) for label, text, *_ in facts.about)
     if facts.seconds:
-        speed = f", {facts.tokens_per_s:,.0f} tokens/s" if facts.tokens_per_s else ""
-        yield ("time" if facts.state == ENDED else "time so far"), duration(facts.seconds) + speed
-    loss = records.train.get("loss")
-    if loss is not None and (found := ends(loss.line())):
-        yield "loss, smoothed", f"{figure(found[0])} -> {figure(found[1])}"
+        yield ("time" if facts.state == ENDED else "time so far"), run.time
+    if run.smoothed_loss:
+        yield "loss, smoothed", run.smoothed_loss
     yield from held_out_lines(run)
     for name, path, count in facts.files:
         yield str(name), f"{path} ({size(count)})"

@@ -21,7 +21,7 @@ from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.serving.answering import pieces
 from rwkv_rlhf.serving.engine import Cue, Engine
 from rwkv_rlhf.serving.openai import Question, Reply, question_of
-from rwkv_rlhf.serving.web import Guard, Refused, event, events, json_of
+from rwkv_rlhf.serving.web import Guard, Refused, event, events, json_of, refuse
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,12 @@ class Service:
     def cue(self, question: Question) -> Cue:
         """What the answers follow. Raises Refused."""
         try:
-            text = self.template.prompt(question.turns)
-            ids = self.template.ids(text, self.engine.tokenizer)
+            cue = Cue.of(question.turns, self.template, self.engine.tokenizer)
         except (RowError, ValueError) as error:
             raise Refused(str(error), param="messages") from error
-        if not ids:
+        if not cue.ids:
             raise Refused("the conversation has no tokens", param="messages")
-        return Cue(text, ids, bare=not self.template.assistant)
+        return cue
 
     def seed(self, question: Question) -> int:
         """The seed of the first answer; each request without one gets another."""
@@ -113,12 +112,6 @@ class Service:
 async def health(request: Request) -> Response:
     """GET /health."""
     return JSONResponse({"status": "ok"})
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """A refusal in OpenAI's form."""
-    assert isinstance(error, Refused)
-    return error.response()
 
 
 async def refuse_path(request: Request, error: Exception) -> Response:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.generation.answers import AnswerStream
 from rwkv_rlhf.generation.rows import Completion, Request
@@ -26,6 +28,12 @@ class Cue(NamedTuple):
     text: str
     ids: Sequence[int]
     bare: bool = False
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn], template: Template, tokenizer: Tokenizer) -> Cue:
+        """What the answer to a conversation follows. Raises RowError where the template refuses it."""
+        text = template.prompt(turns)
+        return cls(text, template.ids(text, tokenizer), bare=not template.assistant)
 
 
 class Piece(NamedTuple):

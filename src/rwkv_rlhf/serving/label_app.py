@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from rwkv_rlhf.data.conversation import Turn, normalise, refuse_nul
 from rwkv_rlhf.serving.labelling import Item, Labelling
-from rwkv_rlhf.serving.web import Guard, Refused, event, events, json_of
+from rwkv_rlhf.serving.web import Guard, Refused, event, events, json_of, refuse
 
 PAGE = Path(__file__).with_name("label.html")
 PAUSE = 0.03  # seconds between two looks of the page at an answer that grows
@@ -117,12 +117,6 @@ class LabelApp:
             middleware=[Middleware(Guard, token=token, local=True)],
             exception_handlers={Refused: refuse, ValueError: refuse_value},
         )
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """A refusal."""
-    assert isinstance(error, Refused)
-    return error.response()
 
 
 async def refuse_value(request: Request, error: Exception) -> Response:

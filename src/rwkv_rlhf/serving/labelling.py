@@ -95,8 +95,7 @@ class Labelling:
 
     def cue(self, turns: Sequence[Turn]) -> Cue:
         """What the answers follow. Raises RowError where the template refuses the conversation."""
-        text = self.template.prompt(turns)
-        return Cue(text, self.template.ids(text, self.engines[0].tokenizer), bare=not self.template.assistant)
+        return Cue.of(turns, self.template, self.engines[0].tokenizer)
 
     async def _sample(self, item: Item) -> None:
         """Two answers of which neither is empty and that differ, if a few tries give some."""

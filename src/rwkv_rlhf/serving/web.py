@@ -14,7 +14,7 @@ from typing import Any
 import uvicorn
 from starlette.datastructures import Headers, QueryParams
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rwkv_rlhf.files import parse_json, without_nan
@@ -40,6 +40,12 @@ class Refused(Exception):
     def response(self) -> JSONResponse:
         """The answer that says so."""
         return JSONResponse(self.body(), self.status)
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """What a Starlette application does about `Refused`."""
+    assert isinstance(error, Refused)
+    return error.response()
 
 
 def is_loopback(host: str) -> bool:

@@ -6,7 +6,10 @@ stands for the flag of that field, `[text]` and `[pairs]` for the formats of fil
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rwkv_rlhf import __version__
@@ -474,9 +477,14 @@ class Config:
         return math.ceil(self.ctx_len / self.ctx_parts) if self.state_cp else 0
 
 
-def settings() -> dict[str, dataclasses.Field[Any]]:
+def settings() -> Mapping[str, dataclasses.Field[Any]]:
     """The fields that a user may set, by name, in the order of the help."""
-    return {field.name: field for field in dataclasses.fields(Config) if "help" in field.metadata}
+    return _settings(Config)
+
+
+@functools.cache  # a command line asks for them five hundred times
+def _settings(owner: type[Config]) -> Mapping[str, dataclasses.Field[Any]]:
+    return MappingProxyType({field.name: field for field in dataclasses.fields(owner) if "help" in field.metadata})
 
 
 def grouped_settings() -> dict[str, list[str]]:

@@ -104,7 +104,8 @@ def deciding(record: dict[str, Any]) -> tuple[str, float]:
 def held_out_line(record: dict[str, Any], before: dict[str, Any] | None) -> str:
     """The figures that have a curve, the deciding one first, each with what it was before training if known."""
     drawn = [name for name, metric in METRICS.items() if metric.panel and isinstance(record.get(name), float)]
-    drawn.sort(key=lambda name: name != deciding(record)[0])
+    first, _ = deciding(record)
+    drawn.sort(key=lambda name: name != first)
     was = before or {}
 
     def shown(name: str) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 from rwkv_rlhf.checkpoints.run_folder import SAVED
 from rwkv_rlhf.files import bytes_of
 from rwkv_rlhf.reports.page import PAGE, Run
-from rwkv_rlhf.reports.records import ends
-from rwkv_rlhf.reports.words import command, duration, figure, size
+from rwkv_rlhf.reports.words import command, figure, size
 from rwkv_rlhf.settings.config import Config
 
 
@@ -43,11 +42,10 @@ def next_commands(config: Config, folder: Path, base: Path, whole: bool) -> list
 
 def end_lines(run: Run, passes: float) -> Iterator[str]:
     """The summary, from what the page knows."""
-    facts, records = run.facts, run.records
-    speed = f", {facts.tokens_per_s:,.0f} tokens/s" if facts.tokens_per_s else ""
-    yield f"done: {records.step:,} steps, {passes:.3g} passes in {duration(facts.seconds)}{speed}"
-    if "loss" in records.train and (found := ends(records.train["loss"].line())):
-        yield f"loss (smoothed): {figure(found[0])} -> {figure(found[1])}"
+    facts = run.facts
+    yield f"done: {run.records.step:,} steps, {passes:.3g} passes in {run.time}"
+    if run.smoothed_loss:
+        yield f"loss (smoothed): {run.smoothed_loss}"
     if best := facts.held_out:
         yield f"best held-out {best['name']}: {figure(best['value'])} at step {best['step']:,}"
     for _, path, count in facts.files:

@@ -47,7 +47,6 @@ def parts(record: dict[str, Any], pace: Pace, pass_steps: float) -> list[tuple[i
     found = [(9, f"step {pace.done}/{pace.total}"), (4, f"pass {pace.done / pass_steps:.1f}")]
     found.append((8, f"loss {record['loss']:.2f}"))
     if pace.here > 1:
-        found[-1] = (8, f"loss {record['loss']:.2f}")
         found.append((3, f"mean {pace.mean_loss:.2f}"))
     if "accuracy" in record:
         found.append((6, f"acc {record['accuracy']:.2f}"))

@@ -1,9 +1,7 @@
 """The flags of `label`."""
 
 from rwkv_rlhf.commands.flag_groups import (
-    add_adapter_flags,
-    add_model_flags,
-    add_quant_flag,
+    add_opened_model_flags,
     add_reading_flags,
     add_trained_template_flag,
     add_vocabulary_flag,
@@ -15,9 +13,7 @@ from rwkv_rlhf.settings.command_line import Parser
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Compare answers of a model in the browser: preference pairs for train.py.")
-    add_model_flags(flags, "checkpoint of the model that answers")
-    add_adapter_flags(flags)
-    add_quant_flag(flags)
+    add_opened_model_flags(flags, "checkpoint of the model that answers")
     flags.add_argument("--compare", default="", help="another model (a run's folder too): a blind test of both")
     flags.add_argument("--output", required=True, help="JSONL of preference pairs; with OUT.votes beside it")
     flags.add_argument("--prompt_file", default="", help="prompts, chats or pairs (docs/data.md); empty = typed ones")

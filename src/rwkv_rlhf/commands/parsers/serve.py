@@ -1,9 +1,7 @@
 """The flags of `serve`."""
 
 from rwkv_rlhf.commands.flag_groups import (
-    add_adapter_flags,
-    add_model_flags,
-    add_quant_flag,
+    add_opened_model_flags,
     add_trained_template_flag,
     add_vocabulary_flag,
 )
@@ -14,9 +12,7 @@ from rwkv_rlhf.settings.command_line import Parser
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Answer chat clients that speak OpenAI's API.")
-    add_model_flags(flags, "checkpoint of the model")
-    add_adapter_flags(flags)
-    add_quant_flag(flags)
+    add_opened_model_flags(flags, "checkpoint of the model")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 = every one [127.0.0.1]")
     flags.add_argument("--port", type=int, default=8000, help="port to listen at; 0 = any that is free [8000]")
     text = "what clients must send as Authorization: Bearer; empty = none, but beyond this machine one is made"

@@ -105,6 +105,11 @@ class Template:
     think: bool = False
     whole_conversation: bool = False
 
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """What ends sampling as it ends an answer; none of bare text."""
+        return (self.end,) if self.end else ()
+
     def as_jinja(self) -> str:
         """The same as a chat template in Jinja, for other programs; "" for bare text, which has none.
 
