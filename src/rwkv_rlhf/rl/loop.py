@@ -25,7 +25,7 @@ from rwkv_rlhf.data.prompts import Prompts
 from rwkv_rlhf.data.sampler import Order
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
-from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampler import NoNumbers, Sampler
 from rwkv_rlhf.rl.algorithm import Algorithm
 from rwkv_rlhf.rl.rewards import RewardError, Rewards
 from rwkv_rlhf.rl.rollout import Asked, Group, Sample, roll_out
@@ -196,6 +196,8 @@ class Rollouts:
         self.groups = sorted(kept + spare[: self.prompts - len(kept)], key=lambda group: group[0].asked.position)
         self.step, self.rollouts = 0, self.rollouts + 1
         logp = torch.cat([sample.logp for sample in every])
+        if self.rollouts > 1 and not bool(logp.isfinite().all()):
+            raise self._lost()
         refuse_not_finite("the log-probability of a sampled token", logp, self.sampler.model)
         self.figures = sample_figures(every) | {"mixed_groups": mixed_share([*kept, *spare])}
         self.figures["sampled_tokens_per_s"] = sum(len(sample.ids) for sample in every) / max(seconds, 1e-9)
@@ -218,7 +220,12 @@ class Rollouts:
         self.position += prompts
         mine, problem = asked[self.steps.rank :: self.steps.world], ""
         at_once = self.config.sample_at_once
-        groups = roll_out(self.sampler, mine, self.algorithm.sampling(), seed=self.config.seed, at_once=at_once)
+        try:
+            groups = roll_out(self.sampler, mine, self.algorithm.sampling(), seed=self.config.seed, at_once=at_once)
+        except NoNumbers as error:
+            if not self.rollouts:
+                raise
+            raise self._lost() from error
         try:
             rewarded = iter(self.rewards([sample for group in groups for sample in group]))
             groups = [[next(rewarded) for _ in group] for group in groups]
@@ -234,6 +241,13 @@ class Rollouts:
         if any(problems):
             raise RewardError(next(filter(None, problems)))
         return everyone
+
+    def _lost(self) -> Diverged:
+        """Of a policy that began whole and whose logits are no numbers any more."""
+        return Diverged(
+            f"the policy's logits are no numbers after {self.rollouts} rollouts: it has diverged. Lower {{lr_init}} "
+            "or raise the weight of the KL penalty. The checkpoints written so far are intact"
+        )
 
     def _score(self) -> None:
         """Give every sample the numbers that are known before the policy changes, each scored by one rank.
