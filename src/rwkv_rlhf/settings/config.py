@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rwkv_rlhf import __version__
 from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.field import FILE, MAY_CHANGE, ROUNDS, ROUNDS_IF_EXACT, Choices, setting
+from rwkv_rlhf.settings.field import FILE, MAY_CHANGE, ROUNDS, ROUNDS_IF_EXACT, Choices, broken_limit, setting
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
@@ -393,7 +393,10 @@ class Config:
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        """Fills the defaults that depend on other settings."""
+        """Fills the defaults that depend on other settings; of values out of range nothing is worked out."""
+        typed = [(settings()[name], getattr(self, name)) for name in self.given & settings().keys()]
+        if any(value is not None and broken_limit(field, value) for field, value in typed):
+            return  # constraints.check says which
         if self.dpo_alpha is None:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
         if self.smoothing is None:
