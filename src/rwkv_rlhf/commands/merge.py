@@ -143,8 +143,8 @@ def merge(args: argparse.Namespace) -> None:
         difference = check_merged(base, trained, merged, shares).found
         print(f"--dense 1: logits of merged and what was trained over {layout.store} differ by {difference:.1e}")
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
-    print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
-    print(f"{base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
+    over = f", trained over {layout.store}" if layout.packed else ""
+    print(f"merged {plain}{over}: {base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
     print(f"next: {command('chat')} --load_model {pasted([str(output)])}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
     if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
