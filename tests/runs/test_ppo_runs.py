@@ -58,6 +58,8 @@ def test_ppo_finds_what_is_rewarded(ran, base_model, pairs_csv, tmp_path):
     assert records[0]["kl_coef"] == 0.01 and records[4]["kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 64 / 10000))
     assert records[0]["update_kl"] == pytest.approx(0, abs=1e-5) and records[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert {"value_loss", "clip_fraction", "entropy", "completion_length", "truncated", "reward_std"} <= set(records[0])
+    assert {"rewards/small", "explained_variance", "sampled_tokens_per_s", "mixed_groups"} <= set(records[0])
+    assert all(record["trained_tokens_per_s"] >= record["tokens_per_s"] for record in records)
     assert [path.name for path in sorted(out.glob("rwkv-?.pth"))] == ["rwkv-0.pth", "rwkv-1.pth"]
     saved = read_tensors(out / "rwkv-final.pth")
     assert bool(saved["value_head.weight"].abs().sum() > 0)

@@ -110,6 +110,7 @@ class Rollouts:
         self.quiet = 0  # rollouts without a signal, one after the other
         self.groups: list[Group] = []
         self.figures: dict[str, float] = {}
+        self.seconds = 0.0  # spent on rollouts since somebody asked
         self.listeners: list[Callable[[int, list[Group]], object]] = []
 
     # --- for the module
@@ -122,6 +123,11 @@ class Rollouts:
         order = self._order(turn)
         mine = [self.groups[order[n]] for n in self.steps.share(step, batch.part)]
         return self._packed(mine, self._of_step(step, order))
+
+    def take_seconds(self) -> float:
+        """Seconds that rollouts (sampling, rewards, scoring) have taken since the last call."""
+        found, self.seconds = self.seconds, 0.0
+        return found
 
     def step_done(self, record: dict[str, Any]) -> None:
         """An optimizer step is over; `record` is what was logged of it."""
@@ -208,6 +214,7 @@ class Rollouts:
         self._watch()
         for listener in self.listeners:
             listener(self.rollouts, self.groups)
+        self.seconds += time.perf_counter() - begun
 
     def _asked(self, position: int) -> Asked:
         example = self.steps.examples[self.steps.order(position)]
