@@ -203,7 +203,7 @@ def rollouts_of(config, model, kind: str, asked: int):
 
 
 def measure_step(loss: str, kind: str, copies: int = 8, tokens: int = 32, answers: int = 16) -> dict:
-    """Shares of a step with `answers` answers and two passes over them, after one such step for warmth."""
+    """Shares of a step with `answers` answers and two passes over them, after one rollout for warmth."""
     import torch
 
     from rwkv_rlhf.data.policy_batch import PromptBatch
@@ -239,10 +239,10 @@ def measure_step(loss: str, kind: str, copies: int = 8, tokens: int = 32, answer
         optimizer.step()
         optimizer.zero_grad()
 
-    for turn in range(2 * rollouts.cycle.total):
-        if turn == rollouts.cycle.total:  # the first rollout is for warmth, and for the gap
+    for turn in range(1 + rollouts.cycle.total):
+        if turn == 1:  # the first rollout is for warmth, and for the gap: its second pass is left out
             clock.spent.update(dict.fromkeys(clock.spent, 0.0))
-            prompt_tokens = 0
+            rollouts.step, prompt_tokens = rollouts.cycle.total, 0
         clock.timed("training", train)(rollouts(PromptBatch(0)))
         rollouts.step_done({"update_kl": 0.0})
         gap = max(gap, rollouts.figures.get("sampler_gap", 0.0))
