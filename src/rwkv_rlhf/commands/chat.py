@@ -98,9 +98,8 @@ def answer_file(flags: Namespace, template: Template, params: SamplingParams) ->
     )
     part = parts.of(ranks.rank())
     for done in Sampler(model, tokenizer).stream(queue, at_once=flags.batch_size):
-        one = dataclasses.asdict(done.completion)
-        known[done.request.key] = one
-        part.append(done.request.key, one)
+        known[done.request.key] = dataclasses.asdict(done.completion)
+        part.append(done.request.key, known[done.request.key])
     by_row = {row: one for part in ranks.all_gather(known) for row, one in part.items()}
     if not ranks.is_rank_zero():
         return
