@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
 from rwkv_rlhf.layers.placing import matrices
-from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
@@ -54,12 +53,12 @@ class RWKV(nn.Module):
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
         for name in sizes.heads:
-            self.add_module(name, ScalarHead(sizes.n_embd))
+            self.add_module(name, Linear(sizes.n_embd, 1))
 
-    def scalar_head(self, name: str) -> ScalarHead | None:
-        """The scalar head `name`; None when there is none of that name, or "" is asked for."""
+    def scalar_head(self, name: str) -> Linear | None:
+        """The scalar head `name`, to be asked by `scalars`; None when there is none of that name, or "" is meant."""
         found = getattr(self, name) if name in self.sizes.heads else None
-        assert found is None or isinstance(found, ScalarHead)
+        assert found is None or isinstance(found, Linear)
         return found
 
     @property

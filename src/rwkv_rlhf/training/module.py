@@ -329,6 +329,8 @@ class TrainingModule(pl.LightningModule):
             record["pref_percentage"] = self.pref_percentage
         if self.rollouts is not None:
             record |= self.rollouts.figures
+            training = now - self._clock - self.rollouts.take_seconds()
+            record["trained_tokens_per_s"] = tokens / max(training, 1e-9)
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)

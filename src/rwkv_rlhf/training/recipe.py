@@ -95,12 +95,15 @@ def unheard(config: Config, plan: Plan) -> Iterator[str]:
     """A sentence for each typed number that the layer profile overrides."""
     if not config.layer_profile or not config.lr_advanced:
         return
-    rows = [row for row in plan.rows.values() if row.mode != "freeze"]
+    rows = [row for row in plan.rows.values() if row.mode != "freeze" and row.where]
     for name in ("lr_init", "lr_final", "weight_decay"):
         own = sorted({getattr(row, name) for row in rows})
         if name in config.given and own and own != [getattr(config, name)]:
             some = ", ".join(f"{value:g}" for value in own[:3]) + (", ..." if len(own) > 3 else "")
+            head = plan.rows.get(plan.scalar_head)
+            alone = head is not None and not head.where and name != "weight_decay"
+            effect = f"holds for {plan.scalar_head} only" if alone else "has no effect"
             yield (
-                f"--{name} {getattr(config, name):g} has no effect: {config.layer_profile} has its own ({some}); "
+                f"--{name} {getattr(config, name):g} {effect}: {config.layer_profile} has its own ({some}); "
                 "--lr_advanced 0 takes the flags"
             )
