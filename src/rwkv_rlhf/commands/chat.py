@@ -98,7 +98,8 @@ def talk(flags: Namespace, params: SamplingParams, load: Callable[[str], tuple[R
     names = [Path(flags.load_adapter or flags.load_model).stem, *(Path(path).stem for path in paths[1:])]
     voices = [Voice(name, *load(path)) for name, path in zip(names, paths, strict=True)]
     choice = parse_strategy(flags.strategy)
-    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {flags.quant_mode}" if flags.quant_mode != DENSE else "")
+    store = choice.store if choice.store != DENSE else flags.quant_mode
+    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {store}" if store != DENSE else "")
     conversation = Talk(flags.template, params, voices, screen_of(names), load, about)
     sys.stdout.write(f"{conversation.settings()}/help lists the commands, Ctrl+C stops an answer, Ctrl+D leaves.\n\n")
     read, pressed = line_reader(flags.history, [word.split()[0] for word in help_text().splitlines()]), 0
