@@ -44,10 +44,7 @@ def open_model(
     if path and Path(path).is_dir() and not adapter:
         named = named_model(path)
         path, adapter = str(named.base), str(named.adapter or "")
-    if choice.store != "none":
-        if quant not in ("none", choice.store):
-            raise ValueError(f"--strategy {strategy!r} and --quant_mode {quant}: two storages of the same matrices")
-        quant = choice.store
+    quant = storage_of(strategy, quant)
     if adapter:
         if choice.store != "none":
             raise ValueError(
@@ -63,3 +60,11 @@ def open_model(
     if choice.device == "cpu":
         keep_pages()
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)
+
+
+def storage_of(strategy: str, quant: str) -> str:
+    """How the matrices of a model are stored, by --strategy or --quant_mode. Raises ValueError where they differ."""
+    store = parse_strategy(strategy).store
+    if "none" not in (store, quant) and store != quant:
+        raise ValueError(f"--strategy {strategy!r} and --quant_mode {quant}: two storages of the same matrices")
+    return quant if store == "none" else store
