@@ -72,15 +72,15 @@ def test_a_row_is_the_same_beside_others_and_for_any_number_of_threads():
 
 @pytest.mark.parametrize("store", ["none", "int8"])
 def test_layers_decode_with_it_and_train_without(store, monkeypatch):
-    """A few rows without a gradient take the kernel; a row that trains keeps PyTorch's product and its gradient."""
+    """One token of a few rows without a gradient takes the kernel; whatever trains, or scores what trains, does not."""
     used = []
     monkeypatch.setattr(products, "product", lambda *given: used.append(1) or product(*given))
     layer, weight = Linear(128, 40), torch.randn(40, 128)
     layer.load_weight(weight, StorageSpec(torch.float32, store=store))
-    x = torch.randn(2, 3, 128)
+    x = torch.randn(6, 1, 128)
     with torch.no_grad():
         assert error(layer(x), x.double() @ layer.merged().double().T) < 1e-6 and len(used) == 1
-        layer(torch.randn(MOST_ROWS + 1, 128)), layer(x[:0])
+        layer(torch.randn(MOST_ROWS + 1, 128)), layer(x[:0]), layer(x.view(1, 6, 128))
     assert len(used) == 1
     x.requires_grad_()
     layer(x).sum().backward()

@@ -18,14 +18,18 @@ BLOCK = 64  # integers of one scale
 
 
 def few(x: Tensor, weight: Tensor) -> bool:
-    """Whether `product` takes x (..., K) and weight (O, K): a few rows on a CPU, and no gradient to be kept."""
+    """Whether `product` takes x (B, 1, K) or (R, K) and weight (O, K): one token of each of a few rows, on a CPU.
+
+    Only where no gradient is recorded, and never a row of several tokens: scores without a gradient are those of the
+    pass that trains, to the last bit.
+    """
     return (
-        x.is_cpu
-        and x.numel() <= MOST_ROWS * x.shape[-1]
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
+        and (x.dim() == 2 or x.shape[-2] == 1)
         and x.dtype in calls.DTYPES
         and weight.dtype in (*calls.DTYPES, torch.int8)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and x.numel() > 0
     )
 
 
