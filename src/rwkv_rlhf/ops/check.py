@@ -227,4 +227,5 @@ def _few_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 
 def _product(inputs: list[Tensor], backend: str) -> Values:
-    return {"output": product(*inputs, backend=backend)}
+    x, weight = inputs
+    return {"output": product(x, weight, backend=backend)}
