@@ -214,7 +214,7 @@ def test_the_input_is_never_the_output(script, words, tmp_path):
 @pytest.mark.parametrize("text", ["tpu fp32", "cuda int3", "cpu fp32 more", ""])
 def test_unknown_strategies_are_refused(text):
     """With the legal words in the sentence."""
-    with pytest.raises(ValueError, match="fp16, bf16, fp32"):
+    with pytest.raises(ValueError, match="fp16, bf16, fp32, int8, nf4"):
         parse_strategy(text)
 
 

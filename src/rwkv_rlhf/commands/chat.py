@@ -33,6 +33,7 @@ from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import atomic_write, check_writable, fingerprint, without_nan
+from rwkv_rlhf.generation.opening import storage_of
 from rwkv_rlhf.generation.part_files import PartFiles
 from rwkv_rlhf.generation.rows import Completion, Request
 from rwkv_rlhf.generation.sampler import Sampler
@@ -122,7 +123,8 @@ def talk(flags: Namespace, params: SamplingParams, load: Callable[[str], tuple[R
     names = [Path(flags.load_adapter or flags.load_model).stem, *(Path(path).stem for path in paths[1:])]
     voices = [Voice(name, *load(path)) for name, path in zip(names, paths, strict=True)]
     choice = parse_strategy(flags.strategy)
-    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {flags.quant_mode}" if flags.quant_mode != DENSE else "")
+    store = storage_of(flags.strategy, flags.quant_mode)
+    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {store}" if store != DENSE else "")
     conversation = Talk(flags.template, params, voices, screen_of(names), load, about)
     sys.stdout.write(f"{conversation.settings()}/help lists the commands, Ctrl+C stops an answer, Ctrl+D leaves.\n\n")
     read, pressed = line_reader(flags.history, [word.split()[0] for word in help_text().splitlines()]), 0

@@ -6,7 +6,6 @@ Nothing is trained or written, except that kernels are compiled into their cache
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.ops import build, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
@@ -108,7 +108,7 @@ def space() -> Iterator[tuple[str, str]]:
     disk = shutil.disk_usage(".")
     yield "memory", size(host_bytes()) if host_bytes() else "not known"
     yield "disk", f"{size(disk.free)} free of {size(disk.total)} where this was typed"
-    yield "cores", f"{os.cpu_count() or 1}"
+    yield "cores", f"{host_cores()}"
 
 
 def rates() -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 
-STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16 or fp32; auto = GPU in bf16, else CPU in fp32"
+STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16, fp32, int8 or nf4; auto = GPU in bf16, else CPU in fp32"
 
 
 def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy: str = "auto") -> None:

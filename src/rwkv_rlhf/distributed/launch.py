@@ -30,8 +30,10 @@ from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import Watchdog
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains
+from rwkv_rlhf.settings.surroundings import threads_typed
 
 log = logging.getLogger(__name__)
 
@@ -298,8 +300,8 @@ def _take_device(config: Config, info: RankInfo) -> str:
     """Takes this rank's GPU, or its share of the cores; returns the backend that moves tensors between ranks."""
     gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
     if not gpus:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world))
+        if not threads_typed():
+            torch.set_num_threads(max(1, host_cores() // info.local_world))
         if info.world > info.local_world and (name := interface_towards(info.address)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return "gloo"

@@ -48,7 +48,7 @@ class RWKV(nn.Module):
         block = VERSIONS[sizes.version]
         self._at_first = block.at_first
         heads = sizes.head_size if sizes.head_size > 1 else 0
-        self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0)]  # not compiled yet
+        self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0), ("products", 0)]
         self.blocks = nn.ModuleList(block(sizes, layer, dropout) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)

@@ -17,6 +17,7 @@ from rwkv_rlhf.ops import judge
 from rwkv_rlhf.ops.backend import OPERATIONS
 from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.logprob import row_grad_, row_stats
+from rwkv_rlhf.ops.products import product
 from rwkv_rlhf.precision import NAMES
 
 SHAPE = (2, 130, 2, 64)  # B, T, H, N: two checkpoint intervals and a rest
@@ -151,12 +152,13 @@ def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Value
 
 
 def cases() -> Iterator[Case]:
-    """The recurrences, the element-wise groups and the rows of log-softmax."""
+    """The recurrences, the element-wise groups, the rows of log-softmax and products of a few rows."""
     for op in judge.RECURRENCES:
         yield Case(op, op, functools.partial(_recurrence_inputs, op), functools.partial(_recurrence, op))
     for name in POINTWISE:
         yield Case("elementwise", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
     yield Case("logprob", "logprob", _logits, _logprob)
+    yield Case("products", "few rows", _few_rows, _product)
 
 
 def _recurrence_inputs(op: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -216,3 +218,14 @@ def _logprob(inputs: list[Tensor], backend: str) -> Values:
     share = torch.linspace(-1, 1, len(targets), dtype=found.lse.dtype, device=logits.device)
     d = row_grad_(logits.detach().clone(), targets, found.lse, share, share / 2, found.argmax, share / 4, backend)
     return {"lse": found.lse, "target logit": found.target_logit, "sum": found.logit_sum, "gradient": d}
+
+
+def _few_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((7, *C), (96, *C))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _product(inputs: list[Tensor], backend: str) -> Values:
+    x, weight = inputs
+    return {"output": product(x, weight, backend=backend)}

@@ -27,7 +27,7 @@ from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
-from rwkv_rlhf.settings.surroundings import take_over
+from rwkv_rlhf.settings.surroundings import take_over, thread_notice
 
 log = logging.getLogger(__name__)
 
@@ -312,6 +312,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     take_over()
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if notice := thread_notice():
+        log.warning("%s", notice)
     try:
         status = main(words) or OK
     except (Exception, KeyboardInterrupt) as error:  # the last resort: a message and a status instead of a traceback

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.text.binidx import Slices
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.precision import device_for
@@ -86,7 +86,7 @@ def odd_values(config: Config, plan: Plan, sizes: Sizes) -> Iterator[str]:
     wide = [row for row in rows if row.mode in tables.ADAPTERS and row.rank > sizes.n_embd]
     if wide:
         yield f"rank {wide[0].rank} is more than the width of the model, {sizes.n_embd}: full training costs less"
-    cores = os.cpu_count() or 1
+    cores = host_cores()
     if device_for(config.accelerator) == "cpu" and config.devices > cores:
         yield f"--devices {config.devices} on a CPU of {cores} cores: the processes take turns"
 
