@@ -15,9 +15,14 @@ from rwkv_rlhf.settings.surroundings import one_of_several
 
 def main(argv: Sequence[str]) -> int | None:
     """One run: settings, folder, model, then what the flags ask for. Returns the exit status."""
-    config = with_adapter_there(with_local_files(parse(argv)))
-    if not one_of_several():
-        check_given(config)
+    config = with_adapter_there(parse(argv))
+    said = not one_of_several()  # else rank zero says what is wrong, for all of them
+    if said:
+        check_given(config)  # before anything is fetched
+    fetched = with_local_files(config)
+    if said and fetched is not config:
+        check_given(fetched)
+    config = fetched
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -27,7 +32,7 @@ def main(argv: Sequence[str]) -> int | None:
     from rwkv_rlhf.distributed.launch import launched
 
     with launched(config, [SELF, "train", *local_words(argv)]) as here:
-        return None if here is None else ranked(here)
+        return None if here is None else ranked(here, checked=said)
 
 
 def check_given(config: Config) -> None:
@@ -49,8 +54,9 @@ def serve_page(config: Config, folder: Path, held: ExitStack) -> None:
         held.enter_context(PageServer(folder, config.serve_report))
 
 
-def ranked(config: Config) -> int | None:
-    """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so."""
+def ranked(config: Config, checked: bool) -> int | None:
+    """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so. checked:
+    `check_given` was called."""
     from rwkv_rlhf.checkpoints.resume_points import ResumePoint
     from rwkv_rlhf.checkpoints.run_folder import open_folder
     from rwkv_rlhf.checkpoints.run_lock import run_lock
@@ -67,7 +73,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_named_model, write_initial
 
-    ranks.agreed(lambda: check_given(config))  # here for those of a launcher, which say it once
+    ranks.agreed(lambda: None if checked else check_given(config))
     config = with_length(with_precision(config))
     if config.dry_run_shape:
         dry_run_shape(config)
