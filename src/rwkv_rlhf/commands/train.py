@@ -1,6 +1,8 @@
 """Train an RWKV language model: pre-training, SFT, DPO, ORPO, by layer profile. `--help` lists every flag."""
 
 import json
+import logging
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +13,8 @@ from rwkv_rlhf.settings.exit_status import INTERRUPTED
 from rwkv_rlhf.settings.given_files import check_given_files, with_adapter_there
 from rwkv_rlhf.settings.hub import local_words, with_local_files
 from rwkv_rlhf.settings.surroundings import one_of_several
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -23,6 +27,8 @@ def main(argv: Sequence[str]) -> int | None:
     if said and fetched is not config:
         check_given(fetched)
     config = fetched
+    if "torch" not in sys.modules:
+        log.info("PyTorch is being loaded")  # some seconds
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
 
@@ -61,14 +67,13 @@ def ranked(config: Config, checked: bool) -> int | None:
     from rwkv_rlhf.checkpoints.run_folder import open_folder
     from rwkv_rlhf.checkpoints.run_lock import run_lock
     from rwkv_rlhf.distributed import ranks
-    from rwkv_rlhf.distributed.launch import launch_environment
+    from rwkv_rlhf.distributed.launch import rank_info
     from rwkv_rlhf.reports.wandb_run import open_wandb
     from rwkv_rlhf.training.adapter_choice import with_adapter
-    from rwkv_rlhf.training.choices import with_length, with_precision
+    from rwkv_rlhf.training.choices import settings_of, with_length, with_precision
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
+    from rwkv_rlhf.training.find_point import find_point
     from rwkv_rlhf.training.out_of_memory import explained
-    from rwkv_rlhf.training.resume import find_point
-    from rwkv_rlhf.training.run import evaluate, settings_of, train
     from rwkv_rlhf.training.run_identity import common_identity
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_named_model, write_initial
@@ -88,12 +93,14 @@ def ranked(config: Config, checked: bool) -> int | None:
     with explained(config), ExitStack() as held:
         config = with_named_model(config)
         if config.eval_only:
+            from rwkv_rlhf.training.run import evaluate
+
             print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
             return None
         if not config.dry_run:
             ranks.agreed(lambda: held.enter_context(run_lock(folder)))
             ranks.agreed(lambda: serve_page(config, folder, held))
-        settings = common_identity(config, launch_environment().local_rank())
+        settings = common_identity(config, rank_info().local_rank)
 
         def claimed() -> ResumePoint | None:
             point = find_point(config, folder, settings)
@@ -108,4 +115,6 @@ def ranked(config: Config, checked: bool) -> int | None:
         if config.dry_run:
             dry_run(config, folder, ready)
             return None
+        from rwkv_rlhf.training.run import train  # Lightning, which a dry run does without
+
         return INTERRUPTED if train(config, folder, ready, settings, point) else None

@@ -32,28 +32,24 @@ from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
-from rwkv_rlhf.training.choices import as_typed, with_pass
+from rwkv_rlhf.training.choices import as_typed, settings_of, with_pass
 from rwkv_rlhf.training.ending import end_lines, next_commands
-from rwkv_rlhf.training.fit import Around, fit, schedule_of
+from rwkv_rlhf.training.find_point import about_run
+from rwkv_rlhf.training.fit import Around, fit
 from rwkv_rlhf.training.fixed_prompts import FixedPrompt, FixedPrompts, prompts_of_data, prompts_of_file
 from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.length import schedule_of
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.overview import begin_facts, opening_lines
 from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
-from rwkv_rlhf.training.resume import about_run, take_weights
+from rwkv_rlhf.training.resume import take_weights
 from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
 
 log = logging.getLogger(__name__)
 
 SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
-
-
-def settings_of(config: Config) -> dict[str, object]:
-    """Every setting that differs from its default, for logs."""
-    fields = (field for field in dataclasses.fields(config) if field.name != "given")
-    return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
 
 
 def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
