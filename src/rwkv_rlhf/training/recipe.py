@@ -57,8 +57,10 @@ def length_lines(config: Config, steps: AnySteps) -> Iterator[str]:
     """The length of the run."""
     total, often = optimizer_steps(config, steps), passes(config, steps)
     warmup = max(0, config.warmup_steps)
+    whole = steps_of_a_pass(steps)
+    a_pass = f"{whole:,.1f}" if whole >= 1 else f"{whole:.2g}"
     yield (
-        f"{len(steps.examples):,} examples, {steps_of_a_pass(steps):,.1f} optimizer steps a pass; {total:,} steps are "
+        f"{len(steps.examples):,} examples, {a_pass} optimizer steps a pass; {total:,} steps are "
         f"{often:.3g} passes, {warmup:,} of them warm-up ({min(1.0, warmup / total):.0%})"
     )
 
