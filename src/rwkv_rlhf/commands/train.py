@@ -93,7 +93,7 @@ def ranked(config: Config, checked: bool) -> int | None:
     with explained(config), ExitStack() as held:
         config = with_named_model(config)
         if config.eval_only:
-            from rwkv_rlhf.training.run import evaluate
+            from rwkv_rlhf.training.evaluate import evaluate
 
             print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
             return None

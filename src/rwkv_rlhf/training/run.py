@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import MODEL_SUFFIXES, atomic_write, fingerprint
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
-from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.reports.page import Run
 from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
 from rwkv_rlhf.reports.samples import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
-from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
@@ -50,24 +47,6 @@ from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_ada
 log = logging.getLogger(__name__)
 
 SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
-
-
-def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
-    """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
-    trained = read_sidecar(config.load_adapter) if config.load_adapter else None
-    if trained is not None and trained.begun:
-        template_process().now = trained.begun
-    inputs = Inputs(config, start, folder)
-    compared = bool(config.load_adapter or config.reference_model)
-    score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
-    assert score is not None, "--eval_only without held-out data"
-    if config.load_adapter:
-        resume_adapter(config, start)
-    result = {"event": "eval"} | score()
-    figures = torch.tensor([value for value in result.values() if isinstance(value, float)])
-    refuse_not_finite(f"a score of {config.val_file}", figures, start.model)
-    append_json(folder / "metrics.jsonl", result)
-    return result
 
 
 def train(
