@@ -8,12 +8,11 @@ H heads, N head size, C channels, S rows (packed segments), I checkpoint interva
 
 import ctypes
 import functools
-import os
+import importlib
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +30,6 @@ SCRATCH: dict[str, tuple[str, ...]] = {
     "wkv5": ("interval",),  # dL/d(the state after each interval)
     "wkv6": ("interval",),
     "wkv7": ("token", "interval", "token"),  # dL/dsa, dL/d(the state after each interval), sums for the decay
-}
-
-
-class Toolkit(NamedTuple):
-    """Where a compiler may be: the folders that variables name, and the one where it usually is."""
-
-    title: str
-    variables: tuple[str, ...]
-    usual: Path
-
-
-TOOLKITS = {
-    "nvcc": Toolkit("the CUDA toolkit", ("CUDA_HOME", "CUDA_PATH"), Path("/usr/local/cuda")),
-    "hipcc": Toolkit("ROCm", ("ROCM_HOME", "ROCM_PATH"), Path("/opt/rocm")),
 }
 
 
@@ -159,15 +144,20 @@ def _recipe(op: str, command: Sequence[str], flags: Sequence[str], label: str, h
 
 
 def compiler(name: str) -> str:
-    """Path of "nvcc" or "hipcc", looked for as torch does: in the folder of a variable, in PATH, in the usual folder.
-
-    Raises BuildError.
-    """
-    toolkit = TOOLKITS[name]
-    homes = [os.environ[variable] for variable in toolkit.variables if os.environ.get(variable)]
-    found = next((path for home in homes if (path := shutil.which(name, path=str(Path(home) / "bin")))), None)
-    found = found or shutil.which(name) or shutil.which(name, path=str(toolkit.usual / "bin"))
+    """Path of "nvcc" or "hipcc" in the toolkit that torch has found, else in PATH. Raises BuildError."""
+    variable, toolkit = ("CUDA_HOME", "the CUDA toolkit") if name == "nvcc" else ("ROCM_HOME", "ROCm")
+    home = toolkit_folder(variable)
+    found = shutil.which(name, path=str(Path(home) / "bin")) if home else None
+    found = found or shutil.which(name)
     if found is None:
-        where = f"install {toolkit.title} or set {toolkit.variables[0]}"
-        raise BuildError(f"no compiler for this GPU: '{name}' was not found ({where})")
+        raise BuildError(f"no compiler for this GPU: '{name}' was not found (install {toolkit} or set {variable})")
     return found
+
+
+def toolkit_folder(variable: str) -> str | None:
+    """CUDA_HOME or ROCM_HOME as torch finds it, which takes a while and needs setuptools."""
+    try:
+        home: str | None = getattr(importlib.import_module("torch.utils.cpp_extension"), variable)
+    except ImportError:
+        return None
+    return home
