@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int | None:
     if said and fetched is not config:
         check_given(fetched)
     config = fetched
-    if "torch" not in sys.modules:
+    if said and "torch" not in sys.modules:
         log.info("PyTorch is being loaded")  # some seconds
     if config.doctor:
         from rwkv_rlhf.commands.doctor import doctor
