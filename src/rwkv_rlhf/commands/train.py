@@ -60,7 +60,7 @@ def serve_page(config: Config, folder: Path, held: ExitStack) -> None:
         held.enter_context(PageServer(folder, config.serve_report))
 
 
-def ranked(config: Config, checked: bool) -> int | None:
+def ranked(config: Config, checked: bool = False) -> int | None:
     """The run in one process, which is one of several where --devices, --num_nodes or a launcher says so. checked:
     `check_given` was called."""
     from rwkv_rlhf.checkpoints.resume_points import ResumePoint
