@@ -17,6 +17,7 @@ def test_the_notebook_holds_no_results():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """If this breaks, who begins in Colab or Jupyter is left alone with a red cell."""
     notebook = nbformat.read(NOTEBOOK, 4)
