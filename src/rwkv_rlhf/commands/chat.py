@@ -41,7 +41,6 @@ from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams, sampling_params
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES, parse_strategy
-from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.hub import local
 from rwkv_rlhf.settings.shapes import KINDS
 from rwkv_rlhf.settings.tables import DENSE
@@ -79,7 +78,6 @@ def answer_file(flags: Namespace, template: Template, params: SamplingParams) ->
     """Answers every prompt of --prompt_file; the output appears when all are answered. Until then answers are kept
     beside it, and the same command goes on with them."""
     refuse_sources(flags.prompt_file, flags.output, "--output")
-    refuse_other_format(flags.output, "--output", "jsonl")
     report, reading = DataReport(flags.prompt_file), dataclasses.replace(reading_of(flags), spare_reject=True)
     rows = list(read_items(flags.prompt_file, report, tuple(KINDS), reading))
     cues = [cue(row, template) for row in rows]
@@ -163,12 +161,6 @@ def answered(conversation: Talk, line: str) -> str | None:
 def main(argv: Sequence[str]) -> None:
     """Answers a file, or talks."""
     flags = parser().parse_args(argv)
-    if bool(flags.prompt_file) != bool(flags.output):
-        raise ValueError("--prompt_file and --output go together")
-    if flags.prompt_file and flags.compare:
-        raise ValueError("--compare is for a conversation; to compare answers to a file of prompts: label.py")
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
     template = find_templates(flags.template)[0].template
     params = sampling_params(flags, stop_texts=template.stop_texts)
 
@@ -178,7 +170,5 @@ def main(argv: Sequence[str]) -> None:
     if flags.prompt_file:
         with several(flags, "chat", argv):
             answer_file(flags, template, params)
-    elif (flags.devices or 1) > 1:
-        raise ValueError(f"--devices {flags.devices}: a conversation runs in one process; it is for --prompt_file")
     else:
         talk(flags, params, load)

@@ -24,21 +24,12 @@ from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.reports.words import size
+from rwkv_rlhf.settings.optional import OPTIONAL
 from rwkv_rlhf.training.verdict import verdict
 
 GIB = 1 << 30
 WIDTH = 120
 DISAGREEMENT = 1  # exit status
-OPTIONAL = {
-    "bitsandbytes": "packed bases, 8-bit optimizers",
-    "deepspeed": "several GPUs",
-    "h5py": ".h5 data",
-    "pyarrow": ".parquet and .zst data",
-    "wandb": "--wandb",
-    "matplotlib": "curves.png",
-    "gguf": "export for llama.cpp",
-    "pyrwkv_tokenizer": "faster tokens",
-}
 
 
 def doctor() -> int | None:

@@ -23,10 +23,9 @@ from rwkv_rlhf.reports.words import pasted, size
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION, Config
-from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.length import optimizer_steps, tokens_run
 from rwkv_rlhf.training.memory import Estimate, memory_by_part
-from rwkv_rlhf.training.module import tokens_run
 from rwkv_rlhf.training.out_of_memory import advice
 from rwkv_rlhf.training.recipe import length_lines
 from rwkv_rlhf.training.start import Start

@@ -14,7 +14,7 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.fit import optimizer_steps
+from rwkv_rlhf.training.length import optimizer_steps
 
 log = logging.getLogger(__name__)
 
