@@ -30,6 +30,8 @@ def main(words: Sequence[str]) -> None:
 
     if flags.batch_size < 1:
         raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
+    if flags.cached_states < 0:
+        raise ValueError(f"--cached_states {flags.cached_states}: must be at least 0")
     template = trained_template(flags)
     params = sampling_params(flags, stop_texts=template.stop_texts)
     local = is_loopback(flags.host)
@@ -37,7 +39,7 @@ def main(words: Sequence[str]) -> None:
     with bound(flags.host, flags.port) as listener:
         model, tokenizer = opened_model(flags)
         name = flags.name or Path(flags.load_adapter or flags.load_model).stem
-        engine = Engine(model, tokenizer, flags.batch_size)
+        engine = Engine(model, tokenizer, flags.batch_size, flags.cached_states)
         print(f"{name} answers at {address(listener)}/v1 (Ctrl+C ends)", flush=True)
         if token and not flags.token:
             print(f"clients must send the token (or key) {token}", flush=True)

@@ -62,7 +62,7 @@ def ranked(config: Config) -> int | None:
     from rwkv_rlhf.training.dry_run import dry_run, dry_run_shape
     from rwkv_rlhf.training.out_of_memory import explained
     from rwkv_rlhf.training.resume import find_point
-    from rwkv_rlhf.training.run import evaluate, settings_of, train
+    from rwkv_rlhf.training.run import evaluate, evaluation_lines, settings_of, train
     from rwkv_rlhf.training.run_identity import common_identity
     from rwkv_rlhf.training.run_owner import goes_on, refuse_another_runs_folder, refuse_another_start
     from rwkv_rlhf.training.start import start, with_named_model, write_initial
@@ -82,7 +82,11 @@ def ranked(config: Config) -> int | None:
     with explained(config), ExitStack() as held:
         config = with_named_model(config)
         if config.eval_only:
-            print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
+            result = evaluate(config, folder, start(config, folder))
+            if ranks.is_rank_zero():
+                print(
+                    json.dumps(result, allow_nan=False) if config.json else "\n".join(evaluation_lines(config, result))
+                )
             return None
         if not config.dry_run:
             ranks.agreed(lambda: held.enter_context(run_lock(folder)))

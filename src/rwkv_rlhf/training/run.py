@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,20 @@ from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
-from rwkv_rlhf.training.choices import as_typed, with_pass
+from rwkv_rlhf.training.callbacks import held_out_line
+from rwkv_rlhf.training.choices import as_typed, one_pass, with_pass
 from rwkv_rlhf.training.ending import end_lines, next_commands
 from rwkv_rlhf.training.fit import Around, fit, schedule_of
 from rwkv_rlhf.training.fixed_prompts import FixedPrompt, FixedPrompts, prompts_of_data, prompts_of_file
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
-from rwkv_rlhf.training.overview import begin_facts, opening_lines
-from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
+from rwkv_rlhf.training.overview import NO_ROOM, begin_facts, opening_lines, refuse_too_large
+from rwkv_rlhf.training.recipe import passes, say_recipe
 from rwkv_rlhf.training.resume import about_run, take_weights
 from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
+from rwkv_rlhf.training.task_figures import tasks_lines
 
 log = logging.getLogger(__name__)
 
@@ -57,21 +60,34 @@ def settings_of(config: Config) -> dict[str, object]:
 
 
 def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
-    """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
+    """--eval_only 1: score --val_file and measure --eval_tasks, and append what came out to metrics.jsonl.
+
+    Gives it in one object, the tasks' figures under "tasks".
+    """
     trained = read_sidecar(config.load_adapter) if config.load_adapter else None
     if trained is not None and trained.begun:
         template_process().now = trained.begun
     inputs = Inputs(config, start, folder)
     compared = bool(config.load_adapter or config.reference_model)
     score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
-    assert score is not None, "--eval_only without held-out data"
     if config.load_adapter:
         resume_adapter(config, start)
-    result = {"event": "eval"} | score()
+    result: dict[str, Any] = {"event": "eval"} | (score() if score is not None else {})
     figures = torch.tensor([value for value in result.values() if isinstance(value, float)])
     refuse_not_finite(f"a score of {config.val_file}", figures, start.model)
-    append_json(folder / "metrics.jsonl", result)
+    if (measured := inputs.tasks()) is not None:
+        result["tasks"] = measured()
+    if ranks.is_rank_zero():
+        append_json(folder / "metrics.jsonl", result)
     return result
+
+
+def evaluation_lines(config: Config, result: dict[str, Any]) -> Iterator[str]:
+    """What `evaluate` found, in sentences."""
+    of = next((f"{result[name]:,} {name}" for name in ("pairs", "answers", "prompts", "tokens") if name in result), "")
+    if of:
+        yield f"{held_out_line(result, None)} ({of} of {config.val_file})"
+    yield from tasks_lines(result.get("tasks", {}))
 
 
 def train(
@@ -130,8 +146,10 @@ def _train(
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
+    room = NO_ROOM
     with Harmless("the page does not say what this run is")():
-        begin_facts(journal.facts, config, start, inputs, steps)
+        room = begin_facts(journal.facts, config, start, inputs, steps)
+    ranks.agreed(lambda: refuse_too_large(config, room))
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
@@ -151,7 +169,8 @@ def _train(
         lambda: inputs.wrong,
         FixedPrompts(prompts, inputs.sampler, folder, name) if prompts else None,
         journal if ranks.is_rank_zero() else None,
-        steps_of_a_pass(steps),
+        inputs.tasks(),
+        one_pass(steps).steps,
     )
     stopped = fit(module, steps, config, run, settings_of(config), around, points, point)
     if ranks.is_rank_zero() and not stopped:
