@@ -108,7 +108,8 @@ def command_flags(folder: Path, rng: Random) -> None:
     name, parser = rng.choice(sorted(command_parsers().items()))
     actions: list[argparse.Action] = [one for one in parser._actions if one.option_strings and one.nargs is None]
     numeric = [one for one in actions if one.type is not None and type_of(one) in (int, float)]
-    needed = [word for one in actions if one.required for word in (one.option_strings[0], "x")]
+    needed = ["x" for one in parser._actions if one.required and not one.option_strings]
+    needed += [word for one in actions if one.required for word in (one.option_strings[0], "x")]
     if name == "merge":
         needed += ["--base_model", "b", "--lora_checkpoint", "c", "--output", "o.pth"]
     odd = [f"{one.option_strings[0]}={rng.choice(NUMBERS)}" for one in rng.sample(numeric, min(2, len(numeric)))]

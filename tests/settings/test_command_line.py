@@ -198,6 +198,7 @@ def test_epochs_are_whole_optimizer_steps():
     assert Config(epoch_steps=10, accumulate_grad_batches=4).steps_per_epoch == 3
 
 
+PPO_SIZES = ("micro_bsz", "mini_batch_size", "batch_size", "steps", "ppo_epochs")
 BASE = "--load_model M "
 TEXT = BASE + "--data_file D "
 MISTAKES = {
@@ -210,6 +211,8 @@ MISTAKES = {
     TEXT + "--lr_init -1": "--lr_init -1.0: must be >= 0",
     TEXT + "--grad_cp 2": "--grad_cp '2': expected 0 or 1",
     TEXT + "--micro_bsz 0": "--micro_bsz 0: must be >= 1",
+    RWKV_LM.replace("bsz 16", "bsz 0"): "--micro_bsz 0: must be >= 1",  # a mini-epoch's length is worked out from it
+    **{f"--ppo 1 --rlhf_train_file p.csv --{name} 0": f"--{name} 0: must be >= 1" for name in PPO_SIZES},
     TEXT + "--beta1 1": "--beta1 1.0: must be < 1",
     TEXT + "--warmup_steps -2": "--warmup_steps -2: must be >= -1",
     TEXT + "--infctx 1 --chunk_ctx -1": "--chunk_ctx -1: must be >= 0",

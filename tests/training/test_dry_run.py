@@ -32,3 +32,16 @@ def test_the_held_out_file_is_opened(script, words, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     status, _, err = script(train.main, *words, "--val_file", tmp_path / "bad.jsonl")
     assert status == 2 and "bad.jsonl:1" in err
+
+
+def test_all_processes_of_the_run_are_counted(script, words, caplog):
+    """If this breaks, a dry run for several devices promises a fraction of the passes that the run will make."""
+    caplog.set_level("INFO")
+    found = []
+    for devices in (1, 4):
+        caplog.clear()
+        status, out, err = script(train.main, *words, "--devices", devices, "--epoch_steps", 20, "--epoch_count", 1)
+        assert status == 0, err
+        length = re.search(r"are ([\d.]+) passes", caplog.text)
+        found.append((float(length[1]), int(re.search(r"([\d,]+) samples", out)[1])))
+    assert found == [(0.5, 20), (2.0, 80)]

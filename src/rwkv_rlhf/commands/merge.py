@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from rwkv_rlhf.commands.parsers.merge import EXPORTED, SUFFIXES, parser
 from rwkv_rlhf.files import bytes_of
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.plan import is_state
-from rwkv_rlhf.reports.words import command, size
+from rwkv_rlhf.reports.words import command, pasted, size
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.settings.exports import EXPORTS
@@ -144,9 +143,9 @@ def merge(args: argparse.Namespace) -> None:
         difference = check_merged(base, trained, merged, shares).found
         print(f"--dense 1: logits of merged and what was trained over {layout.store} differ by {difference:.1e}")
     plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
-    print(f"merged {plain} into {base_path.name} ({layout.store} while training): {output}")
-    print(f"{base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
-    print(f"next: {command('chat')} --load_model {shlex.quote(str(output))}")
+    over = f", trained over {layout.store}" if layout.packed else ""
+    print(f"merged {plain}{over}: {base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
+    print(f"next: {command('chat')} --load_model {pasted([str(output)])}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
     if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
         print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -51,3 +54,14 @@ def short_count(value: float) -> str:
 def command(name: str) -> str:
     """How the command `name` is typed where this process was started: as a script, or as one of the installed ones."""
     return f"rwkv-rlhf {name}" if Path(sys.argv[0].split(" ")[0]).name == "rwkv-rlhf" else f"python {name}.py"
+
+
+def pasted(words: Iterable[str]) -> str:
+    """Words as a shell reads them back, also names of files that are not UTF-8."""
+    return " ".join(shlex.quote(word) if word.isprintable() else _by_byte(word) for word in words)
+
+
+def _by_byte(word: str) -> str:
+    """A word in bash's quotes in which a byte may stand as its number."""
+    plain = {byte: chr(byte) for byte in range(32, 127) if chr(byte) not in "'\\"}
+    return "$'" + "".join(plain.get(byte, f"\\x{byte:02x}") for byte in os.fsencode(word)) + "'"

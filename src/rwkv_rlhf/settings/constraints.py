@@ -4,14 +4,13 @@ Sentences write `{name}` for the flag of a field and `{name=}` for the flag with
 them.
 """
 
-import operator
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config, new_versions, settings
-from rwkv_rlhf.settings.field import Choices, choices_of
+from rwkv_rlhf.settings.field import Choices, broken_limit, choices_of
 from rwkv_rlhf.settings.formats import format_of_name, format_of_word
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
@@ -418,14 +417,6 @@ def say(sentence: str, config: Config) -> str:
     return re.sub(r"\{(\w+)([=!])\}", filled, re.sub(r"\[(\w+)\]", adapters, sentence))
 
 
-LIMITS = (
-    ("at_least", ">=", operator.ge),
-    ("above", ">", operator.gt),
-    ("at_most", "<=", operator.le),
-    ("below", "<", operator.lt),
-)
-
-
 def check_range(name: str, value: Any) -> None:
     """Raises ConstraintError when the setting `name` may not have this value."""
     field = settings()[name]
@@ -433,9 +424,8 @@ def check_range(name: str, value: Any) -> None:
     if choices and value not in choices:
         words = ", ".join(str(choice) for choice in choices if choice != "")
         raise ConstraintError(name, f"{{{name}}} {value}: must be one of {words}")
-    for limit, words, holds in LIMITS:
-        if limit in field.metadata and not holds(value, field.metadata[limit]):
-            raise ConstraintError(name, f"{{{name}}} {value}: must be {words} {field.metadata[limit]}")
+    if broken := broken_limit(field, value):
+        raise ConstraintError(name, f"{{{name}}} {value}: must be {broken}")
 
 
 def check(config: Config) -> None:

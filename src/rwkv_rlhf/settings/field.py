@@ -1,6 +1,7 @@
 """How a field of Config is declared: its default, help and legal range, and what it is to a run that is resumed."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -22,6 +23,13 @@ class OnResume(Enum):
 
 FILE, ROUNDS, ROUNDS_IF_EXACT = OnResume.FILE, OnResume.ROUNDS, OnResume.ROUNDS_IF_EXACT
 MAY_CHANGE = OnResume.MAY_CHANGE
+
+LIMITS = (
+    ("at_least", ">=", operator.ge),
+    ("above", ">", operator.gt),
+    ("at_most", "<=", operator.le),
+    ("below", "<", operator.lt),
+)
 
 
 def setting(
@@ -48,3 +56,11 @@ def choices_of(field: dataclasses.Field[Any]) -> Choices:
     """The values that a setting may take, () = any."""
     choices: Choices | Callable[[], Choices] = field.metadata["choices"]
     return choices() if callable(choices) else choices
+
+
+def broken_limit(field: dataclasses.Field[Any], value: Any) -> str:
+    """The limit of a setting that this value breaks, as in ">= 1"; "" if it is legal."""
+    for limit, words, holds in LIMITS:
+        if limit in field.metadata and not holds(value, field.metadata[limit]):
+            return f"{words} {field.metadata[limit]}"
+    return ""

@@ -14,8 +14,7 @@ from typing import Any
 
 from rwkv_rlhf.settings import policy_tables, tables
 from rwkv_rlhf.settings.config import settings
-from rwkv_rlhf.settings.constraints import LIMITS
-from rwkv_rlhf.settings.field import choices_of
+from rwkv_rlhf.settings.field import LIMITS, choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
 from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
 from rwkv_rlhf.settings.groups import GROUPS, grouped_settings

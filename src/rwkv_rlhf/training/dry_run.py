@@ -159,7 +159,7 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
-    count = total * config.accumulate_grad_batches
+    count = total * config.accumulate_grad_batches * config.devices * config.num_nodes
     saves = -(-config.epoch_count // config.epoch_save) + 1
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
     console.print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rwkv_rlhf.checkpoints.run_folder import SAVED
 from rwkv_rlhf.files import bytes_of
 from rwkv_rlhf.reports.page import PAGE, Run
-from rwkv_rlhf.reports.words import command, figure, size
+from rwkv_rlhf.reports.words import command, figure, pasted, size
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.counted import counted
 
@@ -19,7 +18,8 @@ def saved_files(folder: Path) -> list[list[Any]]:
     """[name, path, bytes] of what a run saved: the best, the last and the newest numbered checkpoint."""
     found = {match[1]: path for path in folder.iterdir() if (match := SAVED.match(path.name))}
     numbers = [int(name) for name in found if name.isdigit()]
-    names = [name for name in ("best", "final", "last") if name in found] + [str(max(numbers))] * bool(numbers)
+    names = [name for name in ("best", "final", "last") if name in found]
+    names += [str(number) for number in sorted(numbers)[-1:]]
     return [[found[name].name, str(found[name]), bytes_of(found[name])] for name in names]
 
 
@@ -30,14 +30,14 @@ def next_commands(config: Config, folder: Path, base: Path, whole: bool) -> list
     if trained is None:
         return []
     told = config.template not in ("world", "mixed")
-    template = f" --template {shlex.quote(config.template)}" if told else ""
+    template = ["--template", config.template] if told else []
     model, lines = trained, []
     if not whole:
         model = folder / "merged.pth"
         words = ["--base_model", str(base), "--lora_checkpoint", str(trained), "--output", str(model)]
-        lines.append(f"{command('merge')} {shlex.join(words)}")
+        lines.append(f"{command('merge')} {pasted(words)}")
     if config.loss_facts.predicts:
-        lines.append(f"{command('chat')} --load_model {shlex.quote(str(model))}{template}")
+        lines.append(f"{command('chat')} {pasted(['--load_model', str(model), *template])}")
     return lines
 
 

@@ -256,7 +256,8 @@ class Inputs:
             examples, self.split_off = split(examples, c.val_split, c.seed)
             order = self._shuffled(len(examples))
             log.info("--val_split: %d examples train, %d are held out", len(examples), len(self.split_off))
-        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), ranks.world_size())
+        world = c.num_nodes * c.devices if c.dry_run else ranks.world_size()
+        size = (c.micro_bsz, c.accumulate_grad_batches, ranks.rank(), world)
         if c.loss_facts.data == "prompts":
             return PromptSteps(examples, order, *size, self.algorithm.cycle().passes)
         if c.loss_facts.data == "text":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from itertools import groupby
@@ -20,7 +19,7 @@ from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.plan.rows import Row
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.reports.run_facts import RUNNING, RunFacts
-from rwkv_rlhf.reports.words import size
+from rwkv_rlhf.reports.words import pasted, size
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION, Config
@@ -97,7 +96,8 @@ def room_for(config: Config, start: Start, tokens: int) -> Room:
     gpu = device_for(config.accelerator) == "cuda"
     estimate: Estimate = memory_by_part(config, start.model, tokens, gpu=gpu)
     there = torch.cuda.get_device_properties(0).total_memory if gpu else host_bytes()
-    return Room(sum(estimate.device.values()), there, gpu)
+    beside = 1 if gpu else config.devices  # processes of this machine
+    return Room(sum(estimate.device.values()) * beside, there, gpu)
 
 
 def say_room(config: Config, room: Room) -> None:
@@ -178,7 +178,7 @@ def begin_facts(facts: RunFacts, config: Config, start: Start, inputs: Inputs, s
     facts.state, facts.total = RUNNING, optimizer_steps(config, steps)
     facts.plan, facts.versions = plan_rows(start.plan), versions()
     facts.data = [line for report in inputs.reports for line in (*report.lines(), *report.notices)]
-    facts.command, facts.directory = shlex.join(sys.argv), str(Path.cwd())
+    facts.command, facts.directory = pasted(sys.argv), str(Path.cwd())
     room = room_for(config, start, step_tokens(config, inputs, steps, FEWER).largest)
     say_room(config, room)
     facts.about = list(about_lines(config, start, inputs, steps, room))
