@@ -5,6 +5,7 @@ when the same command is given again; OUT.json beside the output says which mode
 on. The same seed gives the same answers. With --devices N (or torchrun) the rows are shared among N processes.
 """
 
+import itertools
 import json
 import logging
 import time
@@ -99,7 +100,8 @@ def sample(flags: Namespace, params: SamplingParams) -> None:
 
 def some_rejects(output: RejectFile) -> Iterator[str]:
     """The first rejects of the file, each under its prompt: one sees at a glance what they are."""
-    for row in output.rows.decode(b"".join(output.log.records()))[:SHOWN]:
+    first = itertools.islice(output.log.records(), SHOWN + 1)  # that of a CSV is its header
+    for row in output.rows.decode(b"".join(first))[:SHOWN]:
         prompt = next((row[name] for name in PROMPT if row.get(name)), "")
         text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
         yield f"prompt: {shortened(text)}"
