@@ -115,9 +115,16 @@ def test_a_pass_by_hand(examples, at_once, again, steps, whole):
 
 def test_a_number_with_its_noun():
     """If this breaks, a run says "1 passes"."""
-    assert [counted(1, "step"), counted(1200, "step"), counted(0.5, "pass", "passes"), counted(1.0, "pass")] == [
+    assert [
+        counted(1, "step"),
+        counted(1200, "step"),
+        counted(0.5, "pass", "passes"),
+        counted(1.0, "pass"),
+        counted(4000.0, "pass", "passes"),
+    ] == [
         "1 step",
         "1,200 steps",
         "0.5 passes",
         "1 pass",
+        "4,000 passes",
     ]

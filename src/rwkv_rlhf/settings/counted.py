@@ -3,5 +3,5 @@
 
 def counted(number: float, one: str, more: str = "") -> str:
     """1 pass, 2 passes, 0.5 passes: `more` is the plural, "" = with an s."""
-    text = f"{number:,}" if isinstance(number, int) else f"{number:.3g}"
+    text = f"{number:,.0f}" if isinstance(number, int) or number >= 1000 else f"{number:.3g}"
     return f"{text} {one if text == '1' else more or f'{one}s'}"
