@@ -385,8 +385,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Fills the defaults that depend on other settings; of values out of range nothing is worked out."""
-        typed = [(settings()[name], getattr(self, name)) for name in self.given & settings().keys()]
-        if any(value is not None and broken_limit(field, value) for field, value in typed):
+        values = [(settings()[name], getattr(self, name)) for name in self.given & settings().keys()]
+        if any(value is not None and broken_limit(field, value) for field, value in values):
             return  # constraints.check says which
         if self.dpo_alpha is None:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
