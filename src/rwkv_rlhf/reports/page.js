@@ -10,7 +10,7 @@ const quoted = (text) => String(text).replace(/[&<>"]/g, (c) => ({"&": "&amp;", 
 function number(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(1);
+  if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(4)).toExponential();
   return String(Number(value.toPrecision(4)));
 }
 
