@@ -25,7 +25,7 @@ LONGEST = 256  # tokens of an answer, where a task does not say, as in the harne
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class HarnessModel(LM):  # type: ignore[misc]  # the harness has no types
+class HarnessModel(LM):
     """`TextModel` behind the names of the harness; requests carry their arguments in `args`."""
 
     def __init__(self, model: TextModel) -> None:
