@@ -40,6 +40,7 @@ def plan_for(config: Config, n_layer: int) -> Plan:
         scalar_head=config.loss_facts.scalar_head,
         head_rates=Rates(config.lr_init, config.lr_final, 0.0),
         predicts=config.loss_facts.predicts,
+        tables=config.train_tables,
     )
 
 

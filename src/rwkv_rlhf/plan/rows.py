@@ -50,7 +50,8 @@ class Plan:
     """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
     initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode. `lora_plus` multiplies the
     learning rate of LoRA's factor B (arXiv 2402.12354). `scalar_head` is the one that trains, at `head_rates`, whatever
-    the rows say; without `predicts` the head of the tokens has nothing to learn, and is left alone."""
+    the rows say; without `predicts` the head of the tokens has nothing to learn, and is left alone. `tables`: whether
+    the tables by token of a block (DeepEmbed) train with it."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
@@ -59,6 +60,7 @@ class Plan:
     scalar_head: str = ""
     head_rates: Rates = UNCHANGED
     predicts: bool = True
+    tables: bool = False
 
     @property
     def modes(self) -> frozenset[str]:
@@ -83,8 +85,11 @@ class Plan:
         row = self.row_of(name)
         if is_scalar_head(name):
             return name.split(".")[0] == self.scalar_head
-        if row.rejects(name) or is_frozen_table(name) or (name == "head.weight" and not self.predicts):
+        if row.rejects(name) or (name == "head.weight" and not self.predicts):
             return False
+        if is_token_table(name):
+            touched = row.mode == "full" or (row.mode in tables.ADAPTERS and name.split(".")[2] in self.parts)
+            return self.tables and touched
         if is_state(name):
             return name.endswith(self.states)
         if row.mode == "full":
@@ -99,7 +104,7 @@ class Plan:
         """The row whose adapter the matrix of the module `linear_name` (e.g. `blocks.3.att.key`) gets, or None."""
         row = self.row_of(linear_name)
         weight = f"{linear_name}.weight"
-        if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_frozen_table(weight):
+        if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_token_table(weight):
             return None
         if linear_name == "head" and not self.predicts:
             return None
@@ -111,7 +116,7 @@ class Plan:
     def group(self, name: str, version: str, layerwise: bool) -> Rates:
         """The rates of the trained tensor `name`, adapters' tensors included.
 
-        layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
+        layerwise: apply the tradition's multipliers. Only matrices decay: no LayerNorm, small tensor or table by token.
         """
         row = self.row_of(name)
         if is_scalar_head(name):
@@ -133,9 +138,10 @@ def is_scalar_head(name: str) -> bool:
     return name.split(".")[0] in tables.SCALAR_HEADS
 
 
-def is_frozen_table(name: str) -> bool:
-    """Whether `name` is a table by token inside a block, which nothing trains, adapts or packs (DeepEmbed)."""
-    return any(name.endswith(f".{table}") for facts in tables.VERSIONS.values() for table in facts.frozen_tables)
+def is_token_table(name: str) -> bool:
+    """Whether `name`, of a model's or of a block's tensor, is a table by token inside a block, which nothing adapts or
+    packs (DeepEmbed)."""
+    return any(f".{name}".endswith(f".{table}") for facts in tables.VERSIONS.values() for table in facts.token_tables)
 
 
 def is_new(name: str) -> bool:
@@ -155,10 +161,10 @@ def is_small(name: str, version: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether `name` is a whole matrix or a factor of an adapter: what weight decay may touch."""
+    """Whether `name` is a whole matrix (a table by token is none) or a factor of an adapter: what may decay."""
     last = name.split(".")[-1]
     own = any(last in facts.decays for facts in tables.ADAPTERS.values())
-    return own or (last == "weight" and not is_norm(name))
+    return own or (last == "weight" and not is_norm(name) and not is_token_table(name))
 
 
 def is_block_matrix(name: str) -> bool:
