@@ -9,7 +9,7 @@ from rwkv_rlhf.training.ending import saved_files
 
 
 @pytest.mark.parametrize(
-    "word", ["plain.pth", "with space", "it's", "a$b", "caf\udce9's \\ x.pth", "日本.pth", "two\nlines"]
+    "word", ["plain.pth", "with space", "it's", "a$b", "caf\udce9's \\ x.pth", "\u65e5\u672c.pth", "two\nlines"]
 )
 def test_a_command_to_paste_means_the_same_file(word):
     """If this breaks, the command that a finished run offers names a file that is not there."""

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from rwkv_rlhf import __version__
 from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.derived import ppo_length
 from rwkv_rlhf.settings.field import FILE, MAY_CHANGE, ROUNDS, ROUNDS_IF_EXACT, Choices, broken_limit, setting
 from rwkv_rlhf.settings.formats import FORMATS
 from rwkv_rlhf.settings.implementations import with_fact
@@ -432,23 +433,11 @@ class Config:
     def _lengths(self) -> dict[str, int]:
         """Mini-epochs and saves where other flags say how long they are."""
         if self.loss == "ppo":
-            return self._ppo_length()
-        return (
-            {"epoch_steps": self.save_steps * self.accumulate_grad_batches, "epoch_save": 1} if self.save_steps else {}
-        )
-
-    def _ppo_length(self) -> dict[str, int]:
-        """Micro-batches, mini-epochs and saves of PPO, whose own flags count samples and rollouts."""
-        micro = self.micro_bsz if "micro_bsz" in self.given else self.mini_batch_size
-        rollouts = math.ceil(self.steps / self.batch_size)
-        saved = min(self.save_freq or rollouts, rollouts)
-        batches = saved * self.ppo_epochs * max(1, self.batch_size // micro)
-        return {
-            "micro_bsz": micro,
-            "epoch_steps": batches,
-            "epoch_count": math.ceil(rollouts / saved),
-            "epoch_save": 1,
-        }
+            micro = self.micro_bsz if "micro_bsz" in self.given else self.mini_batch_size
+            return ppo_length(self.steps, self.batch_size, micro, self.ppo_epochs, self.save_freq)
+        if self.save_steps:
+            return {"epoch_steps": self.save_steps * self.accumulate_grad_batches, "epoch_save": 1}
+        return {}
 
     @property
     def own_length(self) -> bool:
