@@ -10,6 +10,7 @@ from torch import nn
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.checkpoints.tensor_tree import read_tree, write_tree
+from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.layers.linear import TokenTable
 from rwkv_rlhf.plan import is_token_table, make_plan
 from rwkv_rlhf.scoring.infinite_context import ChunkedRows, run_in_chunks
@@ -18,6 +19,7 @@ from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.training.memory import memory_by_part, row_bytes
 from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups, state_of
 from rwkv_rlhf.training.strategies import gradient_norm, gradient_numbers, load_rank_state, rank_state
+from rwkv_rlhf.training.strategies.ddp import average_rows
 from tests.support.models import build, random_tensors
 
 V, C, RATE, BETAS = 11, 5, 0.02, (0.8, 0.95)
@@ -112,6 +114,29 @@ def test_a_stopped_table_goes_on_with_the_same_bits(tmp_path):
 def trainer_with(optimizer):
     """As much of Lightning's trainer as the optimizer's state asks for."""
     return SimpleNamespace(optimizers=[optimizer], strategy=None)
+
+
+@pytest.mark.parametrize("here", [(3, 0, 3), ()])
+@pytest.mark.parametrize("there", [(0, 9), ()])
+def test_ranks_have_the_mean_of_their_rows(monkeypatch, here, there):
+    """If this breaks, a run on two devices learns the rows of one of them, or dies where a rank has no token at all.
+    Real processes: tests/runs/test_ranks.py."""
+    one, other, both = Task(sparse=True), Task(sparse=True), Task(sparse=True)
+    for task, tokens in ((one, here), (other, there), (both, (*here, *there))):
+        if tokens:
+            task.loss(tokens).backward()
+    sent = other.table.grad.coalesce() if there else None
+    parts = iter(
+        [sent.indices()[0], sent.values()] if there else [torch.empty(0, dtype=torch.int64), torch.empty(0, C)]
+    )
+    monkeypatch.setattr(ranks, "all_gather_rows", lambda rows: [rows, next(parts).to(rows.dtype)])
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    average_rows([one.table])
+    if not (here or there):
+        assert one.table.grad is None
+        return
+    assert one.table.grad.is_coalesced()
+    torch.testing.assert_close(one.table.grad.to_dense(), both.table.grad.to_dense() / 2)
 
 
 TOKENS = torch.tensor([[5, 0, 17, 5, 5, 42, 17, 63, 0]])

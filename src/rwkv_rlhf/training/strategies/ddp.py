@@ -34,14 +34,14 @@ class Replicated(DDPStrategy):
 def average_rows(tables: Iterable[Tensor]) -> None:
     """Give each table (V, C) on every rank the mean of the ranks' sparse gradients, rows in the order of ranks."""
     for table in tables:
-        gradient = table.grad
-        if gradient is None:  # nothing ran here; others may have rows
-            gradient = torch.sparse_coo_tensor(size=table.shape, dtype=table.dtype, device=table.device)
-        gradient = gradient.coalesce()
-        indices = torch.cat(ranks.all_gather_rows(gradient.indices()[0]))
-        values = torch.cat(ranks.all_gather_rows(gradient.values())) / ranks.world_size()
-        whole = torch.sparse_coo_tensor(indices[None], values, table.shape, check_invariants=False)
-        table.grad = whole.coalesce() if len(indices) else None
+        rows, values = torch.empty(0, dtype=torch.int64, device=table.device), table.detach()[:0]
+        if table.grad is not None:  # else nothing ran here, and others may have rows
+            gradient = table.grad.coalesce()
+            rows, values = gradient.indices()[0], gradient.values()
+        rows = torch.cat(ranks.all_gather_rows(rows))
+        values = torch.cat(ranks.all_gather_rows(values)) / ranks.world_size()
+        whole = torch.sparse_coo_tensor(rows[None], values, table.shape, check_invariants=False)
+        table.grad = whole.coalesce() if len(rows) else None
 
 
 def ddp(config: Config, model: nn.Module) -> Strategy | str:
