@@ -1,11 +1,13 @@
 """What a process knows about itself and the others, from flags and the launcher's variables."""
 
 import os
+import socket
 
 import pytest
 
 from rwkv_rlhf.commands import train
-from rwkv_rlhf.distributed.launch import launched, rank_info_of
+from rwkv_rlhf.distributed import launch
+from rwkv_rlhf.distributed.launch import RankInfo, launched, rank_info_of
 from rwkv_rlhf.settings.command_line import parse
 from tests.support.rank_cases import shared_words
 
@@ -115,3 +117,16 @@ def test_numbers_of_a_launcher_that_cannot_be(words, variables, said):
     """Left over in a shell: if this breaks, the run divides by zero, or waits for processes that nobody starts."""
     with pytest.raises(ValueError, match=said):
         rank_info_of(parse(words), variables)
+
+
+def test_who_is_waited_for_is_said(monkeypatch, caplog):
+    """If this breaks, a job of which one task never started hangs in silence."""
+    monkeypatch.setattr(launch, "WAITING", 0.1)
+    monkeypatch.setattr(launch, "SPARE", 0.0)
+    with socket.socket() as taken:  # its number is free a moment later
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    info = RankInfo(0, 2, 0, 2, port=port)
+    with pytest.raises(RuntimeError, match=f"rank 0 could not connect to all 2 ranks at 127.0.0.1 port {port}"):
+        launch._connect(info, "gloo", timeout=0.02)
+    assert f"rank 0 waits for the other 1 of 2 processes at 127.0.0.1 port {port}" in caplog.text

@@ -214,8 +214,11 @@ def flip(path):
 
 
 def test_a_longer_run_goes_on(stopped_run, run, caplog):
-    """If this breaks, a finished run cannot be made longer, or the changed learning rates are not told."""
+    """If this breaks, a finished run says nothing, cannot be made longer, or changed learning rates are not told."""
     words, folder = stopped_run
+    caplog.set_level("INFO")
+    run(*words, "--epoch_count", 1, "--resume", "auto")
+    assert "the run is finished, nothing is left to do: a larger --epochs" in caplog.text
     run(*words, "--epoch_count", 2, "--resume", "auto", "--log_every", 2)
     assert "--epoch_count was 1, is 2" in caplog.text
     assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl", "train")] == [1, 2, 3, 4, 6, 8]
