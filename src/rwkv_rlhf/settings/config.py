@@ -405,8 +405,8 @@ class Config:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
         if self.smoothing is None:
             # next tokens of {data_file} without a word about a loss are pre-training, which is not smoothed
-            typed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
-            object.__setattr__(self, "smoothing", self.loss_facts.smoothing if typed else 0.0)
+            smoothed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
+            object.__setattr__(self, "smoothing", self.loss_facts.smoothing if smoothed else 0.0)
 
         if self.quant is None:
             # commands with a plan of flags come from programs that packed nothing unless asked
