@@ -97,7 +97,7 @@ def opened(words: list[str], folder: Path):
 
 def steps_for(words: list[str], folder: Path, tokens: int) -> int:
     """Optimizer steps until `tokens` tokens went through the model."""
-    from rwkv_rlhf.training.module import tokens_run
+    from rwkv_rlhf.training.length import tokens_run
 
     _, _, inputs = opened(words, folder)
     steps, seen = inputs.training(score=False), 0

@@ -14,7 +14,7 @@ def main(path: str, kind: str, tokens: int) -> None:
     from rwkv.model import RWKV
 
     model = RWKV(model=path, strategy=f"cpu {kind}")
-    prompt = [int(n) for n in torch.randint(1, 65536, (16,))]
+    prompt = [int(n) for n in torch.randint(1, 256, (16,))]
     model.forward(prompt, None)
     begun = time.perf_counter()
     logits, state = model.forward(prompt, None)

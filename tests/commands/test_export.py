@@ -98,7 +98,7 @@ REFUSED = {
 def test_what_cannot_be_exported_is_said_in_one_sentence(tmp_path, refused, monkeypatch, case):
     """Nothing is written and no input changes; the sentence says what is legal."""
     words, sentence = REFUSED[case]
-    suffix = ".pth" if "rwkv" in words else ".st" if "web_rwkv" in words else ".bin"
+    suffix = ".pth" if "rwkv" in words else ".st" if "web_rwkv" in words else ".gguf" if "OLD" in words else ".bin"
     files = {"M": ("x070", 64), "OLD": ("x040", 64)}
     for name, (version, head) in files.items():
         if name in words:

@@ -214,7 +214,7 @@ def test_the_input_is_never_the_output(script, words, tmp_path):
 @pytest.mark.parametrize("text", ["tpu fp32", "cuda int3", "cpu fp32 more", ""])
 def test_unknown_strategies_are_refused(text):
     """With the legal words in the sentence."""
-    with pytest.raises(ValueError, match="fp16, bf16, fp32"):
+    with pytest.raises(ValueError, match="fp16, bf16, fp32, int8, nf4"):
         parse_strategy(text)
 
 
@@ -264,6 +264,32 @@ def test_chat_samples_repeatably(script, base_model, vocab_file, tmp_path):
         assert ask(script, base_model, vocab_file, tmp_path, "--batch_size", size, "--seed", seed)[0] == 0
         files.append([line["tokens"] for line in read_jsonl(tmp_path / "out.jsonl")])
     assert files[0] == files[1] != files[2]
+
+
+def test_chat_goes_on_with_the_answers_of_a_stopped_run(script, base_model, vocab_file, tmp_path, monkeypatch, caplog):
+    """A night of answers is not lost because of the last one; of other settings nothing is taken up."""
+    lines = [json.dumps({"prompt": f"say {n}"}) for n in range(5)]
+    assert ask(script, base_model, vocab_file, tmp_path, lines=lines)[0] == 0
+    whole, stream = read_jsonl(tmp_path / "out.jsonl"), Sampler.stream
+    (tmp_path / "out.jsonl").unlink()
+
+    def stopped(self, queue, **how):
+        yield from (one for one, _ in zip(stream(self, queue, **how), range(3)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampler, "stream", stopped)
+    assert ask(script, base_model, vocab_file, tmp_path, "--batch_size", 1, lines=lines)[0] == 130
+    monkeypatch.setattr(Sampler, "stream", stream)
+    assert not (tmp_path / "out.jsonl").exists()
+    caplog.set_level("INFO")
+    for more, taken in ((("--seed", 7), 0), ((), 3)):
+        left = (tmp_path / "out.jsonl.part-0").read_bytes()
+        caplog.clear()
+        assert ask(script, base_model, vocab_file, tmp_path, *more, lines=lines)[0] == 0
+        assert (f"{taken} answers are there" in caplog.text) == bool(taken)
+        assert not list(tmp_path.glob("*.part-*"))
+        (tmp_path / "out.jsonl.part-0").write_bytes(left)
+    assert [line["tokens"] for line in read_jsonl(tmp_path / "out.jsonl")] == [line["tokens"] for line in whole]
 
 
 @pytest.mark.parametrize("line", ['{"text": "x"}', '{"prompt": ""}', "[]", '{"prompt": "x"'])

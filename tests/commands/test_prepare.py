@@ -51,7 +51,8 @@ def test_output_is_checked_before_the_work(tmp_path):
     """An unwritable folder and the input as output are refused."""
     source = tmp_path / "in.csv"
     source.write_text(CSV)
-    for target, message in ((source / "a.save", "cannot be written"), (source, "is the input file itself")):
+    (same := tmp_path / "in.save").symlink_to(source)
+    for target, message in ((source / "a.save", "cannot be written"), (same, "is the input file itself")):
         with pytest.raises(ValueError, match=message):
             prepare_pairs.main(["--input_csv", str(source), "--output_save", str(target)])
     assert source.read_text() == CSV

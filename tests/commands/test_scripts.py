@@ -1,6 +1,7 @@
 """The scripts of the tradition at the top level: each runs its command from a bare clone."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -137,7 +138,52 @@ def test_a_bare_clone_needs_no_installation(tmp_path):
     assert {name for command in COMMANDS.values() for name in command.scripts} == {path.stem for path in SCRIPTS}
 
 
-def test_flags_are_read_without_pytorch():
-    """If this breaks, --help and a mistyped flag of every command take as long as PyTorch takes to be imported."""
-    names, torch = json.loads(run_program("import_parsers"))
-    assert len(names) > 5 and set(names) <= COMMANDS.keys() and not torch
+MISTAKES = {  # command -> a line with a path that is not there, or of a command that reads no file with a wrong value
+    "train": "--load_model no.pth --dpo 1 --rlhf_train_file no.csv",
+    "merge": "--base_model no.pth --lora_checkpoint no.pth --output merged.pth",
+    "export": "--load_model no.pth --to hf --output folder",
+    "chat": "--load_model no.pth",
+    "serve": "--load_model no.pth",
+    "label": "--load_model no.pth --output pairs.jsonl",
+    "score": "--load_model no.pth --input no.jsonl --output out.jsonl",
+    "generate_rejects": "--load_model no.pth --input_csv no.csv",
+    "score_pairs": "--load_model no.pth --input_csv no.csv",
+    "prepare_pairs": "--input_csv no.csv",
+    "sft_h5": "--input no.jsonl",
+    "distillation_h5": "--load_model no.pth --input no.jsonl",
+    "convert": "--input no.jsonl --output out.jsonl",
+    "make_binidx": "--input no.jsonl --output corpus",
+    "make_profile": "--make no --layers 2",
+    "finetune_clm": "--model_name_or_path no.pth --dataset_name no.jsonl",
+    "reward_modeling": "--model_name_or_path no.pth --dataset_name no.jsonl",
+    "rl_training": "--model_name no.pth --dataset_name no.jsonl --reward_model_name no.pth",
+    "merge_peft_adapter": "--adapter_model_name no.pth --output_name folder",
+    "report": "no",
+    "config": "--config no.yaml",
+}
+OF_VALUES = {  # values that are no legal ones, after a model that need not be there
+    "chat": ["--top_p 3", "--template no", "--batch_size 0", "--output out.jsonl", "--prompt_file no.jsonl"],
+    "generate_rejects": ["--tries 0 --input_csv no.csv", "--input_csv no.csv --output_csv no.save"],
+    "serve": ["--temperature -1", "--batch_size 0"],
+}
+
+
+@pytest.fixture(scope="module")
+def quick_answers():
+    """Of each command: what it says to --help, --version, an unknown flag, and the lines above."""
+    lines = {
+        name: [["--help"], ["--version"], ["--no_flag"], words.split()]
+        + [["--load_model", "no.pth", *value.split()] for value in OF_VALUES.get(name, ())]
+        for name, words in MISTAKES.items()
+    }
+    return json.loads(run_program("quick_answers", json.dumps(lines)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_and_mistakes_need_no_pytorch(quick_answers, command):
+    """If this breaks, --help or a typing error of this command takes as long as PyTorch takes to be imported."""
+    helped, version, unknown, mistake, *values = quick_answers[command]
+    assert (helped[0], version[0], unknown[0], mistake[0]) == (0, 0, 2, 2)
+    assert "no" in re.findall(r"\w+", mistake[1]), mistake
+    assert all(status == 2 and said.startswith("error: --") for status, said, _ in values)
+    assert not any(imported for *_, imported in quick_answers[command])

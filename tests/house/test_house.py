@@ -32,7 +32,7 @@ LONGEST_FILE = 500
 LONGEST_FUNCTION = 80
 # each may import those before it; those on one line do not know each other
 ORDER = (
-    ("files", "precision", "host_memory", "transfers"),
+    ("files", "precision", "host_cores", "host_memory", "transfers"),
     ("settings",),
     ("plan",),
     ("distributed",),
@@ -51,7 +51,7 @@ ORDER = (
     ("commands",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms}
-NO_TORCH = {"files", "settings", "plan"}  # so that --help and a typing error do not wait for torch
+NO_TORCH = {"files", "host_cores", "settings", "plan"}  # so that --help and a typing error do not wait for torch
 SAME = OnResume.SAME
 DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

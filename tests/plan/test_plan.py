@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.commands.make_profile import main as write_profile
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.layout import plan_layout
@@ -112,7 +113,7 @@ def test_wrong_numbers_of_rows(profile):
     {
         "0,loar,16,32,0,1,1,0,0,0,": f"column Mode: 'loar', must be one of {', '.join(row_modes())}",
         "0,,16,32,0,1,1,0,0,0,": "column Mode: ''",
-        "x,lora,16,32,0,1,1,0,0,0,": "column Layer: 'x', must be emb, head or a block from 0 to 1",
+        "x,lora,16,32,0,1,1,0,0,0,": "column Layer: 'x', must be emb, head, a block from 0 to 1, score_head or",
         "-1,lora,16,32,0,1,1,0,0,0,": "column Layer: '-1'",
         "00,lora,16,32,0,1,1,0,0,0,": "column Layer: '00'",
         "9" * 5000 + ",lora,16,32,0,1,1,0,0,0,": "column Layer: '999",
@@ -356,3 +357,40 @@ def test_a_written_profile_is_read_back(tmp_path, script):
     ):
         status, out, err = script(write_profile, *words.split())
         assert status == 2 and not out and err.startswith("error: ") and err.count("\n") == 1, (words, err)
+
+
+HEAD_ROWS = {
+    "full": ("value_head,full,0,0,0,0.01,0.001,0.1,0,0,", {"value_head.weight"}),
+    "lora": ("value_head,lora,4,8,0,0.01,0.001,0.1,0,0,", {"value_head.lora_A", "value_head.lora_B"}),
+    "none": ("", {"value_head.weight"}),
+}
+
+
+@pytest.mark.parametrize("kind", HEAD_ROWS)
+def test_a_row_of_its_own_for_the_value_head(tmp_path, kind):
+    """If this breaks, the value head cannot learn at another rate than the policy, and a profile that names it is
+    refused, or names it in vain."""
+    row, trains = HEAD_ROWS[kind]
+    path = tmp_path / "profile.csv"
+    path.write_text(
+        (ROOT / "layerprofile" / "2_TEST.csv").read_text() + row + "\nscore_head,full,0,0,0,0.5,0.5,0,0,0,\n"
+    )
+    config = Config(loss="ppo", layer_profile=str(path), lr_init=3e-4, lr_final=1e-5)
+    plan = plan_for(config, 2)
+    model, _ = build_model(random_tensors(n_layer=2), BuildOptions(torch.float32, plan=plan, quant="nf4"))
+    learning = {name for name, p in model.named_parameters() if p.requires_grad and "_head" in name}
+    assert learning == trains and list(plan.rows)[-1] == "value_head" and "score_head" not in plan.rows
+    want = (0.01, 0.001, 0.1) if row else (3e-4, 1e-5, 0.0)
+    assert plan.group(next(iter(trains)), "x070", True) == want
+    assert plan_for(Config(loss="dpo", layer_profile=str(path)), 2).rows.keys() == {"emb", "0", "1", "head"}
+
+
+def test_a_head_that_was_never_trained_is_not_frozen(tmp_path):
+    """It would say 0 of everything, and nothing would reach what is below it."""
+    path = tmp_path / "profile.csv"
+    path.write_text((ROOT / "layerprofile" / "2_TEST.csv").read_text() + "score_head,freeze,0,0,0,0,0,0,0,0,\n")
+    plan = plan_for(Config(loss="rm", layer_profile=str(path)), 2)
+    with pytest.raises(ValueError, match=r"profile.csv:6: column Mode: 'freeze', but .* has no score_head.weight"):
+        build_model(random_tensors(n_layer=2), BuildOptions(torch.float32, plan=plan))
+    model, _ = build_model(random_tensors(n_layer=2, heads="score_head"), BuildOptions(torch.float32, plan=plan))
+    assert not model.score_head.weight.requires_grad

@@ -275,6 +275,20 @@ def test_a_policy_that_has_gone_too_far_ends_the_run(model):
         rollouts(PromptBatch(0))
 
 
+def test_a_policy_whose_logits_are_no_numbers_has_diverged(model):
+    """In mid-run that is no damaged file, as which it was refused: the run ends, and its checkpoints stay."""
+    rollouts, kept = rollouts_of(model), model.ln_out.weight.detach().clone()
+    step_of(rollouts)
+    try:
+        model.ln_out.weight.data.fill_(float("nan"))
+        with pytest.raises(Diverged, match=r"no numbers after 1 rollouts: it has diverged. Lower {lr_init}"):
+            step_of(rollouts)
+        with pytest.raises(ValueError, match="the file is damaged"):
+            step_of(rollouts_of(model))
+    finally:
+        model.ln_out.weight.data.copy_(kept)
+
+
 def test_rewards_that_teach_nothing_are_said_once(model, caplog):
     """A run whose rewards are all equal looks busy and learns nothing."""
     rollouts = rollouts_of(model, lambda samples: [0.0] * len(samples), grpo_gen_length=1)

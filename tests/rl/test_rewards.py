@@ -45,6 +45,8 @@ def test_a_function_gets_what_trl_gives_it(file, capsys):
         ("text", "text gave a str ('good') for the answer '2' to in.jsonl:7; a number is needed"),
         ("nan", "nan gave nan for the answer '3' to in.jsonl:7; a number is needed"),
         ("one_number", "one_number gave a float, not a list of numbers"),
+        ("leaves", "leaves raised SystemExit: 1 at the answer '2' to in.jsonl:7"),
+        ("asks", "asks asks for level, and there is only prompts, completions, completion_ids, answer"),
     ],
 )
 def test_a_reward_that_is_none_is_named_with_its_sample(file, name, said):
@@ -75,13 +77,15 @@ def test_rewards_are_weighed_and_none_is_left_out(file):
         ("{file}:exact,exact", "expected a file and functions in it"),
         ("{file}:wrong", "has no function wrong; it has exact"),
         ("{broken}:exact", "cannot be imported: SyntaxError"),
+        ("{leaves}:exact", "cannot be imported: SystemExit: 3"),
     ],
 )
 def test_a_reward_file_that_is_no_use_is_refused_before_the_run(file, setting, said, tmp_path):
     """One sentence with the flag, before a model is loaded into memory for nothing."""
     (tmp_path / "broken.py").write_text("def exact(:\n")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(ValueError) as caught:
-        load_functions(setting.format(file=file, broken=tmp_path / "broken.py"))
+        load_functions(setting.format(file=file, broken=tmp_path / "broken.py", leaves=tmp_path / "leaves.py"))
     assert said in str(caught.value) and "{reward_funcs}" in str(caught.value)
 
 

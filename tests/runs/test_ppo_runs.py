@@ -7,10 +7,12 @@ import torch
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
-from rwkv_rlhf.commands import merge, train
+from rwkv_rlhf.commands import chat, generate_rejects, merge, train
 from rwkv_rlhf.scoring.reward_model import open_reward_model
 from tests.support.files import VOCAB, read_jsonl
-from tests.support.models import random_tensors
+from tests.support.models import any_initial_tensors, random_tensors
+from tests.support.source_files import ROOT
+from tests.support.written_commands import written_in
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +58,8 @@ def test_ppo_finds_what_is_rewarded(ran, base_model, pairs_csv, tmp_path):
     assert records[0]["kl_coef"] == 0.01 and records[4]["kl_coef"] == pytest.approx(0.01 * (1 - 0.2 * 64 / 10000))
     assert records[0]["update_kl"] == pytest.approx(0, abs=1e-5) and records[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert {"value_loss", "clip_fraction", "entropy", "completion_length", "truncated", "reward_std"} <= set(records[0])
+    assert {"rewards/small", "explained_variance", "sampled_tokens_per_s", "mixed_groups"} <= set(records[0])
+    assert all(record["trained_tokens_per_s"] >= record["tokens_per_s"] for record in records)
     assert [path.name for path in sorted(out.glob("rwkv-?.pth"))] == ["rwkv-0.pth", "rwkv-1.pth"]
     saved = read_tensors(out / "rwkv-final.pth")
     assert bool(saved["value_head.weight"].abs().sum() > 0)
@@ -90,3 +94,45 @@ def test_a_reward_model_judges(ran, script, typed, base_model, pairs_csv, tmp_pa
     about.write_text(json.dumps(json.loads(about.read_text()) | {"base_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="not there any more"):
         open_reward_model(tmp_path / "rm", BuildOptions(torch.float32), VOCAB)
+
+
+SHORT = {
+    "--max_tokens": 6,
+    "--epoch_steps": 3,
+    "--steps": 32,
+    "--batch_size": 16,
+    "--mini_batch_size": 8,
+    "--save_freq": 1,
+}
+SHORT |= {"--output_max_length": 5, "--input_csv": "few.csv", "--val_file": "held.csv"}
+NAMES = {"train": train, "merge": merge, "chat": chat, "rlhf_generate_reject_csv": generate_rejects}
+
+
+def test_the_example_in_rwkv_6(script, tmp_path, monkeypatch):
+    """The shipped commands of example/PPO on a model that knows nothing, with few steps: each stage takes what the one
+    before has written, and what the README points at is there. What is learnt is in that README."""
+    base = any_initial_tensors("x060", 2, 64, 65536, 32, 7)  # at first each token is by itself: then nothing is learnt
+    torch.save({name: value + 0.02 * torch.randn(value.shape) for name, value in base.items()}, tmp_path / "base.pth")
+    for name, source in {"few.csv": "input_csv/rlhf_example_dataset.csv", "held.csv": "heldout.csv"}.items():
+        lines = (ROOT / "example" / "DPO" / source).read_text(encoding="utf-8").splitlines()
+        (tmp_path / name).write_text("\n".join(lines[:17]) + "\n", encoding="utf-8")
+    (tmp_path / "example").symlink_to(ROOT / "example")
+    (tmp_path / "out" / "ppo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    steps = [one for path in sorted((ROOT / "example" / "PPO").glob("step-*.sh")) for one in written_in(path)]
+    assert [one.name for one in steps] == ["rlhf_generate_reject_csv", "train", "train", "merge", "train", "chat"]
+    again = [one._replace(words=[w.replace("eval-1", "eval-2") for w in one.words]) for one in steps[-2:]]
+    for model, one in [*(("base.pth", one) for one in steps), *(("out/ppo/merged.pth", one) for one in again)]:
+        short = SHORT | {"--load_model": model, "--base_model": "base.pth"}
+        words = [short.get(before, word) for before, word in zip(["", *one.words], one.words)]
+        status, _, err = script(NAMES[one.name].main, *words)
+        assert status == 0, (one.place, err)
+    records, held = (read_jsonl(tmp_path / "out/ppo/policy/metrics.jsonl", event) for event in ("train", "val"))
+    assert len(records) == 2 * 2 * 2 and all(0 <= record["kl"] < 1 for record in records)
+    assert records[0]["sampler_gap"] < 1e-5 and len(held) == 2 and held[-1]["prompts"] == 16
+    rewards = [read_jsonl(tmp_path / f"out/ppo/eval-{n}/metrics.jsonl", "eval")[0]["reward"] for n in (1, 2)]
+    assert rewards[0] != rewards[1]
+    assert "answer" in read_jsonl(tmp_path / "out/ppo/1.jsonl")[0]
+    shown = [line for line in read_jsonl(tmp_path / "out/ppo/policy/samples.jsonl") if line.get("rollout") == 1]
+    page = (tmp_path / "out/ppo/policy/report.html").read_text()
+    assert shown and f"{shown[0]['reward']:.4g}"[:5] in page

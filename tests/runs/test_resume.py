@@ -35,6 +35,7 @@ REWARDS = f"{ROOT}/tests/support/rewards.py:odd,short"
 TEXT = ("--sft", 1, "--micro_bsz", 3)
 PAIRS = ("--dpo", 1, "--micro_bsz", 2)
 LORA = ("--peft", "lora", "--lora_dropout", 0.2, "--quant", 0)
+HEADS = ("--layer_profile", ROOT / "tests" / "support" / "head_rows.csv", "--quant", 0)
 DECAY = ("--weight_decay_final", 0.01)
 LONG = ("--epoch_steps", 3, "--epoch_count", 2)
 GROUPS = ("--grpo", 1, "--micro_bsz", 1, "--grpo_gen_count", 3, "--grpo_gen_length", 6, "--reward_funcs", REWARDS)
@@ -56,7 +57,7 @@ KINDS = {
     "reward model": ("--rm", 1, "--micro_bsz", 2, *LORA, "--val_split", 0.2, *LONG),
     "kto": ("--kto", 1, "--micro_bsz", 4, *LORA, *TWO),
     "grpo": (*GROUPS, "--grpo_passes", 2, "--grpo_dynamic", 1, "--grpo_gen_temperature", 1.5, *LORA, *TWO),
-    "ppo": (*VALUES, "--early_stopping", 1, "--target_kl", 1e-9, *LORA, *LONG),
+    "ppo": (*VALUES, "--early_stopping", 1, "--target_kl", 1e-9, *HEADS, *LONG),
     "grpo full": (*GROUPS, "--quant", 0, "--precision", "fp32", "--grpo_rollout_steps", 2, *LONG),
 }
 

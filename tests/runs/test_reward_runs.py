@@ -9,6 +9,7 @@ import torch
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.commands import merge, score, train
 from tests.support.files import read_jsonl
+from tests.support.source_files import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,25 @@ def test_from_pairs_to_rewards(did, typed, base_model, vocab_file, pairs_csv, an
     assert rewards[0] == pytest.approx(rewards[1], rel=1e-4, abs=1e-4)
     good, bad, again = rewards[0]
     assert good > bad and good == pytest.approx(again)
+
+
+def test_a_score_head_with_an_adapter_of_its_own(did, typed, base_model, vocab_file, pairs_csv, answers, tmp_path):
+    """A row `score_head` in the layer profile: merge.py folds its factors into `score_head.weight`, also over a base
+    that has none, and the two judge alike. (tests/runs/test_resume.py stops a run with such rows.)"""
+    out, merged, scored = tmp_path / "out", tmp_path / "reward.pth", tmp_path / "scored.jsonl"
+    words = ["--rm", 1, "--rlhf_train_file", pairs_csv, "--layer_profile", ROOT / "tests" / "support" / "head_rows.csv"]
+    did(train.main, *typed, *words, "--epoch_steps", 4, "--proj_dir", out)
+    saved = read_tensors(out / "rwkv-final.pth")
+    a, b = saved["score_head.lora_A"], saved["score_head.lora_B"]
+    assert bool(b.any()) and "score_head.weight" not in saved
+    did(merge.main, "--base_model", base_model, "--lora_checkpoint", out / "rwkv-final.pth", "--output", merged)
+    torch.testing.assert_close(read_tensors(merged)["score_head.weight"], 8 / 4 * b @ a)
+    rewards = []
+    for model in ([merged], [base_model, "--load_adapter", out / "rwkv-final.pth"]):
+        words = ["--load_model", *model, "--vocab_file", vocab_file, "--strategy", "cpu fp32"]
+        did(score.main, *words, "--input", answers[0], "--output", scored)
+        rewards.append([one["reward"] for one in read_jsonl(scored)])
+    assert rewards[0] == pytest.approx(rewards[1], rel=1e-4, abs=1e-4) and len({round(r, 4) for r in rewards[0]}) == 2
 
 
 def test_what_is_no_reward_model_is_refused(script, typed, base_model, vocab_file, pairs_csv, answers, tmp_path):

@@ -215,3 +215,19 @@ def test_the_package_is_asked_for(monkeypatch):
     monkeypatch.setattr("rwkv_rlhf.settings.optional.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package huggingface_hub: pip install huggingface_hub"):
         local("hf://org/model/m.pth")
+
+
+@pytest.mark.parametrize("flag", ["--data_file", "--teacher_model", "--val_file"])
+def test_nothing_is_fetched_for_a_path_that_is_not_there(hub, script, flag):
+    """If this breaks, a typing error in a path is said when gigabytes have come."""
+    words = ["--load_model", "hf://org/model/m.pth", "--sft", 1, "--data_file", "hf://datasets/org/plain"]
+    status, _, err = script(train.main, *words, flag, "none.pth" if flag == "--teacher_model" else "none.jsonl")
+    assert status == 2 and f"{flag} none." in err and not hub.asked
+
+
+def test_other_models_are_names_too(hub):
+    """If this breaks, --teacher_model and --reward_model take paths only."""
+    words = "--distillation 1 --load_model hf://org/one --data_file x.jsonl --teacher_model hf://org/model/m.pth"
+    assert read(with_local_files(parse(words.split())).teacher_model) == MODEL
+    words = "--load_model hf://org/one --ppo 1 --rlhf_train_file hf://datasets/org/plain --reward_model hf://org/one"
+    assert read(with_local_files(parse(words.split())).reward_model) == MODEL

@@ -10,7 +10,7 @@ from torch import nn
 
 from rwkv_rlhf.data.batch import IGNORE, AnswerBatch, JudgedBatch, PairBatch, RatedBatch, TextBatch
 from rwkv_rlhf.data.policy_batch import PolicyBatch
-from rwkv_rlhf.layers.scalar_head import ScalarHead
+from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.losses import LOSSES
 from rwkv_rlhf.losses.tokens import TokenScores
 from rwkv_rlhf.settings.config import Config
@@ -67,7 +67,7 @@ def scalar_head(name):
     """What `from_hidden` must be given beside the head: the loss's scalar head, with a weight that is not zero."""
     if not FACTS[name].scalar_head:
         return None
-    head = ScalarHead(C).double()
+    head = Linear(C, 1).double()
     torch.nn.init.normal_(head.weight)
     return head
 

@@ -6,7 +6,7 @@ from rwkv_rlhf.checkpoints.loading import BuildOptions, load_model
 from rwkv_rlhf.data.batch import PairExample
 from rwkv_rlhf.scoring.reference import reference_scores
 from rwkv_rlhf.settings.command_line import parse
-from rwkv_rlhf.training.resume import find_point
+from rwkv_rlhf.training.find_point import find_point
 
 
 def test_where_a_run_without_a_point_begins(tmp_path, caplog):

@@ -8,7 +8,7 @@ from rwkv_rlhf.plan import plan_for
 from rwkv_rlhf.plan.writing import profile_text
 from rwkv_rlhf.settings.command_line import UsageError, parse
 from rwkv_rlhf.training.choices import with_length, with_pass
-from rwkv_rlhf.training.fit import optimizer_steps
+from rwkv_rlhf.training.length import optimizer_steps
 from rwkv_rlhf.training.recipe import length_lines, odd_length, odd_values, unheard
 
 WORDS = ("--load_model", "M", "--accelerator", "cpu", "--micro_bsz", "2", "--accumulate_grad_batches", "8")

@@ -5,7 +5,7 @@ import pytest
 from rwkv_rlhf.data.sampler import Sequential, Steps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.choices import with_pass
-from rwkv_rlhf.training.fit import optimizer_steps, schedule_of
+from rwkv_rlhf.training.length import optimizer_steps, schedule_of
 from rwkv_rlhf.training.schedule import Schedule
 
 

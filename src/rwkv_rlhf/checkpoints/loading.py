@@ -118,6 +118,7 @@ def build_model(
     diff unless names and shapes are exactly those of the model.
     """
     sizes = named_sizes(tensors, source)
+    _check_frozen_head(tensors, options, source)
     sizes = _with_added(sizes, options)
     model = plain_model(sizes, options)
     expected = dict(model.named_parameters())
@@ -159,7 +160,7 @@ def _with_added(sizes: Sizes, options: BuildOptions) -> Sizes:
     states: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     if options.layout is not None:
-        states, heads = states_in(options.layout.trained), heads_in(options.layout.trained)
+        states, heads = states_in(options.layout.trained), heads_of(options.layout)
     elif options.plan is not None:
         states, heads = options.plan.states, (options.plan.scalar_head,)
     return dataclasses.replace(
@@ -167,6 +168,25 @@ def _with_added(sizes: Sizes, options: BuildOptions) -> Sizes:
         states=tuple(name for name in STATES if name in (*sizes.states, *states)),
         heads=tuple(name for name in tables.SCALAR_HEADS if name in (*sizes.heads, *heads)),
     )
+
+
+def heads_of(layout: Layout) -> tuple[str, ...]:
+    """Which scalar heads train in a layout, whole or by an adapter."""
+    return heads_in({*layout.trained, *(f"{name}.weight" for name in layout.adapted)})
+
+
+def _check_frozen_head(tensors: Mapping[str, Tensor], options: BuildOptions, source: str | Path) -> None:
+    """Refuse a scalar head that the plan freezes before it was ever trained: it would say 0 of everything."""
+    head = options.plan.scalar_head if options.plan is not None and options.layout is None else ""
+    if not head or f"{head}.weight" in tensors:
+        return
+    assert options.plan is not None
+    row = options.plan.row_of(f"{head}.weight")
+    if row.mode == "freeze":
+        raise ValueError(
+            f"{row.where}: column Mode: 'freeze', but {source} has no {head}.weight, and one that stays at zero says "
+            "nothing: give full, or leave the row out"
+        )
 
 
 def block_of(name: str) -> str:

@@ -24,6 +24,7 @@ from rwkv_rlhf.checkpoints.loading import (
     build_model,
     checkpoint_tensors,
     copy_into,
+    heads_of,
     plain_model,
     tensors_of,
 )
@@ -48,7 +49,7 @@ COARSE = 5e-2
 def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layout: Layout, source: str | Path) -> None:
     """The checkpoint's own tensors and adapted matrices must all exist in the base; raises ValueError."""
     own = {name: adapter[name] for name in sorted(layout.trained) if not is_new(name)}
-    lost = [name for name in layout.adapted if f"{name}.weight" not in base]
+    lost = [name for name in layout.adapted if f"{name}.weight" not in base and not is_new(f"{name}.weight")]
     difference = key_diff(own, {name: base[name] for name in own if name in base}, OPTIONAL)
     if lost:
         difference = f"{len(lost)} adapters without a matrix: {', '.join(sorted(lost)[:4])}; {difference}".rstrip("; ")
@@ -164,8 +165,13 @@ class Merged(Mapping[str, Tensor]):
         self.shares = shares or MergeShares()
         known = shapes(base)
         _check_names(known, file.tensors, file.layout, file.path)
-        self.plain = dict(matrices(plain_model(sizes_of(known), BuildOptions(torch.float32))))
-        new = [name for name in file.layout.trained if name not in base and self.shares.of(name) and stays(name)]
+        sizes = sizes_of(known)
+        sizes = replace(
+            sizes, heads=(*sizes.heads, *(head for head in heads_of(file.layout) if head not in sizes.heads))
+        )
+        self.plain = dict(matrices(plain_model(sizes, BuildOptions(torch.float32))))
+        changed = {*file.layout.trained, *(f"{name}.weight" for name in file.layout.adapted)}
+        new = [name for name in changed if name not in base and self.shares.of(name) and stays(name)]
         self.names = [*base, *sorted(new)]
 
     def __iter__(self) -> Iterator[str]:
@@ -180,7 +186,18 @@ class Merged(Mapping[str, Tensor]):
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor on the meta device; nothing is computed."""
         known = shapes(self.base)
-        return {name: known[name] if name in known else self.file.tensors[name].to("meta") for name in self.names}
+        return {name: known[name] if name in known else self._before(name).to("meta") for name in self.names}
+
+    def _before(self, name: str) -> Tensor:
+        """A tensor before training: the base's, or zeros where that lacks it (a learnt state, a scalar head)."""
+        if name in self.base:
+            return self.base[name]
+        trained = self.file.tensors.get(name)  # none: an adapter of it
+        return (
+            torch.zeros(self.plain[name.removesuffix(".weight")].shape)
+            if trained is None
+            else torch.zeros_like(trained)
+        )
 
     def __getitem__(self, name: str) -> Tensor:
         layout, share = self.file.layout, self.shares.of(name)
@@ -188,8 +205,7 @@ class Merged(Mapping[str, Tensor]):
         touched = name in layout.trained or layer in layout.adapted or layer in layout.packed
         if not (touched and share):
             return self.base[name]
-        # a learnt state or a scalar head may be new: it stays as it is
-        before = self.base[name] if name in self.base else torch.zeros_like(self.file.tensors[name])
+        before = self._before(name)
         if name in layout.trained:
             after = self.file.tensors[name].reshape(before.shape)
             if share == 1:
@@ -295,6 +311,7 @@ def check_merged(
     options = replace(options, layout=layout, initial=file.initial or None)
     before = probe_logits(combined_model(base, tensors, options)[0])
     difference = (before - after).abs().max() / (before.max() - before.min()).clamp(min=1e-12)
-    changed = {base[f"{name}.weight"].dtype for name in layout.adapted.keys() | layout.packed}
+    matrix = {f"{name}.weight" for name in layout.adapted.keys() | layout.packed}
+    changed = {base[name].dtype for name in matrix if name in base}
     changed |= {merged[name].dtype for name in layout.trained if name in merged}
     return Difference(float(difference), max((TOLERANCE.get(dtype, COARSE) for dtype in changed), default=1e-5))

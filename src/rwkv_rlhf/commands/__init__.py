@@ -6,6 +6,7 @@ A command is one file with `main(words)`, which takes the words behind its name 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from rwkv_rlhf.commands.old_scripts import OLD_SCRIPTS, translated
-from rwkv_rlhf.settings.command_line import run
+from rwkv_rlhf.settings.command_line import Parser, run
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
+from rwkv_rlhf.settings.given_files import check_path
 from rwkv_rlhf.settings.hub import local_words
+from rwkv_rlhf.settings.surroundings import one_of_several
 
 
 class Command(NamedTuple):
@@ -65,12 +68,27 @@ def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
         given = translated(name, given) if name in OLD_SCRIPTS else given
         flags = f"{PARSERS}.{NAMED[name]}"
         if importlib.util.find_spec(flags) is not None:
-            importlib.import_module(flags).parser().parse_args(given)
+            parser: Parser = importlib.import_module(flags).parser()
+            found = parser.parse_args(given)
+            if not one_of_several():
+                check_paths(parser, found)
             given = local_words(given)  # train does it with its settings, which may come from files
         main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
         return main(given)
 
     run(called, words)
+
+
+def check_paths(parser: Parser, found: argparse.Namespace) -> None:
+    """Raises ValueError, with the flag, for the first of the command's files that is not there."""
+    for name, holds in parser.paths.items():
+        value = getattr(found, name)
+        if value and holds == "template":
+            from rwkv_rlhf.data.templates.named import check_template
+
+            check_template(value)
+        elif value:
+            check_path(f"--{name}", holds, value)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.files import atomic_write, check_writable, without_nan
+from rwkv_rlhf.files import atomic_write, check_writable, fingerprint, without_nan
+from rwkv_rlhf.generation.opening import storage_of
+from rwkv_rlhf.generation.part_files import PartFiles
+from rwkv_rlhf.generation.rows import Completion, Request
 from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams, sampling_params
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES, parse_strategy
-from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.hub import local
 from rwkv_rlhf.settings.shapes import KINDS
 from rwkv_rlhf.settings.tables import DENSE
@@ -60,10 +64,20 @@ def asked(found: Found) -> Any:
     return [{"role": turn.role, "content": turn.text} for turn in found.item.turns]
 
 
+def answers_depend_on(flags: Namespace) -> dict[str, Any]:
+    """The flags that answers follow from; a file by what tells it from others."""
+    rest = ("output", "batch_size", "devices", "prompt_file", "history")
+    values = {name: value for name, value in vars(flags).items() if name not in rest}
+    return {
+        name: fingerprint(value) if isinstance(value, str) and value and Path(value).is_file() else value
+        for name, value in values.items()
+    }
+
+
 def answer_file(flags: Namespace, template: Template, params: SamplingParams) -> None:
-    """Answers every prompt of --prompt_file; the output appears when all are answered."""
+    """Answers every prompt of --prompt_file; the output appears when all are answered. Until then answers are kept
+    beside it, and the same command goes on with them."""
     refuse_sources(flags.prompt_file, flags.output, "--output")
-    refuse_other_format(flags.output, "--output", "jsonl")
     report, reading = DataReport(flags.prompt_file), dataclasses.replace(reading_of(flags), spare_reject=True)
     rows = list(read_items(flags.prompt_file, report, tuple(KINDS), reading))
     cues = [cue(row, template) for row in rows]
@@ -73,20 +87,29 @@ def answer_file(flags: Namespace, template: Template, params: SamplingParams) ->
         raise ValueError(f"{flags.prompt_file} has no prompt")
     check_writable(flags.output)
     model, tokenizer = opened_model(flags)
-    mine = range(ranks.rank(), len(cues), ranks.world_size())
-    prompts = [template.ids(cues[row], tokenizer) for row in mine]
-    seeds = [params.seed + row for row in mine]
-    found = Sampler(model, tokenizer).generate(prompts, params, seeds=seeds, at_once=flags.batch_size)
-    by_row = {row: one for part in ranks.all_gather(dict(zip(mine, found, strict=True))) for row, one in part.items()}
+    parts = PartFiles(Path(flags.output), [answers_depend_on(flags), cues])
+    known: dict[int, Any] = ranks.broadcast_from_zero(parts.found)
+    if known:
+        log.info("%d answers are there from a run that was stopped", len(known))
+    queue = deque(
+        Request(template.ids(cues[row], tokenizer), params, sequence_seed(params.seed + row, 0), row)
+        for row in [row for row in range(len(cues)) if row not in known][ranks.rank() :: ranks.world_size()]
+    )
+    part = parts.of(ranks.rank())
+    for done in Sampler(model, tokenizer).stream(queue, at_once=flags.batch_size):
+        known[done.request.key] = dataclasses.asdict(done.completion)
+        part.append(done.request.key, known[done.request.key])
+    by_row = {row: one for part in ranks.all_gather(known) for row, one in part.items()}
     if not ranks.is_rank_zero():
         return
-    answers = [by_row[row] for row in range(len(cues))]
+    answers = [Completion(**by_row[row]) for row in range(len(cues))]
     with atomic_write(flags.output) as file:
         for row, one in zip(rows, answers, strict=True):
             answer = one.text.strip() if template.assistant else one.text
             said = {"prompt": asked(row), "answer": answer, "tokens": one.tokens, "logprobs": one.logprobs}
             line = json.dumps(without_nan(said), ensure_ascii=False, allow_nan=False)
             file.write(f"{line}\n".encode(errors="replace"))
+    parts.remove()
     cut = sum(1 for one in answers if not one.finished)
     log.info("%d answers written to %s%s", len(answers), flags.output, f", {cut} cut at --max_tokens" if cut else "")
 
@@ -98,7 +121,8 @@ def talk(flags: Namespace, params: SamplingParams, load: Callable[[str], tuple[R
     names = [Path(flags.load_adapter or flags.load_model).stem, *(Path(path).stem for path in paths[1:])]
     voices = [Voice(name, *load(path)) for name, path in zip(names, paths, strict=True)]
     choice = parse_strategy(flags.strategy)
-    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {flags.quant_mode}" if flags.quant_mode != DENSE else "")
+    store = storage_of(flags.strategy, flags.quant_mode)
+    about = f", {choice.device} {NAMES[choice.dtype]}" + (f", {store}" if store != DENSE else "")
     conversation = Talk(flags.template, params, voices, screen_of(names), load, about)
     sys.stdout.write(f"{conversation.settings()}/help lists the commands, Ctrl+C stops an answer, Ctrl+D leaves.\n\n")
     read, pressed = line_reader(flags.history, [word.split()[0] for word in help_text().splitlines()]), 0
@@ -137,12 +161,6 @@ def answered(conversation: Talk, line: str) -> str | None:
 def main(argv: Sequence[str]) -> None:
     """Answers a file, or talks."""
     flags = parser().parse_args(argv)
-    if bool(flags.prompt_file) != bool(flags.output):
-        raise ValueError("--prompt_file and --output go together")
-    if flags.prompt_file and flags.compare:
-        raise ValueError("--compare is for a conversation; to compare answers to a file of prompts: label.py")
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
     template = find_templates(flags.template)[0].template
     params = sampling_params(flags, stop_texts=template.stop_texts)
 
@@ -152,7 +170,5 @@ def main(argv: Sequence[str]) -> None:
     if flags.prompt_file:
         with several(flags, "chat", argv):
             answer_file(flags, template, params)
-    elif (flags.devices or 1) > 1:
-        raise ValueError(f"--devices {flags.devices}: a conversation runs in one process; it is for --prompt_file")
     else:
         talk(flags, params, load)

@@ -50,8 +50,6 @@ def main(argv: Sequence[str]) -> None:
             if report.examples <= SAMPLES:
                 sys.stdout.write(json.dumps(shortened(form), ensure_ascii=False, indent=1) + "\n")
     else:
-        if not flags.output:
-            raise ValueError("--output OUT.jsonl is needed (or --dry_run 1)")
         refuse_sources(flags.input, flags.output, "--output")
         with atomic_write(flags.output) as file:
             for form in forms:

@@ -53,15 +53,6 @@ def with_teacher(model: RWKV, row: Sequence[TextExample], k: int, chunk: int) ->
     return [TextExample(e.tokens, e.mask, top.rows(end - len(e.tokens), end)) for e, end in zip(row, ends)]
 
 
-def check_flags(flags: Namespace) -> None:
-    """Refuses what cannot be meant."""
-    for name in ("top_k", "batch_tokens"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} {getattr(flags, name)}: must be at least 1")
-    if flags.load_initial_state:
-        raise ValueError("--load_initial_state: starting the teacher from a tuned state is not built yet")
-
-
 def source_of(flags: Namespace, model: RWKV, tokenizer: str) -> dict[str, Any]:
     """All that the logits depend on, for the unfinished work and for the file's attributes."""
     return {
@@ -82,7 +73,6 @@ def source_of(flags: Namespace, model: RWKV, tokenizer: str) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Reads, tokenises, asks the teacher batch by batch, writes."""
     flags = parser().parse_args(argv)
-    check_flags(flags)
     files = check_document_flags(flags)
     model, tokenizer = open_model(flags.load_model, flags.load_adapter, flags.strategy, flags.vocab_file)
     if flags.top_k > model.sizes.vocab_size:

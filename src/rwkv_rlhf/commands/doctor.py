@@ -6,7 +6,6 @@ Nothing is trained or written, except that kernels are compiled into their cache
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -18,27 +17,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.ops import build, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.reports.words import size
+from rwkv_rlhf.settings.optional import OPTIONAL
 from rwkv_rlhf.training.verdict import verdict
 
 GIB = 1 << 30
 WIDTH = 120
 DISAGREEMENT = 1  # exit status
-OPTIONAL = {
-    "bitsandbytes": "packed bases, 8-bit optimizers",
-    "deepspeed": "several GPUs",
-    "h5py": ".h5 data",
-    "pyarrow": ".parquet and .zst data",
-    "wandb": "--wandb",
-    "matplotlib": "curves.png",
-    "gguf": "export for llama.cpp",
-    "pyrwkv_tokenizer": "faster tokens",
-}
 
 
 def doctor() -> int | None:
@@ -108,7 +99,7 @@ def space() -> Iterator[tuple[str, str]]:
     disk = shutil.disk_usage(".")
     yield "memory", size(host_bytes()) if host_bytes() else "not known"
     yield "disk", f"{size(disk.free)} free of {size(disk.total)} where this was typed"
-    yield "cores", f"{os.cpu_count() or 1}"
+    yield "cores", f"{host_cores()}"
 
 
 def rates() -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from rwkv_rlhf.data.text.cut_documents import NOTHING_TRAINED
 from rwkv_rlhf.data.text.documents import read_documents, text_type
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable
-from rwkv_rlhf.settings.formats import FORMATS, refuse_other_format
+from rwkv_rlhf.settings.formats import FORMATS
 
 
 def check_document_flags(flags: Namespace) -> list[Path]:
@@ -26,7 +26,6 @@ def check_document_flags(flags: Namespace) -> list[Path]:
         raise ValueError(f"--input_folder {flags.input_folder}: there is no such folder or file")
     text_type(flags.input_folder)
     refuse_sources(flags.input_folder, flags.output_parquet, "--output_parquet")
-    refuse_other_format(flags.output_parquet, "--output_parquet", "h5")
     check_writable(flags.output_parquet)
     return [Path(source.path) for source in sources_of(flags.input_folder)]
 

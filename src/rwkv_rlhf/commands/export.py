@@ -48,20 +48,12 @@ def vocabulary_of(flags: Namespace, vocab_size: int) -> Vocabulary:
 
 def export_whole(flags: Namespace, output: Path) -> None:
     """Write the model. Raises ValueError."""
-    if not flags.load_model:
-        raise ValueError(f"--to {flags.to} needs --load_model; an adapter alone goes to peft")
     sizes = file_sizes(flags.load_model)
     facts = EXPORTS[flags.to].target
     assert facts is not None
     dtype = flags.dtype or facts.dtypes[0]
     check_target(flags.to, sizes, dtype)
-    if flags.shard_size <= 0:
-        raise ValueError(f"--shard_size {flags.shard_size}: must be larger than 0")
-    if facts.suffixes and not output.name.endswith(facts.suffixes):
-        raise ValueError(f"--output {output}: the name must end in {' or '.join(facts.suffixes)} with --to {flags.to}")
     missing = missing_judge(facts)
-    if flags.check and not facts.judge:
-        raise ValueError(f"--check 1: there is no program here that could run --to {flags.to}")
     if flags.check and missing:
         raise ValueError(f"--check 1 with --to {flags.to} needs {', '.join(missing)}: pip install {' '.join(missing)}")
     about = About(flags.name or output.stem, Path(flags.load_model).name, flags.licence, flags.source)
@@ -96,8 +88,6 @@ def main(words: Sequence[str]) -> None:
     if facts.target is not None:
         export_whole(flags, output)
         return
-    if not flags.load_adapter:
-        raise ValueError(f"--to {flags.to} takes an adapter: --load_adapter")
     with hinting(ADAPTER_HINTS):
         file = open_adapter(
             flags.load_adapter, adapter_flags(flags), initial_file=flags.load_adapter_pissa_init, force=flags.force

@@ -7,14 +7,14 @@ from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
 from rwkv_rlhf.settings.shapes import SHAPES, THINKING
 
-STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16 or fp32; auto = GPU in bf16, else CPU in fp32"
+STRATEGY_HELP = "device and precision: cuda or cpu, fp16, bf16, fp32, int8 or nf4; auto = GPU in bf16, else CPU in fp32"
 
 
 def add_model_flags(flags: Parser, model: str, *, adapter: bool = True, strategy: str = "auto") -> None:
     """Which model runs and where: --load_model (help text `model`), --load_adapter, --strategy."""
-    flags.add_argument("--load_model", required=True, help=model)
+    flags.add_path("--load_model", holds="model", required=True, help=model)
     if adapter:
-        flags.add_argument("--load_adapter", default="", help="adapter checkpoint laid over it")
+        flags.add_path("--load_adapter", holds="model", default="", help="adapter checkpoint laid over it")
     flags.add_argument("--strategy", default=strategy, help=f"{STRATEGY_HELP} [{strategy}]")
 
 
@@ -22,8 +22,10 @@ def add_adapter_flags(flags: Parser) -> None:
     """What --load_adapter does not say itself: --lora_scaling, --lora_alpha, its PiSSA factors, its cold adapter."""
     flags.add_argument("--lora_scaling", type=float, help="its alpha / rank, needed when there is no .json beside it")
     flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
-    flags.add_argument("--load_adapter_pissa_init", default="", help="its PiSSA factors, if they are not beside it")
-    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+    text = "its PiSSA factors, if they are not beside it"
+    flags.add_path("--load_adapter_pissa_init", holds="model", default="", help=text)
+    text = "adapter merged below it, if it is not where it was"
+    flags.add_path("--load_cold_adapter", holds="model", default="", help=text)
 
 
 def add_opened_model_flags(flags: Parser, model: str) -> None:
@@ -36,25 +38,26 @@ def add_opened_model_flags(flags: Parser, model: str) -> None:
 
 def add_devices_flag(flags: Parser) -> None:
     """--devices of a command whose rows several processes share (`several.py`)."""
-    flags.add_argument("--devices", type=int, help="processes that share the rows, one a GPU [1, or torchrun's]")
+    flags.add_count("--devices", help="processes that share the rows, one a GPU [1, or torchrun's]")
 
 
 def add_vocabulary_flag(flags: Parser) -> None:
     """--vocab_file."""
-    flags.add_argument("--vocab_file", default="", help="tokenizer.json or trie vocabulary; empty = World")
+    flags.add_path("--vocab_file", holds="file", default="", help="tokenizer.json or trie vocabulary; empty = World")
 
 
 def add_text_flags(flags: Parser) -> None:
     """How rows become conversations, and these tokens: --format, --thinking, --template, --vocab_file."""
     add_reading_flags(flags)
-    flags.add_argument("--template", default="world", help=f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]")
+    text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [world]"
+    flags.add_path("--template", holds="template", default="world", help=text)
     add_vocabulary_flag(flags)
 
 
 def add_trained_template_flag(flags: Parser) -> None:
     """--template, by default that of the training."""
     text = f"one of {', '.join(TEMPLATES)}, or a Jinja file [the one that the adapter was trained with, else world]"
-    flags.add_argument("--template", default="", help=text)
+    flags.add_path("--template", holds="template", default="", help=text)
 
 
 def add_reading_flags(flags: Parser) -> None:
@@ -82,17 +85,19 @@ def add_seed_and_skip_flags(flags: Parser, seed: str) -> None:
 
 def add_vocabulary_size_flags(flags: Parser) -> None:
     """--load_model and --vocab_size of a command that runs no model; see `vocabulary_size`."""
-    flags.add_argument("--load_model", default="", help="checkpoint whose vocabulary size is used; it is not run")
+    text = "checkpoint whose vocabulary size is used; it is not run"
+    flags.add_path("--load_model", holds="model", default="", help=text)
     flags.add_argument("--vocab_size", type=int, default=0, help=f"vocabulary size if no model is given [{WORLD_SIZE}]")
 
 
 def add_pair_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns pairs into a .save file, by default `output`."""
-    flags.add_argument("--input_csv", required=True, help="preference pairs (docs/data.md): files, a folder, a pattern")
-    flags.add_argument("--output_save", default=output, help=f"file to write [{output}]")
+    text = "preference pairs (docs/data.md): files, a folder, a pattern"
+    flags.add_path("--input_csv", holds="data", required=True, help=text)
+    flags.add_output("--output_save", forms=("save",), default=output, help=f"file to write [{output}]")
     flags.add_argument("--target_pair_count", type=int, default=1000, help="pairs to write; rows are cycled [1000]")
     add_text_flags(flags)
-    flags.add_argument("--rlhf_max_corpus_len", type=int, default=0, help="cap on each part in tokens; 0 = none [0]")
+    flags.add_count("--rlhf_max_corpus_len", least=0, default=0, help="cap on each part in tokens; 0 = none [0]")
     flags.add_argument("--split", default="", help="shares of train, valid (and test) files, e.g. 0.8,0.1,0.1")
     flags.add_switch("--drop_ties", help="leave out pairs whose answers have the same score")
     add_seed_and_skip_flags(flags, "seed of the template mixed and of the shuffle")
@@ -100,10 +105,10 @@ def add_pair_flags(flags: Parser, output: str) -> None:
 
 def add_document_flags(flags: Parser, output: str) -> None:
     """Adds the flags of every script that turns documents into an .h5, by default `output`."""
-    flags.add_argument(
-        "--input_folder", "--input", required=True, help="documents and chats: files, a folder, a pattern"
-    )
-    flags.add_argument("--output_parquet", "--output_h5", default=output, help=f"the .h5 to write [{output}]")
+    text = "documents and chats: files, a folder, a pattern"
+    flags.add_path("--input_folder", "--input", holds="data", required=True, help=text)
+    text = f"the .h5 to write [{output}]"
+    flags.add_output("--output_parquet", "--output_h5", forms=("h5",), default=output, help=text)
     add_text_flags(flags)
     flags.add_switch("--train_on_prompt", help="chats: learn all turns, not only the assistant's")
     add_seed_and_skip_flags(flags, "seed of the template mixed")

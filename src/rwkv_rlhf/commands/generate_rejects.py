@@ -26,7 +26,6 @@ from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams, options, sampling_params
-from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("rejects")
 
@@ -48,11 +47,8 @@ def main(argv: Sequence[str]) -> None:
     """Reads, samples, writes as it goes, prints what happened."""
     flags = parser().parse_args(argv)
     params = sampling_params(flags)
-    if min(flags.batch_size, flags.tries) < 1:
-        raise ValueError("--batch_size and --tries must be at least 1")
     find_templates(flags.template)
     refuse_sources(flags.input_csv, flags.output_csv, "--output_csv")
-    refuse_other_format(flags.output_csv, "--output_csv", "csv", "jsonl")
     with several(flags, "generate_rejects", argv):
         sample(flags, params)
 

@@ -28,8 +28,8 @@ from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.sources import content_of, refuse_sources
 from rwkv_rlhf.data.templates.template import TEMPLATES, Template
 from rwkv_rlhf.files import file_hash
+from rwkv_rlhf.generation.opening import storage_of
 from rwkv_rlhf.generation.sampling_params import SamplingParams, options, sampling_params
-from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.optional import require
 from rwkv_rlhf.settings.shapes import KINDS
 
@@ -43,7 +43,7 @@ def hash_of(flags: Namespace) -> list[str]:
         files = [named.base, *([named.adapter] if named.adapter else [])]
     else:
         files = [Path(name) for name in (flags.load_model, flags.load_adapter) if name]
-    return [*map(file_hash, files), flags.quant_mode]
+    return [*map(file_hash, files), storage_of(flags.strategy, flags.quant_mode)]
 
 
 def prompts_of(flags: Namespace) -> list[tuple[Turn, ...]]:
@@ -76,7 +76,6 @@ def main(words: Sequence[str]) -> None:
     """Serves the page until it is stopped, then says what came of it."""
     flags = parser().parse_args(words)
     require("label", "starlette", "uvicorn")
-    refuse_other_format(flags.output, "--output", "jsonl")
     if flags.ahead < 0:
         raise ValueError(f"--ahead {flags.ahead}: must be at least 0")
     template = trained_template(flags)

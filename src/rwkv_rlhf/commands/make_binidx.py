@@ -98,9 +98,6 @@ def verify(prefix: str, documents: Sequence[np.ndarray], order: Iterator[int]) -
 def main(argv: Sequence[str]) -> None:
     """Reads, tokenises, writes, reads back."""
     flags = parser().parse_args(argv)
-    for name in ("repeats", "ctx_len"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name} {getattr(flags, name)}: must be at least 1")
     prefix = str(corpus_prefix(flags.output))
     for suffix in (".bin", ".idx"):
         refuse_sources(flags.input, prefix + suffix, "--output")

@@ -6,28 +6,18 @@ The base is the one that the run began from, unless --base_model is given. MODEL
 be `rwkv-final.pth`; either is a model to the other stages.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rwkv_rlhf.checkpoints.named_model import FINALS, named_model
+from rwkv_rlhf.checkpoints.named_model import named_model
 from rwkv_rlhf.commands import merge
-from rwkv_rlhf.commands.parsers.merge import EXPORTED, SUFFIXES, parser
+from rwkv_rlhf.commands.parsers.merge_peft_adapter import NAME, output_file, parser
 from rwkv_rlhf.commands.stages import translated, value_of
-
-NAME = "merge_peft_adapter"
-
-
-def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The flags of merge.py that these words ask for; no file is opened. Raises ValueError."""
-    flags: argparse.Namespace = parser().parse_args(
-        ["--base_model", "that of the checkpoint", *translated(NAME, words)]
-    )
-    return flags
 
 
 def main(words: Sequence[str]) -> int:
     """Merges. Returns the exit status; raises ValueError, also when the checkpoint or its base is not there."""
+    parser().parse_args(words)
     new = translated(NAME, words)
     checkpoint, output = value_of(new, "--lora_checkpoint"), value_of(new, "--output")
     if checkpoint and not value_of(new, "--base_model"):
@@ -35,7 +25,7 @@ def main(words: Sequence[str]) -> int:
         if named.adapter is None:
             raise ValueError(f"{checkpoint} has no .json beside it that names its base: give --base_model")
         new += ["--base_model", str(named.base)]
-    if output and not output.endswith((*SUFFIXES, *EXPORTED)):
+    if output and output_file(output) != output:
         Path(output).mkdir(parents=True, exist_ok=True)
-        new += ["--output", str(Path(output) / FINALS[0])]
+        new += ["--output", output_file(output)]
     return merge.main(new)

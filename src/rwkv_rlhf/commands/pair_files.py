@@ -15,7 +15,6 @@ from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.templates.named import find_templates
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import check_writable
-from rwkv_rlhf.settings.formats import refuse_other_format
 
 log = logging.getLogger("prepare")
 
@@ -24,12 +23,9 @@ PARTS = ("train", "valid", "test")
 
 def check_pair_flags(flags: Namespace) -> None:
     """Refuses, before anything slow, what `tokenised` could not read or write."""
-    if flags.rlhf_max_corpus_len < 0:
-        raise ValueError(f"--rlhf_max_corpus_len {flags.rlhf_max_corpus_len}: must be at least 0")
     find_templates(flags.template)
     for path in outputs(flags):
         refuse_sources(flags.input_csv, path, "--output_save")
-        refuse_other_format(path, "--output_save", "save")
         check_writable(path)
 
 

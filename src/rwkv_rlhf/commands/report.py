@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_rlhf.commands.parsers.report import parser
-from rwkv_rlhf.reports.compare import write_compared
-from rwkv_rlhf.reports.page import open_run, write_page
+from rwkv_rlhf.reports.metrics import METRICS
 
 COMPARED = "compare.html"
 
@@ -20,6 +19,12 @@ COMPARED = "compare.html"
 def main(words: Sequence[str]) -> None:
     """Writes the page and says where it is. Raises ValueError for a folder that holds no run."""
     args: argparse.Namespace = parser().parse_args(words)
+    for folder in args.runs:
+        if not (Path(folder) / METRICS).is_file():
+            raise ValueError(f"{folder} is no folder of a run: it has no {METRICS} in which a run begins")
+    from rwkv_rlhf.reports.compare import write_compared
+    from rwkv_rlhf.reports.page import open_run, write_page
+
     runs = [open_run(Path(folder)) for folder in args.runs]
     if len(runs) == 1:
         if args.output:

@@ -27,7 +27,6 @@ from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file, with
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.rewards import answer_rewards
-from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.shapes import PROMPT, SHAPES
 
 log = logging.getLogger("score")
@@ -104,7 +103,6 @@ def main(argv: Sequence[str]) -> None:
     """Reads, scores, writes."""
     flags = parser().parse_args(argv)
     refuse_same_file(flags.input, flags.output, "--output")
-    refuse_other_format(flags.output, "--output", "jsonl")
     template = find_templates(flags.template)[0].template
     found = read_answers(flags.input, flags.skip_bad)
     check_writable(flags.output)

@@ -14,7 +14,7 @@ from rwkv_rlhf.commands.pair_files import check_pair_flags, tokenised, write_pai
 from rwkv_rlhf.commands.parsers.score_pairs import parser
 from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.files import file_hash
-from rwkv_rlhf.generation.opening import open_model
+from rwkv_rlhf.generation.opening import open_model, storage_of
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.kept_scores import KeptScores
 from rwkv_rlhf.scoring.reference import reference_key
@@ -26,11 +26,12 @@ def main(argv: Sequence[str]) -> None:
     """Reads, tokenises, scores each distinct pair once, writes."""
     flags = parser().parse_args(argv)
     check_pair_flags(flags)
-    model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file, quant=flags.quant_mode)
+    storage = storage_of(flags.strategy, flags.quant_mode)
+    model, tokenizer = open_model(flags.load_model, "", flags.strategy, flags.vocab_file, quant=storage)
     parts, report = tokenised(flags, tokenizer)
     distinct = {id(pair): pair for pairs in parts for pair in pairs}  # cycled rows are the same object
     model_hash = file_hash(flags.load_model)
-    arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {flags.quant_mode}"
+    arithmetic = f"{model.compute_dtype} {model.emb.weight.device} {storage}"
     key = reference_key(model_hash, list(distinct.values()), arithmetic)
     kept = KeptScores(f"{flags.output_save}.part", key)
     with progress_bar(len(distinct), "reference", shown=True) as done:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         "model": model_hash,
         "reference": "sum",
         "precision": NAMES[model.compute_dtype],
-        "storage": flags.quant_mode,
+        "storage": storage,
     }
     write_pairs(flags, tokenizer, scored, report, about)
     kept.forget()

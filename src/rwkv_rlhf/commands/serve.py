@@ -28,8 +28,6 @@ def main(words: Sequence[str]) -> None:
     from rwkv_rlhf.serving.engine import Engine
     from rwkv_rlhf.serving.web import address, bound, is_loopback, run_app
 
-    if flags.batch_size < 1:
-        raise ValueError(f"--batch_size {flags.batch_size}: must be at least 1")
     template = trained_template(flags)
     params = sampling_params(flags, stop_texts=template.stop_texts)
     local = is_loopback(flags.host)

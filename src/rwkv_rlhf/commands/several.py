@@ -20,8 +20,6 @@ def several(flags: Namespace, command: str, words: Sequence[str]) -> Iterator[No
 
     words: behind the command's name. Raises ValueError where flags, launcher and machine do not fit together.
     """
-    if flags.devices is not None and flags.devices < 1:
-        raise ValueError(f"--devices {flags.devices}: must be at least 1")
     device = parse_strategy(flags.strategy).device
     if ":" in device and (flags.devices or 1) > 1:
         raise ValueError(f"--strategy {flags.strategy!r} names one GPU and --devices {flags.devices} asks for more")

@@ -55,7 +55,7 @@ def stage_help(stage: Stage) -> Parser:
     return parser
 
 
-def translated(name: str, words: Sequence[str]) -> list[str]:
+def translated(name: str, words: Sequence[str], say: bool = True) -> list[str]:
     """The words of our command for those of the script `name`; says what was spelled otherwise. Raises UsageError."""
     stage = STAGES[name]
     if any(word in HELP for word in words):
@@ -64,7 +64,7 @@ def translated(name: str, words: Sequence[str]) -> list[str]:
         found = words_of(stage, words)
     except ValueError as mistake:
         raise UsageError(str(mistake)) from mistake
-    if found.said:
+    if found.said and say:
         log.info("spelled as in neural_chat: %s", "; ".join(found.said))
     return found.words
 

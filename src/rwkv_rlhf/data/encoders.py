@@ -22,6 +22,7 @@ import numpy as np
 from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
+from rwkv_rlhf.host_cores import host_cores
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def workers_for(spec: str | os.PathLike[str], asked: int = 0) -> int:
     if asked:
         return asked
     size = sum(os.path.getsize(source.path) for source in sources_of(spec) if os.path.isfile(source.path))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = host_cores()
     return cores if size >= WORTH else 1
 
 

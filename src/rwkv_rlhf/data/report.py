@@ -1,10 +1,14 @@
 """What was read, kept, cut and left out: every count that the program owes its user about a data file."""
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np  # flags are read without it
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +88,16 @@ class DataReport:
     @property
     def longest(self) -> int:
         """Tokens of the longest row, 0 without any."""
+        import numpy as np
+
         return int(np.max(self.lengths)) if len(self.lengths) else 0
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """(from, below, rows) over lengths; the bounds are powers of two, empty ones at the ends left out."""
         if not len(self.lengths):
             return []
+        import numpy as np
+
         bins = np.bincount(np.frexp(np.maximum(0, self.lengths))[1])  # 1 -> 1, 2 and 3 -> 2, 4 to 7 -> 3
         first = int(np.flatnonzero(bins)[0])
         return [((1 << b) >> 1, 1 << b, int(bins[b])) for b in range(first, len(bins))]
@@ -100,6 +108,8 @@ class DataReport:
         out = [f"{self.source}: {self.rows} rows, {self.examples} examples{counted}"]
         out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
+            import numpy as np
+
             shortest, mean = int(np.min(self.lengths)), float(np.mean(self.lengths))
             out.append(f"  lengths: {shortest} to {self.longest} tokens, mean {mean:.1f}")
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]

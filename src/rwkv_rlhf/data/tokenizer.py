@@ -183,6 +183,9 @@ def _check_ids(largest: int, vocab_size: int, path: Path) -> None:
         raise ValueError(f"--vocab_file {path} has id {largest}, but the model's vocab_size is {vocab_size}")
 
 
+_PLAIN = re.compile(r"""(['"])((?:(?!\1)[^\\\x00-\x1f])*)\1""")  # text that is what it says, which most words are
+
+
 def read_trie_vocabulary(path: Path) -> dict[int, bytes]:
     """id -> bytes of a vocabulary text file with lines `id literal length`.
 
@@ -196,7 +199,8 @@ def read_trie_vocabulary(path: Path) -> dict[int, bytes]:
             text = raw.decode("utf-8")
             number, _, rest = text.partition(" ")
             literal, _, size = rest.rpartition(" ")
-            word = ast.literal_eval(literal.strip())
+            plain = _PLAIN.fullmatch(literal.strip())
+            word = plain[2] if plain else ast.literal_eval(literal.strip())
             word = word.encode("utf-8") if isinstance(word, str) else word
             good = isinstance(word, bytes) and len(word) == int(size) > 0
             key = int(number)

@@ -24,14 +24,14 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import torch
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import distributed
 
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import Watchdog
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains
+from rwkv_rlhf.settings.surroundings import threads_typed
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +87,19 @@ def by_slurm(variables: Variables) -> RankInfo | None:
     if nodes < 1 or world % nodes:
         raise ValueError(f"SLURM started {world} tasks on {nodes} machines: every machine must run equally many")
     names = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "127.0.0.1")
-    address = variables.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(names)
+    address = variables.get("MASTER_ADDR") or _first_machine(names)
     port = variables.get("MASTER_PORT") or str(
         15000 + int(re.sub(r"\D", "", variables.get("SLURM_JOB_ID", ""))[-4:] or 0)
     )
     rank, local = (_number(name, variables[name]) for name in needed)
     return RankInfo(rank, world, local, world // nodes, address, _number("MASTER_PORT", port), "srun")
+
+
+def _first_machine(names: str) -> str:
+    """The first of SLURM's list of machines, such as node[07-11]."""
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment  # slow, and only wanted under srun
+
+    return SLURMEnvironment.resolve_root_node_address(names)
 
 
 LAUNCHERS: dict[str, Callable[[Variables], RankInfo | None]] = {"torchrun": by_torchrun, "srun": by_slurm}
@@ -160,58 +167,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class LaunchEnvironment(ClusterEnvironment):
-    """Tells Lightning what `RankInfo` says; the processes exist before its trainer does."""
-
-    def __init__(self, info: RankInfo) -> None:
-        super().__init__()
-        self.info = info
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        """True: Lightning starts none."""
-        return True
-
-    @property
-    def main_address(self) -> str:
-        """The machine of rank 0."""
-        return self.info.address
-
-    @property
-    def main_port(self) -> int:
-        """The port of rank 0."""
-        return self.info.port
-
-    @staticmethod
-    def detect() -> bool:
-        """True: this environment is passed to the trainer, not looked for."""
-        return True
-
-    def world_size(self) -> int:
-        """The number of processes."""
-        return self.info.world
-
-    def set_world_size(self, size: int) -> None:
-        """Lightning must agree with what is known already."""
-        assert size == self.info.world, (size, self.info)
-
-    def global_rank(self) -> int:
-        """The rank among all."""
-        return self.info.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        """Lightning must agree with what is known already."""
-        assert rank == self.info.rank, (rank, self.info)
-
-    def local_rank(self) -> int:
-        """The rank on this machine."""
-        return self.info.local_rank
-
-    def node_rank(self) -> int:
-        """The number of this machine."""
-        return self.info.node
-
-
 def start_others(info: RankInfo, words: Sequence[str]) -> dict[int, subprocess.Popen[bytes]]:
     """The other processes of this machine, by rank: the same command, with its rank in torchrun's variables."""
     started = {}
@@ -240,9 +195,9 @@ ALONE = RankInfo(0, 1, 0, 1)
 _current: ContextVar[RankInfo] = ContextVar("the rank of this process", default=ALONE)
 
 
-def launch_environment() -> LaunchEnvironment:
-    """The rank of this process, as Lightning asks for it."""
-    return LaunchEnvironment(_current.get())
+def rank_info() -> RankInfo:
+    """The rank of this process."""
+    return _current.get()
 
 
 @contextmanager
@@ -298,8 +253,8 @@ def _take_device(config: Config, info: RankInfo) -> str:
     """Takes this rank's GPU, or its share of the cores; returns the backend that moves tensors between ranks."""
     gpus = torch.cuda.device_count() if config.accelerator != "cpu" else 0
     if not gpus:
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // info.local_world))
+        if not threads_typed():
+            torch.set_num_threads(max(1, host_cores() // info.local_world))
         if info.world > info.local_world and (name := interface_towards(info.address)):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         return "gloo"

@@ -33,8 +33,8 @@ def open_model(
     tokenizer.
 
     `scaling` (alpha / rank) or `alpha` stand in for the sidecar of an adapter that has none; `initial_file` and `cold`
-    are PiSSA's initial factors and the cold adapter below, where the sidecar's are not found. `quant` packs the
-    matrices of a model without adapter.
+    are PiSSA's initial factors and the cold adapter below, where the sidecar's are not found. `quant`, or the strategy,
+    packs the matrices of a model without adapter.
     Raises ValueError for files that are missing, damaged or do not fit each other, and for unknown strategy words.
     """
     choice = parse_strategy(strategy)
@@ -44,7 +44,13 @@ def open_model(
     if path and Path(path).is_dir() and not adapter:
         named = named_model(path)
         path, adapter = str(named.base), str(named.adapter or "")
+    quant = storage_of(strategy, quant)
     if adapter:
+        if choice.store != "none":
+            raise ValueError(
+                f"--strategy {strategy!r}: over a model that runs under an adapter matrices stay as in training: merge "
+                "the adapter first (python merge.py), or give a strategy of fp32, bf16 or fp16"
+            )
         options, flags = BuildOptions(choice.dtype, device=choice.device), AdapterFlags(scaling=scaling, alpha=alpha)
         model, _ = load_combined(path, adapter, options, flags, initial_file=initial_file, cold=cold)
     else:
@@ -54,3 +60,11 @@ def open_model(
     if choice.device == "cpu":
         keep_pages()
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)
+
+
+def storage_of(strategy: str, quant: str) -> str:
+    """How the matrices of a model are stored, by --strategy or --quant_mode. Raises ValueError where they differ."""
+    store = parse_strategy(strategy).store
+    if "none" not in (store, quant) and store != quant:
+        raise ValueError(f"--strategy {strategy!r} and --quant_mode {quant}: two storages of the same matrices")
+    return quant if store == "none" else store

@@ -1,14 +1,12 @@
 """The output of reject sampling: CSV or JSONL that grows by whole rows, so that a run that was killed goes on with it.
 
-Beside OUT stands OUT.json: which model sampled it and how. A run goes on only with the same. While it goes, the
-OUT.part-<rank> of each rank holds what is known before its turn.
+Beside OUT stands OUT.json: which model sampled it and how. A run goes on only with the same. While it goes, each rank
+has a file of what is known before its turn (part_files.py).
 """
 
 from __future__ import annotations
 
 import csv
-import glob
-import hashlib
 import io
 import json
 import logging
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.files import AppendLog, Lines, parse_json, read_json_object, without_nan, write_json
+from rwkv_rlhf.generation.part_files import PartFiles
 from rwkv_rlhf.settings.shapes import CHOSEN, PROMPT, REJECT
 
 log = logging.getLogger(__name__)
@@ -183,53 +182,6 @@ class RejectFile:
         if rows:
             self.log.append(*map(self.rows.encode, rows))
 
-    def part(self, inputs: Sequence[Row], rank: int) -> PartFile:
-        """Where a rank keeps what it sampled before its turn to be written."""
-        told = json.dumps([self.about, list(inputs)], sort_keys=True, default=str)
-        key = hashlib.sha256(told.encode("utf-8", errors="replace")).hexdigest()
-        return PartFile(self.path.with_name(f"{self.path.name}.part-{rank}"), key)
-
-    def _parts(self) -> list[Path]:
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*"))
-
-    def found_parts(self, inputs: Sequence[Row], begin: int) -> dict[int, str]:
-        """Rejects of rows from `begin` on that a run with the same input and settings sampled and could not write."""
-        found: dict[int, str] = {}
-        key = self.part(inputs, 0).key
-        for path in self._parts():
-            found |= PartFile(path, key).rows()
-        return {row: reject for row, reject in found.items() if begin <= row < len(inputs)}
-
-    def remove_parts(self) -> None:
-        """All rows are written."""
-        for path in self._parts():
-            path.unlink(missing_ok=True)
-
-
-class PartFile:
-    """OUT.part-<rank>: rejects whose turn to be written had not come, one JSON list (row from 0, reject) a line."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.key = key
-        self.log = AppendLog(path, Lines(), f"{key}\n".encode())
-        self.open = False
-
-    def rows(self) -> dict[int, str]:
-        """What the file holds of this input and these settings; nothing when it belongs to others."""
-        try:
-            if not self.log.resume():
-                return {}
-            found = [parse_json(line) for line in self.log.records()]
-            return {int(row): str(reject) for row, reject in found}
-        except (ValueError, TypeError):  # another run's, or damaged
-            return {}
-
-    def append(self, row: int, reject: str) -> None:
-        """Adds one row, which is on the disk when this returns."""
-        if not self.open:
-            if self.rows():
-                self.log.keep()
-            else:
-                self.log.begin()
-            self.open = True
-        self.log.append((json.dumps([row, reject]) + "\n").encode())
+    def parts(self, inputs: Sequence[Row]) -> PartFiles:
+        """Where ranks keep what they sampled before its turn to be written: rejects by row."""
+        return PartFiles(self.path, [self.about, list(inputs)])

@@ -199,13 +199,15 @@ def fill(
     """
     cells = [task.cells for task in tasks]
     begin = ranks.broadcast_from_zero(lambda: output.resume(cells, overwrite))
-    done: dict[int, str] = ranks.broadcast_from_zero(lambda: output.found_parts(cells, begin))
+    parts = output.parts(cells)
+    found: dict[int, str] = ranks.broadcast_from_zero(parts.found)
+    done = {row: reject for row, reject in found.items() if begin <= row < len(tasks)}
     tally = Tally(resumed=begin + len(done))
     missing = {row for row in range(begin, len(tasks)) if overwrite or not tasks[row].pair.reject}
     tally.kept = len(tasks) - begin - len(missing)
     progress(tally.resumed)
     left = sorted(missing - done.keys())[ranks.rank() :: ranks.world_size()]
-    part = output.part(cells, ranks.rank())
+    part = parts.of(ranks.rank())
 
     def write(begin: int) -> int:
         """Write the rows from `begin` on that are known; gives the first that is not."""
@@ -222,10 +224,10 @@ def fill(
         else:
             part.append(row, text)
         progress(1)
-    parts = ranks.all_gather((done, tally))
-    for others, _ in parts:
+    everyone = ranks.all_gather((done, tally))
+    for others, _ in everyone:
         done |= others
     if ranks.is_rank_zero():
         write(begin)
-        output.remove_parts()
-    return together([one for _, one in parts])
+        parts.remove()
+    return together([one for _, one in everyone])

@@ -33,6 +33,10 @@ EMPTY = 4  # rows without a sequence are taken out when they are more than a fou
 PLACES = 64  # for tokens of an answer, at first
 
 
+class NoNumbers(ValueError):
+    """The model's logits are NaN or infinite: nothing can be sampled."""
+
+
 class Begun(NamedTuple):
     """A prompt that has run: hidden (1, C) of its last token, the state after it, and the samples still to begin."""
 
@@ -292,7 +296,7 @@ class Alike:
         count = len(self.numbers)
         ids, logprobs, finite, enough, *entropies = (told[at : at + count] for at in range(0, len(told), count))
         if not all(finite):
-            raise ValueError("the model's logits are not finite: the checkpoint is damaged or the precision is too low")
+            raise NoNumbers("the model's logits are not finite: the checkpoint is damaged or the precision is too low")
         if not all(enough):
             return False
         for at, row in enumerate(self.numbers):

@@ -86,6 +86,7 @@ def add_sampling_flags(flags: Parser, **defaults: float) -> None:
         default = defaults.get(field.name, field.default)
         text = f"{field.metadata['help']} [{default}]"
         flags.add_argument(f"--{field.name}", type=types[field.name], default=default, help=text)
+    flags.checks.append(sampling_params)
 
 
 def sampling_params(flags: Namespace, **fixed: Any) -> SamplingParams:

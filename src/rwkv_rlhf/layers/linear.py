@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.layers.stores.store import ExactBuffers, Store
+from rwkv_rlhf.ops import products
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Linear(Matrix):
         if self.store is not None:
             return self.store.linear(x)
         assert self.weight is not None
+        if products.few(x, self.weight):
+            return products.product(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:

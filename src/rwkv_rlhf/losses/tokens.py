@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rwkv_rlhf.data.batch import Trained
+from rwkv_rlhf.layers.scalar_head import scalars
 from rwkv_rlhf.losses.entropy import token_entropy
 from rwkv_rlhf.losses.head import Product, is_product, open_head
 from rwkv_rlhf.ops.logprob import check_range, row_grad_, row_stats
@@ -106,7 +107,7 @@ def token_scores(
         log_square=spread(square),
         entropy=spread(entropy),
         gathered=spread(gathered),
-        scalar=None if scalar is None else scalar(hidden),
+        scalar=None if scalar is None else scalars(scalar, hidden),
     )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rwkv_rlhf.layers.adaptation import Adaptation, RankError
 from rwkv_rlhf.layers.adapters import ADAPTERS
-from rwkv_rlhf.layers.linear import Linear
+from rwkv_rlhf.layers.linear import Linear, Matrix
 from rwkv_rlhf.layers.placing import (
     Layout,
     adapter_class,
@@ -16,14 +16,15 @@ from rwkv_rlhf.layers.placing import (
 )
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.model.rwkv import RWKV
-from rwkv_rlhf.plan import Plan, Row
+from rwkv_rlhf.plan import Plan, Row, is_scalar_head
 
 
 def plan_layout(model: RWKV, plan: Plan, *, quant: str = "none", limited: bool = False, rslora: bool = False) -> Layout:
     """The `Layout` that a profile means for a plain model (real or on the meta device).
 
-    Packed are the frozen matrices of rows that are not `full`, the embedding never. Raises ValueError for an unknown
-    storage, an adapter that does not exist, one that a table cannot have, or a rank that a matrix cannot have.
+    Packed are the frozen matrices of rows that are not `full`, the embedding and scalar heads never. Raises ValueError
+    for an unknown storage, an adapter that does not exist, one that a table cannot have, or a rank that a matrix cannot
+    have.
     """
     store_class(quant)
     version = model.sizes.version
@@ -43,12 +44,17 @@ def plan_layout(model: RWKV, plan: Plan, *, quant: str = "none", limited: bool =
                     rejected |= frozen
                     trained.discard(f"{name}.weight")
         trains = f"{name}.weight" in trained or plan.row_of(f"{name}.weight").mode == "full"
-        if quant != "none" and isinstance(layer, Linear) and not trains:
+        if quant != "none" and packs(name, layer) and not trains:
             packed.add(name)
     busy = {plan.row_of(name).layer for name in (*trained, *(f"{name}.weight" for name in adapted))}
     idle = [layer for layer, row in plan.rows.items() if row.mode != "freeze" and row.layer not in busy]
     unmatched = (*idle, *unmatched_rejects(model, plan))
     return Layout(adapted, frozenset(packed), frozenset(trained), quant, unmatched, frozenset(rejected))
+
+
+def packs(name: str, layer: Matrix) -> bool:
+    """Whether the matrix `name` may be packed: not the embedding, nor a scalar head, which is one row."""
+    return isinstance(layer, Linear) and not is_scalar_head(name)
 
 
 @contextmanager
@@ -81,7 +87,7 @@ def unmatched_rejects(model: RWKV, plan: Plan) -> list[str]:
 
 
 def frozen_layout(model: RWKV, quant: str = "none") -> Layout:
-    """Nothing trains; with `quant` every linear layer is packed. For running a model, not training it."""
+    """Nothing trains; with `quant` linear layers are packed, scalar heads not. For running a model, not training."""
     store_class(quant)
-    packed = frozenset(name for name, layer in matrices(model) if quant != "none" and isinstance(layer, Linear))
+    packed = frozenset(name for name, layer in matrices(model) if quant != "none" and packs(name, layer))
     return Layout(packed=packed, store=quant)

@@ -40,8 +40,8 @@ class Position:
         return 1.0 - self.layer / self.n_layer
 
     def channels(self) -> Tensor:
-        """0, 1, ..., C - 1."""
-        return torch.arange(self.C, dtype=torch.float32)
+        """0, 1, ..., C - 1; real numbers also where only shapes are made, whose arithmetic imports torch._dynamo."""
+        return torch.arange(self.C, dtype=torch.float32, device="cpu")
 
     def power(self, exponent: float) -> Tensor:
         """(c / C)^exponent, (1, 1, C)."""

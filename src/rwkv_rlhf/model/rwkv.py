@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_rlhf.layers.linear import Embedding, Linear
 from rwkv_rlhf.layers.placing import matrices
-from rwkv_rlhf.layers.scalar_head import ScalarHead
 from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
@@ -49,17 +48,17 @@ class RWKV(nn.Module):
         block = VERSIONS[sizes.version]
         self._at_first = block.at_first
         heads = sizes.head_size if sizes.head_size > 1 else 0
-        self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0)]  # not compiled yet
+        self._kernels = [(block.time_mix.recurrence, heads), ("elementwise", 0), ("logprob", 0), ("products", 0)]
         self.blocks = nn.ModuleList(block(sizes, layer, dropout) for layer in range(sizes.n_layer))
         self.ln_out = nn.LayerNorm(sizes.n_embd)
         self.head = Linear(sizes.n_embd, sizes.vocab_size)
         for name in sizes.heads:
-            self.add_module(name, ScalarHead(sizes.n_embd))
+            self.add_module(name, Linear(sizes.n_embd, 1))
 
-    def scalar_head(self, name: str) -> ScalarHead | None:
-        """The scalar head `name`; None when there is none of that name, or "" is asked for."""
+    def scalar_head(self, name: str) -> Linear | None:
+        """The scalar head `name`, to be asked by `scalars`; None when there is none of that name, or "" is meant."""
         found = getattr(self, name) if name in self.sizes.heads else None
-        assert found is None or isinstance(found, ScalarHead)
+        assert found is None or isinstance(found, Linear)
         return found
 
     @property

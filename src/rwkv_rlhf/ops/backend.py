@@ -14,7 +14,7 @@ from rwkv_rlhf.ops.calls import DTYPES
 logger = logging.getLogger(__name__)
 
 RECURRENCES = ("wkv4", "wkv5", "wkv6", "wkv7")
-OPERATIONS = (*RECURRENCES, "elementwise", "logprob")
+OPERATIONS = (*RECURRENCES, "elementwise", "logprob", "products")
 HEAD_SIZES = (32, 64, 128)  # that kernels are compiled for and tested with
 
 
@@ -23,7 +23,8 @@ class Backend:
 
     A recurrence's kernel has `forward` and `backward`; ops/recurrence.py says with what they are called and what they
     give. With `own_gradient` it is one differentiable function instead: (inputs and vectors, state, starts) -> (y,
-    final state). What runs the other operations is known to ops/elementwise.py and ops/logprob.py.
+    final state). What runs the other operations is known to ops/elementwise.py, ops/logprob.py
+    and ops/products.py.
     """
 
     ops: tuple[str, ...] = RECURRENCES

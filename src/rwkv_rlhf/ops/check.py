@@ -17,6 +17,7 @@ from rwkv_rlhf.ops import judge
 from rwkv_rlhf.ops.backend import OPERATIONS
 from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.logprob import row_grad_, row_stats
+from rwkv_rlhf.ops.products import product
 from rwkv_rlhf.precision import NAMES
 
 SHAPE = (2, 130, 2, 64)  # B, T, H, N: two checkpoint intervals and a rest
@@ -81,7 +82,7 @@ def examine(case: Case, backend: str, device: torch.device, dtype: torch.dtype) 
         inputs = case.make(dtype, device)
         wide = [x.detach().cpu().double().requires_grad_() if x.is_floating_point() else x.cpu() for x in inputs]
         took, values = timed(lambda: case.run(inputs, backend), device)
-        plain, _ = timed(lambda: case.run(inputs, "naive"), device)
+        plain, _ = timed(lambda: case.run(inputs, "naive"), device, repeats=1)
         values = {name: x.cpu() for name, x in values.items()}
     except RuntimeError as error:  # after a fault on a GPU every further use of it fails, whatever asks
         return about._replace(failure=str(error).strip().partition("\n")[0])
@@ -138,10 +139,10 @@ def chosen(devices: Sequence[torch.device]) -> str:
     return "auto uses " + "; ".join(found)
 
 
-def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Values]:
-    """The shortest of a few runs in milliseconds, and the result of the last."""
+def timed(run: Callable[[], Values], device: torch.device, repeats: int = REPEATS) -> tuple[float, Values]:
+    """The shortest of `repeats` runs in milliseconds, and the result of the last."""
     best, values = float("inf"), {}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         began = time.perf_counter()
         values = run()
         if device.type != "cpu":
@@ -151,12 +152,13 @@ def timed(run: Callable[[], Values], device: torch.device) -> tuple[float, Value
 
 
 def cases() -> Iterator[Case]:
-    """The recurrences, the element-wise groups and the rows of log-softmax."""
+    """The recurrences, the element-wise groups, the rows of log-softmax and products of a few rows."""
     for op in judge.RECURRENCES:
         yield Case(op, op, functools.partial(_recurrence_inputs, op), functools.partial(_recurrence, op))
     for name in POINTWISE:
         yield Case("elementwise", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
     yield Case("logprob", "logprob", _logits, _logprob)
+    yield Case("products", "few rows", _few_rows, _product)
 
 
 def _recurrence_inputs(op: str, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -199,7 +201,8 @@ def _pointwise(name: str, inputs: list[Tensor], backend: str) -> Values:
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     generator = torch.Generator().manual_seed(9)
     weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.device, y.dtype) for y in outputs]
-    grads = torch.autograd.grad(outputs, inputs, weights)
+    # of one number: given the weights as gradients autograd would import sympy
+    grads = torch.autograd.grad(torch.stack([(y * w).sum() for y, w in zip(outputs, weights)]).sum(), inputs)
     values = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return values | {f"gradient {i}": grad for i, grad in enumerate(grads)}
 
@@ -216,3 +219,14 @@ def _logprob(inputs: list[Tensor], backend: str) -> Values:
     share = torch.linspace(-1, 1, len(targets), dtype=found.lse.dtype, device=logits.device)
     d = row_grad_(logits.detach().clone(), targets, found.lse, share, share / 2, found.argmax, share / 4, backend)
     return {"lse": found.lse, "target logit": found.target_logit, "sum": found.logit_sum, "gradient": d}
+
+
+def _few_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((7, *C), (96, *C))
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+def _product(inputs: list[Tensor], backend: str) -> Values:
+    x, weight = inputs
+    return {"output": product(x, weight, backend=backend)}

@@ -7,7 +7,8 @@ import dataclasses
 import re
 
 from rwkv_rlhf.plan.profile import read_profile
-from rwkv_rlhf.plan.rows import PARTS, Plan, Rates, Row, layer_names
+from rwkv_rlhf.plan.rows import PARTS, Plan, Row, layer_names
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config, peft_modes
 
 
@@ -33,15 +34,24 @@ def plan_for(config: Config, n_layer: int) -> Plan:
     states: tuple[str, ...] = ()
     if config.state:
         states = ("att.time_state", "att.shift_state", "ffn.shift_state") if config.state_shift else ("att.time_state",)
+    head = config.loss_facts.scalar_head
     return dataclasses.replace(
         plan,
+        rows=_rows_for(plan, head, config),
         states=states,
         lora_plus=config.lora_plus,
-        scalar_head=config.loss_facts.scalar_head,
-        head_rates=Rates(config.lr_init, config.lr_final, 0.0),
+        scalar_head=head,
         predicts=config.loss_facts.predicts,
         tables=config.train_tables,
     )
+
+
+def _rows_for(plan: Plan, head: str, config: Config) -> dict[str, Row]:
+    """The rows of `plan` with one for the scalar head `head` of the run ("" for none), and for no other: where the
+    profile has none it learns at the rates of the command line."""
+    rows = {layer: row for layer, row in plan.rows.items() if layer == head or layer not in tables.SCALAR_HEADS}
+    rates = config.lr_init, config.lr_final
+    return {**rows, head: rows.get(head) or Row(head, "full", 0, 0.0, 0.0, *rates, 0.0, *rates)} if head else rows
 
 
 def make_plan(

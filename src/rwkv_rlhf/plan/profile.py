@@ -1,4 +1,5 @@
-"""Layer profiles: CSV files with one row for emb, for each block and for head (docs/layer-profiles.md)."""
+"""Layer profiles: CSV files with one row for emb, for each block and for head, perhaps for scalar heads too
+(docs/layer-profiles.md)."""
 
 import csv
 import dataclasses
@@ -56,7 +57,8 @@ def read_profile(
     lines = read_lines(path)
     seen = check_layers(path, lines, n_layer)
     rates = Rates(lr_init, lr_final, weight_decay)
-    return Plan({layer: read_row(seen[layer], rates, own_rates) for layer in layer_names(n_layer)})
+    layers = [layer for layer in (*layer_names(n_layer), *tables.SCALAR_HEADS) if layer in seen]
+    return Plan({layer: read_row(seen[layer], rates, own_rates) for layer in layers})
 
 
 def read_lines(path: str) -> list[Line]:
@@ -92,12 +94,13 @@ def line_of(path: str, number: int, header: Sequence[str], cells: Sequence[str])
 
 
 def check_layers(path: str, lines: list[Line], n_layer: int) -> dict[str, Line]:
-    """Lines by layer; raises ValueError unless emb, every block and head have exactly one."""
+    """Lines by layer; raises ValueError unless emb, every block and head have exactly one, scalar heads at most."""
     seen: dict[str, Line] = {}
     for line in lines:
         layer = line.cells["Layer"]
-        if not re.fullmatch(r"emb|head|0|[1-9][0-9]{0,8}", layer):
-            raise line.wrong("Layer", f"emb, head or a block from 0 to {n_layer - 1}")
+        if layer not in tables.SCALAR_HEADS and not re.fullmatch(r"emb|head|0|[1-9][0-9]{0,8}", layer):
+            heads = " or ".join(tables.SCALAR_HEADS)
+            raise line.wrong("Layer", f"emb, head, a block from 0 to {n_layer - 1}, {heads}")
         if layer in seen:
             raise line.wrong("Layer", f"unique (line {seen[layer].number} has it too)")
         seen[layer] = line

@@ -17,9 +17,6 @@ class Rates(NamedTuple):
     weight_decay: float
 
 
-UNCHANGED = Rates(0.0, 0.0, 0.0)
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """What one layer does. Rates go from `init` to `final`; `reject` holds substrings of names that stay frozen.
@@ -47,18 +44,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One row for emb, for each block and for head, the parts of a block that adapter rows touch, and which learnt
-    initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode. `lora_plus` multiplies the
-    learning rate of LoRA's factor B (arXiv 2402.12354). `scalar_head` is the one that trains, at `head_rates`, whatever
-    the rows say; without `predicts` the head of the tokens has nothing to learn, and is left alone. `tables`: whether
-    the tables by token of a block (DeepEmbed) train with it."""
+    """One row for emb, for each block, for head and for the run's scalar head, the parts of a block that adapter rows
+    touch, and which learnt initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode.
+    `lora_plus` multiplies the learning rate of LoRA's factor B (arXiv 2402.12354). `scalar_head` is the one that the
+    run has a row for: others stay as they are; without `predicts` the head of the tokens has nothing to learn, and is
+    left alone. `tables`: whether the tables by token of a block (DeepEmbed) train with it."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
     states: tuple[str, ...] = ()
     lora_plus: float = 1.0
     scalar_head: str = ""
-    head_rates: Rates = UNCHANGED
     predicts: bool = True
     tables: bool = False
 
@@ -75,7 +71,11 @@ class Plan:
         if words[0] == "blocks":
             return self.rows[words[1]]
         assert words[0] in ("head", "ln_out", *tables.SCALAR_HEADS), f"no row for {name}"
-        return self.rows["head"]
+        return self.rows[words[0] if words[0] in self.rows else "head"]
+
+    def foreign(self, name: str) -> bool:
+        """Whether `name` belongs to a scalar head that this run has no use for."""
+        return is_scalar_head(name) and name.split(".")[0] != self.scalar_head
 
     def trains(self, name: str, version: str, limited: bool) -> bool:
         """Whether the tensor `name`, which is no adapter's, learns.
@@ -83,8 +83,8 @@ class Plan:
         version: x040 to x070a, for the names of the small tensors; limited: adapter rows train their adapters only.
         """
         row = self.row_of(name)
-        if is_scalar_head(name):
-            return name.split(".")[0] == self.scalar_head
+        if self.foreign(name):
+            return False
         if row.rejects(name) or (name == "head.weight" and not self.predicts):
             return False
         if is_token_table(name):
@@ -106,7 +106,7 @@ class Plan:
         weight = f"{linear_name}.weight"
         if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_token_table(weight):
             return None
-        if linear_name == "head" and not self.predicts:
+        if (linear_name == "head" and not self.predicts) or self.foreign(weight):
             return None
         words = linear_name.split(".")
         if words[0] == "blocks" and words[2] in ("att", "ffn") and words[2] not in self.parts:
@@ -119,8 +119,6 @@ class Plan:
         layerwise: apply the tradition's multipliers. Only matrices decay: no LayerNorm, small tensor or table by token.
         """
         row = self.row_of(name)
-        if is_scalar_head(name):
-            return self.head_rates
         if is_state(name):
             return Rates(row.state_lr_init, row.state_lr_final, 0.0)
         times = tables.VERSIONS[version].rates.get(name.split(".")[-1], 1.0) if layerwise else 1.0
@@ -134,7 +132,7 @@ def is_state(name: str) -> bool:
 
 
 def is_scalar_head(name: str) -> bool:
-    """Whether `name` is the weight of a scalar head (a reward model's, PPO's)."""
+    """Whether `name` belongs to a scalar head (a reward model's, PPO's)."""
     return name.split(".")[0] in tables.SCALAR_HEADS
 
 

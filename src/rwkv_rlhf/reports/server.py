@@ -13,6 +13,7 @@ from rwkv_rlhf.reports.metrics import METRICS
 from rwkv_rlhf.reports.page import CURVES, Run, page, run_page
 from rwkv_rlhf.reports.records import Records
 from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
+from rwkv_rlhf.serving.host_header import names_this_machine
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +50,7 @@ class PageServer:
 
             def do_GET(self) -> None:
                 """The page; not under other names of this address, by which a page elsewhere could read it."""
-                host = self.headers.get("Host", "").rpartition(":")[0]
-                if host not in (HOST, "localhost"):
+                if not names_this_machine(self.headers.get("Host", "")):
                     self.send_error(HTTPStatus.FORBIDDEN)
                 elif self.path != "/":
                     self.send_error(HTTPStatus.NOT_FOUND)

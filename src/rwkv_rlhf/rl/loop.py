@@ -25,7 +25,7 @@ from rwkv_rlhf.data.prompts import Prompts
 from rwkv_rlhf.data.sampler import Order
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
-from rwkv_rlhf.generation.sampler import Sampler
+from rwkv_rlhf.generation.sampler import NoNumbers, Sampler
 from rwkv_rlhf.rl.algorithm import Algorithm
 from rwkv_rlhf.rl.rewards import RewardError, Rewards
 from rwkv_rlhf.rl.rollout import Asked, Group, Sample, roll_out
@@ -110,6 +110,7 @@ class Rollouts:
         self.quiet = 0  # rollouts without a signal, one after the other
         self.groups: list[Group] = []
         self.figures: dict[str, float] = {}
+        self.seconds = 0.0  # spent on rollouts since somebody asked
         self.listeners: list[Callable[[int, list[Group]], object]] = []
 
     # --- for the module
@@ -122,6 +123,11 @@ class Rollouts:
         order = self._order(turn)
         mine = [self.groups[order[n]] for n in self.steps.share(step, batch.part)]
         return self._packed(mine, self._of_step(step, order))
+
+    def take_seconds(self) -> float:
+        """Seconds that rollouts (sampling, rewards, scoring) have taken since the last call."""
+        found, self.seconds = self.seconds, 0.0
+        return found
 
     def step_done(self, record: dict[str, Any]) -> None:
         """An optimizer step is over; `record` is what was logged of it."""
@@ -196,6 +202,8 @@ class Rollouts:
         self.groups = sorted(kept + spare[: self.prompts - len(kept)], key=lambda group: group[0].asked.position)
         self.step, self.rollouts = 0, self.rollouts + 1
         logp = torch.cat([sample.logp for sample in every])
+        if self.rollouts > 1 and not bool(logp.isfinite().all()):
+            raise self._lost()
         refuse_not_finite("the log-probability of a sampled token", logp, self.sampler.model)
         self.figures = sample_figures(every) | {"mixed_groups": mixed_share([*kept, *spare])}
         self.figures["sampled_tokens_per_s"] = sum(len(sample.ids) for sample in every) / max(seconds, 1e-9)
@@ -206,6 +214,7 @@ class Rollouts:
         self._watch()
         for listener in self.listeners:
             listener(self.rollouts, self.groups)
+        self.seconds += time.perf_counter() - begun
 
     def _asked(self, position: int) -> Asked:
         example = self.steps.examples[self.steps.order(position)]
@@ -218,7 +227,12 @@ class Rollouts:
         self.position += prompts
         mine, problem = asked[self.steps.rank :: self.steps.world], ""
         at_once = self.config.sample_at_once
-        groups = roll_out(self.sampler, mine, self.algorithm.sampling(), seed=self.config.seed, at_once=at_once)
+        try:
+            groups = roll_out(self.sampler, mine, self.algorithm.sampling(), seed=self.config.seed, at_once=at_once)
+        except NoNumbers as error:
+            if not self.rollouts:
+                raise
+            raise self._lost() from error
         try:
             rewarded = iter(self.rewards([sample for group in groups for sample in group]))
             groups = [[next(rewarded) for _ in group] for group in groups]
@@ -234,6 +248,13 @@ class Rollouts:
         if any(problems):
             raise RewardError(next(filter(None, problems)))
         return everyone
+
+    def _lost(self) -> Diverged:
+        """Of a policy that began whole and whose logits are no numbers any more."""
+        return Diverged(
+            f"the policy's logits are no numbers after {self.rollouts} rollouts: it has diverged. Lower {{lr_init}} "
+            "or raise the weight of the KL penalty. The checkpoints written so far are intact"
+        )
 
     def _score(self) -> None:
         """Give every sample the numbers that are known before the policy changes, each scored by one rank.

@@ -37,13 +37,20 @@ class RewardFunction:
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
         self.name, self.function = name, function
         parameters = inspect.signature(function).parameters.values()
+        several = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         self.takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
         self.takes = {one.name for one in parameters}
+        self.needs = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in several]
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        given = self._given(samples)
+        if lacking := [name for name in self.needs if name not in given]:
+            raise RewardError(
+                f"{{reward_funcs}} {self.name} asks for {', '.join(lacking)}, and there is only {', '.join(given)}"
+            )
         try:
             found = self._call(samples)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a sys.exit() in it would end the run without a word
             said = f"{type(error).__name__}: {error}"
             raise RewardError(f"{{reward_funcs}} {self.name} raised {said}{self._culprit(samples)}") from error
         values = list(found) if isinstance(found, Sequence) and not isinstance(found, str) else _listed(found)
@@ -53,7 +60,8 @@ class RewardFunction:
             raise RewardError(f"{{reward_funcs}} {self.name} gave {len(values)} rewards for {len(samples)} answers")
         return [self._number(value, sample) for value, sample in zip(values, samples)]
 
-    def _call(self, samples: Sequence[Sample]) -> Any:
+    def _given(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+        """Everything that a function may ask for, by name."""
         given: dict[str, list[Any]] = {
             "prompts": [sample.asked.example.raw for sample in samples],
             "completions": [_completion(sample) for sample in samples],
@@ -62,6 +70,10 @@ class RewardFunction:
         names = {name: None for sample in samples for name in sample.asked.example.columns}  # a set with an order
         for name in names:
             given.setdefault(name, [sample.asked.example.columns.get(name) for sample in samples])
+        return given
+
+    def _call(self, samples: Sequence[Sample]) -> Any:
+        given = self._given(samples)
         return self.function(**{name: value for name, value in given.items() if self.takes_all or name in self.takes})
 
     def _culprit(self, samples: Sequence[Sample]) -> str:
@@ -69,7 +81,7 @@ class RewardFunction:
         for sample in samples:
             try:
                 self._call([sample])
-            except Exception:  # the one that is looked for
+            except (Exception, SystemExit):  # the one that is looked for
                 return f" at {described(sample)}"
         return ""
 
@@ -129,7 +141,7 @@ def _imported(path: Path) -> Any:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{{reward_funcs}} {path} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)

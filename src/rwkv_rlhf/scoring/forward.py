@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rwkv_rlhf.data.batch import AnswerBatch, Batch, TextBatch
 from rwkv_rlhf.distributed.ranks import is_sharded
+from rwkv_rlhf.layers.scalar_head import scalars
 from rwkv_rlhf.losses.kinds import Loss, LossValue
 from rwkv_rlhf.losses.pairs import PairScores, pair_scores
 from rwkv_rlhf.losses.tokens import LOGP_ONLY, RequiredStats, TokenScores, token_scores
@@ -152,8 +153,8 @@ def token_scalars(model: RWKV, batch: AnswerBatch, name: str, chunk: int = 0) ->
     head = model.scalar_head(name)
     assert head is not None, name
     if not chunk:
-        return head(answer_hidden(model, batch))
-    return run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {name: head(hidden)})[name]
+        return scalars(head, answer_hidden(model, batch))
+    return run_in_chunks(model, in_chunks(batch, chunk), lambda hidden, span: {name: scalars(head, hidden)})[name]
 
 
 def pair_sums(model: RWKV, batch: AnswerBatch, *, head_chunk: int, chunk: int = 0) -> PairScores:

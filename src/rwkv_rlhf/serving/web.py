@@ -18,9 +18,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rwkv_rlhf.files import parse_json, without_nan
+from rwkv_rlhf.serving.host_header import names_this_machine
 
 LARGEST_BODY = 16 << 20  # bytes of a request
-LOCAL = ("localhost", "127.0.0.1", "::1")
 WAIT = 2  # seconds that running answers have when the server ends
 
 
@@ -93,7 +93,7 @@ class Guard:
     def _refused(self, scope: Scope) -> Refused | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.local and host.rpartition(":")[0].strip("[]") not in LOCAL and host.strip("[]") not in LOCAL:
+        if self.local and not names_this_machine(host):
             return Refused(f"the Host {host[:100]!r} is not this machine", 403)
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() != "bearer":

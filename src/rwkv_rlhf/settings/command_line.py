@@ -24,10 +24,11 @@ from rwkv_rlhf.settings.constraints import check, notices
 from rwkv_rlhf.settings.elsewhere import translate
 from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
+from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
-from rwkv_rlhf.settings.surroundings import take_over
+from rwkv_rlhf.settings.surroundings import take_over, thread_notice
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         usage = "%(prog)s --flag value ..."
         super().__init__(usage=usage, description=description, allow_abbrev=False, add_help=False)
         self.register("type", float, finite)  # for every flag with type=float
+        self.paths: dict[str, str] = {}  # flags that name what is read -> model, data, file or template
+        self.checks: list[Callable[[argparse.Namespace], object]] = []  # raise ValueError for values that cannot be
         if help == "help":
             self.add_argument("-h", "--help", action="help", help="list every flag and stop")
         else:
@@ -68,12 +71,32 @@ class Parser(argparse.ArgumentParser):
         """Adds a 0/1 flag that may be given bare: `--quiet` = `--quiet 1`."""
         self.add_argument(flag, nargs="?", const=True, default=default, type=truth, metavar="0/1", help=help)
 
+    def add_count(self, flag: str, least: int = 1, **options: Any) -> None:
+        """Adds a flag that is a whole number, not below `least`."""
+        name = self.add_argument(flag, type=int, **options).dest
+
+        def check_count(found: argparse.Namespace) -> None:
+            value = getattr(found, name)
+            if value is not None and value < least:
+                raise ValueError(f"{flag} {value}: must be at least {least}")
+
+        self.checks.append(check_count)
+
+    def add_path(self, *flags: str, holds: str, **options: Any) -> None:
+        """Adds a flag that names what the command reads: `holds` model, data, file or template."""
+        self.paths[self.add_argument(*flags, **options).dest] = holds
+
+    def add_output(self, *flags: str, forms: Sequence[str], **options: Any) -> None:
+        """Adds a flag that names the file to write, in one of `forms` (of settings/formats.py)."""
+        name = self.add_argument(*flags, **options).dest
+        self.checks.append(lambda found: refuse_other_format(getattr(found, name), flags[0], *forms))
+
     def known_flags(self) -> list[str]:
         """Every flag with its two dashes."""
         return [text for text in self._option_string_actions if text.startswith("--")]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parses `args` (None = sys.argv); raises UsageError."""
+        """Parses `args` (None = sys.argv); raises UsageError, and what `checks` raise."""
         found, extra = self.parse_known_args(args, namespace)
         unknown = [word.split("=")[0] for word in extra if word.startswith("--") and len(word) > 2]
         if unknown:
@@ -83,6 +106,8 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f"unknown flag {unknown[0]}; {hint}")
         if extra:
             raise UsageError(f"{extra[0]!r} stands where a flag was expected; see --help")
+        for check_values in self.checks:
+            check_values(found)
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -312,6 +337,8 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None 
     take_over()
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    if notice := thread_notice():
+        log.warning("%s", notice)
     try:
         status = main(words) or OK
     except (Exception, KeyboardInterrupt) as error:  # the last resort: a message and a status instead of a traceback

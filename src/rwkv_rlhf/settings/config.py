@@ -398,15 +398,15 @@ class Config:
 
     def __post_init__(self) -> None:
         """Fills the defaults that depend on other settings; of values out of range nothing is worked out."""
-        typed = [(settings()[name], getattr(self, name)) for name in self.given & settings().keys()]
-        if any(value is not None and broken_limit(field, value) for field, value in typed):
+        given = [(settings()[name], getattr(self, name)) for name in self.given & settings().keys()]
+        if any(value is not None and broken_limit(field, value) for field, value in given):
             return  # constraints.check says which
         if self.dpo_alpha is None:
             object.__setattr__(self, "dpo_alpha", 0.0 if self.dpo_general_corpus_ratio > 0 else 0.1)
         if self.smoothing is None:
             # next tokens of {data_file} without a word about a loss are pre-training, which is not smoothed
-            smoothed = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
-            object.__setattr__(self, "smoothing", self.loss_facts.smoothing if smoothed else 0.0)
+            meant = self.loss and (self.loss != tables.PRETRAINING or "loss" in self.given)
+            object.__setattr__(self, "smoothing", self.loss_facts.smoothing if meant else 0.0)
 
         if self.quant is None:
             # commands with a plan of flags come from programs that packed nothing unless asked

@@ -11,6 +11,7 @@ from rwkv_rlhf.files import FINAL, sharded_files
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains, trains_on_text
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
+from rwkv_rlhf.settings.hub import PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def check_given_files(config: Config) -> None:
         raise ValueError(f"{{sample_prompts}} {config.sample_prompts}: a reward model writes no answers; leave it out")
     for name in named_files(config):
         given = str(getattr(config, name))
-        for path in plain_files(given) if name in DATA else [given]:
+        for path in named_paths(given, name in DATA):
             check_file(config, name, path)
     file, separator, _ = config.reward_funcs.rpartition(":")
     if separator and not os.path.isfile(file):
@@ -58,12 +59,35 @@ def with_adapter_there(config: Config) -> Config:
 
 
 def plain_files(spec: str) -> Iterator[str]:
-    """The files and folders among what a flag for data names; a pattern is looked at when it is opened."""
+    """The files and folders among what a flag for data names; a pattern is looked at when it is opened, a name of the
+    Hub when it is here."""
     for part in [spec] if os.path.exists(spec) else map(str.strip, spec.split(",")):
         weighted = None if os.path.exists(part) else re.fullmatch(r"(.+):[\d.]+", part)
         path = weighted[1] if weighted else part
-        if path and (os.path.exists(path) or not {*"*?["} & {*path}):
+        if path and not path.startswith(PREFIX) and (os.path.exists(path) or not {*"*?["} & {*path}):
             yield path
+
+
+def named_paths(given: str, several: bool) -> list[str]:
+    """What can be looked at of what a flag names: with `several` the parts of a list. A name of the Hub cannot."""
+    return [*plain_files(given)] if several else [given] if not given.startswith(PREFIX) else []
+
+
+def check_path(flag: str, holds: str, given: str) -> None:
+    """Raises ValueError when what `flag` names is not there, or cannot be what it `holds`: model, data or file."""
+    for path in named_paths(given, holds == "data"):
+        if not os.path.exists(path) and not (holds == "data" and os.path.isfile(f"{corpus_prefix(path)}.idx")):
+            raise ValueError(f"{flag} {path} does not exist, so it cannot be read")
+        if holds == "file" and os.path.isdir(path):
+            raise ValueError(f"{flag} {path} is a folder, expected a file")
+        if holds == "model":
+            refuse_table(flag, path)
+
+
+def refuse_table(flag: str, path: str) -> None:
+    """Raises ValueError when the suffix of `path` says that it is no checkpoint."""
+    if os.path.splitext(path)[1].lower() in TABLES:
+        raise ValueError(f"{flag} {path} is a table or a text, expected a checkpoint (.pth or .safetensors)")
 
 
 def check_file(config: Config, name: str, path: str) -> None:
@@ -92,8 +116,8 @@ def corpus_prefix(path: str) -> str:
 def check_form(config: Config, name: str, path: str) -> None:
     """Raises ValueError when the suffix of `path` says that it is not what `name` can take."""
     suffix = os.path.splitext(path)[1].lower()
-    if name in MODELS and suffix in TABLES:
-        raise ValueError(f"{{{name}}} {path} is a table or a text, expected a checkpoint (.pth or .safetensors)")
+    if name in MODELS:
+        refuse_table(f"{{{name}}}", path)
     held = {"data_file": ("text",), "pair_file": ("pairs", "rated"), "val_file": ("text", "pairs", "rated")}
     kinds = held.get(name, ())
     typed = config.data_type if name == "data_file" else ""

@@ -134,6 +134,10 @@ METRICS: dict[str, Metric] = {
         "largest |log-probability of sampler - of trainer| over the tokens of the first rollout", "nats", better="lower"
     ),
     "sampled_tokens_per_s": Metric("speed of a rollout, rewards included, over all ranks", "tokens/s"),
+    "trained_tokens_per_s": Metric(
+        "speed of training on sampled answers, prompts included, without the time of the rollout; tokens_per_s has it",
+        "tokens/s",
+    ),
     "value_loss": Metric("PPO: half the squared error of values, clipped", "rewards^2", better="lower"),
     "explained_variance": Metric(
         "PPO: share of the returns' variance that the values foretold (1 = all, 0 = no more than a constant)",

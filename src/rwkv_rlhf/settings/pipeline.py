@@ -53,18 +53,18 @@ TRAINING: tuple[Elsewhere, ...] = (
     _says("adafactor 0", ""),
     _says("adafactor X", None, "Adafactor is not built: --optim adam8bit and lion keep small states"),
     _says("ddp_find_unused_parameters X", "", "every parameter that trains is used"),
+    _says("per_device_eval_batch_size X", "", "held-out rows are packed"),
+    _says("evaluation_strategy X", "", _HELD_OUT),
+    _says("save_total_limit X", "keep X"),
+    _says("do_train X", ""),
 )
 STAGED: tuple[Elsewhere, ...] = (
     *TRAINING,
     _says("num_train_epochs X", "epochs X"),
     _says("per_device_train_batch_size X", "micro_bsz X"),
-    _says("per_device_eval_batch_size X", "", "held-out rows are packed"),
-    _says("evaluation_strategy X", "", _HELD_OUT),
     _says("save_strategy no", "epoch_save 1000000", "the end is saved"),
     _says("save_strategy epoch", "epoch_save 1"),
     _says("save_strategy steps", "", "--save_steps says how many"),
-    _says("save_total_limit X", "keep X"),
-    _says("do_train X", ""),
 )
 
 
@@ -116,6 +116,7 @@ STAGES: dict[str, Stage] = {
         "A model of what a stage of the neural_chat pipeline has trained: merge.py by other words.",
         (
             *ANYWHERE,
+            _says("base_model_name X", "base_model X", "without it the one that the run began from"),
             _says("adapter_model_name X", "lora_checkpoint X", "a run's folder means its rwkv-final"),
             _says("output_name X", "output X", "a folder means its rwkv-final.pth"),
         ),

@@ -78,7 +78,7 @@ def plan_of(config: Config, sidecar: Sidecar) -> dict[str, Any]:
         )
     how = next(iter(adapted.values()))
     blocks = {name.split(".")[1] for name in adapted}
-    every = {row["layer"] for row in sidecar.plan} - {"emb", "head"}
+    every = {row["layer"] for row in sidecar.plan if row["layer"].isdigit()}
     found |= {
         "peft": how.mode,
         "lora_r": how.rank,

@@ -72,3 +72,9 @@ def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config
         config = dataclasses.replace(config, epoch_steps=one_pass(steps) * config.accumulate_grad_batches)
     count = math.ceil(config.epochs * one_pass(steps) / config.steps_per_epoch)
     return dataclasses.replace(config, epoch_count=count)
+
+
+def settings_of(config: Config) -> dict[str, object]:
+    """Every setting that differs from its default, for logs."""
+    fields = (field for field in dataclasses.fields(config) if field.name != "given")
+    return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}

@@ -20,8 +20,8 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.choices import with_pass
-from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.length import optimizer_steps
 from rwkv_rlhf.training.memory import Estimate, loading_peak, memory_by_part
 from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.overview import room_for, step_tokens

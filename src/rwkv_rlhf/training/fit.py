@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,21 +22,21 @@ from rwkv_rlhf.data.batch import Batch
 from rwkv_rlhf.data.policy_batch import PromptBatch
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.distributed import ranks
-from rwkv_rlhf.distributed.launch import launch_environment
+from rwkv_rlhf.distributed.launch import rank_info
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.reports.run_facts import ENDED
 from rwkv_rlhf.rl.loop import PromptSteps
-from rwkv_rlhf.settings.config import RWKV_LM, Config
+from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.training.callbacks import Log, Report, Save, Validate, WandB
-from rwkv_rlhf.training.choices import one_pass
 from rwkv_rlhf.training.fixed_prompts import FixedPrompts
+from rwkv_rlhf.training.launch_environment import LaunchEnvironment
+from rwkv_rlhf.training.length import micro_batches_per_epoch, optimizer_steps
 from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
 from rwkv_rlhf.training.pace import Pace
 from rwkv_rlhf.training.resume import WriteResumePoints
-from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.screen import Bar, Spoken
 from rwkv_rlhf.training.strategies import make_strategy
 
@@ -93,46 +92,6 @@ class EpochPositions(Sampler[int]):
         begin = (self.first_epoch + self.epoch) * self.per_epoch
         done = self.done if self.epoch == self.resumed else 0
         return iter(range(begin + done, begin + self.per_epoch))
-
-
-def micro_batches_per_epoch(config: Config) -> int:
-    """--epoch_steps rounded up to whole optimizer steps."""
-    return config.steps_per_epoch * config.accumulate_grad_batches
-
-
-def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
-    """Optimizer steps of this run: --epoch_count mini-epochs, or fewer where --epochs or --my_exit_tokens end it.
-
-    Those tokens are counted from the first mini-epoch on, also by a run that begins later. Raises ValueError when none
-    are left.
-    """
-    count = config.steps_per_epoch * config.epoch_count
-    if config.epochs:
-        count = min(count, math.ceil(config.epochs * one_pass(steps)))
-    if config.my_exit_tokens > 0:
-        whole = steps_of_tokens(config, steps)
-        count = min(count, whole - config.steps_per_epoch * config.epoch_begin)
-        if count <= 0:
-            raise ValueError(
-                f"--my_exit_tokens {config.my_exit_tokens} are {whole} optimizer steps, and mini-epoch "
-                f"{config.epoch_begin} comes after them: nothing is left to train"
-            )
-    return count
-
-
-def steps_of_tokens(config: Config, steps: Steps | MixedSteps | PromptSteps) -> int:
-    """Optimizer steps from the very start of training that --my_exit_tokens are."""
-    examples = min(len(steps.examples), 10_000)
-    mean = sum(steps.examples.trained(index) for index in range(examples)) / examples
-    return math.ceil(config.my_exit_tokens / (mean * steps.samples_per_step))
-
-
-def schedule_of(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Schedule:
-    """The schedule of this run and of what --epoch_begin says is done."""
-    done = config.steps_per_epoch * config.epoch_begin
-    by_tokens = config.lr_schedule == RWKV_LM and config.my_exit_tokens > 0  # also beyond the end of this run
-    total = steps_of_tokens(config, steps) if by_tokens else done + optimizer_steps(config, steps)
-    return Schedule(config.warmup_steps, total, config.lr_schedule or "exp", offset=done)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +166,7 @@ def fit(
         devices=config.devices,
         num_nodes=config.num_nodes,
         strategy=make_strategy(config, module.model),
-        plugins=launch_environment(),
+        plugins=LaunchEnvironment(rank_info()),
         max_epochs=config.epoch_count,
         max_steps=pace.total,
         accumulate_grad_batches=config.accumulate_grad_batches,

@@ -52,6 +52,7 @@ from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.losses import LOSSES
+from rwkv_rlhf.model.layout import packs
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.algorithm import Algorithm
@@ -362,7 +363,7 @@ class Inputs:
         """Whether a sidecar speaks of this base model, in this arithmetic, of answers cut as here."""
         model, layout = self.start.model, self.start.report.layout
         storage = layout.store if layout.packed else "none"
-        whole = not layout.packed or layout.packed >= {name for name, _ in matrices(model)} - {"emb"}
+        whole = not layout.packed or layout.packed >= {name for name, layer in matrices(model) if packs(name, layer)}
         return (
             about.get("reference") == "sum"
             and about.get("model") == self.start.hash

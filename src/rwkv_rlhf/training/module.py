@@ -34,6 +34,7 @@ from rwkv_rlhf.scoring.teacher import Teacher
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import Failure
+from rwkv_rlhf.training.length import tokens_run
 from rwkv_rlhf.training.loss_scale import LossScale
 from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
@@ -57,16 +58,6 @@ COUNTERS = ("bad_steps", "pref_percentage", "last_record")
 
 class NonFiniteLoss(Failure):
     """The loss or the gradient is no longer a number."""
-
-
-def tokens_run(batch: Batch) -> int:
-    """Tokens that go through the model: prompts once, every answer, and the text or the answers beside them."""
-    if isinstance(batch, TextBatch):
-        return batch.tokens.numel()
-    own = batch.prompts.numel() + batch.answers.numel()
-    if isinstance(batch, PairBatch) and batch.general is not None:
-        return own + tokens_run(batch.general)
-    return own + sum(map(tokens_run, batch.others)) if isinstance(batch, RatedBatch) else own
 
 
 def memory_held(device: torch.device) -> float:
@@ -337,6 +328,8 @@ class TrainingModule(pl.LightningModule):
             record["pref_percentage"] = self.pref_percentage
         if self.rollouts is not None:
             record |= self.rollouts.figures
+            training = now - self._clock - self.rollouts.take_seconds()
+            record["trained_tokens_per_s"] = tokens / max(training, 1e-9)
         self.last_record = record | means
         for listener in self.listeners:
             listener(self.last_record)

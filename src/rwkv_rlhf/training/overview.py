@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.plan.rows import Row
@@ -23,10 +23,9 @@ from rwkv_rlhf.reports.words import pasted, size
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION, Config
-from rwkv_rlhf.training.fit import optimizer_steps
 from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.length import optimizer_steps, tokens_run
 from rwkv_rlhf.training.memory import Estimate, memory_by_part
-from rwkv_rlhf.training.module import tokens_run
 from rwkv_rlhf.training.out_of_memory import advice
 from rwkv_rlhf.training.recipe import length_lines
 from rwkv_rlhf.training.start import Start
@@ -191,7 +190,7 @@ def plan_rows(plan: Plan) -> list[dict[str, str]]:
 def versions() -> dict[str, str]:
     """Program, Python, PyTorch and the machine."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {size(host_bytes())}"
+    machine = f"{platform.system()} {platform.machine()}, {host_cores()} cores, {size(host_bytes())}"
     return {
         PROGRAM: PROGRAM_VERSION,
         "python": platform.python_version(),

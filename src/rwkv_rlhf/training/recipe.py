@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.text.binidx import Slices
+from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.plan import Plan
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
-from rwkv_rlhf.training.fit import optimizer_steps
+from rwkv_rlhf.training.length import optimizer_steps
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def odd_values(config: Config, plan: Plan, sizes: Sizes) -> Iterator[str]:
     wide = [row for row in rows if row.mode in tables.ADAPTERS and row.rank > sizes.n_embd]
     if wide:
         yield f"rank {wide[0].rank} is more than the width of the model, {sizes.n_embd}: full training costs less"
-    cores = os.cpu_count() or 1
+    cores = host_cores()
     if device_for(config.accelerator) == "cpu" and config.devices > cores:
         yield f"--devices {config.devices} on a CPU of {cores} cores: the processes take turns"
 
@@ -95,12 +95,15 @@ def unheard(config: Config, plan: Plan) -> Iterator[str]:
     """A sentence for each typed number that the layer profile overrides."""
     if not config.layer_profile or not config.lr_advanced:
         return
-    rows = [row for row in plan.rows.values() if row.mode != "freeze"]
+    rows = [row for row in plan.rows.values() if row.mode != "freeze" and row.where]
     for name in ("lr_init", "lr_final", "weight_decay"):
         own = sorted({getattr(row, name) for row in rows})
         if name in config.given and own and own != [getattr(config, name)]:
             some = ", ".join(f"{value:g}" for value in own[:3]) + (", ..." if len(own) > 3 else "")
+            head = plan.rows.get(plan.scalar_head)
+            alone = head is not None and not head.where and name != "weight_decay"
+            effect = f"holds for {plan.scalar_head} only" if alone else "has no effect"
             yield (
-                f"--{name} {getattr(config, name):g} has no effect: {config.layer_profile} has its own ({some}); "
+                f"--{name} {getattr(config, name):g} {effect}: {config.layer_profile} has its own ({some}); "
                 "--lr_advanced 0 takes the flags"
             )

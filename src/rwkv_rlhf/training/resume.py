@@ -23,20 +23,18 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from rwkv_rlhf.checkpoints.loading import checkpoint_tensors, copy_into
-from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints, explicit_point, last_point, points_in
+from rwkv_rlhf.checkpoints.resume_points import ResumePoint, ResumePoints
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.reports.metrics import METRICS, append_json, drop_after
 from rwkv_rlhf.reports.samples import ANSWERED, FIRST, SAMPLES
 from rwkv_rlhf.rl.rewards import RewardError
-from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.background import Background
 from rwkv_rlhf.training.callbacks import STOPS, Save
+from rwkv_rlhf.training.find_point import NEVER
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import is_out_of_memory
-from rwkv_rlhf.training.run_identity import refuse_another_run
 from rwkv_rlhf.training.run_state import run_state, skip_batches, take_run_state
-from rwkv_rlhf.training.start import continues
 from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 
 log = logging.getLogger(__name__)
@@ -45,60 +43,8 @@ LOG = "train_log.txt"
 EVENTS = tuple(f'{{"event": "{name}"' for name in ("start", "train", "val"))
 LOGS = {METRICS: EVENTS, LOG: tuple("0123456789"), SAMPLES: (FIRST, ANSWERED)}  # how lines begin that come again
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
-NEVER = -1  # --resume_every
 SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins
 PATIENT = 2.0  # seconds in which a signal that comes twice (from a terminal and from a launcher) is one
-
-
-def find_point(config: Config, folder: Path, settings: dict[str, Any]) -> ResumePoint | None:
-    """The point that --resume asks for; None without --resume, or with `auto` without any point.
-
-    `settings` are the identity of this run. Raises ValueError when the points are damaged or belong to another run.
-    """
-    if not config.resume:
-        if points_in(folder / FOLDER) and config.resume_every != NEVER:
-            log.warning(
-                "%s holds a resume point of an earlier run. This run starts from the beginning and will replace it; to "
-                "continue the earlier run instead, add --resume auto",
-                folder / FOLDER,
-            )
-        return None
-    point = last_point(folder / FOLDER) if config.resume == "auto" else explicit_point(Path(config.resume))
-    if point is None:
-        begin = "from its newest checkpoint" if continues(config) else "from the beginning"
-        log.info("--resume auto: %s holds no resume point, so the run starts %s", folder, begin)
-        return None
-    if point.about["world"] != ranks.world_size():
-        raise ValueError(
-            f"{point.path} was written by {point.about['world']} processes, {ranks.world_size()} are running: resume "
-            "with as many"
-        )
-    rounds = refuse_another_run(point.about["settings"], settings, point.path)
-    if rounds:
-        log.warning(
-            "%s changed since %s: the rest of the run will not be the same bit for bit", ", ".join(rounds), point.path
-        )
-    if point.about["epoch_count"] != config.epoch_count and config.lr_schedule != "constant":
-        log.warning(
-            "--epoch_count was %d, is %d: the learning rates of the rest are those of the new length",
-            *(point.about["epoch_count"], config.epoch_count),
-        )
-    return point
-
-
-def about_run(
-    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str], begun: str
-) -> dict[str, Any]:
-    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash), and
-    when it was first started."""
-    return {
-        "settings": settings,
-        "epoch_count": epoch_count,
-        "base": base,
-        "model": model_hash,
-        "initial": list(initial),
-        "begun": begun,
-    }
 
 
 def take_weights(model: torch.nn.Module, point: ResumePoint, model_hash: str) -> None:

@@ -9,69 +9,44 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 from rwkv_rlhf.checkpoints.adapter_files import write_factors
 from rwkv_rlhf.checkpoints.loading import unused_tensors
 from rwkv_rlhf.checkpoints.named_model import checkpoint_file
 from rwkv_rlhf.checkpoints.resume_points import FOLDER, ResumePoint, ResumePoints
 from rwkv_rlhf.checkpoints.run_folder import SAVED, RunFolder, trained_tensors
-from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar, sidecar_of
+from rwkv_rlhf.checkpoints.sidecar import Sidecar, sidecar_of
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
 from rwkv_rlhf.data.templates.jinja import template_process
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.files import MODEL_SUFFIXES, atomic_write, fingerprint
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
-from rwkv_rlhf.reports.metrics import append_json
 from rwkv_rlhf.reports.page import Run
 from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
 from rwkv_rlhf.reports.samples import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
-from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
-from rwkv_rlhf.training.choices import as_typed, with_pass
+from rwkv_rlhf.training.choices import as_typed, settings_of, with_pass
 from rwkv_rlhf.training.ending import end_lines, next_commands
-from rwkv_rlhf.training.fit import Around, fit, schedule_of
+from rwkv_rlhf.training.find_point import about_run
+from rwkv_rlhf.training.fit import Around, fit
 from rwkv_rlhf.training.fixed_prompts import FixedPrompt, FixedPrompts, prompts_of_data, prompts_of_file
 from rwkv_rlhf.training.inputs import Inputs
+from rwkv_rlhf.training.length import schedule_of
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
 from rwkv_rlhf.training.overview import begin_facts, opening_lines
 from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
-from rwkv_rlhf.training.resume import about_run, take_weights
+from rwkv_rlhf.training.resume import take_weights
 from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
 
 log = logging.getLogger(__name__)
 
 SEEDS_APART = 1_000_003  # ranks drop out by different numbers, and not by those of a run with the next seed
-
-
-def settings_of(config: Config) -> dict[str, object]:
-    """Every setting that differs from its default, for logs."""
-    fields = (field for field in dataclasses.fields(config) if field.name != "given")
-    return {field.name: value for field in fields if (value := getattr(config, field.name)) != field.default}
-
-
-def evaluate(config: Config, folder: Path, start: Start) -> dict[str, Any]:
-    """--eval_only 1: score --val_file and append the result to metrics.jsonl."""
-    trained = read_sidecar(config.load_adapter) if config.load_adapter else None
-    if trained is not None and trained.begun:
-        template_process().now = trained.begun
-    inputs = Inputs(config, start, folder)
-    compared = bool(config.load_adapter or config.reference_model)
-    score = inputs.held_out(reference=compared)  # the reference is the model without its adapter
-    assert score is not None, "--eval_only without held-out data"
-    if config.load_adapter:
-        resume_adapter(config, start)
-    result = {"event": "eval"} | score()
-    figures = torch.tensor([value for value in result.values() if isinstance(value, float)])
-    refuse_not_finite(f"a score of {config.val_file}", figures, start.model)
-    append_json(folder / "metrics.jsonl", result)
-    return result
 
 
 def train(

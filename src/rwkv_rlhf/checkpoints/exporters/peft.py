@@ -32,6 +32,7 @@ from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.layers.stores import store_class
+from rwkv_rlhf.plan import is_scalar_head
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.tables import PeftFacts
 
@@ -76,7 +77,8 @@ def to_peft_folder(file: AdapterFile, folder: Path, *, force: bool = False) -> s
             f"this adapter was trained over the cold adapter {cold}, and a PEFT adapter cannot say so: merge {cold} "
             "into the base model, use that as PEFT's base model, and give --force 1 here"
         )
-    tensors, config, left = to_peft(file.tensors, file.layout.adapted, file.initial)
+    adapted = {name: how for name, how in file.layout.adapted.items() if not is_scalar_head(name)}
+    tensors, config, left = to_peft(file.tensors, adapted, file.initial)
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         log.warning(
@@ -88,7 +90,7 @@ def to_peft_folder(file: AdapterFile, folder: Path, *, force: bool = False) -> s
     config["base_model_name_or_path"] = file.sidecar.base_file if file.sidecar and not cold else None
     write_tensors(tensors, folder / TENSORS)
     write_json(folder / CONFIG, config)
-    return f"{len(file.layout.adapted)} adapters for the PEFT library: {folder}"
+    return f"{len(adapted)} adapters for the PEFT library: {folder}"
 
 
 def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:

@@ -9,12 +9,14 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Sample the answers that are to be rejected.")
     add_model_flags(flags, "checkpoint of the model that answers", strategy="cuda fp16")
-    flags.add_argument("--input_csv", required=True, help="preference pairs; rejected answers may be absent")
-    flags.add_argument("--output_csv", default="rlhfoutput.csv", help=".csv or .jsonl to write [rlhfoutput.csv]")
+    text = "preference pairs; rejected answers may be absent"
+    flags.add_path("--input_csv", holds="data", required=True, help=text)
+    text = ".csv or .jsonl to write [rlhfoutput.csv]"
+    flags.add_output("--output_csv", forms=("csv", "jsonl"), default="rlhfoutput.csv", help=text)
     flags.add_switch("--overwrite", help="replace rejects that are there")
-    flags.add_argument("--batch_size", type=int, default=32, help="answers sampled at once, of each process [32]")
+    flags.add_count("--batch_size", default=32, help="answers sampled at once, of each process [32]")
     add_sampling_flags(flags, top_p=0.3, frequency=1.0, max_tokens=1000)
-    flags.add_argument("--tries", type=int, default=4, help="tries for an answer that is empty or equals chosen [4]")
+    flags.add_count("--tries", default=4, help="tries for an answer that is empty or equals chosen [4]")
     add_text_flags(flags)
     add_skip_flag(flags)
     add_devices_flag(flags)

@@ -8,10 +8,11 @@ from rwkv_rlhf.settings.command_line import Parser
 def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Make a binidx corpus of documents.")
-    flags.add_argument("--input", required=True, help='rows with {"text": ...}: files, a folder, a pattern')
+    text = 'rows with {"text": ...}: files, a folder, a pattern'
+    flags.add_path("--input", holds="data", required=True, help=text)
     flags.add_argument("--output", required=True, help="PREFIX of PREFIX.bin and PREFIX.idx")
-    flags.add_argument("--repeats", type=int, default=1, help="how often the documents are written [1]")
-    flags.add_argument("--ctx_len", type=int, default=4096, help="context length the magic prime is for [4096]")
+    flags.add_count("--repeats", default=1, help="how often the documents are written [1]")
+    flags.add_count("--ctx_len", default=4096, help="context length the magic prime is for [4096]")
     flags.add_argument("--vocab_size", type=int, default=WORLD_SIZE, help=f"vocabulary size [{WORLD_SIZE}]")
     add_vocabulary_flag(flags)
     flags.add_argument("--random_seed", type=int, default=0, help="seed of the orders [0]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
@@ -47,18 +47,33 @@ class Tasks(Parser):
             raise ValueError(
                 "--dense 1 is about merging an adapter into its base, which --to_... and --from_peft do not"
             )
+        if found.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"--device {found.device}: must be auto, cpu or cuda")
+        if found.output and not found.output.endswith(SUFFIXES if found.from_peft else (*SUFFIXES, *EXPORTED)):
+            known = ", ".join((*SUFFIXES, *EXPORTED))
+            raise ValueError(f"--output {found.output}: the name must end in one of {known}")
         return found
 
 
-def parser() -> Parser:
+Flags = TypeVar("Flags", bound=Tasks)
+
+
+def parser() -> Tasks:
     """The flags of this script."""
-    flags = Tasks("Merge a checkpoint of training into its base model.")
-    flags.add_argument("--base_model", default="", help="the model that training started from")
-    flags.add_argument("--lora_checkpoint", default="", help="what training saved: rwkv-<n>.pth, or a run's folder")
+    return add_flags(Tasks("Merge a checkpoint of training into its base model."))
+
+
+def add_flags(flags: Flags) -> Flags:
+    """Adds them."""
+    flags.add_path("--base_model", holds="model", default="", help="the model that training started from")
+    text = "what training saved: rwkv-<n>.pth, or a run's folder"
+    flags.add_path("--lora_checkpoint", holds="model", default="", help=text)
     flags.add_argument("--output", default="", help=OUTPUT_HELP)
     flags.add_argument("--type", help="adapter, when there is no sidecar (rwkv-<n>.json) [what its tensors say]")
-    flags.add_argument("--lora_init", default="", help="PiSSA's initial factors, if they are not beside the checkpoint")
-    flags.add_argument("--load_cold_adapter", default="", help="adapter merged below it, if it is not where it was")
+    text = "PiSSA's initial factors, if they are not beside the checkpoint"
+    flags.add_path("--lora_init", holds="model", default="", help=text)
+    text = "adapter merged below it, if it is not where it was"
+    flags.add_path("--load_cold_adapter", holds="model", default="", help=text)
     flags.add_argument("--lora_scaling", type=float, help="alpha / rank, needed when there is no sidecar")
     flags.add_argument("--lora_alpha", type=float, help="instead of --lora_scaling")
     flags.add_argument("--quant", help="storage of the frozen matrices in training [the sidecar's, else none]")
@@ -66,7 +81,8 @@ def parser() -> Parser:
     flags.add_argument("--layer_filter", default="", help='what to merge, e.g. "0-3 0.2*4-24 head" [everything]')
     for name, facts in adapter_exports().items():
         flags.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
-    flags.add_argument("--from_peft", default="", help="folder of a PEFT adapter to write as a checkpoint")
+    text = "folder of a PEFT adapter to write as a checkpoint"
+    flags.add_path("--from_peft", holds="model", default="", help=text)
     flags.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     flags.add_switch("--force", help="go on although base model or storage are not those of the training")
     return flags

@@ -8,8 +8,9 @@ def parser() -> Parser:
     """The flags of this script."""
     flags = Parser("Let a reward model score a file of answers.")
     add_model_flags(flags, "the reward model (merged), or its base with --load_adapter")
-    flags.add_argument("--input", required=True, help="JSONL of prompts and answers")
-    flags.add_argument("--output", required=True, help="JSONL to write: the same objects with their reward")
+    flags.add_path("--input", holds="file", required=True, help="JSONL of prompts and answers")
+    text = "JSONL to write: the same objects with their reward"
+    flags.add_output("--output", forms=("jsonl",), required=True, help=text)
     add_text_flags(flags)
     add_skip_flag(flags)
     return flags

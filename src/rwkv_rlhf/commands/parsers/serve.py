@@ -18,7 +18,7 @@ def parser() -> Parser:
     text = "what clients must send as Authorization: Bearer; empty = none, but beyond this machine one is made"
     flags.add_argument("--token", default="", help=text)
     flags.add_argument("--name", default="", help="what clients call the model [the name of its file]")
-    flags.add_argument("--batch_size", type=int, default=16, help="answers sampled at once; others wait [16]")
+    flags.add_count("--batch_size", default=16, help="answers sampled at once; others wait [16]")
     add_sampling_flags(flags, top_p=0.7, max_tokens=1024)
     add_trained_template_flag(flags)
     add_vocabulary_flag(flags)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.layers.stores.store import Store, scaled_rows
+from rwkv_rlhf.ops import products
 
 BLOCK = 64
 LARGEST = 127.0
@@ -50,6 +51,11 @@ class Int8(Store):
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks, BLOCK), dtype=torch.int8, device="meta")
         return cls(shape, packed=packed, scale=torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
+
+    def product(self, x: Tensor) -> Tensor:
+        if products.few(x, self.packed) and self.shape[1] % BLOCK == 0:
+            return products.product(x, self.packed, self.scale)
+        return super().product(x)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         dense = scaled_rows(self.packed, self.scale, dtype)

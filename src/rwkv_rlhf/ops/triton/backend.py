@@ -15,9 +15,9 @@ OLDEST_TRITON = 3, 6
 
 
 class Backend(backend.Backend):
-    """Every operation, from ops/triton."""
+    """Every operation but products, which the libraries of a GPU do well; from ops/triton."""
 
-    ops = backend.OPERATIONS
+    ops = tuple(op for op in backend.OPERATIONS if op != "products")
 
     def preference(self, device: torch.device, dtype: torch.dtype) -> int | None:
         """First for 16-bit numbers on a GPU, as its matrix products are the faster way.
