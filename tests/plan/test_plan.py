@@ -212,8 +212,9 @@ ADAPTED = {
 def test_what_lora_does_with_each_tensor_of_each_version(version):
     """A tensor that no rule knows would stay frozen, or decay, without a word."""
     plan = make_plan("lora", 2, rank=4, alpha=4.0, lr_init=1.0, lr_final=1.0, weight_decay=0.5)
+    sizes = sizes_of(random_tensors(version, 2))
     with torch.device("meta"):
-        model = RWKV(sizes_of(random_tensors(version, 2)))
+        model = RWKV(sizes)
     prefix = "blocks.1."
     matrices = {name.removeprefix(prefix) for name in plan_layout(model, plan).adapted if name.startswith(prefix)}
     assert matrices == ADAPTED[version]
