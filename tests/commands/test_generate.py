@@ -36,9 +36,11 @@ def words(base_model, vocab_file, tmp_path):
 def test_empty_rejects_are_filled_and_others_stay(script, words, tmp_path, caplog):
     """The user's own rejects must survive; every other row gets a sampled one, in input order."""
     caplog.set_level("INFO")
-    status, _, err = script(rejects.main, "--input_csv", write_csv(tmp_path / "in.csv", ROWS), *words)
+    status, printed, err = script(rejects.main, "--input_csv", write_csv(tmp_path / "in.csv", ROWS), *words)
     assert status == 0, err
     out = read_csv(tmp_path / "out.csv")
+    shown = printed.splitlines()
+    assert len(shown) == 6 and shown[2:4] == [f"prompt: {ROWS[1][0]}", "  reject: no, two"]
     assert out[0] == ["prompt", "chosen", "reject"] and [row[:2] for row in out[1:]] == [row[:2] for row in ROWS]
     assert out[2][2] == "no, two"
     assert all(row[2] and row[2] != row[1] for row in out[1:])

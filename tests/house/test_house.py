@@ -44,6 +44,7 @@ ORDER = (
     ("losses",),
     ("scoring",),
     ("generation",),
+    ("tasks",),
     ("serving",),
     ("rl",),
     ("reports",),

@@ -1,11 +1,15 @@
 """The picture and the page of a run, made from what lies in its folder."""
 
 import json
+from datetime import datetime, timedelta
 
 import pytest
 
+from rwkv_rlhf.checkpoints.run_lock import LOCK, run_lock
+from rwkv_rlhf.reports.compare import compare_page
 from rwkv_rlhf.reports.curves import draw_curves
-from rwkv_rlhf.reports.page import open_run, run_page, write_page
+from rwkv_rlhf.reports.page import open_run, run_page, state_line, write_page
+from rwkv_rlhf.reports.run_facts import facts_of, read_facts, write_facts
 from tests.support.chromium import chromium
 from tests.support.files import jsonl
 from tests.support.run_folder import BEGIN, a_run
@@ -58,6 +62,50 @@ def test_a_page_of_a_folder_without_facts_and_of_no_run(tmp_path):
     for damaged in ("", "[]", '{"total": "many", "run": 7}'):
         (tmp_path / "report.json").write_text(damaged)
         assert "step 1" in run_page(open_run(tmp_path))
+
+
+def test_a_run_that_was_killed_is_not_running(tmp_path):
+    """If this breaks, the page of a run that is dead since Friday says that it runs, with the time that is left."""
+    a_run(tmp_path)
+    facts = read_facts(tmp_path)
+    facts.updated = "2026-01-02 03:04:06"
+    write_facts(tmp_path, facts)
+    with run_lock(tmp_path):
+        held = (tmp_path / LOCK).read_bytes()
+        assert state_line(open_run(tmp_path)).startswith("running: step 120 of 240")
+    (tmp_path / LOCK).write_bytes(held)  # as a kill leaves it
+    said = "stopped without an end (last sign of life: 2026-01-02 03:04:06): step 120 of 240 (50%)"
+    assert state_line(open_run(tmp_path)) == said
+    assert read_facts(tmp_path).state == "running"  # a reader changes nothing
+    (tmp_path / LOCK).write_text('{"process": 1, "host": "another", "start": "now"}')
+    assert open_run(tmp_path).facts.state == "running"  # who knows
+    assert facts_of(tmp_path, "another").total == 0 and facts_of(tmp_path, "").total == 240
+
+
+def test_a_page_says_how_old_it_is(tmp_path, browser):
+    """If this breaks, who opens the page of a killed run sees no sign of it."""
+    a_run(tmp_path)
+    facts = read_facts(tmp_path)
+    for minutes, said in ((1, False), (45, True)):
+        facts.updated = (datetime.now() - timedelta(minutes=minutes)).isoformat(sep=" ", timespec="seconds")
+        write_facts(tmp_path, facts)
+        page = browser.new_page()
+        page.goto(write_page(open_run(tmp_path)).as_uri())
+        assert (f"; last sign of life {minutes} min ago" in page.locator("#live").inner_text()) == said
+        page.close()
+
+
+def test_evaluation_tasks_stand_beside_each_other(tmp_path):
+    """If this breaks, figures before and after training cannot be compared on the page, or between runs."""
+    a_run(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        for step, value in ((0, 0.25), (120, 0.5)):
+            file.write(json.dumps({"event": "tasks", "step": step, "tasks": {"piqa/acc": value, "odd": None}}) + "\n")
+    run = open_run(tmp_path)
+    page = run_page(run)
+    assert "<th>task</th><th>figure</th><th>step 0</th><th>step 120</th>" in page
+    assert "<td>piqa</td><td>acc</td><td>0.25</td><td>0.5</td>" in page
+    assert "<td>piqa/acc</td><td>0.5</td><td>0.5</td>" in compare_page([run, run])
 
 
 def numbers_in(text):

@@ -174,7 +174,18 @@ def test_a_cold_adapter_is_merged_first_and_once(go, script, base_of, text_jsonl
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = []
     for base, checkpoint in ((tmp_path / "cold.pth", apart), (base_of("x070"), over)):
-        words = ["--load_model", base, "--load_adapter", checkpoint, "--val_file", text_jsonl, "--eval_only", 1]
+        words = [
+            "--load_model",
+            base,
+            "--load_adapter",
+            checkpoint,
+            "--val_file",
+            text_jsonl,
+            "--eval_only",
+            1,
+            "--json",
+            1,
+        ]
         words += ["--vocab_file", vocab_file, "--proj_dir", tmp_path / "eval", "--precision", "fp32"]
         status, out, err = script(train.main, *words)
         assert status == 0, err

@@ -63,7 +63,7 @@ def test_a_reject_longer_than_the_cap(trained, tmp_path, letters):
     """It keeps its start, is counted, and its reference score is that of what is left (margin 0 at the start)."""
     path = write_csv(tmp_path / "p.csv", [["say a", "gladly", "no " * 400]])
     steps, said = trained(path, "--rlhf_max_corpus_len", 40)
-    assert "reject cut in 1 rows" in said and "chosen cut" not in said
+    assert "reject cut in 1 row" in said and "chosen cut" not in said
     assert abs(steps[0]["reward_margin"]) < 1e-6
     pair = open_pairs(path, letters, max_len=40)[0]
     assert letters.decode(pair.reject) == (" " + "no " * 20)[:40]
@@ -73,7 +73,7 @@ def test_a_prompt_that_fills_the_context(trained, tmp_path, letters):
     """Longer than ctx_len and than the cap: it keeps its end with the cue, the context grows, both are said."""
     path = write_csv(tmp_path / "p.csv", [["long " * 100, "gladly", "no"]])
     steps, said = trained(path, "--rlhf_max_corpus_len", 80)
-    assert "prompt cut in 1 rows" in said and "ctx_len grows from 64 to" in said
+    assert "prompt cut in 1 row" in said and "ctx_len grows from 64 to" in said
     assert steps[0]["tokens"] == 79 + len(" gladly\n\n") + len(" no\n\n")
     assert letters.decode(open_pairs(path, letters, max_len=80)[0].prompt).endswith("long\n\nAssistant:")
 
@@ -134,7 +134,7 @@ def test_fields_of_100000_characters(trained, tmp_path):
     """Longer than the csv module's own limit: read, cut at the cap, counted."""
     path = write_csv(tmp_path / "p.csv", [*ROWS, ["p" * 100_000, "y" * 100_000, "n" * 200_000]])
     steps, said = trained(path, "--micro_bsz", 3)
-    assert all(f"{part} cut in 1 rows" in said for part in ("prompt", "chosen", "reject"))
+    assert all(f"{part} cut in 1 row" in said for part in ("prompt", "chosen", "reject"))
     assert steps[0]["tokens"] > 3000
 
 

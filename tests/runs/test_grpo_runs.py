@@ -146,5 +146,7 @@ def test_prompts_of_a_conversation_are_split_and_looked_at(script, words, tmp_pa
     assert status == 0, err
     (held_out,) = read_jsonl(tmp_path / "out" / "metrics.jsonl", "val")
     assert held_out["prompts"] == 3 and held_out["rewards/odd"] > 0 and (tmp_path / "out" / "rwkv-best.pth").exists()
-    status, out, err = script(train.main, *words, "--eval_only", 1, "--val_file", path, "--proj_dir", tmp_path / "eval")
+    status, out, err = script(
+        train.main, *words, "--eval_only", 1, "--json", 1, "--val_file", path, "--proj_dir", tmp_path / "eval"
+    )
     assert status == 0 and json.loads(out)["prompts"] == 12, err

@@ -74,6 +74,7 @@ def place(tmp_path_factory, vocab_file):
         folder / "chats.jsonl",
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
     )
+    jsonl(folder / "lambada_test.jsonl", {"text": "the last word"}, {"text": "of two passages"})
     (folder / "ultra").mkdir()
     rows = {"prompt": ["a", "b"], "chosen": ["c", "d"], "rejected": ["e", "f"]}
     parquet.write_table(pyarrow.table(rows), folder / "ultra" / "a.parquet")

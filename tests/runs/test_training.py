@@ -164,7 +164,7 @@ def test_dpo_starts_at_the_reference_and_moves_away(script, typed, pairs_csv, tm
     status, out, err = script(
         train.main,
         *typed,
-        *("--eval_only", 1, "--val_file", pairs_csv, "--load_adapter", folder / "rwkv-final.pth"),
+        *("--eval_only", 1, "--json", 1, "--val_file", pairs_csv, "--load_adapter", folder / "rwkv-final.pth"),
     )
     assert status == 0, err
     again = json.loads(out.splitlines()[-1])
@@ -189,7 +189,9 @@ def test_evaluation_is_the_plain_likelihood(script, typed, text_jsonl, base_mode
     """If this breaks, --eval_only counts other tokens than it says (document by document, end token included)."""
     from tests.support.models import build
 
-    status, out, err = script(train.main, *typed, "--eval_only", 1, "--val_file", text_jsonl, "--ctx_len", 8)
+    status, out, err = script(
+        train.main, *typed, "--eval_only", 1, "--json", 1, "--val_file", text_jsonl, "--ctx_len", 8
+    )
     assert status == 0, err
     result = json.loads(out.splitlines()[-1])
     assert read_jsonl(tmp_path / "out" / "metrics.jsonl", "eval") == [result]

@@ -19,6 +19,7 @@ from tests.support.openai_wire import CHUNK, COMPLETION, ERROR, MODEL, MODELS
 from tests.support.processes import started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.xdist_group("serve")]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 HI = [{"role": "user", "content": "say one"}]
 
 
@@ -80,6 +81,7 @@ def test_an_answer_is_the_models(client, base_model, vocab_file):
         "prompt_tokens": len(prompt),
         "completion_tokens": len(one.tokens),
         "total_tokens": len(prompt) + len(one.tokens),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -122,6 +124,58 @@ def test_stops_samples_and_seeds(client):
     assert ask(client, max_completion_tokens=10**6)["usage"]["completion_tokens"] <= 24
 
 
+def test_log_probabilities_of_the_tokens(client, base_model, vocab_file):
+    """If this breaks, a client that asks how sure the model is reads numbers of other tokens."""
+    whole = ask(client, temperature=0, logprobs=True, top_logprobs=3)
+    (choice,) = whole["choices"]
+    told = choice["logprobs"]["content"]
+    letters, model = load_tokenizer(VOCAB, str(vocab_file)), load_model(base_model, BuildOptions(torch.float32))[0]
+    prompt = letters.encode("User: say one\n\nAssistant:")
+    ids = [byte + 1 for one in told for byte in one["bytes"]]
+    with torch.no_grad():
+        logits = model.head(model(torch.tensor([prompt + ids[:-1]]))[0][0])[len(prompt) - 1 :]
+    logp = torch.log_softmax(logits.double(), 1)
+    assert [one["logprob"] for one in told] == pytest.approx(logp[range(len(ids)), ids].tolist(), abs=1e-3)
+    best = logp.topk(3)
+    for row, one in enumerate(told):
+        assert [top["logprob"] for top in one["top_logprobs"]] == pytest.approx(best.values[row].tolist(), abs=1e-3)
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"]  # greedy
+    text = bytes(byte for one in told for byte in one["bytes"]).decode(errors="replace")
+    assert text.strip() == choice["message"]["content"]
+    chunks = stream(client, temperature=0, logprobs=True, top_logprobs=3)
+    streamed = [each for one in chunks if (found := one["choices"][0]["logprobs"]) for each in found["content"]]
+    assert [one["token"] for one in streamed] == [one["token"] for one in told]
+    assert all(one["choices"][0]["logprobs"] is None for one in stream(client, temperature=0))
+
+
+def test_tools_stand_in_the_prompt(client):
+    """If this breaks, a client's tools are lost in silence."""
+    plain, tooled = ask(client, max_tokens=1), ask(client, max_tokens=1, tools=[TOOL], tool_choice="auto")
+    assert tooled["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 100
+    assert (
+        ask(client, max_tokens=1, tools=[TOOL], tool_choice="none")["usage"]["prompt_tokens"]
+        == (plain["usage"]["prompt_tokens"])
+    )
+    assert (
+        text_of(stream(client, seed=3, tools=[TOOL]))
+        == ask(client, seed=3, tools=[TOOL])["choices"][0]["message"]["content"]
+    )
+
+
+def test_the_next_turn_finds_its_state(client):
+    """If this breaks, long conversations answer later and later."""
+    asked = [{"role": "user", "content": "a long question about rivers and lakes"}]
+    first = ask(client, messages=asked, temperature=0)
+    answer = {"role": "assistant", "content": first["choices"][0]["message"]["content"] or "x"}
+    longer = [*asked, answer, {"role": "user", "content": "go on"}]
+    second = ask(client, messages=longer, temperature=0)["usage"]
+    assert second["prompt_tokens_details"]["cached_tokens"] == first["usage"]["prompt_tokens"] - 1
+    assert (
+        ask(client, messages=longer, temperature=0)["usage"]["prompt_tokens_details"]["cached_tokens"]
+        > (second["prompt_tokens_details"]["cached_tokens"])
+    )
+
+
 def test_models(client):
     """If this breaks, a client's list of models is empty."""
     done = client.get("/models").json()
@@ -142,7 +196,10 @@ WRONG = [
     ({"n": 0}, 400, "n must be 1 to 16"),
     ({"stop": [1]}, 400, "stop must be a text"),
     ({"stream": "yes"}, 400, "stream must be true or false"),
-    ({"tools": [{"type": "function"}]}, 400, "tools is not built"),
+    ({"tools": "a hammer"}, 400, "tools must be a list"),
+    ({"tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice is not built"),
+    ({"top_logprobs": 3}, 400, "top_logprobs must be 0 to 20, with logprobs true"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs must be 0 to 20"),
 ]
 
 

@@ -5,9 +5,11 @@ import queue
 import pytest
 import torch
 
+from rwkv_rlhf.data.conversation import Turn
+from rwkv_rlhf.data.templates.template import TEMPLATES, WORLD
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from rwkv_rlhf.generation.sampling_params import SamplingParams
-from rwkv_rlhf.serving.engine import Cue, Engine
+from rwkv_rlhf.serving.engine import Cue, Engine, shared_with_next
 from tests.support.files import VOCAB
 from tests.support.models import build, random_tensors
 
@@ -65,3 +67,31 @@ def test_a_model_that_fails(engine):
         assert "not finite" in ends(ask(engine)[0])[0].error
         head.copy_(kept)
     assert len(ends(ask(engine)[0])[0].done.tokens) == 6
+
+
+def test_the_next_turn_runs_only_what_is_new(vocab_file):
+    """If this breaks, each turn of a conversation runs all of it again, or answers another one."""
+    model, letters = build(random_tensors(vocab_size=VOCAB)), load_tokenizer(VOCAB, str(vocab_file))
+    params = SamplingParams(temperature=0, max_tokens=5, stop_texts=(), stop_ids=())
+    talk = [Turn("user", "tell me something about rivers"), Turn("assistant", "they flow"), Turn("user", "and lakes?")]
+    for template in (WORLD, TEMPLATES["g1"][0].template, TEMPLATES["g1h"][0].template):
+        remembering, plain = Engine(model, letters, 2, states=1), Engine(model, letters, 2)
+        try:
+            found = []
+            for turns in (talk[:1], talk, talk[:1]):
+                cue = Cue.of(turns, template, letters)
+                cue = cue._replace(shared=shared_with_next(turns, template, letters, cue.ids))
+                heard, alone = queue.Queue(), queue.Queue()
+                remembering.ask(cue, params, 0, heard.put)
+                plain.ask(cue, params, 0, alone.put)
+                (mine,), (theirs,) = ends(heard), ends(alone)
+                assert mine.done.tokens == theirs.done.tokens and mine.done.logprobs == pytest.approx(
+                    theirs.done.logprobs, abs=1e-4
+                )
+                found.append((mine.cached, cue))
+        finally:
+            remembering.close()
+            plain.close()
+        (first, one), (second, two), (third, _) = found
+        assert first == third == 0  # one state is kept: that of the longer conversation
+        assert second == one.shared >= len(template.history(talk[:1]).encode()) and two.ids[:second] == one.ids[:second]

@@ -82,15 +82,15 @@ def test_a_person_labels_is_killed_and_goes_on(browser, words, tmp_path, script,
         page = work.page
         first = work.whole()
         assert page.locator("#turns .text").inner_text() == "say 0 <b>now</b>" and first[0] != first[1]
-        work.press("1", "1 votes, 1 pairs, 4 prompts left")
+        work.press("1", "1 vote, 1 pair, 4 prompts left")
         (row,) = read_jsonl(out)
         assert [row["chosen"], row["rejected"]] == first
         second = work.whole()
         work.press("2", "2 votes, 2 pairs, 3")
         assert read_jsonl(out)[1]["chosen"] == second[1]
-        work.press("u", "1 votes, 1 pairs, 4")
+        work.press("u", "1 vote, 1 pair, 4")
         assert work.whole() == second
-        work.press("3", "2 votes, 1 pairs, 3")
+        work.press("3", "2 votes, 1 pair, 3")
         third = work.whole()
         page.keyboard.press("q")
         page.locator("#edited").fill("mine\n\nown")

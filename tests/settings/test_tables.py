@@ -10,9 +10,10 @@ from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.blocks import Block
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import GROUPS, grouped_settings, settings
+from rwkv_rlhf.settings.config import settings
 from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.field import choices_of
+from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
 from rwkv_rlhf.settings.help import EXAMPLES, explain, short_help
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.not_built import NOT_BUILT

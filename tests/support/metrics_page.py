@@ -10,8 +10,10 @@ HEAD = """\
 
 `metrics.jsonl` in `--proj_dir` has one object a line: `"event":"begin"` where a run begins, `"train"` after an
 optimizer step (`--log_every`), `"val"` after a mini-epoch with held-out examples (`--val_file`, `--val_split`),
-`"start"` when they are scored before training, `"eval"` from `--eval_only 1`. One name is one quantity in all of them,
-on the curves, in the progress bar and at Weights & Biases. This page is made from `src/rwkv_rlhf/settings/metrics.py`.
+`"start"` when they are scored before training, `"tasks"` of `--eval_tasks` (under `tasks`, as `TASK/FIGURE`), `"eval"`
+from `--eval_only 1`. One name is one quantity in all of them, on the curves, in the progress bar, in `metrics.csv`, in
+TensorBoard and at Weights & Biases (held out: `held_out/NAME`). This page is made from
+`src/rwkv_rlhf/settings/metrics.py`.
 
 | name | unit | better | meaning |
 |---|---|---|---|

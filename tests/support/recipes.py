@@ -8,6 +8,7 @@ wherever these were imported, and new items of tables join the tables. monkeypat
 
 import ast
 import importlib
+import importlib.util
 import pkgutil
 import re
 import sys
@@ -18,6 +19,8 @@ import rwkv_rlhf
 from tests.support.source_files import ROOT
 
 PAGE = ROOT / "docs" / "extending.md"
+# files that import a package at once, which may not be installed
+OPTIONAL = {"rwkv_rlhf.tasks.harness": "lm_eval", "rwkv_rlhf.reports.tensorboard_log": "tensorboard"}
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -65,7 +68,8 @@ def write(blocks, root):
 def follow(blocks, monkeypatch):
     """Put the blocks into the running program."""
     for about in pkgutil.walk_packages(rwkv_rlhf.__path__, "rwkv_rlhf."):
-        if not about.name.endswith("__main__"):
+        needs = OPTIONAL.get(about.name)
+        if not about.name.endswith("__main__") and (needs is None or importlib.util.find_spec(needs)):
             importlib.import_module(about.name)  # what is imported later would keep what is added here
     for kind, path, text in blocks:
         name = path.removeprefix("src/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -7,8 +7,10 @@ from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.plan import plan_for
 from rwkv_rlhf.plan.writing import profile_text
 from rwkv_rlhf.settings.command_line import UsageError, parse
-from rwkv_rlhf.training.choices import with_length, with_pass
+from rwkv_rlhf.settings.counted import counted
+from rwkv_rlhf.training.choices import Pass, with_length, with_pass
 from rwkv_rlhf.training.length import optimizer_steps
+from rwkv_rlhf.training.overview import NO_ROOM, Room, refuse_too_large, say_room
 from rwkv_rlhf.training.recipe import length_lines, odd_length, odd_values, unheard
 
 WORDS = ("--load_model", "M", "--accelerator", "cpu", "--micro_bsz", "2", "--accumulate_grad_batches", "8")
@@ -37,7 +39,7 @@ def test_the_length_of_a_run_in_passes():
     many, long = odd_length(config, steps)
     assert "67 passes over the same examples" in many and "--warmup_steps 100 is 40% of 250 steps" in long
     assert not list(odd_length(*run_of("--epochs", 3, "--warmup_steps", 2)))
-    assert any("--micro_bsz 2 is more than the 1 examples" in line for line in odd_length(*run_of(examples=1)))
+    assert any("--micro_bsz 2 is more than the 1 example:" in line for line in odd_length(*run_of(examples=1)))
 
 
 @pytest.mark.parametrize("words", [("--epochs", 3), ()])
@@ -86,3 +88,44 @@ def test_rates_that_a_profile_overrides(tmp_path):
         f"--lr_init 5e-06 has no effect: {path} has its own (2e-05); --lr_advanced 0 takes the flags"
     ]
     assert not said() and not said("--lr_init", 2e-5) and not said("--lr_init", 5e-6, "--lr_advanced", 0)
+
+
+def test_a_run_too_large_for_its_gpu_is_refused(caplog):
+    """If this breaks, a run ends out of memory after its first minutes, or one that would fit cannot be tried."""
+    config, large = run_of()[0], Room(30 << 30, 24 << 30, True)
+    with pytest.raises(
+        ValueError, match=r"of the GPU: does not fit, by the estimate; what saves .*\{force\} 1 tries it"
+    ):
+        refuse_too_large(config, large)
+    for words in (("--force", 1), ("--strategy", "deepspeed_stage_2_offload"), ("--strategy", "fsdp", "--devices", 2)):
+        refuse_too_large(run_of(*words)[0], large)
+    for room in (large._replace(gpu=False), Room(23 << 30, 24 << 30, True), NO_ROOM):
+        refuse_too_large(config, room)
+    say_room(config, Room(23 << 30, 24 << 30, True))
+    assert "may not fit. What saves most: --" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("examples", "at_once", "again", "steps", "whole"), [(10, 4, 1, 2.5, 3), (10, 5, 3, 6.0, 6), (1, 4, 2, 0.5, 2)]
+)
+def test_a_pass_by_hand(examples, at_once, again, steps, whole):
+    """If this breaks, the passes that are said and those of --epochs are two things."""
+    found = Pass(examples, again, at_once)
+    assert (found.steps, found.whole_steps) == (steps, whole)
+
+
+def test_a_number_with_its_noun():
+    """If this breaks, a run says "1 passes"."""
+    assert [
+        counted(1, "step"),
+        counted(1200, "step"),
+        counted(0.5, "pass", "passes"),
+        counted(1.0, "pass"),
+        counted(4000.0, "pass", "passes"),
+    ] == [
+        "1 step",
+        "1,200 steps",
+        "0.5 passes",
+        "1 pass",
+        "4,000 passes",
+    ]

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from rwkv_rlhf.training.callbacks import held_out_line
+from rwkv_rlhf.training.held_out_lines import held_out_line
 from rwkv_rlhf.training.pace import Pace
 from rwkv_rlhf.training.screen import Bar, Spoken, say_pace
 

@@ -51,6 +51,24 @@ def run_lock(folder: Path) -> Iterator[None]:
                 path.write_bytes(b"")
 
 
+def surely_ended(folder: Path) -> bool:
+    """Whether a run that began in `folder` is known to be over, though it did not say so: nobody holds the lock.
+
+    What another machine holds cannot always be seen from here, so its run counts as going on until it says otherwise.
+    """
+    path = folder / LOCK
+    try:
+        with open(path, "rb") as file:
+            told = file.read(LONGEST)
+        owner = parse_json(told)["host"] if told else socket.gethostname()
+        if owner != socket.gethostname():
+            return False
+        _locked(path).close()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _locked(path: Path) -> BinaryIO:
     """The open file, locked: for reading, so that the disk can still be made read-only, where such a lock exists."""
     try:

@@ -26,11 +26,13 @@ from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.files import atomic_write
 from rwkv_rlhf.generation.answers import AnswerStream, after_cue
+from rwkv_rlhf.generation.rows import Completion
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams, option_types, options
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.settings.command_line import TYPE_WORDS
+from rwkv_rlhf.settings.counted import counted
 
 SHORT = {"/temp": "temperature", "/max": "max_tokens"}  # the other options by their names: /top_p 0.5
 KEPT = 16  # turns whose state is kept for /undo; a state is megabytes
@@ -131,8 +133,8 @@ class Voice:
         prompt += template.ids(cue, self.tokenizer)
         stream = AnswerStream(cue, params, self.tokenizer, bare=not template.assistant)
 
-        def hear(sample: int, token: int) -> bool:
-            show(stream.add(token))
+        def hear(sample: int, so_far: Completion) -> bool:
+            show(stream.add(so_far.tokens[-1]))
             return not stopped()
 
         begun = time.perf_counter()
@@ -299,7 +301,7 @@ class Talk:
             raise ValueError(f"{path} holds no conversation")
         for number, voice in enumerate(self.voices):
             voice.read_again(chats[number if len(chats) == len(self.voices) else 0])
-        return f"{len(chats[0])} turns loaded; they are read with the next one\n"
+        return f"{counted(len(chats[0]), 'turn')} loaded, to be read with the next one\n"
 
     def state(self, value: str) -> str:
         """/state save FILE, /state load FILE."""

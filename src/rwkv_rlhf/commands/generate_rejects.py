@@ -5,10 +5,12 @@ when the same command is given again; OUT.json beside the output says which mode
 on. The same seed gives the same answers. With --devices N (or torchrun) the rows are shared among N processes.
 """
 
+import itertools
+import json
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rwkv_rlhf.commands.flag_values import reading_of
@@ -26,8 +28,13 @@ from rwkv_rlhf.generation.reject_file import RejectFile
 from rwkv_rlhf.generation.rejects import fill, read_tasks
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.generation.sampling_params import SamplingParams, options, sampling_params
+from rwkv_rlhf.settings.counted import counted
+from rwkv_rlhf.settings.shapes import PROMPT
 
 log = logging.getLogger("rejects")
+
+SHOWN = 3  # rejects that are printed at the end
+LONGEST = 100  # characters of a text there
 
 
 def made_by(flags: Namespace) -> dict[str, Any]:
@@ -81,4 +88,23 @@ def sample(flags: Namespace, params: SamplingParams) -> None:
     skipped = [f"{count} rows left out: {reason}" for reason, count in report.skipped.items()]
     for line in [*tally.lines(), *skipped]:
         log.info("%s", line)
-    log.info("wrote %d rows to %s in %.1f s", len(tasks), flags.output_csv, time.perf_counter() - begun)
+    rows = counted(len(tasks), "row")
+    log.info("wrote %s to %s in %.1f s", rows, flags.output_csv, time.perf_counter() - begun)
+    if ranks.is_rank_zero():
+        print("\n".join(some_rejects(output)))
+
+
+def some_rejects(output: RejectFile) -> Iterator[str]:
+    """The first rejects of the file, each under its prompt: one sees at a glance what they are."""
+    first = itertools.islice(output.log.records(), SHOWN + 1)  # that of a CSV is its header
+    for row in output.rows.decode(b"".join(first))[:SHOWN]:
+        prompt = next((row[name] for name in PROMPT if row.get(name)), "")
+        text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        yield f"prompt: {shortened(text)}"
+        yield f"  {output.reject}: {shortened(str(row.get(output.reject, '')))}"
+
+
+def shortened(text: str) -> str:
+    """A text in one line of at most LONGEST characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

@@ -35,7 +35,7 @@ def main(words: Sequence[str]) -> None:
     with bound(flags.host, flags.port) as listener:
         model, tokenizer = opened_model(flags)
         name = flags.name or Path(flags.load_adapter or flags.load_model).stem
-        engine = Engine(model, tokenizer, flags.batch_size)
+        engine = Engine(model, tokenizer, flags.batch_size, flags.cached_states)
         print(f"{name} answers at {address(listener)}/v1 (Ctrl+C ends)", flush=True)
         if token and not flags.token:
             print(f"clients must send the token (or key) {token}", flush=True)

@@ -93,9 +93,13 @@ def ranked(config: Config, checked: bool = False) -> int | None:
     with explained(config), ExitStack() as held:
         config = with_named_model(config)
         if config.eval_only:
-            from rwkv_rlhf.training.evaluate import evaluate
+            from rwkv_rlhf.training.evaluate import evaluate, evaluation_lines
 
-            print(json.dumps(evaluate(config, folder, start(config, folder)), allow_nan=False))
+            result = evaluate(config, folder, start(config, folder))
+            if ranks.is_rank_zero():
+                print(
+                    json.dumps(result, allow_nan=False) if config.json else "\n".join(evaluation_lines(config, result))
+                )
             return None
         if not config.dry_run:
             ranks.agreed(lambda: held.enter_context(run_lock(folder)))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np  # flags are read without it
 
+from rwkv_rlhf.settings.counted import counted
+
 log = logging.getLogger(__name__)
 
 
@@ -104,8 +106,8 @@ class DataReport:
 
     def lines(self, trained: bool = True) -> list[str]:
         """The report as text, one fact a line; notices were logged when they arose. trained: with their count."""
-        counted = f", {self.trained} trained (tokens or pairs)" if trained else ""
-        out = [f"{self.source}: {self.rows} rows, {self.examples} examples{counted}"]
+        learnt = f", {self.trained} trained (tokens or pairs)" if trained else ""
+        out = [f"{self.source}: {counted(self.rows, 'row')}, {counted(self.examples, 'example')}{learnt}"]
         out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
             import numpy as np
@@ -114,5 +116,5 @@ class DataReport:
             out.append(f"  lengths: {shortest} to {self.longest} tokens, mean {mean:.1f}")
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
-        out += [f"  {part} cut in {count} rows" for part, count in self.truncated.items() if count]
+        out += [f"  {part} cut in {counted(count, 'row')}" for part, count in self.truncated.items() if count]
         return out + [f"  {count} rows {what}" for what, count in self.remarked.items() if count]

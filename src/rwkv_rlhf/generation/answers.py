@@ -33,7 +33,8 @@ class AnswerStream:
         self.cue, self.bare = cue, bare
         self.stops, self.texts = Stops(params, tokenizer), [stop for stop in params.stop_texts if stop]
         self.tokens: list[int] = []
-        self.text = ""  # what has been given so far
+        self.text = ""  # what has been given so far,
+        self._certain = ""  # and what that was before white space was cut off
 
     def add(self, token: int) -> str:
         """One more token; the text that is certain now, "" if none."""
@@ -44,11 +45,17 @@ class AnswerStream:
             text = text[: len(text) - begun]
         return self._more(text)
 
+    @property
+    def certain(self) -> int:
+        """How many tokens are wholly in the text that is certain."""
+        return self.stops.whole_tokens(self.tokens, self._certain)
+
     def end(self) -> str:
         """The rest, when no token follows."""
         return self._more(self.stops.text(self.tokens))
 
     def _more(self, text: str) -> str:
+        self._certain = text
         text = after_cue(self.cue, text)
         text = text if self.bare else text.strip()
         if not text.startswith(self.text):  # less than was given: something waits again

@@ -1,11 +1,13 @@
 """States after texts that many prompts begin with, such as a system text: they run once.
 
-A state is megabytes, whatever its text's length, so only beginnings that were asked for are kept.
+A state is megabytes, whatever its text's length, so only beginnings that were asked for are kept, and of those perhaps
+only the ones that were used last.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,11 +28,23 @@ class Rest(NamedTuple):
 
 
 class PrefixCache:
-    """States of one model after beginnings of prompts. Empty it when the model's weights change."""
+    """States of one model after beginnings of prompts, `most` of them (0 = all); for several threads.
 
-    def __init__(self, model: RWKV) -> None:
-        self.model = model
-        self._states: dict[tuple[int, ...], State] = {}
+    Empty it when the model's weights change.
+    """
+
+    def __init__(self, model: RWKV, most: int = 0) -> None:
+        self.model, self.most = model, most
+        self._states: dict[tuple[int, ...], State] = {}  # the one used last stands last
+        self._lock = threading.Lock()
+
+    def add(self, beginning: Sequence[int], state: State) -> None:
+        """Keep the state (one row) after some ids; where there are too many, the one goes that was not used longest."""
+        with self._lock:
+            self._states.pop(tuple(beginning), None)
+            self._states[tuple(beginning)] = state
+            while self.most and len(self._states) > self.most:
+                del self._states[next(iter(self._states))]
 
     @torch.no_grad()
     def add_common(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -51,13 +65,16 @@ class PrefixCache:
             tokens = to_device(torch.tensor([list(before.prompt)[:-1]], dtype=torch.int64), device)
             state = self.model(tokens, before.state)[1] if tokens.numel() else before.state
             assert state is not None
-            self._states[tuple(shared)] = state
+            self.add(shared, state)
         return len(shared)
 
     def find(self, prompt: Sequence[int]) -> Rest:
         """The prompt behind the longest beginning that is known; at least one token of it."""
-        for size in sorted({len(known) for known in self._states if len(known) < len(prompt)}, reverse=True):
-            state = self._states.get(tuple(prompt[:size]))
-            if state is not None:
-                return Rest(prompt[size:], state)
+        with self._lock:
+            for size in sorted({len(known) for known in self._states if len(known) < len(prompt)}, reverse=True):
+                beginning = tuple(prompt[:size])
+                state = self._states.pop(beginning, None)
+                if state is not None:
+                    self._states[beginning] = state
+                    return Rest(prompt[size:], state)
         return Rest(prompt, None)

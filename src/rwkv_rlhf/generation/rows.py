@@ -20,7 +20,12 @@ from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.transfers import to_device
 
-Hear = Callable[[int, int], bool]  # (number of the sample, id) -> whether that sample is still wanted
+
+class Scored(NamedTuple):
+    """A token that might have come, and its log-probability."""
+
+    token: int
+    logprob: float
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Completion:
         logprobs: the natural-log probability of each under the model's own distribution at
             `params.scored_temperature` (no penalty, nothing cut), float32 precision.
         entropies: of the whole distribution at each token, at the same temperature, in nats; only with params.entropy.
+        likeliest: at each token the `params.top_logprobs` likeliest ones, likeliest first, at the same temperature.
         finished: it stopped by itself, not at max_tokens and not because nobody wanted more of it.
         text: the decoded tokens before the stop; "" without a tokenizer.
         state: one row, what the model remembers after all tokens but the last; only with keep_state.
@@ -40,9 +46,14 @@ class Completion:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    likeliest: list[list[Scored]] = field(default_factory=list)
     finished: bool = False
     text: str = ""
     state: State | None = None
+
+
+# (number of the sample, what it is so far: its last token is new) -> whether that sample is still wanted
+Hear = Callable[[int, Completion], bool]
 
 
 @dataclass
@@ -51,6 +62,7 @@ class Request:
 
     prompt: ids, at least one. seed: of the first sample; sample n has seed + n. key: what the caller knows it by.
     state: one row, where the prompt begins; None = before any text. hear: is called with each token as it comes.
+    keep: is called with the state (one row) behind the first `kept` tokens of the prompt, not all of it; 0 = never.
     """
 
     prompt: Sequence[int]
@@ -59,6 +71,8 @@ class Request:
     key: Any = None
     state: State | None = None
     hear: Hear | None = None
+    kept: int = 0
+    keep: Callable[[State], None] | None = None
 
 
 class Finished(NamedTuple):

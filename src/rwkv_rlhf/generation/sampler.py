@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rwkv_rlhf.data.tokenizer import Tokenizer
 from rwkv_rlhf.distributed.watchdog import heartbeat
-from rwkv_rlhf.generation.rows import Completion, Finished, Hear, Request, Rows, Running, draws_of
+from rwkv_rlhf.generation.rows import Completion, Finished, Hear, Request, Rows, Running, Scored, draws_of
 from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.generation.stops import Stops
@@ -188,17 +188,27 @@ class _Run:
             some.append(self.queue.popleft())
             tokens, samples = tokens + len(request.prompt), samples + request.params.samples
         self.requests += len(some)
-        ids = torch.tensor([token for one in some for token in one.prompt], dtype=torch.int64)
-        starts = Starts(itertools.accumulate((len(one.prompt) for one in some), initial=0))
         state = None
         if any(one.state is not None for one in some):
             known = [self.model.initial_state(1) if one.state is None else one.state for one in some]
             state = State.concatenated(known)
-        hidden, after = self.model(to_device(ids, self.device)[None], state=state, starts=starts)
-        assert after is not None
-        last = hidden[0].index_select(0, starts.last_on(self.device))
+        if any(one.kept for one in some):
+            _, state = self._packed([one.prompt[: one.kept] for one in some], state)
+            for row, one in enumerate(some):
+                if one.kept and one.keep is not None:
+                    one.keep(state.row(row).map(torch.clone))
+        last, after = self._packed([one.prompt[one.kept :] for one in some], state)
         for row, one in enumerate(some):
             self.begun.append(Begun(one, last[row : row + 1], after.row(row), deque(range(one.params.samples))))
+
+    def _packed(self, rows: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:
+        """Run some ids of each row -> hidden (rows, C) of its last one (of a row without any, nothing that is meant),
+        and the states behind them."""
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+        starts = Starts(itertools.accumulate(map(len, rows), initial=0))
+        hidden, after = self.model(to_device(ids, self.device)[None], state=state, starts=starts)
+        assert after is not None
+        return hidden[0].index_select(0, starts.last_on(self.device)), after
 
     def step(self) -> Iterator[Finished]:
         """One more token of each sequence; gives those that end with it."""
@@ -213,7 +223,7 @@ class _Run:
             token, params, one = tokens[row], sequence.request.params, sequence.completion
             one.finished, sequence.tail = self._stops(params).ends(sequence.tail, token)
             hear = sequence.request.hear
-            wanted = hear is None or hear(sequence.copy, token)
+            wanted = hear is None or hear(sequence.copy, one)
             if one.finished or not wanted or len(one.tokens) == params.max_tokens:
                 one.text = self._stops(params).text(one.tokens)
                 one.state = rows.select([row]).state if self.keep_state else None
@@ -273,15 +283,17 @@ class Alike:
         self.penalised = penalise(some, self.history, first, params, self.length)
         self.candidates = candidate_counts(params, logits.shape[1])
         self.ids = self.length
+        self.top = min(params.top_logprobs, logits.shape[1])
 
     @property
     def told(self) -> int:
         """How many numbers `pick` gives."""
-        return (5 if self.params.entropy else 4) * len(self.numbers)
+        return ((5 if self.params.entropy else 4) + 2 * self.top) * len(self.numbers)
 
     def pick(self) -> Tensor:
-        """(4 or 5, B) float64 for the host: ids, log-probabilities, whether logits are finite, whether as many
-        candidates were enough, and entropies where they are asked for. Each call sorts more candidates."""
+        """(4 or more, B) float64 for the host: ids, log-probabilities, whether logits are finite, whether as many
+        candidates were enough, and where they are asked for entropies, then ids and log-probabilities of the likeliest
+        tokens. Each call sorts more candidates."""
         self.ids, enough = pick(self.penalised, self.draws, self.params, next(self.candidates))
         logprobs = self.scaled.gather(1, self.ids[:, None]).squeeze(1) - self.total
         told = [self.ids, logprobs, torch.isfinite(self.total)]
@@ -289,12 +301,16 @@ class Alike:
         if self.params.entropy:
             logp = self.scaled - self.total[:, None]
             told.append(-(logp.exp() * logp).sum(1))
+        if self.top:
+            values, ids = self.scaled.topk(self.top, dim=1)
+            told += [*ids.unbind(1), *(values - self.total[:, None]).unbind(1)]
         return torch.stack([numbers.double() for numbers in told])
 
     def take(self, told: list[float], tokens: list[int]) -> bool:
         """Note what `pick` told in `tokens`, the rows and their completions; False where more must be sorted."""
         count = len(self.numbers)
-        ids, logprobs, finite, enough, *entropies = (told[at : at + count] for at in range(0, len(told), count))
+        ids, logprobs, finite, enough, *more = (told[at : at + count] for at in range(0, len(told), count))
+        entropies, likeliest = (more[:1], more[1:]) if self.params.entropy else ([], more)
         if not all(finite):
             raise NoNumbers("the model's logits are not finite: the checkpoint is damaged or the precision is too low")
         if not all(enough):
@@ -306,6 +322,9 @@ class Alike:
             sequence.completion.tokens.append(tokens[row])
             sequence.completion.logprobs.append(logprobs[at])
             sequence.completion.entropies += [each[at] for each in entropies]
+            if self.top:
+                pairs = zip(likeliest[: self.top], likeliest[self.top :], strict=True)
+                sequence.completion.likeliest.append([Scored(int(known[at]), logp[at]) for known, logp in pairs])
         self._note()
         return True
 

@@ -29,7 +29,8 @@ class SamplingParams:
 
     Attributes without a flag: `samples` answers to each prompt, which share its single run; `banned` ids are never
     sampled; an answer ends after a token of `stop_ids`, or when its text holds one of `stop_texts`. What is reported of
-    each token is at `scored_temperature`, with the `entropy` of the whole distribution if that is asked for.
+    each token is at `scored_temperature`, with the `entropy` of the whole distribution and the `top_logprobs` likeliest
+    tokens if they are asked for.
 
     Raises ValueError, naming the flag, for a value that is not legal.
     """
@@ -50,6 +51,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = (END_OF_DOCUMENT,)
     scored_temperature: float = 1.0
     entropy: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for field in options():

@@ -27,6 +27,14 @@ class Stops:
         said = tail + self.tokenizer.decode_bytes([token])
         return any(text in said for text in self.texts), said[max(0, len(said) - self.longest + 1) :]
 
+    def whole_tokens(self, tokens: list[int], text: str) -> int:
+        """How many of the tokens say no more than `text`, with which they begin; a stop id is none of them."""
+        assert self.tokenizer is not None
+        count = next((at for at, token in enumerate(tokens) if token in self.ids), len(tokens))
+        while count and len(self.tokenizer.decode(tokens[:count])) > len(text):
+            count -= 1
+        return count
+
     def text(self, tokens: list[int]) -> str:
         """The tokens as text, cut before the first stop; a character that is not whole at the end is left out."""
         if self.tokenizer is None:

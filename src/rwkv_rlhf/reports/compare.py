@@ -40,6 +40,9 @@ def figures(runs: Sequence[Run]) -> Iterator[list[str]]:
     yield ["tokens/s", *(f"{run.facts.tokens_per_s:,.0f}" if run.facts.tokens_per_s else "" for run in runs)]
     yield ["loss, smoothed", *(run.smoothed_loss for run in runs)]
     yield ["best held-out figure", *map(best, runs)]
+    measured = [run.records.tasks[max(run.records.tasks)] if run.records.tasks else {} for run in runs]
+    for name in dict.fromkeys(name for found in measured for name in found):
+        yield [name, *(figure(found[name]) if name in found else "" for found in measured)]
 
 
 def last_answers(runs: Sequence[Run], names: Sequence[str]) -> str:

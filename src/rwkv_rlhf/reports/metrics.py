@@ -25,8 +25,8 @@ def append_json(path: Path, record: dict[str, Any]) -> None:
         file.write((json.dumps(without_nan(record), allow_nan=False) + "\n").encode())
 
 
-def read_records(path: Path, event: str) -> list[dict[str, Any]]:
-    """Records of the last run of one kind, oldest first; [] where there is no file yet.
+def read_records(path: Path, *events: str) -> list[dict[str, Any]]:
+    """Records of the last run of some kinds, oldest first; [] where there is no file yet.
 
     Lines that were never finished are left out.
     """
@@ -38,7 +38,7 @@ def read_records(path: Path, event: str) -> list[dict[str, Any]]:
             continue
         if isinstance(record, dict) and record.get("event") == "begin":
             records.clear()
-        if isinstance(record, dict) and record.get("event") == event:
+        if isinstance(record, dict) and record.get("event") in events:
             records.append(record)
     return records
 

@@ -2,6 +2,7 @@
 // Draws the panels of a page from the JSON in #data, and of a page that is served the newest state every few seconds.
 
 const LEFT = 52, RIGHT = 8, TOP = 8, BOTTOM = 22, HEIGHT = 210;
+const QUIET = 10; // minutes: a page is rewritten each minute
 const EVERY = 5000; // milliseconds between two looks at a run that is served
 
 const quoted = (text) => String(text).replace(/[&<>"]/g, (c) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
@@ -9,7 +10,7 @@ const quoted = (text) => String(text).replace(/[&<>"]/g, (c) => ({"&": "&amp;", 
 function number(value) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(1);
+  if (size < 1e-3 || size >= 1e6) return Number(value.toPrecision(4)).toExponential();
   return String(Number(value.toPrecision(4)));
 }
 
@@ -118,7 +119,15 @@ async function look() {
   } catch (error) { document.getElementById("live").textContent = "the run does not answer any more"; }
 }
 
+// a page on the disk cannot know that its run was killed: it says how old it is
+function age() {
+  const live = document.getElementById("live");
+  const minutes = live ? (Date.now() - new Date((live.dataset.written || "").replace(" ", "T"))) / 60000 : 0;
+  if (minutes > QUIET) live.textContent += `; last sign of life ${minutes < 120 ? `${Math.round(minutes)} min` : `${Math.round(minutes / 60)} h`} ago`;
+}
+
 let waiting = 0;
 addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(show, 100); });
 show();
+age();
 if (document.documentElement.dataset.live) setInterval(look, EVERY);

@@ -12,7 +12,7 @@ from rwkv_rlhf.files import atomic_write
 from rwkv_rlhf.reports.metrics import METRICS as METRICS_FILE
 from rwkv_rlhf.reports.panels import panels_of
 from rwkv_rlhf.reports.records import Records, ends
-from rwkv_rlhf.reports.run_facts import ENDED, RUNNING, RunFacts, read_facts
+from rwkv_rlhf.reports.run_facts import ENDED, LOST, RUNNING, RunFacts, facts_of
 from rwkv_rlhf.reports.samples import FixedAnswers, rollout_answers
 from rwkv_rlhf.reports.words import duration, figure, size
 from rwkv_rlhf.settings.config_file import RUN_FILE
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     @property
     def answers(self) -> FixedAnswers:
         """What it answered to its fixed prompts."""
-        return FixedAnswers.of(self.folder, str(self.records.begin.get("run", "")))
+        return FixedAnswers.of(self.folder, self.records.run)
 
     @property
     def smoothed_loss(self) -> str:
@@ -65,9 +65,7 @@ def open_run(folder: Path) -> Run:
     records.read()
     if not records.begin and not records.train and not records.held_out:
         raise ValueError(f"{folder} is no folder of a run: it has no {METRICS_FILE} in which a run begins")
-    facts = read_facts(folder)
-    known = records.begin.get("run", "")
-    return Run(folder, records, facts if not known or facts.run in ("", known) else RunFacts())
+    return Run(folder, records, facts_of(folder, records.run))
 
 
 def escaped(text: object) -> str:
@@ -133,10 +131,11 @@ def run_page(run: Run, live: bool = False) -> str:
     curves = panels_of(run.records)
     inside = [
         f"<h1>{escaped(run.name)}</h1>",
-        f'<div class="dim" id="live">{escaped(state_line(run))}</div>',
+        f'<div class="dim" id="live"{written(facts)}>{escaped(state_line(run))}</div>',
         table(summary(run)),
         section("Next", "".join(map(block, facts.next))),
         f"<h2>Curves</h2>{'' if curves else '<p>Nothing is logged yet.</p>'}{CURVES}",
+        section("Evaluation tasks", tasks_table(run.records.tasks)),
         section("Answers to fixed prompts", answers(run.answers)),
         section("Answers of the last rollout", rollout_table(run.folder)),
         section("Pairs still wrong", wrong_pairs(facts.wrong)),
@@ -161,10 +160,16 @@ def state_line(run: Run) -> str:
     facts, done = run.facts, run.records.step
     if not facts.total:
         return f"step {done:,}"
-    words = f"{facts.state}: step {done:,} of {facts.total:,} ({min(1.0, done / facts.total):.0%})"
+    state = f"{LOST} (last sign of life: {facts.updated})" if facts.state == LOST else facts.state
+    words = f"{state}: step {done:,} of {facts.total:,} ({min(1.0, done / facts.total):.0%})"
     if facts.state == RUNNING and done and facts.seconds:
         words += f", about {duration(facts.seconds / done * max(0, facts.total - done))} left"
-    return f"{words}; this page: {facts.updated}" if facts.updated else words
+    return f"{words}; this page: {facts.updated}" if facts.updated and facts.state != LOST else words
+
+
+def written(facts: RunFacts) -> str:
+    """When the page of a run that goes on was written, for the program in it, which says how long ago that is."""
+    return f' data-written="{escaped(facts.updated)}"' if facts.state == RUNNING and facts.updated else ""
 
 
 def summary(run: Run) -> Iterator[tuple[str, str]]:
@@ -189,6 +194,18 @@ def held_out_lines(run: Run) -> Iterator[tuple[str, str]]:
     if column is not None and len(values := column.line().values):
         yield f"held-out {name}", f"{figure(values[0])} -> {figure(values[-1])}"
     yield f"best held-out {name}", f"{figure(best['value'])} at step {best['step']:,} (rwkv-best)"
+
+
+def tasks_table(tasks: Mapping[int, Mapping[str, float]]) -> str:
+    """The figures of evaluation tasks before training and after it."""
+    if not tasks:
+        return ""
+    steps = sorted(tasks)
+    titles = ("task", "figure", *(f"step {step:,}" for step in steps))
+    names = dict.fromkeys(name for found in tasks.values() for name in found)
+    rows = [[*name.rsplit("/", 1), *(tasks[step].get(name) for step in steps)] for name in names]
+    shown = [[cell if isinstance(cell, str) else "" if cell is None else figure(cell) for cell in row] for row in rows]
+    return wide_table(titles, shown)
 
 
 def answers(found: FixedAnswers) -> str:

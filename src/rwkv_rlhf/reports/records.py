@@ -40,7 +40,8 @@ class Column:
 
 
 class Records:
-    """The last run of a folder: `begin` is its first record, `events` those that are no steps (resume)."""
+    """The last run of a folder: `begin` is its first record, `events` those that are no steps (resume), `tasks` the
+    figures of evaluation tasks by step."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +53,13 @@ class Records:
         self.held_out: dict[str, Column] = {}
         self.events: list[dict[str, Any]] = []
         self.begin: dict[str, Any] = {}
+        self.tasks: dict[int, dict[str, float]] = {}
         self.step = 0
+
+    @property
+    def run(self) -> str:
+        """Its id, "" of a run of an older program."""
+        return str(self.begin.get("run", ""))
 
     def read(self) -> None:
         """Take what was added; from the beginning when the file is another one. Unfinished lines come later."""
@@ -82,6 +89,9 @@ class Records:
             self.begin = record
         elif event == "resume":
             self.events.append(record)
+        elif event == "tasks" and isinstance(step, int) and isinstance(record.get("tasks"), dict):
+            found = record["tasks"].items()
+            self.tasks[step] = {name: value for name, value in found if isinstance(value, int | float)}
         elif event in ("train", "val", "start") and isinstance(step, int):
             self.step = max(self.step, step)
             columns = self.train if event == "train" else self.held_out

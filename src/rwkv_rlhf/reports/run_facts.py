@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.checkpoints.run_lock import surely_ended
 from rwkv_rlhf.files import read_json_object, write_json
 
 FACTS = "report.json"
 RUNNING, ENDED, STOPPED = "running", "ended", "stopped"
+LOST = "stopped without an end"  # killed: it could say nothing of it, so it is never written into the file
 MOST_NOTICES = 200
 
 
@@ -62,6 +64,19 @@ def read_facts(folder: Path) -> RunFacts:
     empty = RunFacts()
     kept = {name: value for name, value in found.items() if name in known and fits(value, getattr(empty, name))}
     return RunFacts(**kept)
+
+
+def facts_of(folder: Path, run: str) -> RunFacts:
+    """Those of the run with the id `run` ("" = of an older program, which gave none); empty where they are another's.
+
+    Of a run that was killed they say so.
+    """
+    facts = read_facts(folder)
+    if run and facts.run not in ("", run):
+        return RunFacts()
+    if facts.state == RUNNING and surely_ended(folder):
+        facts.state = LOST
+    return facts
 
 
 def fits(value: Any, like: Any) -> bool:

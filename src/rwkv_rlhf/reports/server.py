@@ -12,7 +12,7 @@ from typing import Any
 from rwkv_rlhf.reports.metrics import METRICS
 from rwkv_rlhf.reports.page import CURVES, Run, page, run_page
 from rwkv_rlhf.reports.records import Records
-from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
+from rwkv_rlhf.reports.run_facts import facts_of
 from rwkv_rlhf.serving.host_header import names_this_machine
 
 log = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ class PageServer:
         """The page as it is now."""
         with self._lock:
             self._records.read()
-            facts, known = read_facts(self.folder), self._records.begin.get("run", "")
-            run = Run(self.folder, self._records, facts if facts.run == known else RunFacts())
+            run = Run(self.folder, self._records, facts_of(self.folder, self._records.run))
             if not self._records.begin:
                 return page(run.name, f"<h1>The run is about to begin</h1><p id='live'></p>{CURVES}", [], live=True)
             return run_page(run, live=True)

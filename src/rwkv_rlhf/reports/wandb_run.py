@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.reports.logger import TRAINING, numbers
+
 log = logging.getLogger(__name__)
 
 
@@ -37,3 +39,26 @@ def open_wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
             raise ValueError(f"{{wandb}} {project}: {error}") from error
         log.warning("--wandb %s: %s; the run is kept offline in %s (wandb sync sends it)", project, refused, run.dir)
         return run
+
+
+class WandbLog:
+    """A run at Weights & Biases: steps under the plain names, held-out figures as held_out/NAME.
+
+    Only with it does anything leave the machine.
+    """
+
+    name = "Weights & Biases"
+
+    def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
+        self.run = open_wandb(project, folder, settings)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Its figures."""
+        told = numbers(record)
+        if record["event"] != TRAINING:
+            told = {f"held_out/{name}": value for name, value in told.items()}
+        self.run.log(told, step=record["step"])
+
+    def close(self) -> None:
+        """Close the run there too."""
+        self.run.finish()

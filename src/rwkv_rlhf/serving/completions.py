@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,8 +20,9 @@ from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.serving.answering import pieces
-from rwkv_rlhf.serving.engine import Cue, Engine
-from rwkv_rlhf.serving.openai import Question, Reply, question_of
+from rwkv_rlhf.serving.engine import Cue, Engine, Piece, shared_with_next
+from rwkv_rlhf.serving.openai import Question, Reply, Token, question_of, tokens_of
+from rwkv_rlhf.serving.tool_calls import Held, parts_of
 from rwkv_rlhf.serving.web import Guard, Refused, event, events, json_of, refuse
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,8 @@ class Service:
             raise Refused(str(error), param="messages") from error
         if not cue.ids:
             raise Refused("the conversation has no tokens", param="messages")
-        return cue
+        shared = shared_with_next(question.turns, self.template, self.engine.tokenizer, cue.ids)
+        return cue._replace(shared=shared)
 
     def seed(self, question: Question) -> int:
         """The seed of the first answer; each request without one gets another."""
@@ -58,38 +61,53 @@ class Service:
         """POST /v1/chat/completions."""
         question = question_of(await json_of(request), self.params, self.name)
         cue = self.cue(question)
-        reply = Reply(self.name, len(cue.ids), question.params.samples)
+        bytes_of = self.engine.tokenizer.decode_bytes
+        reply = Reply(self.name, len(cue.ids), question.params.samples, bytes_of, question.scored)
+        asked = pieces(self.engine, cue, question.params, self.seed(question), question.scored)
         if question.stream:
-            return events(self._stream(question, cue, reply))
-        async for piece in pieces(self.engine, cue, question.params, self.seed(question)):
+            return events(self._stream(question, asked, reply))
+        async for piece in asked:
             if piece.error:
                 raise Refused(piece.error, 500)
             if await request.is_disconnected():
                 break
             reply.texts[piece.sample] = reply.texts.get(piece.sample, "") + piece.text
             if piece.done is not None:
-                reply.done[piece.sample] = piece.done
+                reply.done[piece.sample], reply.cached = piece.done, piece.cached
+                reply.tokens[piece.sample] = tokens_of(piece.so_far, 0, piece.certain)
         else:
+            for sample, text in reply.texts.items() if question.tools else ():
+                reply.texts[sample], reply.calls[sample] = parts_of(text)
             return JSONResponse(reply.whole())
         return Response(status_code=499)  # nobody is there to read it
 
-    async def _stream(self, question: Question, cue: Cue, reply: Reply) -> AsyncIterator[bytes]:
+    async def _stream(self, question: Question, asked: AsyncIterator[Piece], reply: Reply) -> AsyncIterator[bytes]:
         later = {"usage": None} if question.usage else {}  # the counts come with the last chunk
+        held = [Held() for _ in range(reply.samples)]
+        said = [0] * reply.samples  # tokens whose log-probabilities were sent
 
-        def chunk(sample: int, delta: dict[str, str], ended: bool = False) -> bytes:
-            return event(reply.chunk(sample, delta, ended) | later)
+        def chunk(sample: int, delta: dict[str, Any], tokens: Sequence[Token] = (), ended: bool = False) -> bytes:
+            return event(reply.chunk(sample, delta, tokens, ended) | later)
 
         for sample in range(reply.samples):
             yield chunk(sample, {"role": "assistant", "content": ""})
-        async for piece in pieces(self.engine, cue, question.params, self.seed(question)):
+        async for piece in asked:
             if piece.error:
                 yield event(Refused(piece.error, 500).body())
                 return
-            if piece.text:
-                yield chunk(piece.sample, {"content": piece.text})
+            sample, text = piece.sample, held[piece.sample].add(piece.text) if question.tools else piece.text
+            tokens = tokens_of(piece.so_far, said[sample], piece.certain)
+            said[sample] += len(tokens)
+            if text or tokens:
+                yield chunk(sample, {"content": text}, tokens)
             if piece.done is not None:
-                reply.done[piece.sample] = piece.done
-                yield chunk(piece.sample, {}, ended=True)
+                reply.done[sample], reply.cached = piece.done, piece.cached
+                rest, reply.calls[sample] = held[sample].end()
+                if rest:
+                    yield chunk(sample, {"content": rest})
+                if calls := [{"index": number} | call for number, call in enumerate(reply.calls[sample])]:
+                    yield chunk(sample, {"tool_calls": calls})
+                yield chunk(sample, {}, ended=True)
         if question.usage:
             yield event(reply.counts())
         yield event("[DONE]")

@@ -15,6 +15,7 @@ from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.serving.answering import pieces
 from rwkv_rlhf.serving.engine import Cue, Engine
 from rwkv_rlhf.serving.votes import KINDS, SKIP, Vote, VoteFile
+from rwkv_rlhf.settings.counted import counted
 
 TRIES = 4  # for a pair of which one is empty, or that says the same twice
 
@@ -166,7 +167,7 @@ class Labelling:
         """What came of it, in sentences."""
         kinds = [vote.kind for vote in self.votes.votes]
         counts = ", ".join(f"{kinds.count(kind)} {kind.replace('_', ' ')}" for kind in KINDS if kind in kinds)
-        out = [f"{len(kinds)} votes" + (f" ({counts})" if counts else ""), f"{self.votes.made()} pairs"]
+        out = [counted(len(kinds), "vote") + (f" ({counts})" if counts else ""), counted(self.votes.made(), "pair")]
         if len(names) == 2:
             rate = self.votes.rate()
             out.append(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.messages import Notes
 from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.shapes.record import Record
-from rwkv_rlhf.generation.rows import Completion
+from rwkv_rlhf.generation.rows import Completion, Scored
 from rwkv_rlhf.generation.sampling_params import SamplingParams, option_types
 from rwkv_rlhf.serving.web import Refused
 from rwkv_rlhf.settings.shapes import SHAPES
 
-MOST_SAMPLES, MOST_STOPS = 16, 16
+MOST_SAMPLES, MOST_STOPS, MOST_LIKELIEST = 16, 16, 20
 # key of a request -> field of SamplingParams
 OPTIONS: dict[str, str] = {
     "temperature": "temperature",
@@ -36,12 +36,9 @@ OPTIONS: dict[str, str] = {
 }
 # what is not built -> values that ask for nothing
 EMPTY: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -51,13 +48,16 @@ EMPTY: dict[str, tuple[Any, ...]] = {
 
 
 class Question(NamedTuple):
-    """What a request asks. seed: None where it names none. usage: whether the stream ends with the counts."""
+    """What a request asks. seed: None where it names none. usage: whether the stream ends with the counts. scored: it
+    wants the log-probabilities of the tokens. tools: it names some that an answer may call."""
 
     turns: Sequence[Turn]
     params: SamplingParams
     seed: int | None
     stream: bool
     usage: bool
+    scored: bool
+    tools: bool
 
 
 def question_of(body: dict[str, Any], defaults: SamplingParams, model: str) -> Question:
@@ -74,22 +74,26 @@ def question_of(body: dict[str, Any], defaults: SamplingParams, model: str) -> Q
     options = asked.get("stream_options", {})
     if not isinstance(options, dict):
         raise Refused("stream_options must be an object", param="stream_options")
+    if asked.get("tool_choice") == "none":
+        asked.pop("tools", None)
     return Question(
         turns_of(asked),
         params_of(asked, defaults),
         whole(asked, "seed"),
         truth(asked, "stream"),
         truth(options, "include_usage"),
+        truth(asked, "logprobs"),
+        bool(asked.get("tools")),
     )
 
 
 def turns_of(asked: dict[str, Any]) -> tuple[Turn, ...]:
     """The conversation, which waits for an answer. Raises Refused."""
-    record = Record({"messages": asked.get("messages")}, SHAPES["messages"], Notes())
+    record = Record({key: asked.get(key) for key in ("messages", "tools")}, SHAPES["messages"], Notes())
     try:
         return record.asked(record.turns(("messages",)))
     except RowError as error:
-        raise Refused(str(error), param="messages") from error
+        raise Refused(str(error), param="tools" if str(error).startswith("tools") else "messages") from error
 
 
 def params_of(asked: dict[str, Any], defaults: SamplingParams) -> SamplingParams:
@@ -104,6 +108,10 @@ def params_of(asked: dict[str, Any], defaults: SamplingParams) -> SamplingParams
     found["samples"] = 1 if samples is None else samples
     if not 1 <= found["samples"] <= MOST_SAMPLES:
         raise Refused(f"n must be 1 to {MOST_SAMPLES}", param="n")
+    likeliest = whole(asked, "top_logprobs") or 0
+    if not 0 <= likeliest <= MOST_LIKELIEST or (likeliest and not asked.get("logprobs")):
+        raise Refused(f"top_logprobs must be 0 to {MOST_LIKELIEST}, with logprobs true", param="top_logprobs")
+    found["top_logprobs"] = likeliest
     found["stop_texts"] = (*defaults.stop_texts, *stops_of(asked))
     try:
         return dataclasses.replace(defaults, **found)
@@ -145,47 +153,95 @@ def truth(asked: dict[str, Any], key: str) -> bool:
     return value
 
 
+class Token(NamedTuple):
+    """A token of an answer: its id, its log-probability, and the likeliest ones in its place."""
+
+    id: int
+    logprob: float
+    likeliest: Sequence[Scored] = ()
+
+
+def tokens_of(so_far: Completion | None, first: int, end: int) -> list[Token]:
+    """Some tokens of an answer; none where they were not asked for."""
+    if so_far is None:
+        return []
+    likeliest = so_far.likeliest or [[]] * len(so_far.tokens)
+    return [*map(Token, so_far.tokens[first:end], so_far.logprobs[first:end], likeliest[first:end])]
+
+
 @dataclass
 class Reply:
-    """What is said of one request: its id and time, the tokens of its prompt, and of each answer what ended it."""
+    """What is said of one request: its id and time, the tokens of its prompt, and of each answer what ended it.
+
+    bytes_of: the bytes of some ids, for `logprobs`. scored: those are wanted. cached: tokens of the prompt that did not
+    run, as the state behind them was known. calls: number of the answer -> its calls of tools.
+    """
 
     model: str
     prompt_tokens: int
     samples: int
+    bytes_of: Callable[[list[int]], bytes]
+    scored: bool = False
+    cached: int = 0
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
     texts: dict[int, str] = field(default_factory=dict)
+    tokens: dict[int, list[Token]] = field(default_factory=dict)
+    calls: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     done: dict[int, Completion] = field(default_factory=dict)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens of the prompt and of all answers, those that end an answer included."""
         answers = sum(len(one.tokens) for one in self.done.values())
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": answers,
             "total_tokens": self.prompt_tokens + answers,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """The `logprobs` of a choice; None where they are not wanted."""
+
+        def told(token: int, logprob: float) -> dict[str, Any]:
+            data = self.bytes_of([token])
+            return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": [*data]}
+
+        found = [
+            told(one.id, one.logprob) | {"top_logprobs": [told(*other) for other in one.likeliest]} for one in tokens
+        ]
+        return {"content": found, "refusal": None} if self.scored else None
+
     def _reason(self, sample: int) -> str:
+        if self.calls.get(sample):
+            return "tool_calls"
         return "stop" if self.done[sample].finished else "length"
+
+    def _message(self, sample: int) -> dict[str, Any]:
+        text, calls = self.texts.get(sample, ""), self.calls.get(sample)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return message | {"content": text or None, "tool_calls": calls} if calls else message
 
     def whole(self) -> dict[str, Any]:
         """A `chat.completion`."""
         choices = [
             {
                 "index": sample,
-                "message": {"role": "assistant", "content": self.texts.get(sample, ""), "refusal": None},
-                "logprobs": None,
+                "message": self._message(sample),
+                "logprobs": self.logprobs(self.tokens.get(sample, [])),
                 "finish_reason": self._reason(sample),
             }
             for sample in range(self.samples)
         ]
         return self._object("chat.completion", choices) | {"usage": self.usage()}
 
-    def chunk(self, sample: int, delta: dict[str, str], ended: bool = False) -> dict[str, Any]:
-        """A `chat.completion.chunk`."""
+    def chunk(
+        self, sample: int, delta: dict[str, Any], tokens: Sequence[Token] = (), ended: bool = False
+    ) -> dict[str, Any]:
+        """A `chat.completion.chunk`; `tokens`: those that it says more than the last one."""
         reason = self._reason(sample) if ended else None
-        choice = {"index": sample, "delta": delta, "logprobs": None, "finish_reason": reason}
+        logprobs = self.logprobs(tokens) if tokens else None
+        choice = {"index": sample, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._object("chat.completion.chunk", [choice])
 
     def counts(self) -> dict[str, Any]:

@@ -99,7 +99,11 @@ class Guard:
         if kind.lower() != "bearer":
             given = QueryParams(scope["query_string"]).get("token", "")
         if self.token and not secrets.compare_digest(given.strip().encode(), self.token.encode()):
-            return Refused("a token is needed: Authorization: Bearer TOKEN", 401, code="invalid_api_key")
+            return Refused(
+                "a token is needed: open the whole address that was printed, or send Authorization: Bearer TOKEN",
+                401,
+                code="invalid_api_key",
+            )
         return None
 
 

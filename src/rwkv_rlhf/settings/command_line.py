@@ -19,14 +19,16 @@ from typing import Any, NoReturn
 
 from rwkv_rlhf.settings import config as record
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config
-from rwkv_rlhf.settings.constraints import check, notices
+from rwkv_rlhf.settings.config import PROGRAM, Config
+from rwkv_rlhf.settings.constraints import check
 from rwkv_rlhf.settings.elsewhere import translate
 from rwkv_rlhf.settings.exit_status import OK, exit_status, sentence_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.formats import refuse_other_format
+from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
 from rwkv_rlhf.settings.not_built import refuse_not_built
+from rwkv_rlhf.settings.notices import notices
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.surroundings import take_over, thread_notice
 
@@ -153,7 +155,7 @@ class TrainHelp(argparse.Action):
 def train_parser() -> Parser:
     """The parser of train.py: one flag per setting, in groups, the old spellings, and the flags without a meaning."""
     parser = Parser("Train an RWKV language model: SFT, DPO, ORPO and pre-training.", help=TrainHelp)
-    for group, names in record.grouped_settings().items():
+    for group, names in grouped_settings().items():
         section = parser.add_argument_group(group, f"{GROUPS[group].help} (--help {group})")
         for name in names:
             if name == "loss":

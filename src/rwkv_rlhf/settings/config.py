@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from rwkv_rlhf import __version__
 from rwkv_rlhf.files import MODEL_SUFFIXES
@@ -29,28 +29,6 @@ PROGRAM_VERSION = __version__
 
 RWKV_LM = "rwkv-lm"  # of {lr_schedule}: that of RWKV-LM's own scripts
 RWKV_LM_SAMPLES = 40320  # of a mini-epoch there, whatever is typed
-
-
-class Group(NamedTuple):
-    """A group of `--help`: it begins with the field `first` and ends where the next one begins."""
-
-    first: str
-    help: str
-
-
-GROUPS = {
-    "model": Group("load_model", "what to start from"),
-    "run": Group("proj_dir", "where results go, which devices, resuming, looking before training"),
-    "length": Group("epoch_steps", "how long to train"),
-    "optimizer": Group("optim", "learning rates and the optimizer's step"),
-    "trained": Group("layer_profile", "what is trained, and how the rest is stored"),
-    "context": Group("ctx_len", "length of samples, infinite context"),
-    "loss": Group("loss", "what is learnt"),
-    "rl": Group("reward_model", "reinforcement learning"),
-    "data": Group("data_file", "what is trained on"),
-    "evaluation": Group("val_file", "held-out data"),
-    "saving": Group("save_dtype", "checkpoints"),
-}
 
 
 def new_versions() -> Choices:
@@ -88,7 +66,9 @@ class Config:
     load_cold_adapter: str = setting("", "adapter merged into the model before it is quantised", resume=FILE)
     load_partial: bool = setting(False, "tensors that {load_model} lacks begin at initial values; whole models only")
     force: bool = setting(
-        False, "go on with an adapter of another base model, or in a folder that holds another run", resume=MAY_CHANGE
+        False,
+        "go on with an adapter of another base model, in a folder that holds another run, with too little memory",
+        resume=MAY_CHANGE,
     )
     version: str | None = setting(
         None, "RWKV version; absent = read from the checkpoint", choices=new_versions, resume=MAY_CHANGE
@@ -118,6 +98,7 @@ class Config:
         False, "move what another run left in {proj_dir} into {proj_dir}/old-DATE", resume=MAY_CHANGE
     )
     wandb: str = setting("", "project name at Weights & Biases; empty = off", resume=MAY_CHANGE)
+    logger: str = setting("", "where else the figures go: csv, tensorboard, or both with a comma", resume=MAY_CHANGE)
     accelerator: str = setting(
         "auto", "where to compute; auto = GPU, else CPU", choices=("auto", "cpu", "gpu"), resume=MAY_CHANGE
     )
@@ -384,7 +365,16 @@ class Config:
         "validation",
         resume=MAY_CHANGE,
     )
-    eval_only: bool = setting(False, "score {val_file} and stop", resume=MAY_CHANGE)
+    eval_tasks: str = setting(
+        "",
+        "tasks before and after training: lambada:FILE, names and .yaml files of lm-evaluation-harness; commas between",
+        resume=MAY_CHANGE,
+    )
+    eval_limit: int = setting(
+        0, "examples of each of {eval_tasks}, from its beginning; 0 = all", at_least=0, resume=MAY_CHANGE
+    )
+    eval_only: bool = setting(False, "score {val_file} and {eval_tasks}, and stop", resume=MAY_CHANGE)
+    json: bool = setting(False, "{eval_only} 1: JSON on stdout in place of sentences", resume=MAY_CHANGE)
     early_stop: int = setting(0, "mini-epochs without improvement before stopping; 0 = never", at_least=0)
 
     # --- saving
@@ -480,14 +470,3 @@ def settings() -> Mapping[str, dataclasses.Field[Any]]:
 @functools.cache  # a command line asks for them five hundred times
 def _settings(owner: type[Config]) -> Mapping[str, dataclasses.Field[Any]]:
     return MappingProxyType({field.name: field for field in dataclasses.fields(owner) if "help" in field.metadata})
-
-
-def grouped_settings() -> dict[str, list[str]]:
-    """Group of the help -> its settings, both in order."""
-    first = {about.first: group for group, about in GROUPS.items()}
-    found: dict[str, list[str]] = {group: [] for group in GROUPS}
-    group = next(iter(GROUPS))
-    for name in settings():
-        group = first.get(name, group)
-        found[group].append(name)
-    return found

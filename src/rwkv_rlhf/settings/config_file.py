@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from rwkv_rlhf.settings import tables
-from rwkv_rlhf.settings.config import GROUPS, PROGRAM, Config, grouped_settings, settings
+from rwkv_rlhf.settings.config import PROGRAM, Config, settings
 from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF
+from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
 from rwkv_rlhf.settings.help import text_of
 from rwkv_rlhf.settings.hub import named_again
 

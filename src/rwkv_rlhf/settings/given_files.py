@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from rwkv_rlhf.files import FINAL, sharded_files
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains, trains_on_text
+from rwkv_rlhf.settings.eval_tasks import check_eval_tasks
 from rwkv_rlhf.settings.formats import FORMATS, format_of_name, format_of_word, names_of_formats
 from rwkv_rlhf.settings.hub import PREFIX
+from rwkv_rlhf.settings.loggers import loggers
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ def check_given_files(config: Config) -> None:
     """Raises ValueError, with the flag, for the first file that is not there or whose name no reader knows."""
     if config.doctor or config.dry_run_shape or config.train_stage == 1:
         return
+    check_eval_tasks(config.eval_tasks)
+    loggers(config.logger)
     if config.sample_prompts and not config.loss_facts.predicts:
         raise ValueError(f"{{sample_prompts}} {config.sample_prompts}: a reward model writes no answers; leave it out")
     for name in named_files(config):

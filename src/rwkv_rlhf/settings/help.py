@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rwkv_rlhf.settings import policy_tables, tables
-from rwkv_rlhf.settings.config import GROUPS, grouped_settings, settings
+from rwkv_rlhf.settings.config import settings
 from rwkv_rlhf.settings.field import LIMITS, choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
 from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
+from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
 from rwkv_rlhf.settings.not_built import values_not_built
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.shapes import SHAPES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from rwkv_rlhf.checkpoints.run_folder import RunFolder
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
+from rwkv_rlhf.reports.logger import TRAINING, Logger
+from rwkv_rlhf.reports.metrics import METRICS as METRICS_FILE
 from rwkv_rlhf.reports.metrics import append_json, log_epoch
 from rwkv_rlhf.reports.run_facts import STOPPED
-from rwkv_rlhf.reports.wandb_run import open_wandb
-from rwkv_rlhf.reports.words import change, figure
 from rwkv_rlhf.rl.rewards import RewardError
-from rwkv_rlhf.settings.metrics import METRICS
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.training.ending import saved_files
+from rwkv_rlhf.training.held_out_lines import deciding, held_out_line
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.pace import Pace
 from rwkv_rlhf.training.run_state import left_alone
@@ -95,30 +96,11 @@ def merit(record: dict[str, Any]) -> tuple[float, ...]:
     return (record["accuracy"], record.get("reward_margin", record.get("logp_margin", 0.0)))
 
 
-def deciding(record: dict[str, Any]) -> tuple[str, float]:
-    """The figure by which a person knows what `merit` compares: its name, its value."""
-    name = next((name for name in ("accuracy", "reward") if name in record), "loss")
-    return name, record[name]
-
-
-def held_out_line(record: dict[str, Any], before: dict[str, Any] | None) -> str:
-    """The figures that have a curve, the deciding one first, each with what it was before training if known."""
-    drawn = [name for name, metric in METRICS.items() if metric.panel and isinstance(record.get(name), float)]
-    first, _ = deciding(record)
-    drawn.sort(key=lambda name: name != first)
-    was = before or {}
-
-    def shown(name: str) -> str:
-        return change(was[name], record[name]) if isinstance(was.get(name), float) else figure(record[name])
-
-    return "held out: " + ", ".join(f"{name} {shown(name)}" for name in drawn)
-
-
 class Validate(pl.Callback):
     """Scores the held-out examples before training and after each mini-epoch, and keeps the best as rwkv-best.
 
-    With `patience` > 0 the run ends after so many mini-epochs without improvement. `journal`: where the page learns of
-    it (rank zero), `wrong`: the pairs that the last score found wrong.
+    With `patience` > 0 the run ends after so many mini-epochs without improvement. `keep` is given each record.
+    `journal`: where the page learns of it (rank zero), `wrong`: the pairs that the last score found wrong.
     """
 
     def __init__(
@@ -126,17 +108,17 @@ class Validate(pl.Callback):
         evaluate: Evaluate,
         folder: RunFolder,
         patience: int,
+        keep: Callable[[dict[str, Any]], None],
         journal: Journal | None = None,
         wrong: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.patience = patience
         self.waited = 0
-        self.evaluate = evaluate
+        self.evaluate, self.keep = evaluate, keep
         self.folder = folder
         self.journal, self.wrong = journal, wrong
         self.best: tuple[float, ...] | None = None
         self.before: dict[str, Any] | None = None  # the figures before training
-        self.harmless = Harmless("metrics.jsonl lacks held-out figures")
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, how many mini-epochs were not better, and where it began."""
@@ -157,9 +139,7 @@ class Validate(pl.Callback):
         log.info("%s (before training)", held_out_line(self.before, None))
 
     def _keep(self, record: dict[str, Any]) -> None:
-        if ranks.is_rank_zero():
-            with self.harmless():
-                append_json(self.folder.folder / "metrics.jsonl", record)
+        self.keep(record)
         if self.journal is not None and (wrong := self.wrong()):
             self.journal.facts.wrong = wrong | {"step": record["step"]}
 
@@ -180,7 +160,7 @@ class Validate(pl.Callback):
             return
         self.waited += 1
         if self.waited == self.patience:
-            log.info("stopping: no improvement for --early_stop %d mini-epochs", self.patience)
+            log.info("stopping: no improvement for %s (--early_stop)", counted(self.patience, "mini-epoch"))
             trainer.should_stop = True
 
 
@@ -256,23 +236,39 @@ class Report(pl.Callback):
         self.journal.write(picture=True)
 
 
-class WandB(pl.Callback):
-    """Sends the record of each optimizer step to Weights & Biases: only then does anything leave the machine."""
+class Loggers(pl.Callback):
+    """Tells other places of every record, each optimizer step's before it is logged here; one that fails is left."""
 
-    def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
-        self.run = open_wandb(project, folder, settings)
-        self.harmless = Harmless("Weights & Biases lacks records")
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        self.loggers = [(logger, Harmless(f"{logger.name} lacks records")) for logger in loggers]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Listen to the module's records."""
-        training(pl_module).listeners.append(self.record)
+        training(pl_module).listeners.append(lambda record: self.tell({"event": TRAINING} | record))
 
-    def record(self, record: dict[str, Any]) -> None:
-        """One optimizer step is done."""
-        with self.harmless():
-            self.run.log(record, step=record["step"])
+    def tell(self, record: dict[str, Any]) -> None:
+        """One more record."""
+        for logger, harmless in self.loggers:
+            with harmless():
+                logger.add(record)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Close the run there too."""
-        with self.harmless():
-            self.run.finish()
+        """Close them."""
+        for logger, harmless in self.loggers:
+            with harmless():
+                logger.close()
+
+
+class Kept:
+    """Rank zero's records of held-out examples and of tasks: to the loggers, then into metrics.jsonl."""
+
+    def __init__(self, folder: Path, loggers: Loggers) -> None:
+        self.path, self.loggers = folder / METRICS_FILE, loggers
+        self.harmless = Harmless(f"{METRICS_FILE} lacks held-out figures")
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """One more record; nothing on the other ranks."""
+        if ranks.is_rank_zero():
+            self.loggers.tell(record)
+            with self.harmless():
+                append_json(self.path, record)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from typing import NamedTuple
 
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
+from rwkv_rlhf.data.text.binidx import Slices
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.ops.fastest import SLOWER, fastest_precision, slowness
 from rwkv_rlhf.precision import device_for
@@ -58,10 +60,30 @@ def as_typed(config: Config) -> Config:
     return dataclasses.replace(config, epoch_count=Config.epoch_count) if config.epochs else config
 
 
-def one_pass(steps: Steps | MixedSteps | PromptSteps) -> int:
-    """Optimizer steps in which each example comes at least once (prompts: as often as a rollout is trained on)."""
-    again = steps.passes if isinstance(steps, PromptSteps) else 1
-    return math.ceil(len(steps.examples) / steps.samples_per_step) * again
+class Pass(NamedTuple):
+    """Once through the data: `examples` (of a corpus, slices that share no token), each `again` times in a row (of
+    prompts, as often as a rollout is trained on), `at_once` in an optimizer step."""
+
+    examples: float
+    again: int
+    at_once: int
+
+    @property
+    def steps(self) -> float:
+        """Optimizer steps in which each example comes once."""
+        return max(1.0, self.examples) * self.again / self.at_once
+
+    @property
+    def whole_steps(self) -> int:
+        """Whole optimizer steps in which each comes at least once."""
+        return math.ceil(self.examples / self.at_once) * self.again
+
+
+def one_pass(steps: Steps | MixedSteps | PromptSteps) -> Pass:
+    """How long the data of a run is."""
+    examples = steps.examples
+    apart = examples.stride / examples.ctx_len if isinstance(examples, Slices) else 1.0
+    return Pass(len(examples) * apart, steps.passes if isinstance(steps, PromptSteps) else 1, steps.samples_per_step)
 
 
 def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config:
@@ -69,8 +91,8 @@ def with_pass(config: Config, steps: Steps | MixedSteps | PromptSteps) -> Config
     if not config.epochs:
         return config
     if not config.save_steps:
-        config = dataclasses.replace(config, epoch_steps=one_pass(steps) * config.accumulate_grad_batches)
-    count = math.ceil(config.epochs * one_pass(steps) / config.steps_per_epoch)
+        config = dataclasses.replace(config, epoch_steps=one_pass(steps).whole_steps * config.accumulate_grad_batches)
+    count = math.ceil(config.epochs * one_pass(steps).whole_steps / config.steps_per_epoch)
     return dataclasses.replace(config, epoch_count=count)
 
 

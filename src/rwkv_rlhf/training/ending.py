@@ -11,6 +11,7 @@ from rwkv_rlhf.files import bytes_of
 from rwkv_rlhf.reports.page import PAGE, Run
 from rwkv_rlhf.reports.words import command, figure, pasted, size
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.counted import counted
 
 
 def saved_files(folder: Path) -> list[list[Any]]:
@@ -43,7 +44,7 @@ def next_commands(config: Config, folder: Path, base: Path, whole: bool) -> list
 def end_lines(run: Run, passes: float) -> Iterator[str]:
     """The summary, from what the page knows."""
     facts = run.facts
-    yield f"done: {run.records.step:,} steps, {passes:.3g} passes in {run.time}"
+    yield f"done: {counted(run.records.step, 'step')}, {counted(passes, 'pass', 'passes')} in {run.time}"
     if run.smoothed_loss:
         yield f"loss (smoothed): {run.smoothed_loss}"
     if best := facts.held_out:

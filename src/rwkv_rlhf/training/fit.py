@@ -25,13 +25,16 @@ from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import rank_info
 from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
+from rwkv_rlhf.reports.logger import Logger, open_loggers
 from rwkv_rlhf.reports.metrics import log_new_run
 from rwkv_rlhf.reports.run_facts import ENDED
+from rwkv_rlhf.reports.wandb_run import WandbLog
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import Failure
-from rwkv_rlhf.training.callbacks import Log, Report, Save, Validate, WandB
+from rwkv_rlhf.training.callbacks import Kept, Log, Loggers, Report, Save, Validate
 from rwkv_rlhf.training.fixed_prompts import FixedPrompts
+from rwkv_rlhf.training.held_out_lines import Figures
 from rwkv_rlhf.training.launch_environment import LaunchEnvironment
 from rwkv_rlhf.training.length import micro_batches_per_epoch, optimizer_steps
 from rwkv_rlhf.training.module import NonFiniteLoss, TrainingModule
@@ -39,6 +42,7 @@ from rwkv_rlhf.training.pace import Pace
 from rwkv_rlhf.training.resume import WriteResumePoints
 from rwkv_rlhf.training.screen import Bar, Spoken
 from rwkv_rlhf.training.strategies import make_strategy
+from rwkv_rlhf.training.task_figures import TaskFigures
 
 
 class MicroBatches(Dataset[Batch | PromptBatch]):
@@ -101,13 +105,14 @@ class Around:
     Attributes:
         evaluate: scores what is held out, None without any. wrong: the pairs that it found wrong.
         prompts: answers the fixed prompts, None without any. journal: what the page is made from; rank zero's.
-        pass_steps: optimizer steps of one pass over the data.
+        tasks: measures the evaluation tasks, None without any. pass_steps: optimizer steps of one pass over the data.
     """
 
     evaluate: Callable[[], dict[str, Any]] | None = None
     wrong: Callable[[], dict[str, Any]] = dict
     prompts: FixedPrompts | None = None
     journal: Journal | None = None
+    tasks: Callable[[], Figures] | None = None
     pass_steps: float = 1.0
 
 
@@ -115,20 +120,29 @@ def _callbacks(
     config: Config, run: RunFolder, settings: dict[str, Any], around: Around, save: Save, pace: Pace, bar: bool
 ) -> list[pl.Callback]:
     """What logs, scores, saves and shows, in this order: a save writes what validation found. Logs are rank zero's."""
-    callbacks: list[pl.Callback] = []
+    loggers = Loggers(_loggers(config, run.folder, settings))
+    keep, callbacks = Kept(run.folder, loggers), list[pl.Callback]([loggers])
     if ranks.is_rank_zero():
         spoken = None if bar else Spoken(pace)
         callbacks.append(Log(run.folder, config.log_every, config.epoch_begin, pace, spoken))
     if around.evaluate is not None:
-        callbacks.append(Validate(around.evaluate, run, config.early_stop, around.journal, around.wrong))
+        callbacks.append(Validate(around.evaluate, run, config.early_stop, keep, around.journal, around.wrong))
     if around.prompts is not None:
         callbacks.append(around.prompts)
+    if around.tasks is not None:
+        callbacks.append(TaskFigures(around.tasks, keep))
     callbacks.append(save)
-    if config.wandb and ranks.is_rank_zero():
-        callbacks.append(WandB(config.wandb, run.folder, settings))
     if bar:
         callbacks.append(Bar(pace, around.pass_steps))
     return callbacks
+
+
+def _loggers(config: Config, folder: Path, settings: dict[str, Any]) -> list[Logger]:
+    """Where else the figures go: of rank zero."""
+    if not ranks.is_rank_zero():
+        return []
+    wandb = [WandbLog(config.wandb, folder, settings)] if config.wandb else []
+    return [*wandb, *open_loggers(config.logger, folder)]
 
 
 def fit(

@@ -76,8 +76,11 @@ from rwkv_rlhf.scoring.wrong_pairs import wrong_pairs
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import trains_on_text
+from rwkv_rlhf.settings.eval_tasks import eval_tasks
 from rwkv_rlhf.settings.implementations import load
 from rwkv_rlhf.settings.shapes import SHAPES
+from rwkv_rlhf.tasks.measure import measure
+from rwkv_rlhf.tasks.text_model import TextModel
 from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
@@ -219,6 +222,14 @@ class Inputs:
     def sampler(self) -> Sampler:
         """Asks the model of the moment."""
         return Sampler(self.start.model, self.tokenizer)
+
+    def tasks(self) -> Callable[[], dict[str, float]] | None:
+        """--eval_tasks as a function that measures the model of the moment; None without any."""
+        tasks = eval_tasks(self.config.eval_tasks)
+        if not tasks:
+            return None
+        model = TextModel(self.start.model, self.tokenizer)
+        return lambda: measure(tasks, model, self.config.eval_limit)
 
     def rollouts(self, steps: PromptSteps) -> Rollouts:
         """Who answers the prompts of `steps`; the model must still be what the run begins from."""

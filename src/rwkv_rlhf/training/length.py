@@ -25,7 +25,7 @@ def optimizer_steps(config: Config, steps: Steps | MixedSteps | PromptSteps) -> 
     """
     count = config.steps_per_epoch * config.epoch_count
     if config.epochs:
-        count = min(count, math.ceil(config.epochs * one_pass(steps)))
+        count = min(count, math.ceil(config.epochs * one_pass(steps).whole_steps))
     if config.my_exit_tokens > 0:
         whole = steps_of_tokens(config, steps)
         count = min(count, whole - config.steps_per_epoch * config.epoch_begin)

@@ -32,7 +32,8 @@ from rwkv_rlhf.training.start import Start
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 32  # micro-batches whose tokens are counted
+LOOKED_AT = 32  # micro-batches whose tokens a dry run counts,
+FEWER = 4  # and a run, which has the longest row of the files besides
 ROOM = 0.95  # of the memory that a machine has, from which on an estimate is too close to it
 
 AnySteps = Steps | MixedSteps | PromptSteps
@@ -45,9 +46,9 @@ class StepTokens(NamedTuple):
     largest: int
 
 
-def spread(count: int) -> list[int]:
-    """Some of `count` micro-batches, from the first to the last; samples may grow, and files may be sorted."""
-    return sorted({k * (count - 1) // (LOOKED_AT - 1) for k in range(LOOKED_AT)})
+def spread(count: int, some: int) -> list[int]:
+    """`some` of `count` micro-batches, from the first to the last; samples may grow, and files may be sorted."""
+    return sorted({k * (count - 1) // (some - 1) for k in range(some)})
 
 
 def longest(config: Config, inputs: Inputs) -> int:
@@ -56,13 +57,13 @@ def longest(config: Config, inputs: Inputs) -> int:
     return config.micro_bsz * (row if config.pair_file else min(row, config.ctx_len))
 
 
-def step_tokens(config: Config, inputs: Inputs, steps: AnySteps) -> StepTokens:
-    """How many tokens the micro-batches of a run have, by a look at some of them."""
+def step_tokens(config: Config, inputs: Inputs, steps: AnySteps, some: int = LOOKED_AT) -> StepTokens:
+    """How many tokens the micro-batches of a run have, by a look at `some` of them."""
     if isinstance(steps, PromptSteps):
         how = inputs.algorithm.sampling()
         seen = [config.micro_bsz * (inputs.reports[0].longest + how.samples * how.max_tokens)]
     else:
-        batches = spread(optimizer_steps(config, steps) * config.accumulate_grad_batches)
+        batches = spread(optimizer_steps(config, steps) * config.accumulate_grad_batches, some)
         seen = [tokens_run(steps.micro_batch(k)) for k in batches]
     return StepTokens(sum(seen) / len(seen), max(*seen, longest(config, inputs)))
 
@@ -72,7 +73,7 @@ class Room(NamedTuple):
 
     needed: int
     there: int
-    device: str
+    gpu: bool
 
     @property
     def fits(self) -> bool:
@@ -82,8 +83,11 @@ class Room(NamedTuple):
     def __str__(self) -> str:
         if not self.there:
             return f"about {size(self.needed)} (estimate)"
-        word = "fits" if self.fits else "may not fit"
-        return f"about {size(self.needed)} of {size(self.there)} of the {self.device}: {word}"
+        word = "fits" if self.fits else "may not fit" if self.needed <= self.there else "does not fit"
+        return f"about {size(self.needed)} of {size(self.there)} of the {'GPU' if self.gpu else 'machine'}: {word}"
+
+
+NO_ROOM = Room(0, 0, False)  # where nothing could be estimated
 
 
 def room_for(config: Config, start: Start, tokens: int) -> Room:
@@ -92,7 +96,7 @@ def room_for(config: Config, start: Start, tokens: int) -> Room:
     estimate: Estimate = memory_by_part(config, start.model, tokens, gpu=gpu)
     there = torch.cuda.get_device_properties(0).total_memory if gpu else host_bytes()
     beside = 1 if gpu else config.devices  # processes of this machine
-    return Room(sum(estimate.device.values()) * beside, there, "GPU" if gpu else "machine")
+    return Room(sum(estimate.device.values()) * beside, there, gpu)
 
 
 def say_room(config: Config, room: Room) -> None:
@@ -101,6 +105,20 @@ def say_room(config: Config, room: Room) -> None:
         log.info("memory: %s", room)
     else:
         log.warning("memory: %s. What saves most: %s", room, ", ".join(map(spelled_out, advice(config))))
+
+
+def refuse_too_large(config: Config, room: Room) -> None:
+    """Raises ValueError when a step needs more than the whole GPU by the estimate, unless --force 1 tries it.
+
+    It is only said where the estimate is an upper bound, as the ranks split or offload a part of it, and of a machine
+    without a GPU, which may swap and whose other programs may end.
+    """
+    facts = tables.STRATEGIES[config.strategy]
+    whole = not facts.stage and not facts.whole_blocks  # each GPU holds all that is counted
+    if room.gpu and whole and room.there and room.needed > room.there and not config.force:
+        raise ValueError(
+            f"a step takes {room}, by the estimate; what saves most: {', '.join(advice(config))}; {{force}} 1 tries it"
+        )
 
 
 def spelled_out(text: str) -> str:
@@ -157,15 +175,16 @@ def about_lines(config: Config, start: Start, inputs: Inputs, steps: AnySteps, r
     yield ["memory", str(room)]
 
 
-def begin_facts(facts: RunFacts, config: Config, start: Start, inputs: Inputs, steps: AnySteps) -> None:
+def begin_facts(facts: RunFacts, config: Config, start: Start, inputs: Inputs, steps: AnySteps) -> Room:
     """Says whether the run fits into memory, and notes for the page what the run is."""
     facts.state, facts.total = RUNNING, optimizer_steps(config, steps)
     facts.plan, facts.versions = plan_rows(start.plan), versions()
     facts.data = [line for report in inputs.reports for line in (*report.lines(), *report.notices)]
     facts.command, facts.directory = pasted(sys.argv), str(Path.cwd())
-    room = room_for(config, start, step_tokens(config, inputs, steps).largest)
+    room = room_for(config, start, step_tokens(config, inputs, steps, FEWER).largest)
     say_room(config, room)
     facts.about = list(about_lines(config, start, inputs, steps, room))
+    return room
 
 
 def plan_rows(plan: Plan) -> list[dict[str, str]]:

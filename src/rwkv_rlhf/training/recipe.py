@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 
 from rwkv_rlhf.data.sampler import MixedSteps, Steps
-from rwkv_rlhf.data.text.binidx import Slices
 from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.plan import Plan
@@ -14,6 +13,8 @@ from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.counted import counted
+from rwkv_rlhf.training.choices import one_pass
 from rwkv_rlhf.training.length import optimizer_steps
 
 log = logging.getLogger(__name__)
@@ -42,26 +43,19 @@ def say_recipe(config: Config, plan: Plan, sizes: Sizes, trained: int, steps: An
 
 def passes(config: Config, steps: AnySteps) -> float:
     """How often the run sees each example (of a corpus, each token) on average."""
-    return optimizer_steps(config, steps) / steps_of_a_pass(steps)
-
-
-def steps_of_a_pass(steps: AnySteps) -> float:
-    """Optimizer steps in which each example (of a corpus, each token) comes once."""
-    examples = steps.examples
-    again = steps.passes if isinstance(steps, PromptSteps) else 1
-    apart = examples.stride / examples.ctx_len if isinstance(examples, Slices) else 1.0
-    return max(1.0, len(examples) * apart) * again / steps.samples_per_step
+    return optimizer_steps(config, steps) / one_pass(steps).steps
 
 
 def length_lines(config: Config, steps: AnySteps) -> Iterator[str]:
     """The length of the run."""
     total, often = optimizer_steps(config, steps), passes(config, steps)
     warmup = max(0, config.warmup_steps)
-    whole = steps_of_a_pass(steps)
+    whole = one_pass(steps).steps
     a_pass = f"{whole:,.1f}" if whole >= 1 else f"{whole:.2g}"
     yield (
-        f"{len(steps.examples):,} examples, {a_pass} optimizer steps a pass; {total:,} steps are "
-        f"{often:.3g} passes, {warmup:,} of them warm-up ({min(1.0, warmup / total):.0%})"
+        f"{counted(len(steps.examples), 'example')}, {a_pass} optimizer steps a pass; "
+        f"{counted(total, 'step')} {'is' if total == 1 else 'are'} {counted(often, 'pass', 'passes')}, "
+        f"{warmup:,} of them warm-up ({min(1.0, warmup / total):.0%})"
     )
 
 
@@ -72,9 +66,11 @@ def odd_length(config: Config, steps: AnySteps) -> Iterator[str]:
         yield f"{often:,.0f} passes over the same examples: they will be learnt by heart; --epochs 3 is three passes"
     if config.warmup_steps > LONG_WARMUP * total:
         share = min(1.0, config.warmup_steps / total)
-        yield f"--warmup_steps {config.warmup_steps} is {share:.0%} of {total:,} steps: most train at a smaller rate"
+        whole = counted(total, "step")
+        yield f"--warmup_steps {config.warmup_steps} is {share:.0%} of {whole}: most train at a smaller rate"
     if config.micro_bsz > len(steps.examples):
-        yield f"--micro_bsz {config.micro_bsz} is more than the {len(steps.examples)} examples: some come twice"
+        examples = counted(len(steps.examples), "example")
+        yield f"--micro_bsz {config.micro_bsz} is more than the {examples}: some come twice"
 
 
 def odd_values(config: Config, plan: Plan, sizes: Sizes) -> Iterator[str]:

@@ -40,7 +40,7 @@ from rwkv_rlhf.training.strategies import load_rank_state, rank_state
 log = logging.getLogger(__name__)
 
 LOG = "train_log.txt"
-EVENTS = tuple(f'{{"event": "{name}"' for name in ("start", "train", "val"))
+EVENTS = tuple(f'{{"event": "{name}"' for name in ("start", "train", "val", "tasks"))
 LOGS = {METRICS: EVENTS, LOG: tuple("0123456789"), SAMPLES: (FIRST, ANSWERED)}  # how lines begin that come again
 BEGUN = "begun.json"  # in the resume folder: how long the logs were when the run began
 SIGNALS = (None, signal.SIGTERM, signal.SIGINT)  # what may be asked of a rank; the last one wins

@@ -29,7 +29,7 @@ from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.config_file import RUN_FILE, config_text
-from rwkv_rlhf.training.choices import as_typed, settings_of, with_pass
+from rwkv_rlhf.training.choices import as_typed, one_pass, settings_of, with_pass
 from rwkv_rlhf.training.ending import end_lines, next_commands
 from rwkv_rlhf.training.find_point import about_run
 from rwkv_rlhf.training.fit import Around, fit
@@ -38,8 +38,8 @@ from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.length import schedule_of
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.optimizers import state_of
-from rwkv_rlhf.training.overview import begin_facts, opening_lines
-from rwkv_rlhf.training.recipe import passes, say_recipe, steps_of_a_pass
+from rwkv_rlhf.training.overview import NO_ROOM, begin_facts, opening_lines, refuse_too_large
+from rwkv_rlhf.training.recipe import passes, say_recipe
 from rwkv_rlhf.training.resume import take_weights
 from rwkv_rlhf.training.run_owner import begin_run
 from rwkv_rlhf.training.start import Start, continues, numbered_from, resume_adapter
@@ -105,8 +105,10 @@ def _train(
     for line in (*start.report.lines(), state_of(config.optim, start.model).line()):
         log.info(line)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
+    room = NO_ROOM
     with Harmless("the page does not say what this run is")():
-        begin_facts(journal.facts, config, start, inputs, steps)
+        room = begin_facts(journal.facts, config, start, inputs, steps)
+    ranks.agreed(lambda: refuse_too_large(config, room))
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))
@@ -126,7 +128,8 @@ def _train(
         lambda: inputs.wrong,
         FixedPrompts(prompts, inputs.sampler, folder, name) if prompts else None,
         journal if ranks.is_rank_zero() else None,
-        steps_of_a_pass(steps),
+        inputs.tasks(),
+        one_pass(steps).steps,
     )
     stopped = fit(module, steps, config, run, settings_of(config), around, points, point)
     if ranks.is_rank_zero() and not stopped:

@@ -28,7 +28,7 @@ RUN = "run.json"
 # all that a run leaves, beside scores that any run of the model may use
 LEFT = re.compile(
     r"rwkv-(\d+|final|best|last)(-state)?(-[0-9a-f]{8}-\d{5}-of-\d{5})?\.(pth|safetensors|json|safetensors\.index\.json)"
-    r"|pissa-init-.*|bad-step-.*\.pth|metrics\.jsonl|train_log\.txt|curves\.png|report\.html|compare\.html"
+    r"|pissa-init-.*|bad-step-.*\.pth|metrics\.(jsonl|csv)|tensorboard|train_log\.txt|curves\.png|report\.html|compare\.html"
     rf"|{'|'.join(map(re.escape, (RUN, RUN_FILE, SAMPLES, FACTS)))}|{FOLDER}"
 )
 SHOWN = 3  # names in a sentence

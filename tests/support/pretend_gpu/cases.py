@@ -64,7 +64,7 @@ def sample(model: Path, options: dict[str, object]) -> tuple[list[list[int]], Wa
         sampler = Sampler(load_model(model, BuildOptions(torch.float32, device="cuda"))[0])
         DEVICE.waits.clear()
 
-        def said(sample: int, token: int) -> bool:
+        def said(sample: int, so_far: object) -> bool:
             if DEVICE.waits:
                 steps.append(list(DEVICE.waits))
                 DEVICE.waits.clear()

@@ -19,6 +19,8 @@ def parser() -> Parser:
     flags.add_argument("--token", default="", help=text)
     flags.add_argument("--name", default="", help="what clients call the model [the name of its file]")
     flags.add_count("--batch_size", default=16, help="answers sampled at once; others wait [16]")
+    text = "conversations whose state is kept, so that their next turn runs only what is new; 0 = none [16]"
+    flags.add_count("--cached_states", default=16, least=0, help=text)
     add_sampling_flags(flags, top_p=0.7, max_tokens=1024)
     add_trained_template_flag(flags)
     add_vocabulary_flag(flags)
