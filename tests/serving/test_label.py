@@ -109,8 +109,8 @@ def test_a_person_labels_is_killed_and_goes_on(browser, words, tmp_path, script,
         expect(work.page.locator("#progress")).to_contain_text("3 votes, 2 pairs, 3", timeout=100000)
         assert out.read_bytes() == kept and work.whole() == typed
         work.press("1", "4 votes, 3 pairs, 2")
-        for left in (1, 0):
-            work.press("s", f"{left} prompts left")
+        for left in ("1 prompt left", "0 prompts left"):
+            work.press("s", left)
         expect(work.page.locator("#nothing")).to_be_visible()
         assert work.page.evaluate("document.documentElement.scrollWidth") <= 390 and not work.noise
         status, said, err = work.end()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from rwkv_rlhf.layers.placing import matrices
+from rwkv_rlhf.reports.words import short_count
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.memory import memory_by_part
 from rwkv_rlhf.training.start import shape_model
@@ -68,8 +69,10 @@ def verdict(memory: int, precision: str, *, gpu: bool, rate: Callable[[], float]
         layers, width = SHAPES[0]
         return f"use --precision {precision}; L{layers}-D{width} with LoRA does not fit in rows of {CONTEXT} tokens"
     measured = rate()
+    rates = {one.shape: measured / one.operations for one in (found[0], found[-1])}
     speeds = ", ".join(
-        f"{one.shape} about {measured / one.operations:,.3g} tokens/s" for one in dict.fromkeys((found[0], found[-1]))
+        f"{shape} about {f'{speed:.3g}' if speed < 1000 else short_count(speed)} tokens/s"
+        for shape, speed in rates.items()
     )
     return (
         f"use --precision {precision}; {found[-1].shape} with LoRA{found[-1].stored} fits in rows of {CONTEXT} tokens; "
