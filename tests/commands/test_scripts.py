@@ -59,6 +59,11 @@ def test_a_script_and_its_command_are_one_program(script, capsys, monkeypatch):
         ),
         ("merge_bone", "--base_model B.pth --quant nf4", "--base_model B.pth --quant nf4"),
         (
+            "merge_disha",
+            "--base_model B --peft_checkpoint D --output O --quant nf4",
+            "--base_model B --lora_checkpoint D --output O --quant nf4",
+        ),
+        (
             "merge_state",
             "--base_model B --state_checkpoint S --output O",
             "--base_model B --lora_checkpoint S --output O",
@@ -84,6 +89,32 @@ def test_an_old_script_merges_and_refuses(tmp_path, script):
     assert not done.value.code and all(torch.equal(found[name], wanted[name]) for name in wanted)
     status, _, err = script(lambda words: translated("merge_pissa", words) and None, "B.pth", "L.pth")
     assert status == 2 and "merge_pissa.py takes BASE_MODEL LORA_INIT LORA_CHECKPOINT OUTPUT, not 2 words" in err
+
+
+@pytest.mark.parametrize("mode", ["bone", "miss"])
+def test_a_file_of_disha_is_merged_as_its_program_does(mode, tmp_path):
+    """RWKV-PEFT calls both of them `disha`: if this breaks, its files are refused, or merged by the other's formula."""
+    base, checkpoint, _ = trained(tmp_path, mode, limited=True)
+    checkpoint.with_suffix(".json").unlink()
+    theirs = {name.replace(f".{mode}", ".disha"): tensor for name, tensor in read_tensors(checkpoint).items()}
+    torch.save(theirs, tmp_path / "disha.pth")
+    words = ["--base_model", base, "--peft_checkpoint", tmp_path / "disha.pth", "--output", tmp_path / "m.pth"]
+    with pytest.raises(SystemExit) as done:
+        run_command("merge_disha", [str(word) for word in words])
+    assert not done.value.code
+    found = read_tensors(tmp_path / "m.pth")
+    for name, weight in read_tensors(base).items():
+        update = theirs.get(name.replace(".weight", ".disha"))
+        if update is not None and mode == "bone":  # W_ab + W_ab D_b + D_b
+            r = update.shape[-1]
+            blocks = [
+                torch.cat([w + w @ d + d for w in weight[:, b * r : (b + 1) * r].split(r)])
+                for b, d in enumerate(update)
+            ]
+            weight = torch.cat(blocks, 1)
+        elif update is not None:  # every r inputs the same strip
+            weight = weight + update.T.repeat(1, weight.shape[1] // len(update))
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_the_list_of_commands(capsys):

@@ -212,21 +212,38 @@ ADAPTED = {
 def test_what_lora_does_with_each_tensor_of_each_version(version):
     """A tensor that no rule knows would stay frozen, or decay, without a word."""
     plan = make_plan("lora", 2, rank=4, alpha=4.0, lr_init=1.0, lr_final=1.0, weight_decay=0.5)
+    sizes = sizes_of(random_tensors(version, 2))
     with torch.device("meta"):
-        model = RWKV(sizes_of(random_tensors(version, 2)))
+        model = RWKV(sizes)
     prefix = "blocks.1."
     matrices = {name.removeprefix(prefix) for name in plan_layout(model, plan).adapted if name.startswith(prefix)}
     assert matrices == ADAPTED[version]
     for name, _ in model.named_parameters():
         last = name.removeprefix(prefix).removesuffix(".weight")
         if name.endswith(".ffn.s_emb.weight"):
-            assert not plan.trains(name, version, False)
+            assert not plan.trains(name, version, False) and plan.group(name, version, True)[2] == 0.0
             continue
         if name.startswith(prefix):
             assert plan.trains(name, version, False) != (last in matrices), name
             assert not plan.trains(name, version, True)
         is_matrix = re.sub(r"^blocks\.\d+\.", "", name).removesuffix(".weight") in matrices | {"emb", "head"}
         assert plan.group(name, version, True)[2] == (0.5 if is_matrix else 0.0), name
+
+
+def test_tables_by_token_train_where_they_are_asked_for(profile):
+    """If this breaks, DeepEmbed's tables, most of a model, train unasked or beside rows that are frozen, or decay."""
+    lines = [HEADER, "emb,full,0,0,0,1,1,0,0,0,", LORA, "1,freeze,0,0,0,1,1,0,0,0,", HEAD]
+    table = "blocks.{}.ffn.s_emb.weight".format
+    plan = dataclasses.replace(profile(*lines), tables=True)
+    assert plan.trains(table(0), "x070a", limited=True) and not plan.trains(table(1), "x070a", False)
+    assert plan.adapts("blocks.0.ffn.s_emb") is None
+    assert plan.group(table(0), "x070a", True) == plan.group("blocks.0.ln1.weight", "x070a", True)
+    for parts, learns in (("att,ln", False), ("ffn", True)):
+        some = make_plan("lora", 2, parts=parts, lr_init=1.0, lr_final=1.0)
+        assert dataclasses.replace(some, tables=True).trains(table(0), "x070a", False) is learns
+        assert not some.trains(table(0), "x070a", False)
+    rejecting = profile(HEADER, lines[1], '0,full,0,0,0,1,1,0,0,0,"s_emb."', lines[3], HEAD)
+    assert not dataclasses.replace(rejecting, tables=True).trains(table(0), "x070a", False)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -16,7 +16,7 @@ from tests.support.rank_cases import case, shared_words
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
 
-CASES = ("sft", "dpo", "kto", "infctx", "lora", "empty", "grpo", "ppo")
+CASES = ("sft", "dpo", "kto", "infctx", "lora", "tables", "empty", "grpo", "ppo")
 STAGES = ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3")
 BLOWN = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp")
 SPLIT = [  # (strategy, case): each strategy once, and what its kind of split could change
@@ -30,7 +30,7 @@ SPLIT = [  # (strategy, case): each strategy once, and what its kind of split co
 
 
 @pytest.fixture(scope="module")
-def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
+def runs(base_of, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     """(folders of one process, folders of two) by case."""
     folder = tmp_path_factory.mktemp("ranks")
     (text_jsonl.parent / "empty.jsonl").write_text(
@@ -39,15 +39,18 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     more = ("packed", "state", "forgetful", "blown")
     words = {name: case(text_jsonl, pairs_csv, name) for name in (*CASES, *more)}
     wanted = [*(("ddp", name) for name in (*CASES, *more[:2])), *SPLIT, *((strategy, "blown") for strategy in BLOWN)]
+
+    def shared(name):
+        return shared_words(base_of("x070a" if name == "tables" else "x070"), vocab_file)
+
     lists = [
-        [*shared_words(base_model, vocab_file), *words[name](2), "--strategy", how, "--proj_dir", folder / how / name]
-        for how, name in wanted
+        [*shared(name), *words[name](2), "--strategy", how, "--proj_dir", folder / how / name] for how, name in wanted
     ]
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
     process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
     for name in CASES:
-        one = [*shared_words(base_model, vocab_file), *words[name](1), "--proj_dir", folder / "one" / name]
+        one = [*shared(name), *words[name](1), "--proj_dir", folder / "one" / name]
         train.main([str(word) for word in one])
     _, err = process.communicate(timeout=580)
     assert process.returncode == 0, err[-3000:]

@@ -49,7 +49,7 @@ def pairs():
 def gradients(model, value):
     model.zero_grad()
     value.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.to_dense().clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 

@@ -15,9 +15,9 @@ meant is refused with the way to go. `X` stands for any value. This page is made
 in `src/rwkv_rlhf/settings/`. Data of other trainers: `docs/data.md`.
 
 Old scripts are there by their names and arguments: `merge_lora.py ALPHA BASE LORA OUTPUT`, `merge_pissa.py BASE INIT
-LORA OUTPUT`, `merge_bone.py`, `merge_state.py --state_checkpoint S` (all of them are `merge.py`), and `make_data.py
-FILE REPEATS CTX_LEN` (`make_binidx.py`). An adapter to go on from that is not there is an error, except
-`rwkv-0`, which the published commands of RWKV-PEFT name whether there is one or not.
+LORA OUTPUT`, `merge_bone.py`, `merge_disha.py --peft_checkpoint D`, `merge_state.py --state_checkpoint S` (all of
+them are `merge.py`), and `make_data.py FILE REPEATS CTX_LEN` (`make_binidx.py`). An adapter to go on from that is not
+there is an error, except `rwkv-0`, which the published commands of RWKV-PEFT name whether there is one or not.
 
 | program | typed | here | note |
 |---|---|---|---|

@@ -32,7 +32,10 @@ def step(version, device, dtype, backend):
     hidden, _ = model(tokens[:, :-1], None, torch.tensor([0, 33, 100], device=device))
     loss = torch.nn.functional.cross_entropy(model.head(hidden)[0].to(torch.float32), tokens[0, 1:])
     loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
+    return {
+        "loss": loss.detach(),
+        **{name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None},
+    }
 
 
 @functools.cache

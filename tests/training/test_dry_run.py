@@ -5,6 +5,7 @@ import re
 import pytest
 
 from rwkv_rlhf.commands import train
+from rwkv_rlhf.training.dry_run import room_of
 
 
 @pytest.fixture
@@ -25,6 +26,18 @@ def test_packed_matrices_are_counted(script, words):
         found.append(re.findall(r"^(\w+) +([\d,]+) train +([\d,]+) frozen", out, re.MULTILINE))
     dense, packed = map(sorted, found)
     assert dense == packed and len(dense) == 5
+
+
+def test_a_tensor_is_counted_where_it_belongs():
+    """If this breaks, DeepEmbed's tables (s_emb), most of a block, are shown as the model's embedding."""
+    rooms = {"emb.weight": "emb", "blocks.0.ffn.s_emb.weight": "ffn", "blocks.0.att.key.lora_A": "att"}
+    rooms |= {
+        "blocks.0.ln0.weight": "norms",
+        "head.weight": "head",
+        "score_head.weight": "head",
+        "blocks.1.att.key": "att",
+    }
+    assert {name: room_of(name) for name in rooms} == rooms
 
 
 def test_the_held_out_file_is_opened(script, words, tmp_path):

@@ -97,7 +97,8 @@ def test_a_run_too_large_for_its_gpu_is_refused(caplog):
         ValueError, match=r"of the GPU: does not fit, by the estimate; what saves .*\{force\} 1 tries it"
     ):
         refuse_too_large(config, large)
-    for words in (("--force", 1), ("--strategy", "deepspeed_stage_2_offload"), ("--strategy", "fsdp", "--devices", 2)):
+    split = (("--strategy", "deepspeed_stage_2_offload"), ("--strategy", "fsdp", "--devices", 2), ("--train_tables", 1))
+    for words in (("--force", 1), *split):
         refuse_too_large(run_of(*words)[0], large)
     for room in (large._replace(gpu=False), Room(23 << 30, 24 << 30, True), NO_ROOM):
         refuse_too_large(config, room)

@@ -20,7 +20,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.layout import frozen_layout, plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import STATES, Sizes, heads_in, sizes_of, states_in
-from rwkv_rlhf.plan import Plan, is_frozen_table, is_new, is_scalar_head
+from rwkv_rlhf.plan import Plan, is_new, is_scalar_head, is_token_table
 from rwkv_rlhf.precision import wide_dtype
 from rwkv_rlhf.settings import tables
 
@@ -214,7 +214,7 @@ def as_trained(path: str | Path, quant: str) -> Layout:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and tensor.dim() == 2 and not is_scalar_head(name)
     }
-    linear = {name for name in weights if name != "emb.weight" and not is_frozen_table(name)}
+    linear = {name for name in weights if name != "emb.weight" and not is_token_table(name)}
     packed = {name.removesuffix(".weight") for name in linear} if quant != "none" else set()
     return Layout(trained=frozenset(tensors.keys() - weights), packed=frozenset(packed), store=quant)
 

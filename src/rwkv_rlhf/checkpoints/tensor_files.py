@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 # what Lightning, DeepSpeed, DDP and torch.compile put before names, and torch.compile inside them too
 WRAPPED = re.compile(r"^((?:_forward_module|module|model)\.)+|_orig_mod\.")
 USUAL = {"_forward_module."}  # in checkpoints of RWKV-LM, not worth a word
+DISHA = {2: "miss", 3: "bone"}  # what RWKV-PEFT calls `disha`, by the axes of the tensor
 NAMES_SHOWN = 4
 SHARED = 8  # times that the bytes of a file may be used, by tensors that share them
 
@@ -75,12 +76,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
-    """The tensors without what wrappers of the model put before their names. ValueError where two fall together."""
+    """The tensors without what wrappers of the model put before their names, and DiSHA's by the name that they have
+    here. ValueError where two fall together."""
     plain: dict[str, Tensor] = {}
     wrappers: set[str] = set()
     for name, tensor in tensors.items():
         wrappers.update(match[0] for match in WRAPPED.finditer(name))
         own = WRAPPED.sub("", name)
+        layer, _, last = own.rpartition(".")
+        if last == "disha" and tensor.dim() in DISHA:
+            own = f"{layer}.{DISHA[tensor.dim()]}"
         if own in plain:
             raise ValueError(f"{path} holds {own} twice, with and without a prefix of its name")
         plain[own] = tensor

@@ -31,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(("train",), "train a model: pre-training, SFT, DPO, ORPO, distillation and more"),
     "merge": Command(
-        ("merge", "merge_lora", "merge_bone", "merge_pissa", "merge_state"),
+        ("merge", "merge_lora", "merge_bone", "merge_disha", "merge_pissa", "merge_state"),
         "make one model of a base model and a checkpoint of training; PEFT and back",
     ),
     "export": Command(("export",), "write a model for llama.cpp, Hugging Face and other programs"),

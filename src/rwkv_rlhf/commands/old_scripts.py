@@ -27,6 +27,7 @@ OLD_SCRIPTS: dict[str, OldScript] = {
     "merge_lora": OldScript(("lora_alpha", "base_model", "lora_checkpoint", "output"), added=("--type", "lora")),
     "merge_pissa": OldScript(("base_model", "lora_init", "lora_checkpoint", "output"), added=("--type", "pissa")),
     "merge_bone": OldScript(added=("--type", "bone")),
+    "merge_disha": OldScript(renamed={"--peft_checkpoint": "--lora_checkpoint"}),  # bone or miss, by the file
     "merge_state": OldScript(renamed={"--state_checkpoint": "--lora_checkpoint"}, added=("--type", "state")),
     "make_data": OldScript(("input", "repeats", "ctx_len")),
 }

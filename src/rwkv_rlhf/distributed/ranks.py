@@ -68,6 +68,20 @@ def all_gather(value: Value) -> list[Value]:
     return found
 
 
+def all_gather_rows(rows: Tensor) -> list[Tensor]:
+    """The `rows` (n, ...) of each rank, in the order of ranks, where `rows` lie; ranks may have different n."""
+    if not is_distributed():
+        return [rows]
+    counts = [torch.empty(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
+    distributed.all_gather(counts, torch.tensor([len(rows)], device=device()))
+    lengths = [int(count) for count in counts]
+    sent = torch.zeros(max(lengths), *rows.shape[1:], dtype=rows.dtype, device=device())
+    sent[: len(rows)] = rows
+    found = [torch.empty_like(sent) for _ in lengths]
+    distributed.all_gather(found, sent)
+    return [part[:length].to(rows.device) for part, length in zip(found, lengths)]
+
+
 def broadcast_from_zero(make: Callable[[], Value]) -> Value:
     """What rank 0 makes, on every rank; the others do not call `make`."""
     if not is_distributed():

@@ -137,6 +137,7 @@ class Embedding(Matrix):
 
     weight: nn.Parameter
     transposed = True
+    row_gradient = False  # whether its gradient holds the rows of the tokens that occurred, not the whole table
 
     def load_weight(self, weight: Tensor, spec: StorageSpec) -> None:
         assert spec.store == "none"
@@ -144,5 +145,11 @@ class Embedding(Matrix):
 
     def forward(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """tokens (...,) int64 -> (..., C) in `dtype`, or in the table's own; rows are gathered before the cast."""
-        rows = F.embedding(tokens, self.weight)
+        rows = F.embedding(tokens, self.weight, sparse=self.row_gradient)
         return rows if dtype is None else rows.to(dtype)
+
+
+class TokenTable(Embedding):
+    """A table so large that a gradient of all of it is never made: it is sparse (torch.sparse_coo, one sparse axis)."""
+
+    row_gradient = True

@@ -17,7 +17,7 @@ from rwkv_rlhf.layers.adaptation import Adaptation, RankError, seeded
 from rwkv_rlhf.layers.adapters import ADAPTERS
 from rwkv_rlhf.layers.adapters.adapter import Adapter
 from rwkv_rlhf.layers.linear import Linear, Matrix, StorageSpec
-from rwkv_rlhf.plan import is_frozen_table
+from rwkv_rlhf.plan import is_token_table
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,11 @@ class Report:
             f"parameters: {self.trained:,} train ({self.trained / max(1, whole):.2%} of {whole:,}), "
             f"{self.frozen:,} are frozen{packed}"
         ]
-        tables = sum(map(is_frozen_table, self.dtypes))
-        if tables:
-            text.append(f"{tables} tables of DeepEmbed (s_emb) stay frozen in every mode: training them is not built")
+        by_token = set(filter(is_token_table, self.dtypes))
+        if kept := by_token - self.layout.trained:
+            text.append(f"{len(kept)} tables of DeepEmbed (s_emb) stay frozen; --train_tables 1 is what trains them")
+        if learnt := by_token & self.layout.trained:
+            text.append(f"{len(learnt)} tables of DeepEmbed (s_emb) train, in each step the rows of its tokens")
         if self.layout.unmatched:
             text.append(f"rows of the layer profile that matched nothing: {', '.join(self.layout.unmatched)}")
         return text

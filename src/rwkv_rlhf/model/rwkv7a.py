@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rwkv_rlhf.layers.linear import Embedding, Linear
+from rwkv_rlhf.layers.linear import Linear, TokenTable
 from rwkv_rlhf.model import rwkv7
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
@@ -55,7 +55,7 @@ class ChannelMix(rwkv7.ChannelMix):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__(sizes)
         rank = sizes.low_rank["deep"]
-        self.s_emb = Embedding(sizes.vocab_size, rank * rank)
+        self.s_emb = TokenTable(sizes.vocab_size, rank * rank)
         self.s_emb_x = Linear(sizes.n_embd, rank * rank)
         shapes = {"s0": (1, 1, sizes.dim_ffn), "s1": (sizes.n_embd, rank), "s2": (rank, sizes.dim_ffn)}
         for name, shape in shapes.items():

@@ -42,6 +42,7 @@ def plan_for(config: Config, n_layer: int) -> Plan:
         lora_plus=config.lora_plus,
         scalar_head=head,
         predicts=config.loss_facts.predicts,
+        tables=config.train_tables,
     )
 
 

@@ -48,7 +48,7 @@ class Plan:
     touch, and which learnt initial states (names as in `blocks.0.<name>`) every block trains, whatever its mode.
     `lora_plus` multiplies the learning rate of LoRA's factor B (arXiv 2402.12354). `scalar_head` is the one that the
     run has a row for: others stay as they are; without `predicts` the head of the tokens has nothing to learn, and is
-    left alone."""
+    left alone. `tables`: whether the tables by token of a block (DeepEmbed) train with it."""
 
     rows: dict[str, Row]
     parts: frozenset[str] = frozenset(PARTS)
@@ -56,6 +56,7 @@ class Plan:
     lora_plus: float = 1.0
     scalar_head: str = ""
     predicts: bool = True
+    tables: bool = False
 
     @property
     def modes(self) -> frozenset[str]:
@@ -84,8 +85,11 @@ class Plan:
         row = self.row_of(name)
         if self.foreign(name):
             return False
-        if row.rejects(name) or is_frozen_table(name) or (name == "head.weight" and not self.predicts):
+        if row.rejects(name) or (name == "head.weight" and not self.predicts):
             return False
+        if is_token_table(name):
+            touched = row.mode == "full" or (row.mode in tables.ADAPTERS and name.split(".")[2] in self.parts)
+            return self.tables and touched
         if is_state(name):
             return name.endswith(self.states)
         if row.mode == "full":
@@ -100,7 +104,7 @@ class Plan:
         """The row whose adapter the matrix of the module `linear_name` (e.g. `blocks.3.att.key`) gets, or None."""
         row = self.row_of(linear_name)
         weight = f"{linear_name}.weight"
-        if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_frozen_table(weight):
+        if row.mode not in tables.ADAPTERS or row.rejects(weight) or is_token_table(weight):
             return None
         if (linear_name == "head" and not self.predicts) or self.foreign(weight):
             return None
@@ -112,7 +116,7 @@ class Plan:
     def group(self, name: str, version: str, layerwise: bool) -> Rates:
         """The rates of the trained tensor `name`, adapters' tensors included.
 
-        layerwise: apply the tradition's multipliers. Only matrices decay: not LayerNorms, not small tensors.
+        layerwise: apply the tradition's multipliers. Only matrices decay: no LayerNorm, small tensor or table by token.
         """
         row = self.row_of(name)
         if is_state(name):
@@ -132,9 +136,10 @@ def is_scalar_head(name: str) -> bool:
     return name.split(".")[0] in tables.SCALAR_HEADS
 
 
-def is_frozen_table(name: str) -> bool:
-    """Whether `name` is a table by token inside a block, which nothing trains, adapts or packs (DeepEmbed)."""
-    return any(name.endswith(f".{table}") for facts in tables.VERSIONS.values() for table in facts.frozen_tables)
+def is_token_table(name: str) -> bool:
+    """Whether `name`, of a model's or of a block's tensor, is a table by token inside a block, which nothing adapts or
+    packs (DeepEmbed)."""
+    return any(f".{name}".endswith(f".{table}") for facts in tables.VERSIONS.values() for table in facts.token_tables)
 
 
 def is_new(name: str) -> bool:
@@ -154,10 +159,10 @@ def is_small(name: str, version: str) -> bool:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether `name` is a whole matrix or a factor of an adapter: what weight decay may touch."""
+    """Whether `name` is a whole matrix (a table by token is none) or a factor of an adapter: what may decay."""
     last = name.split(".")[-1]
     own = any(last in facts.decays for facts in tables.ADAPTERS.values())
-    return own or (last == "weight" and not is_norm(name))
+    return own or (last == "weight" and not is_norm(name) and not is_token_table(name))
 
 
 def is_block_matrix(name: str) -> bool:

@@ -197,9 +197,7 @@ class _Run:
         found = _gradients(reached, [*self.params, *(x for leaf in leaves.values() for x in leaf.tensors())])
         for i, p in enumerate(self.params):
             if (grad := next(found)) is not None:
-                total = totals[i]
-                totals[i] = total = torch.zeros_like(p) if total is None else total
-                total += grad
+                totals[i] = _sum(totals[i], grad, p)
         for slot, leaf in leaves.items():
             grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaf.tensors(), found)]
             if any(x.requires_grad for x in leaf.tensors()):
@@ -251,6 +249,15 @@ class _Run:
     def _kept(self, slot: int) -> State:
         assert self.kept is not None
         return self.kept.row(slot).map(lambda x: x.to(self.device, non_blocking=True))
+
+
+def _sum(total: Tensor | None, grad: Tensor, p: Tensor) -> Tensor:
+    """`total` and one more gradient of the parameter `p`, in place; sparse ones (of a table) with each row once."""
+    if grad.is_sparse:
+        return (grad if total is None else total + grad).coalesce()
+    total = torch.zeros_like(p) if total is None else total
+    total += grad
+    return total
 
 
 class _ChunkedPass(torch.autograd.Function):

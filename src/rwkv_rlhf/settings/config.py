@@ -205,6 +205,9 @@ class Config:
     limited_lora: bool = setting(False, "train the adapters only, no LayerNorms or small vectors")
     rslora: bool = setting(False, "scale LoRA by alpha / sqrt(rank)")
     lora_plus: float = setting(1.0, "LoRA+: learning rate of the factor B, in multiples of A's", above=0)
+    train_tables: bool = setting(
+        False, "RWKV-7a: train DeepEmbed's tables too, the rows of the tokens that occur, at their block's rates"
+    )
     svd_niter: int = setting(4, "PiSSA: iterations of the randomised SVD", at_least=0, resume=MAY_CHANGE)
     quant: bool | None = setting(
         None,

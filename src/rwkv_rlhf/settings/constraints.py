@@ -384,6 +384,12 @@ STRATEGY_CONSTRAINTS = (
         "{strategy} deepspeed_stage_2, which needs no more memory for them",
     ),
     Constraint(
+        "rows_of_tables",
+        lambda c: trains(c) and c.train_tables and not tables.STRATEGIES[c.strategy].rows,
+        "{train_tables} 1 has gradients for the rows of some tokens only, and {strategy=} splits whole ones; use "
+        "{strategy} ddp, or leave out {train_tables}",
+    ),
+    Constraint(
         "deepspeed_scales_no_loss",
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and c.precision == "fp16",
         "{precision=} needs a scaled loss, and {strategy=} takes its steps by itself, without one; use {strategy} ddp "

@@ -286,8 +286,8 @@ class VersionFacts:
     tensors' names. rates: multipliers of the tradition's learning rates. activations: values of width C that a block
     keeps of each token for the backward pass, and recurrence_bytes the bytes of each channel that the recurrence keeps
     in float32 (both counted, tests/training/test_memory.py). starts_from_file: the `rwkv` package begins from a learnt
-    time_state in the model's file. frozen_tables: tables by token inside a block, which no mode of a row trains, adapts
-    or packs.
+    time_state in the model's file. token_tables: tables by token inside a block, which no mode of a row adapts or
+    packs; their rows train only where {train_tables} says so.
     """
 
     help: str
@@ -304,7 +304,7 @@ class VersionFacts:
     activations: float = 0.0
     recurrence_bytes: int = 0
     starts_from_file: bool = False
-    frozen_tables: tuple[str, ...] = ()
+    token_tables: tuple[str, ...] = ()
 
 
 VERSIONS: dict[str, VersionFacts] = {
@@ -384,7 +384,7 @@ VERSIONS: dict[str, VersionFacts] = {
         rates={"w0": 2.0},
         activations=36.7,
         recurrence_bytes=8,
-        frozen_tables=("ffn.s_emb.weight",),
+        token_tables=("ffn.s_emb.weight",),
     ),
 }
 
@@ -402,7 +402,8 @@ class StrategyFacts:
     """How ranks share the work. implementation: (config, model) -> a Lightning strategy.
 
     whole_blocks: a block's parameters are put together for its own forward and backward pass only, so nothing that
-    runs several blocks in one backward pass goes with it. stage: of DeepSpeed's ZeRO, 0 = not DeepSpeed.
+    runs several blocks in one backward pass goes with it. stage: of DeepSpeed's ZeRO, 0 = not DeepSpeed. rows: whether
+    gradients that hold some rows of a table go with it.
     """
 
     help: str
@@ -410,11 +411,12 @@ class StrategyFacts:
     whole_blocks: bool = False
     stage: int = 0
     offload: bool = False
+    rows: bool = False
 
 
 STRATEGIES: dict[str, StrategyFacts] = {
-    "auto": StrategyFacts("one process alone, or ddp", ".training.strategies.ddp:ddp"),
-    "ddp": StrategyFacts("the whole model on every rank", ".training.strategies.ddp:ddp"),
+    "auto": StrategyFacts("one process alone, or ddp", ".training.strategies.ddp:ddp", rows=True),
+    "ddp": StrategyFacts("the whole model on every rank", ".training.strategies.ddp:ddp", rows=True),
     "fsdp": StrategyFacts(
         "what trains, its gradients and the optimizer's state split over the ranks",
         ".training.strategies.fsdp:fsdp",

@@ -12,7 +12,7 @@ from rwkv_rlhf.checkpoints.adapter_files import adapter_tensor_names
 from rwkv_rlhf.checkpoints.sidecar import Sidecar, read_sidecar
 from rwkv_rlhf.checkpoints.tensor_files import read_tensors
 from rwkv_rlhf.layers.adaptation import Adaptation
-from rwkv_rlhf.plan import is_matrix, is_norm, is_scalar_head, is_scaled, is_state
+from rwkv_rlhf.plan import is_matrix, is_norm, is_scalar_head, is_scaled, is_state, is_token_table
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.constraints import PLAN_FLAGS, check, trains
@@ -63,10 +63,12 @@ def plan_of(config: Config, sidecar: Sidecar) -> dict[str, Any]:
     path, adapted = config.load_adapter, sidecar.adapted
     own = {f"{name}.{part}" for name, how in adapted.items() for part in adapter_tensor_names(how.mode)}
     beside = [name for name in read_tensors(path) if name not in own and not is_scalar_head(name)]
-    states, rest = [name for name in beside if is_state(name)], [name for name in beside if not is_state(name)]
+    states, by_token = [name for name in beside if is_state(name)], [name for name in beside if is_token_table(name)]
+    rest = [name for name in beside if name not in {*states, *by_token}]
     found: dict[str, Any] = {"state": bool(states), "state_shift": any("shift_state" in name for name in states)}
+    found["train_tables"] = bool(by_token)
     if not adapted:
-        return {"peft": "state", **found} if states and not rest else {}
+        return {"peft": "state", **found} if states and not (rest or by_token) else {}
     ways = {(how.mode, how.rank, how.alpha, how.scaling) for how in adapted.values()}
     inside = all(name.startswith("blocks.") for name in (*adapted, *rest))
     if len(ways) > 1 or not inside or any(map(is_matrix, rest)):

@@ -35,7 +35,8 @@ MIB = 1 << 20
 
 def room_of(name: str) -> str:
     """emb, head, att, ffn or norms: where a tensor belongs."""
-    return next((room for room in ("emb", "head", ".att.", ".ffn.") if room in name), "norms").strip(".")
+    words = name.split(".")
+    return next((room for room in ("emb", "att", "ffn") if room in words), "head" if "head" in words[0] else "norms")
 
 
 def rooms(start: Start) -> Iterator[tuple[str, int, int]]:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from rwkv_rlhf.checkpoints.loading import block_of
 from rwkv_rlhf.checkpoints.merging import shapes
 from rwkv_rlhf.layers.adapters.pissa import ROWS
+from rwkv_rlhf.layers.linear import TokenTable
 from rwkv_rlhf.layers.placing import Layout, matrices
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import BLOCK_ON_GPU
+from rwkv_rlhf.plan import is_token_table
 from rwkv_rlhf.precision import DTYPES, NAMES
 from rwkv_rlhf.scoring.infinite_context import ChunkedRows
 from rwkv_rlhf.settings import tables
@@ -71,12 +73,13 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
     one block whole. A live teacher counts as its file.
     """
     width = DTYPES[config.precision].itemsize
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_token_table(name))
     here = min(tokens, config.chunk or tokens)  # tokens that run together
     count = slots(config, tokens) if config.chunk else 0
     state = state_bytes(model)
     # the loss gives each gradient once: with chunks there is the sum so far, and what the newest chunk adds
-    gradients = 4 * trained * (2 if config.chunk and tokens > here else 1)
+    twice = 2 if config.chunk and tokens > here else 1
+    gradients = twice * (4 * trained + row_bytes(model, tokens * config.accumulate_grad_batches))
     boundary = state * count
     rows = config.micro_bsz * (3 if config.loss_facts.data == "pairs" else 1)
     parts = weights_by_storage(model) | {
@@ -99,6 +102,12 @@ def memory_by_part(config: Config, model: RWKV, tokens: int, *, gpu: bool) -> Es
         return Estimate(parts, host)
     moving = parts["activations"] + parts["head"]
     return Estimate(parts | host | {"holes in the heap": int(HOLES[config.grad_cp] * moving)}, {})
+
+
+def row_bytes(model: RWKV, tokens: int) -> int:
+    """At most so many bytes have the gradients of trained tables by token, a row for each token that occurs."""
+    learnt = [layer for _, layer in matrices(model) if isinstance(layer, TokenTable) and layer.weight.requires_grad]
+    return sum((4 * layer.out_features + 8) * min(tokens, layer.in_features) for layer in learnt)
 
 
 def slots(config: Config, tokens: int) -> int:
@@ -156,7 +165,8 @@ def _casts(block: nn.Module, width: int) -> int:
     """Bytes of the copies in the compute dtype that the graph holds of matrices whose masters are float32."""
     if width >= 4:
         return 0
-    return sum(width * p.numel() for p in block.parameters() if p.requires_grad and p.dim() == 2)
+    named = [(name, p) for name, p in block.named_parameters() if p.requires_grad and p.dim() == 2]
+    return sum(width * p.numel() for name, p in named if not is_token_table(name))
 
 
 def head_bytes(config: Config, model: RWKV, tokens: int, gpu: bool) -> int:

@@ -39,7 +39,14 @@ from rwkv_rlhf.training.loss_scale import LossScale
 from rwkv_rlhf.training.optimizers import make_optimizer, parameter_groups
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.step_figures import StepFigures
-from rwkv_rlhf.training.strategies import clips_itself, gradient_norm, leaves_out_itself, norm_of_last_step
+from rwkv_rlhf.training.strategies import (
+    clips_itself,
+    finish_gradients,
+    gradient_norm,
+    gradient_numbers,
+    leaves_out_itself,
+    norm_of_last_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -221,9 +228,10 @@ class TrainingModule(pl.LightningModule):
         if clips_itself(self.trainer):
             return
         most = self.config.grad_clip
+        finish_gradients(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.loss_scale is not None:
-            self.loss_scale.unscale_([p.grad for p in parameters])
+            self.loss_scale.unscale_(gradient_numbers(optimizer))
         norm = self._figures.norm = gradient_norm(self.trainer, optimizer)
         if self.loss_scale is None and leaves_out_itself(optimizer, norm):
             self._figures.send()  # they are read when the update is queued

@@ -110,11 +110,11 @@ def say_room(config: Config, room: Room) -> None:
 def refuse_too_large(config: Config, room: Room) -> None:
     """Raises ValueError when a step needs more than the whole GPU by the estimate, unless --force 1 tries it.
 
-    It is only said where the estimate is an upper bound, as the ranks split or offload a part of it, and of a machine
-    without a GPU, which may swap and whose other programs may end.
+    It is only said where the estimate is an upper bound, as the ranks split or offload a part of it or tables have
+    moments of few rows, and of a machine without a GPU, which may swap and whose other programs may end.
     """
     facts = tables.STRATEGIES[config.strategy]
-    whole = not facts.stage and not facts.whole_blocks  # each GPU holds all that is counted
+    whole = not facts.stage and not facts.whole_blocks and not config.train_tables  # a GPU holds all that is counted
     if room.gpu and whole and room.there and room.needed > room.there and not config.force:
         raise ValueError(
             f"a step takes {room}, by the estimate; what saves most: {', '.join(advice(config))}; {{force}} 1 tries it"

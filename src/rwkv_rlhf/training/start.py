@@ -40,8 +40,10 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
+from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.constraints import trains
+from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.training.optimizers import NOTHING, check_optimizer
 
 log = logging.getLogger(__name__)
@@ -171,6 +173,7 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     sizes = file_sizes(path)
     check_flags(sizes, **{name: getattr(config, name) for name in SIZE_FLAGS if name in config.given})
     plan = plan_for(config, sizes.n_layer)
+    check_tables(config, plan, sizes, path)
     if continues(config) and plan.modes != {"full"}:
         raise ValueError(
             "--load_model 0 continues from whole models in the project folder, but this plan saves only parts of one: "
@@ -212,6 +215,22 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def check_tables(config: Config, plan: Plan, sizes: Sizes, path: Path) -> None:
+    """Raises ValueError when --train_tables 1 finds no table by token in the file, or no row that trains one."""
+    if not (config.train_tables and trains(config)):
+        return
+    by_token = tables.VERSIONS[sizes.version].token_tables
+    if not by_token:
+        known = ", ".join(with_fact(tables.VERSIONS, lambda facts: bool(facts.token_tables)))
+        raise ValueError(f"{{train_tables}} 1: {path} is an {sizes.version} model, and only {known} has such tables")
+    names = [f"blocks.{layer}.{table}" for layer in range(sizes.n_layer) for table in by_token]
+    if not any(plan.trains(name, sizes.version, config.limited_lora) for name in names):
+        raise ValueError(
+            "{train_tables} 1: no block's tables would train; give {peft} full or an adapter with ffn among its "
+            "{lora_parts}, or a {layer_profile} with rows that are not freeze"
+        )
 
 
 def whole_reader(

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from rwkv_rlhf.training.optimizers import takes
-from rwkv_rlhf.training.optimizers.stepping import Stepping
+from rwkv_rlhf.training.optimizers import adamw, parted, takes
+from rwkv_rlhf.training.optimizers.stepping import Together
 
 MOMENTUM = 0.95
 
@@ -23,40 +23,12 @@ def muon(groups: Iterable[dict[str, Any]], betas: tuple[float, float], eps: floa
 
     Raises ValueError when nothing that trains is a matrix of a block.
     """
-    matrices: list[dict[str, Any]] = []
-    others: list[dict[str, Any]] = []
-    for group in groups:
-        members = list(zip(group["names"], group["params"], strict=True))
-        for chosen, own in ((matrices, True), (others, False)):
-            part = [(name, p) for name, p in members if takes("muon", name, p) is own]
-            if part:
-                chosen.append(group | {"names": [name for name, _ in part], "params": [p for _, p in part]})
+    matrices, others = parted(groups, lambda name, parameter: takes("muon", name, parameter))
     if not matrices:
         raise ValueError("{optim} muon: nothing that trains is a matrix of a block, so use {optim} adamw")
-    return MuonAndAdamW(matrices, others, betas, eps)
-
-
-class MuonAndAdamW(Stepping):
-    """Two optimizers over groups and states that they share with this one."""
-
-    def __init__(
-        self,
-        matrices: list[dict[str, Any]],
-        others: list[dict[str, Any]],
-        betas: tuple[float, float],
-        eps: float,
-    ) -> None:
-        super().__init__([*matrices, *others], {})
-        first, rest = self.param_groups[: len(matrices)], self.param_groups[len(matrices) :]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(first, momentum=MOMENTUM, nesterov=True, adjust_lr_fn="match_rms_adamw")
-        ]
-        if rest:
-            self.parts.append(torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True))
-        for part in self.parts:
-            part.state = self.state
-
-    def update(self) -> None:
-        """One step of both."""
-        for part in self.parts:
-            part.step()
+    parts: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, momentum=MOMENTUM, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    ]
+    if others:
+        parts.append(adamw(others, betas, eps))
+    return Together(parts)

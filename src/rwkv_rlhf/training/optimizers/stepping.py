@@ -1,4 +1,4 @@
-"""What a step of an optimizer of our own has around its update."""
+"""What a step of an optimizer of our own has around its update, and several optimizers as one."""
 
 from __future__ import annotations
 
@@ -25,3 +25,18 @@ class Stepping(torch.optim.Optimizer):
     @abstractmethod
     def update(self) -> None:
         """Update every parameter that has a gradient."""
+
+
+class Together(Stepping):
+    """Several optimizers, each of tensors of its own, as one with their groups and one state."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            part.state = self.state
+
+    def update(self) -> None:
+        """One step of each."""
+        for part in self.parts:
+            part.step()

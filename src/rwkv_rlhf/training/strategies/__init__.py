@@ -14,10 +14,13 @@ from pytorch_lightning.strategies import Strategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.plan import is_token_table
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.implementations import load
+from rwkv_rlhf.training.strategies.ddp import average_rows
 from rwkv_rlhf.training.strategies.deepspeed import Zero
 
 
@@ -38,10 +41,22 @@ def norm_of_last_step(trainer: pl.Trainer) -> float:
     return trainer.strategy.gradient_norm
 
 
+def finish_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Put together over the ranks what the backward pass has left apart: the rows of tables by token."""
+    if ranks.is_distributed():
+        named = [pair for group in optimizer.param_groups for pair in zip(group["names"], group["params"], strict=True)]
+        average_rows(p for name, p in named if is_token_table(name))
+
+
+def gradient_numbers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients as they lie in memory; of a sparse one the rows that it has."""
+    found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return [gradient.values() if gradient.is_sparse else gradient for gradient in found]
+
+
 def gradient_norm(trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
     """() the norm of the whole gradient over all parameters and ranks."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradient_numbers(optimizer))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
@@ -86,7 +101,8 @@ def load_rank_state(trainer: pl.Trainer, state: dict[str, dict[str, Any]]) -> No
         shape = local(parameter).shape
         tensors = {name: value for name, value in state[str(number)].items() if isinstance(value, Tensor)}
         shapes = {value.shape for value in tensors.values() if value.dim()}
-        if shapes and shape not in shapes:  # beside a moment there may be its scales
+        rows = shape[:1] in shapes and any(other[1:] == shape[1:] for other in shapes)  # of those that occurred
+        if shapes and not (shape in shapes or rows):  # beside a moment there may be its scales
             found = ", ".join(str(tuple(other)) for other in sorted(shapes))
             raise ValueError(
                 f"the optimizer's state of tensor {number} is {found} instead of {tuple(shape)}: it is of another run, "
