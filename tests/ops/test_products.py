@@ -80,7 +80,7 @@ def test_layers_decode_with_it_and_train_without(store, monkeypatch):
     x = torch.randn(6, 1, 128)
     with torch.no_grad():
         assert error(layer(x), x.double() @ layer.merged().double().T) < 1e-6 and len(used) == 1
-        layer(torch.randn(MOST_ROWS + 1, 128)), layer(x[:0]), layer(x.view(1, 6, 128))
+        layer(torch.randn(MOST_ROWS + 1, 128)), layer(x[:0]), layer(x.view(1, 6, 128)), layer(x[0, 0])
     assert len(used) == 1
     x.requires_grad_()
     layer(x).sum().backward()

@@ -27,7 +27,7 @@ def few(x: Tensor, weight: Tensor) -> bool:
         not torch.is_grad_enabled()
         and x.is_cpu
         and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-        and (x.dim() == 2 or x.shape[-2] == 1)
+        and (x.dim() == 2 or (x.dim() == 3 and x.shape[1] == 1))
         and x.dtype in calls.DTYPES
         and weight.dtype in (*calls.DTYPES, torch.int8)
     )
