@@ -8,7 +8,6 @@ Legend: B rows, S prompts, C width, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from rwkv_rlhf.generation.rows import Completion, Finished, Hear, Request, Rows,
 from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.generation.stops import Stops
+from rwkv_rlhf.model.packed import packed_rows
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
-from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.transfers import to_device
 
 PREFILL = 8192  # tokens of prompts that run together
@@ -204,11 +203,9 @@ class _Run:
     def _packed(self, rows: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State]:
         """Run some ids of each row -> hidden (rows, C) of its last one (of a row without any, nothing that is meant),
         and the states behind them."""
-        ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-        starts = Starts(itertools.accumulate(map(len, rows), initial=0))
-        hidden, after = self.model(to_device(ids, self.device)[None], state=state, starts=starts)
-        assert after is not None
-        return hidden[0].index_select(0, starts.last_on(self.device)), after
+        found = packed_rows(self.model, rows, state)
+        assert found.after is not None
+        return found.hidden.index_select(0, found.starts.last_on(self.device)), found.after
 
     def step(self) -> Iterator[Finished]:
         """One more token of each sequence; gives those that end with it."""

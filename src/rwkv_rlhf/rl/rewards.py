@@ -49,7 +49,7 @@ class RewardFunction:
                 f"{{reward_funcs}} {self.name} asks for {', '.join(lacking)}, and there is only {', '.join(given)}"
             )
         try:
-            found = self._call(samples)
+            found = self._call(given)
         except (Exception, SystemExit) as error:  # a sys.exit() in it would end the run without a word
             said = f"{type(error).__name__}: {error}"
             raise RewardError(f"{{reward_funcs}} {self.name} raised {said}{self._culprit(samples)}") from error
@@ -72,15 +72,14 @@ class RewardFunction:
             given.setdefault(name, [sample.asked.example.columns.get(name) for sample in samples])
         return given
 
-    def _call(self, samples: Sequence[Sample]) -> Any:
-        given = self._given(samples)
+    def _call(self, given: dict[str, list[Any]]) -> Any:
         return self.function(**{name: value for name, value in given.items() if self.takes_all or name in self.takes})
 
     def _culprit(self, samples: Sequence[Sample]) -> str:
         """The first sample for which the function fails alone."""
         for sample in samples:
             try:
-                self._call([sample])
+                self._call(self._given([sample]))
             except (Exception, SystemExit):  # the one that is looked for
                 return f" at {described(sample)}"
         return ""

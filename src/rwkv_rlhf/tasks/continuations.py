@@ -18,9 +18,9 @@ from torch import Tensor
 from rwkv_rlhf.data.grouping import group_by_tokens
 from rwkv_rlhf.distributed.ranks import split_over_ranks
 from rwkv_rlhf.distributed.watchdog import heartbeat
+from rwkv_rlhf.model.packed import packed_rows
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
-from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.scoring.evaluation import evaluating
 from rwkv_rlhf.transfers import to_device
 
@@ -112,14 +112,6 @@ def _carried(model: RWKV, ids: Sequence[int], state: State | None) -> State | No
     return state
 
 
-def _packed(model: RWKV, rows: Sequence[Sequence[int]], state: State | None) -> tuple[Tensor, State | None]:
-    """Rows of ids (some may be empty), each from its row of `state` -> hidden (A, C) and the states behind them."""
-    ids = [token for row in rows for token in row]
-    starts = Starts(itertools.accumulate(map(len, rows), initial=0))
-    hidden, after = model(_ids(model, ids)[None], state=state, starts=starts)
-    return hidden[0], after
-
-
 def _forked(model: RWKV, state: State | None, rows: Sequence[int]) -> State | None:
     return None if state is None else state.select(_ids(model, rows))
 
@@ -133,14 +125,14 @@ def _batch(model: RWKV, batch: list[Group], asked: Sequence[Asked], before: Begi
         (alone,) = rest
         state = _carried(model, alone, before.state)
     else:
-        state = _packed(model, rest, _forked(model, before.state, [0] * len(batch)))[1]
+        state = packed_rows(model, rest, _forked(model, before.state, [0] * len(batch))).after
     owner = [row for row, group in enumerate(batch) for _ in group.numbers]
     state = _forked(model, state, owner)
     inputs = [[*asked[number].context[-1:], *asked[number].continuation[:-1]] for number in numbers]
     inputs = [row if asked[number].continuation else [] for row, number in zip(inputs, numbers)]
     if sum(map(len, inputs)) > ROW:
         return _one_by_one(model, numbers, inputs, asked, state)
-    hidden, _ = _packed(model, inputs, state)
+    hidden = packed_rows(model, inputs, state).hidden
     targets = [token for number in numbers for token in asked[number].continuation]
     return _summed(numbers, [*_scored(model, hidden, targets)], asked)
 

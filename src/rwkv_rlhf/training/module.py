@@ -228,7 +228,8 @@ class TrainingModule(pl.LightningModule):
         if clips_itself(self.trainer):
             return
         most = self.config.grad_clip
-        finish_gradients(optimizer)
+        if self.config.train_tables:
+            finish_gradients(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.loss_scale is not None:
             self.loss_scale.unscale_(gradient_numbers(optimizer))

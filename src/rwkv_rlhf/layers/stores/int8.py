@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rwkv_rlhf.layers.stores.store import Store, scaled_rows
 from rwkv_rlhf.ops import products
+from rwkv_rlhf.ops.products import BLOCK
 
-BLOCK = 64
 LARGEST = 127.0
 CHUNK = 1 << 22  # elements packed at once: the float32 copies that packing makes stay small
 
