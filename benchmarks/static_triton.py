@@ -89,7 +89,7 @@ def cases() -> Iterator[Case]:
     tile = {"ROWS": elementwise.ROWS, "BLOCK": elementwise.BLOCK}
     mix = tile | {"M": MIXES, "HAS_LAST": True}
     grads = {"last": "*bf16", "dlast": "*bf16"}
-    yield Case("token_mix", pointwise.token_mix, mix, types=grads)
+    yield Case("token_mix", pointwise.token_mix, mix, types=grads | {"out": ("*bf16",) * MIXES})
     grads = grads | {"grads": ("*bf16",) * MIXES}
     yield Case("token_mix_backward", pointwise.token_mix_backward, mix, types=grads)
     yield Case("value_gate", pointwise.value_gate, tile)
@@ -98,6 +98,11 @@ def cases() -> Iterator[Case]:
     for name in ("delta_keys", "gated_norm"):
         yield Case(name, getattr(pointwise, name), head)
         yield Case(f"{name}_backward", getattr(pointwise, f"{name}_backward"), head)
+    for width in (768, 4096):
+        lanes = elementwise.lanes(width)
+        warps, constants = lanes.pop("num_warps"), lanes | {"EPS": 1e-5}
+        yield Case(f"residual_norm, C {width}", pointwise.residual_norm, constants, warps)
+        yield Case(f"residual_norm_backward, C {width}", pointwise.residual_norm_backward, constants, warps)
     yield Case("relu_squared", pointwise.relu_squared, {"BLOCK": elementwise.LINE})
     yield Case("relu_squared_backward", pointwise.relu_squared_backward, {"BLOCK": elementwise.LINE})
     yield Case("row_stats", rows.row_stats, {"BLOCK": logprob.BLOCK})

@@ -321,6 +321,10 @@ GROUPS = {
         ],
     ),
     "relu_squared": (elementwise.relu_squared, lambda: [noise(3, 5, 7)]),
+    "residual_norm": (
+        lambda *x, backend: elementwise.residual_norm(*x, backend=backend),
+        lambda: [noise(B, T, C), noise(B, T, C, seed=4), 1 + noise(C), noise(C, seed=5)],
+    ),
 }
 
 

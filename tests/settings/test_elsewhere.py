@@ -19,7 +19,7 @@ VALUES = {"my_testing": "x060", "random_mode": "0", "rlhf_max_corpus_len": "99"}
 
 
 def values_of(words):
-    config = parse(words, built=False)
+    config = parse(words)
     return {name: getattr(config, name) for name in settings()}
 
 

@@ -14,9 +14,8 @@ from rwkv_rlhf.settings.config import settings
 from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.field import choices_of
 from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
-from rwkv_rlhf.settings.help import EXAMPLES, explain, short_help
+from rwkv_rlhf.settings.help import EXAMPLES
 from rwkv_rlhf.settings.implementations import load
-from rwkv_rlhf.settings.not_built import NOT_BUILT
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 
 
@@ -72,17 +71,6 @@ def test_the_help_knows_every_setting():
     grouped = [name for names in grouped_settings().values() for name in names]
     assert grouped == list(settings()) and all(grouped_settings().values())
     assert set(EXAMPLES) <= set(settings()) and {about.first for about in GROUPS.values()} <= set(settings())
-
-
-def test_the_help_says_what_is_not_built():
-    """If this breaks, a newcomer plans with something that does not exist yet."""
-    kinds = dict.fromkeys(settings(), str)
-    for part in NOT_BUILT:
-        if part.setting == "loss":
-            missing = [name for name, facts in tables.LOSSES.items() if not facts.implementation]
-            assert missing and all("not built yet" in explain(name, kinds) for name in missing)
-            continue
-        assert "not built yet" in short_help(part.setting) and "not built yet" in explain(part.setting, kinds)
 
 
 @pytest.mark.parametrize("word", [*GROUPS, "lr_init", "rlhf_train_file", "my_testing", "dpo", "prefix_tuning"])

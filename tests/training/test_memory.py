@@ -129,7 +129,7 @@ def test_a_shape_weighs_what_the_model_of_that_shape_does(mode, quant):
 def test_blocks_keep_what_the_plan_counts(monkeypatch, version, dropout, twins, width):
     """If this breaks, a kernel, its plain twin or a block keeps more of each token than the plan knows. Within 15%."""
     if twins:  # as on a GPU
-        monkeypatch.setattr(elementwise, "_backend", lambda *_: "naive")
+        monkeypatch.setattr(elementwise, "backend_of", lambda *_: "naive")
     mode = "lora" if dropout or twins else "full"  # the casts of masters are counted apart
     plan = make_plan(mode, 2, rank=4, dropout=dropout, lr_init=1.0, lr_final=1.0)
     model, _ = build_model(any_initial_tensors(version, 2, 256, 64, 64, 1), BuildOptions(NUMBERS[width], plan=plan))

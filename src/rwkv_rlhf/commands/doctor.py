@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.host_memory import host_bytes
-from rwkv_rlhf.ops import build, cpu, gpu
+from rwkv_rlhf.ops import build, compiling, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
 from rwkv_rlhf.precision import NAMES
@@ -148,6 +148,8 @@ def compilers() -> Iterator[tuple[str, str]]:
         done = subprocess.run([path, "--version"], capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if "release" in line or "version" in line.lower()]
         yield name, f"{(lines or ['no version given'])[-1].strip()} ({path})"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    yield "--compile", compiling.refusal(device) or f"torch.compile has what it needs for {device.type}"
 
 
 def cache() -> Iterator[tuple[str, str]]:

@@ -100,6 +100,9 @@ class Matrix(ExactBuffers):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The stored matrix in the shape of `weight`, without any adapter; unpacked when it is packed."""
+        if self.store is not None and torch.compiler.is_compiling():
+            found: Tensor = torch.ops.rwkv_rlhf.unpacked(*self.store.as_arguments(), dtype or torch.float32)
+            return found
         if self.store is not None:
             return self.store.unpack(dtype or torch.float32)
         assert self.weight is not None

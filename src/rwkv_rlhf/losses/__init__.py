@@ -18,7 +18,5 @@ def _loss(facts: LossFacts) -> Loss[Any]:
     return kind(facts)
 
 
-# By the names of the setting `loss`; those that are not built yet are left out.
-LOSSES: Implementations[LossFacts, Loss[Any]] = Implementations(
-    tables.LOSSES, _loss, lambda facts: facts.implementation
-)
+# By the names of the setting `loss`.
+LOSSES: Implementations[LossFacts, Loss[Any]] = Implementations(tables.LOSSES, _loss)

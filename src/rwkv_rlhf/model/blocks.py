@@ -16,7 +16,7 @@ from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model.position import Position
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
-from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
+from rwkv_rlhf.ops.elementwise import relu_squared, residual_norm, token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.precision import wide_dtype
 
@@ -218,9 +218,15 @@ class Block(nn.Module):
         return LayerState(att_shift, wkv.expand(rows, *wkv.shape), ffn_shift)
 
     def forward(
-        self, x: Tensor, carried: Any, state: LayerState | None, starts: Starts | None, backend: str
-    ) -> tuple[Tensor, Any, LayerState]:
-        """x (B, T, C), `carried` from the block before (`at_first` in block 0) -> (x, carried, new state).
+        self,
+        x: Tensor,
+        carried: Any,
+        state: LayerState | None,
+        starts: Starts | None,
+        backend: str,
+        keep_state: bool = True,
+    ) -> tuple[Tensor, Any, LayerState | None]:
+        """x (B, T, C), `carried` from the block before (`at_first` in block 0) -> (x, carried, new state if kept).
 
         ln0 is applied here, so that whoever shards the model finds all that a block needs in the block's own call.
         """
@@ -232,8 +238,12 @@ class Block(nn.Module):
         att_shift, wkv, ffn_shift = state if state is not None else (None, None, None)
         att_in = normalise(x, self.ln1)
         y, carried, wkv = self.att(att_in, carried, att_shift, wkv, starts, backend)
-        x = F.dropout(x + y, self.dropout, self.training)
-        ffn_in = normalise(x, self.ln2)
+        if self.dropout and self.training:
+            x = F.dropout(x + y, self.dropout)
+            ffn_in = normalise(x, self.ln2)
+        else:
+            x, ffn_in = residual_norm(x, y, self.ln2.weight, self.ln2.bias, self.ln2.eps)
         x = F.dropout(x + self.ffn(ffn_in, carried, ffn_shift, starts), self.dropout, self.training)
-        after = LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))
-        return x, carried, after
+        if not keep_state:
+            return x, carried, None
+        return x, carried, LayerState(carry(att_in, att_shift, starts), wkv, carry(ffn_in, ffn_shift, starts))

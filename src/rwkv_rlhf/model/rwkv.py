@@ -5,6 +5,9 @@ Legend: B batch, T tokens, C width, V vocabulary, S packed segments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +47,7 @@ class RWKV(nn.Module):
         self.grad_cp = grad_cp
         self.wkv_backend = wkv_backend
         self.dropout = dropout
+        self._compiled: Callable[..., Any] | None = None
         self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
         block = VERSIONS[sizes.version]
         self._at_first = block.at_first
@@ -75,14 +79,27 @@ class RWKV(nn.Module):
             layers.append(block.initial_state(rows, self.compute_dtype))
         return State(tuple(layers))
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on run blocks compiled by `backend` of torch.compile where they train; the first steps compile.
+
+        Single tokens and passes that only look (sampling, scoring) stay as they are.
+        """
+        from rwkv_rlhf.model.in_graph import compiled_blocks  # importing torch's compiler takes seconds
+
+        self._compiled = compiled_blocks(backend)
+
     def forward(
-        self, tokens: Tensor, state: State | None = None, starts: Tensor | Starts | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        starts: Tensor | Starts | None = None,
+        keep_state: bool = True,
     ) -> tuple[Tensor, State | None]:
         """tokens (B, T) int64 -> (hidden (B, T, C) after ln_out in the compute dtype, state after the last token).
 
         With `starts` (S+1,) int64, B is 1 and the row holds S documents one after the other; the states then have one
         row per document. T may be 0 with `starts`: the state comes back unchanged (None if there was none).
-        A tensor of starts that lies on a GPU is waited for.
+        A tensor of starts that lies on a GPU is waited for. Without `keep_state` there is no state in the result.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
@@ -96,12 +113,26 @@ class RWKV(nn.Module):
         carried = self._at_first(tokens)
         after = []
         recompute = self.grad_cp and torch.is_grad_enabled()
+        call, borders = self._call(tokens, packed)
         for layer, block in enumerate(self.blocks):
             before = state[layer] if state is not None else None
-            arguments = (x, carried, before, packed, self.wkv_backend)
+            arguments = (block, x, carried, before, borders, self.wkv_backend, keep_state)
             if recompute:
-                x, carried, layer_state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=True)
+                x, carried, layer_state = checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=True)
             else:
-                x, carried, layer_state = block(*arguments)
+                x, carried, layer_state = call(*arguments)
             after.append(layer_state)
-        return normalise(x, self.ln_out), State(tuple(after))
+        return normalise(x, self.ln_out), State(tuple(after)) if keep_state else None
+
+    def _call(self, tokens: Tensor, packed: Starts | None) -> tuple[Callable[..., Any], Starts | Tensor | None]:
+        """What runs a block, and the borders of segments as it takes them: a compiled one as a tensor (S+1,)."""
+        trains = torch.is_grad_enabled() or self.training
+        if self._compiled is None or not trains or tokens.shape[1] == 1:
+            return _run, packed
+        if packed is not None and not packed.fit(tokens.shape[1]):
+            raise ValueError(f"starts must rise from 0 to the {tokens.shape[1]} tokens without a step back: {packed}")
+        return self._compiled, None if packed is None else packed.tensor
+
+
+def _run(block: nn.Module, *arguments: Any) -> Any:
+    return block(*arguments)

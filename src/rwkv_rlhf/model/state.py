@@ -82,6 +82,9 @@ def carry(x: Tensor, last: Tensor | None, starts: Starts | None) -> Tensor:
     """
     if starts is None:
         return x[:, -1]
+    if torch.compiler.is_compiling():  # an operator of model/in_graph.py; `starts` is a tensor then
+        found: Tensor = torch.ops.rwkv_rlhf.carry(x, last, starts)
+        return found
     rows = x[0].index_select(0, starts.last_on(x.device))  # (S, C)
     if not starts.some_empty:
         return rows

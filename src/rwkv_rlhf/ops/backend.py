@@ -74,6 +74,10 @@ class InFloat32:
         *grads, dstate = self.kernel.backward([x.float() for x in inputs], kept, dy.float(), dlast)
         return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
 
+    def __getattr__(self, name: str) -> Any:
+        """`graph_shapes`, `to_graph` and `from_graph` are the kernel's."""
+        return getattr(self.kernel, name)
+
 
 def head_size(op: str, shape: Sequence[int]) -> int:
     """What a kernel of `op` must be compiled for to take tensors of this shape; 0 where there are no heads."""

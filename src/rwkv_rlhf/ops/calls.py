@@ -65,7 +65,7 @@ class Kernel:
         first, layout = inputs[0], self.layout
         rows = Starts.of(starts)
         self._check(inputs, state, rows)
-        places = rows.on(first.device, ("places", self.interval), lambda: self._places(rows))
+        places = self._placed(rows, first.device)
         intervals = self._intervals(rows)[-1]
         kept = self._beside(layout.kept, first, state, intervals) if keep else []
         results = [self._like(first), self._like(state)]
@@ -91,6 +91,23 @@ class Kernel:
         self._call("rwkv_backward", [*inputs, *kept, dy, dlast], [*grads, *scratch], first, dlast, intervals)
         return [grad.sum(0) if whole <= i < len(inputs) else grad for i, grad in enumerate(grads)]
 
+    def graph_shapes(self, tokens: int, token: Sequence[int], state: Sequence[int]) -> list[Sequence[int]]:
+        """Shapes of what a compiled graph keeps, float32: where borders lie is not known when it is made, so there is
+        room for as many intervals as `tokens` and rows may have. token, state: shapes of an input and of the state."""
+        intervals = tokens // self.interval + state[0]
+        shapes = {"token": token, "interval": (intervals, *state[1:])}
+        return [shapes[kind] for kind in self.layout.kept]
+
+    def to_graph(self, kept: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """What `forward` kept, in `graph_shapes`."""
+        return [in_room(x, shape) for x, shape in zip(kept, shapes)]
+
+    def from_graph(self, held: Sequence[Tensor], starts: Starts) -> list[Tensor]:
+        """What `backward` wants, from what a graph held."""
+        intervals = self._intervals(starts)[-1]
+        kept = [x[:intervals] if kind == "interval" else x for kind, x in zip(self.layout.kept, held)]
+        return [*kept, self._placed(starts, held[0].device)]
+
     def _check(self, inputs: Sequence[Tensor], state: Tensor, starts: Starts) -> None:
         """Whatever an offset in the C functions relies on."""
         op, layout = self.op, self.layout
@@ -108,6 +125,9 @@ class Kernel:
             raise ValueError(f"{op}: the state is {_about(state)}, which does not fit {len(starts) - 1} rows")
         if not starts.fit(batch * count):
             raise ValueError(f"{op}: starts must rise from 0 to the {batch * count} tokens, not {starts}")
+
+    def _placed(self, starts: Starts, device: torch.device) -> Tensor:
+        return starts.on(device, ("places", self.interval), lambda: self._places(starts))
 
     def _places(self, starts: Starts) -> Tensor:
         """Where rows begin, among tokens and among intervals, and the longest rows first: 3 (S+1)."""
@@ -157,6 +177,15 @@ class Kernel:
     ) -> str | None:
         """Call a C function on its device; what it answers."""
         raise NotImplementedError
+
+
+def in_room(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """x at the beginning of a tensor that may be longer."""
+    if len(x) == shape[0]:
+        return x
+    room = x.new_empty(shape)
+    room[: len(x)] = x
+    return room
 
 
 def call(

@@ -8,8 +8,7 @@ rows alone, so equal inputs give equal bits for any number of threads. `backend`
 `tables.BACKENDS`. Every function raises ValueError for shapes or dtypes that do not fit.
 """
 
-import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from rwkv_rlhf.ops import elementwise_cpu as host
 from rwkv_rlhf.ops import elementwise_naive as naive
 from rwkv_rlhf.ops.backends import choose
-from rwkv_rlhf.ops.elementwise_cpu import Call, RowSizes
+from rwkv_rlhf.ops.elementwise_cpu import Call
 from rwkv_rlhf.ops.starts import Starts
 
 
@@ -32,17 +31,11 @@ def token_mix(
     With `starts` (S+1,) int64 (cumulative lengths, B = 1) every segment is a row of its own and `last` is (S,C);
     empty segments are legal, their row of `last` is unused and has gradient zero. Returns M tensors (B,T,C).
     """
+    if torch.compiler.is_compiling():  # `starts` is a tensor then, or None
+        return _in_graph("token_mix", (x, mixes) if last is None else (x, last, mixes), starts, 0.0, backend)
     packed = None if starts is None else Starts.of(starts)
     _check_mix(x, last, packed, mixes)
-    where = _backend(x, backend)
-    if where == "cpu":
-        (batch, tokens, width), count = x.shape, mixes.shape[0]
-        segments, edges = (batch, None) if packed is None else (len(packed) - 1, packed.tensor)
-        sizes = RowSizes(batch * tokens, width, count, tokens, segments)
-        return _kernel(
-            Call("token_mix", sizes, count), (x, None if last is None else last.float(), mixes.float(), edges)
-        )
-    return _elsewhere("token_mix", where, (x, last, mixes), packed)
+    return _run("token_mix", (x, last, mixes), packed, backend=backend)
 
 
 def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str = "auto") -> Tensor:
@@ -51,10 +44,7 @@ def value_gate(v: Tensor, v_first: Tensor, v0: Tensor, v12: Tensor, backend: str
     v, v_first, v12 (B,T,C); v0 (C,). Returns (B,T,C).
     """
     _check("value_gate", {"v": v, "v_first": v_first, "v12": v12}, {"v0": v0})
-    where = _backend(v, backend)
-    if where == "cpu":
-        return _kernel(Call("value_gate", _rows(v), 1), (v, v_first, v0.float(), v12))[0]
-    return _elsewhere("value_gate", where, (v, v_first, v0, v12))[0]
+    return _run("value_gate", (v, v_first, v0, v12), backend=backend)[0]
 
 
 def delta_keys(
@@ -68,12 +58,7 @@ def delta_keys(
     _check("delta_keys", {"k": k, "a12": a12}, {"k_k": k_k, "k_a": k_a, "a0": a0})
     if heads < 1 or k.shape[-1] % heads:
         raise ValueError(f"delta_keys: {heads} heads do not divide the width {k.shape[-1]}")
-    where = _backend(k, backend)
-    if where == "cpu":
-        call = Call("delta_keys", _rows(k, heads), 3)
-        new_k, minus_kk, kk_a = _kernel(call, (k, k_k.float(), k_a.float(), a0.float(), a12))
-    else:
-        new_k, minus_kk, kk_a = _elsewhere("delta_keys", where, (k, k_k, k_a, a0, a12), heads)
+    new_k, minus_kk, kk_a = _run("delta_keys", (k, k_k, k_a, a0, a12), heads, backend=backend)
     return new_k, minus_kk, kk_a
 
 
@@ -97,26 +82,62 @@ def gated_norm(
         raise ValueError(f"gated_norm: y must be (B,T,H,N) and r_k (H,N), got {_describe(y)} and {_describe(r_k)}")
     rows = {"y": y.flatten(2), "r": r, "k": k, "v": v, "g": g}
     _check("gated_norm", rows, {"weight": weight, "bias": bias})
-    where = _backend(y, backend)
-    if where == "cpu":
-        call = Call("gated_norm", _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(eps),))
-        return _kernel(call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g))[0]
-    return _elsewhere("gated_norm", where, (y, r, k, v, r_k, weight, bias, g), eps)[0]
+    return _run("gated_norm", (y, r, k, v, r_k, weight, bias, g), eps, backend=backend)[0]
 
 
 def relu_squared(x: Tensor, backend: str = "auto") -> Tensor:
     """max(x, 0)^2 of any shape, in x's dtype. What is kept for the gradient is the output, not x."""
-    ops = _operations(_backend(x, backend))
+    if torch.compiler.is_compiling():
+        found: Tensor = torch.ops.rwkv_rlhf.relu_squared(x, backend)
+        return found
+    ops = operations(backend_of(x, backend))
     out: Tensor = _ReluSquared.apply(x, ops) if _records(x) else ops.relu_squared(x)
     return out
 
 
-def _backend(x: Tensor, wanted: str) -> str:
+def residual_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x + y, and the LayerNorm of that sum over the width.
+
+    x, y (B,T,C); weight, bias (C,). What is kept for the gradient is the sum, which is rounded before it is normalised.
+    Only Triton has a kernel; PyTorch's own are as fast on a CPU, and torch.compile makes one of its own.
+    """
+    plain = torch.compiler.is_compiling() or (x.is_cpu and backend == "auto")  # spares decoding a question
+    if plain or backend_of(x, backend) != "triton":
+        return naive.residual_norm(x, y, weight, bias, eps)
+    _check("residual_norm", {"x": x, "y": y}, {"weight": weight, "bias": bias})
+    if _records(x, y, weight, bias):
+        total, normed = _ResidualNorm.apply(x, y, weight, bias, eps)
+    else:
+        total, normed = operations("triton").residual_norm(x, y, weight, bias, eps)
+    return total, normed
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """Saves the sum and the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, normed = operations("triton").residual_norm(x, y, weight, bias, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps, ctx.dtype = eps, bias.dtype
+        return total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        dx, dweight, dbias = operations("triton").residual_norm_backward(total, weight, dtotal, dnormed, ctx.eps)
+        return dx, dx, dweight.to(weight.dtype), dbias.to(ctx.dtype), None
+
+
+def backend_of(x: Tensor, wanted: str) -> str:
     """The name of the backend that takes these activations."""
     return choose("elementwise", x.device, x.dtype, tuple(x.shape), wanted)[0]
 
 
-def _operations(where: str) -> Any:
+def operations(where: str) -> Any:
     """What holds the groups of a backend: the module of the C++ kernels, of Triton's, or of the plain twins."""
     if where == "cpu":
         return host
@@ -128,26 +149,58 @@ def _operations(where: str) -> Any:
 
 
 Setting = int | float | Starts | None
+Some = Sequence[Tensor | None]
 
 
-def _elsewhere(name: str, where: str, tensors: tuple[Tensor | None, ...], *settings: Setting) -> tuple[Tensor, ...]:
-    """A group where the C++ kernels do not run: in Triton, or the plain twin."""
-    ops = _operations(where)
+def _run(name: str, tensors: Some, *settings: Setting, backend: str) -> tuple[Tensor, ...]:
+    """A group on the backend that takes its activations, the first of `tensors`."""
+    if torch.compiler.is_compiling():
+        number = settings[0] if settings else 0.0
+        return _in_graph(name, tensors, None, number, backend)
+    where = backend_of(_first(tensors), backend)
+    if where == "cpu":
+        return _kernel(*host.prepared(name, tensors, *settings))
+    ops = operations(where)
     if where == "triton":
         found = ops.run(name, tensors, settings, _records(*tensors))
     else:
-        found = _twin(getattr(ops, name), tensors, *settings)
+        found = _twin(getattr(ops, name), tuple(tensors), *settings)
     return found if isinstance(found, tuple) else (found,)
+
+
+def _in_graph(name: str, tensors: Some, edges: Any, number: Any, backend: str) -> tuple[Tensor, ...]:
+    """A group as torch.compile sees it: one operator, which ops/in_graph.py has registered."""
+    return tuple(torch.ops.rwkv_rlhf.group(name, tensors, edges, float(number), backend))
+
+
+def values(name: str, tensors: Some, settings: tuple[Setting, ...], backend: str) -> tuple[Tensor, ...]:
+    """The results of group `name` for the arguments of its plain twin, without a gradient."""
+    with torch.no_grad():
+        return _run(name, tensors, *settings, backend=backend)
+
+
+def gradients(
+    name: str, tensors: Some, grads: Some, need: Sequence[bool], settings: tuple[Setting, ...], backend: str
+) -> list[Tensor | None]:
+    """Gradients of those `tensors` that `need` one, in their dtypes, from those of the results (None: zero)."""
+    where = backend_of(_first(tensors), backend)
+    if where == "cpu":
+        call, given = host.prepared(name, tensors, *settings)
+        found = host.backward(call, grads, given, need)
+    elif where == "triton":
+        found = list(operations(where).gradients(name, tensors, grads, settings))
+    else:
+        return recomputed(getattr(naive, name), tensors, settings, grads, need)
+    return [None if g is None or x is None or not n else g.to(x.dtype) for g, x, n in zip(found, tensors, need)]
+
+
+def _first(tensors: Some) -> Tensor:
+    assert tensors[0] is not None
+    return tensors[0]
 
 
 def _records(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _rows(x: Tensor, heads: int = 1) -> RowSizes:
-    """Sizes of activations (B,T,C)."""
-    batch, tokens, width = x.shape
-    return RowSizes(batch * tokens, width, heads)
 
 
 def _kernel(call: Call, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
@@ -195,17 +248,24 @@ class _Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[2:]
-        reached = [at for at, grad in enumerate(grads) if grad is not None]
-        if not reached:
-            return (None,) * (2 + len(need))
-        tensors = [t.detach().requires_grad_() if n else t for t, n in zip(ctx.saved_tensors, need)]
-        wanted = [t for t, n in zip(tensors, need) if n]
-        with torch.enable_grad():
-            found = ctx.function(*tensors, *ctx.settings)
-        outputs = found if isinstance(found, tuple) else (found,)
-        sources, slopes = [outputs[at] for at in reached], [grads[at] for at in reached]
-        given = iter(torch.autograd.grad(sources, wanted, slopes, allow_unused=True))
-        return None, None, *(next(given) if n else None for n in need)
+        return None, None, *recomputed(ctx.function, ctx.saved_tensors, ctx.settings, grads, need)
+
+
+def recomputed(
+    function: Callable[..., Any], tensors: Some, settings: Sequence[Any], grads: Some, need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of those `tensors` that `need` one, by running function(*tensors, *settings) once more."""
+    reached = [at for at, grad in enumerate(grads) if grad is not None]
+    if not reached:
+        return [None] * len(need)
+    given = [t.detach().requires_grad_() if t is not None and n else t for t, n in zip(tensors, need)]
+    wanted = [t for t, n in zip(given, need) if t is not None and n]
+    with torch.enable_grad():
+        found = function(*given, *settings)
+    outputs = found if isinstance(found, tuple) else (found,)
+    slopes = [grads[at] for at in reached]
+    made = iter(torch.autograd.grad([outputs[at] for at in reached], wanted, slopes, allow_unused=True))
+    return [next(made) if t is not None and n else None for t, n in zip(given, need)]
 
 
 class _ReluSquared(torch.autograd.Function):

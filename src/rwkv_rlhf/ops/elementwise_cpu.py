@@ -1,5 +1,6 @@
 """The element-wise groups of RWKV-7 on the CPU: calls of cuda/cpu/elementwise.cpp, with memory for their results."""
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.ops import cpu
+from rwkv_rlhf.ops.starts import Starts
 
 
 class RowSizes(NamedTuple):
@@ -27,6 +29,34 @@ class Call(NamedTuple):
     outputs: int
     like: int = 0  # which input the outputs are shaped like
     settings: tuple[Any, ...] = ()  # further arguments of the C functions
+
+
+def prepared(name: str, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Call, tuple[Tensor | None, ...]]:
+    """The call of a group for the arguments of its plain twin, and its tensors as the C functions take them."""
+    if name == "token_mix":
+        x, last, mixes = cast(tuple[Tensor, Tensor | None, Tensor], tensors)
+        packed: Starts | None = settings[0]
+        (batch, tokens, width), count = x.shape, mixes.shape[0]
+        segments, edges = (batch, None) if packed is None else (len(packed) - 1, packed.tensor)
+        sizes = RowSizes(batch * tokens, width, count, tokens, segments)
+        return Call(name, sizes, count), (x, None if last is None else last.float(), mixes.float(), edges)
+    given = cast(Sequence[Tensor], tensors)
+    if name == "value_gate":
+        v, v_first, v0, v12 = given
+        return Call(name, _rows(v), 1), (v, v_first, v0.float(), v12)
+    if name == "delta_keys":
+        k, k_k, k_a, a0, a12 = given
+        return Call(name, _rows(k, settings[0]), 3), (k, k_k.float(), k_a.float(), a0.float(), a12)
+    assert name == "gated_norm", name
+    y, r, k, v, r_k, weight, bias, g = given
+    call = Call(name, _rows(g, y.shape[2]), 1, like=7, settings=(ctypes.c_float(settings[0]),))
+    return call, (y, r, k, v, r_k.float(), weight.float(), bias.float(), g)
+
+
+def _rows(x: Tensor, heads: int = 1) -> RowSizes:
+    """Sizes of activations (B,T,C)."""
+    batch, tokens, width = x.shape
+    return RowSizes(batch * tokens, width, heads)
 
 
 def forward(call: Call, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

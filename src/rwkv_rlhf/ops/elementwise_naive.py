@@ -74,6 +74,12 @@ def gated_norm(
     return out.to(y.dtype)
 
 
+def residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and the LayerNorm of that; see `elementwise.residual_norm`."""
+    total = x + y
+    return total, F.layer_norm(total, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
+
+
 def relu_squared(x: Tensor) -> Tensor:
     """max(x, 0)^2; see `elementwise.relu_squared`."""
     (wide,) = _wide(torch.relu(x))

@@ -40,24 +40,29 @@ def recur(
     for name, x in vectors.items():
         check_tensor(name, x, tuple(first.shape[2:]), first.device)
     batch, count = first.shape[:2]
-    packed = None if starts is None else packed_row(starts, batch, count)
-    rows = even_starts(batch, count) if packed is None else packed
-    shape = (len(rows) - 1, *first.shape[2:], 3 if op == "wkv4" else first.shape[-1])
+    in_graph = torch.compiler.is_compiling()
+    packed = None if starts is None or in_graph else packed_row(starts, batch, count)
+    segments = batch if starts is None else (len(starts) if packed is None else len(packed)) - 1
+    shape = (segments, *first.shape[2:], 3 if op == "wkv4" else first.shape[-1])
     if state is None:
         state = empty(first).to(dtype).expand(shape)
     check_tensor("state", state, shape, first.device)
-    name, _ = choose(op, first.device, first.dtype, tuple(first.shape), backend)
     inputs, constants, state = tuple(tokens.values()), tuple(x.to(dtype) for x in vectors.values()), state.to(dtype)
+    records = torch.is_grad_enabled() and any(x.requires_grad for x in (state, *inputs, *constants))
+    if in_graph:  # one operator, which ops/in_graph.py has registered; `starts` is a tensor then, or None
+        y, last, *_ = torch.ops.rwkv_rlhf.recurrence(op, [*inputs, *constants], state, starts, backend, records)
+        return y, last
+    name, _ = choose(op, first.device, first.dtype, tuple(first.shape), backend)
+    rows = even_starts(batch, count) if packed is None else packed
     if name == "naive":
         return _in_segments(scan, inputs, constants, state, None if packed is None else packed.lengths)
     run = kernel(op, name, first.device, first.dtype, first.shape)
     if BACKENDS[name].own_gradient:
         y, last = run((*inputs, *constants), state, rows)
-        return y, last
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (state, *inputs, *constants)):
+    elif records:
+        y, last = _Compiled.apply(run, rows, state, *inputs, *constants)
+    else:
         y, last = run.forward((*inputs, *constants), state, rows, False)
-        return y, last
-    y, last = _Compiled.apply(run, rows, state, *inputs, *constants)
     return y, last
 
 

@@ -28,7 +28,7 @@ def text_hidden(model: RWKV, batch: TextBatch) -> Tensor:
     """Documents packed in one row, each from a zero state -> hidden (T, C)."""
     if not batch.tokens.numel():  # the graph, with gradients of 0, is as on other ranks, which would wait for it
         return _no_hidden(model, batch.tokens)
-    hidden: Tensor = model(batch.tokens[None], None, batch.segments)[0]
+    hidden: Tensor = model(batch.tokens[None], None, batch.segments, keep_state=False)[0]
     return hidden[0]
 
 
@@ -41,7 +41,7 @@ def answer_hidden(model: RWKV, batch: AnswerBatch) -> Tensor:
     if state is not None:
         prompts = torch.arange(len(batch.prompt_segments) - 1, device=batch.answers.device)
         state = state.select(prompts.repeat_interleave(batch.answers_per_prompt()))
-    hidden: Tensor = model(batch.answers[None], state, batch.segments)[0]
+    hidden: Tensor = model(batch.answers[None], state, batch.segments, keep_state=False)[0]
     if not batch.prompts.numel() and is_sharded(model):  # the model runs twice on every rank
         return hidden[0] + _no_hidden(model, batch.prompts).sum()
     return hidden[0]
@@ -49,7 +49,7 @@ def answer_hidden(model: RWKV, batch: AnswerBatch) -> Tensor:
 
 def _no_hidden(model: RWKV, tokens: Tensor) -> Tensor:
     """Hidden states (0, C) of no token, with the graph of a run."""
-    hidden: Tensor = model(tokens.new_zeros(1, 1))[0]
+    hidden: Tensor = model(tokens.new_zeros(1, 1), keep_state=False)[0]
     return hidden[0][:0]
 
 

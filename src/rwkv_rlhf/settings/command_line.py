@@ -27,7 +27,6 @@ from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY, WORDS
 from rwkv_rlhf.settings.formats import refuse_other_format
 from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
 from rwkv_rlhf.settings.help import explain, flag_of, loss_help, short_help
-from rwkv_rlhf.settings.not_built import refuse_not_built
 from rwkv_rlhf.settings.notices import notices
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.surroundings import take_over, thread_notice
@@ -229,12 +228,12 @@ def convert(flag: str, text: str, kind: type) -> Any:
     return value
 
 
-def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
+def parse(argv: Sequence[str] | None = None) -> Config:
     """The Config of a command line of train.py.
 
     argv: the words after `train.py` (None = sys.argv). Raises UsageError or ValueError, one sentence each, for unknown
-    flags, values out of range, settings that contradict each other and, unless built=False, for what is not built
-    yet. What is accepted without effect is said in one warning of this module's logger.
+    flags, values out of range and settings that contradict each other. What is accepted without effect is said in one
+    warning of this module's logger.
     """
     try:
         given_words = translate(sys.argv[1:] if argv is None else argv)
@@ -267,8 +266,6 @@ def parse(argv: Sequence[str] | None = None, *, built: bool = True) -> Config:
     config = Config(**values, given=frozenset(given))
     try:
         check(config)
-        if built:
-            refuse_not_built(config)
     except ValueError as mistake:
         raise UsageError(spelled(str(mistake))) from mistake
     if given_words.said:

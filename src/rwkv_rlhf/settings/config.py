@@ -1,7 +1,7 @@
 """Every setting of the trainer: name, type, default, help and legal range, in one frozen record.
 
 Field names are the clean names; the command line spells a few of them differently (`flags.py`). What must hold between
-two settings is in `constraints.py`, what is parsed but does not work yet in `not_built.py`. In help texts `{name}`
+two settings is in `constraints.py`. In help texts `{name}`
 stands for the flag of that field, `[text]` and `[pairs]` for the formats of files that hold them.
 """
 
@@ -117,7 +117,7 @@ class Config:
     wkv_backend: str = setting(
         "auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS), resume=ROUNDS
     )
-    compile: bool = setting(False, "compile the model with torch.compile", resume=ROUNDS)
+    compile: bool = setting(False, "compile blocks with torch.compile while they train", resume=ROUNDS)
     enable_progress_bar: bool = setting(True, "show a progress bar", resume=MAY_CHANGE)
     serve_report: int = setting(
         0,

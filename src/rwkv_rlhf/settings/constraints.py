@@ -390,6 +390,18 @@ STRATEGY_CONSTRAINTS = (
         "{strategy} ddp, or leave out {train_tables}",
     ),
     Constraint(
+        "whole_blocks_and_compile",
+        lambda c: trains(c) and tables.STRATEGIES[c.strategy].whole_blocks and c.compile,
+        "{strategy=} puts the weights of a block together as it runs, which a compiled block does not see; use "
+        "{strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2, or {compile} 0",
+    ),
+    Constraint(
+        "rows_of_tables_and_compile",
+        lambda c: trains(c) and c.train_tables and c.compile,
+        "{train_tables} 1 has gradients for the rows of some tokens only, which torch.compile does not know; leave out "
+        "{compile} or {train_tables}",
+    ),
+    Constraint(
         "deepspeed_scales_no_loss",
         lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage > 0 and c.precision == "fp16",
         "{precision=} needs a scaled loss, and {strategy=} takes its steps by itself, without one; use {strategy} ddp "

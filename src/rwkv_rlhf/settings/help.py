@@ -1,7 +1,7 @@
 """`--help` of train.py: every flag in groups, and `--help GROUP` or `--help FLAG` in full.
 
-What is said of a flag is derived from its setting: text, default, range, choices (with the tables' words for each),
-what is not built yet, and an example.
+What is said of a flag is derived from its setting: text, default, range, choices (with the tables' words for each)
+and an example.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from rwkv_rlhf.settings.field import LIMITS, choices_of
 from rwkv_rlhf.settings.flags import ALIASES, FLAG_OF, LEGACY
 from rwkv_rlhf.settings.formats import FORMATS, names_of_formats
 from rwkv_rlhf.settings.groups import GROUPS, grouped_settings
-from rwkv_rlhf.settings.not_built import values_not_built
 from rwkv_rlhf.settings.optimizers import OPTIMIZERS
 from rwkv_rlhf.settings.shapes import SHAPES
 
@@ -86,7 +85,6 @@ EXAMPLES = {
     "lora_r": "16",
     "keep": "3",
 }
-MISSING = " (not built yet)"
 
 
 def flag_of(name: str) -> str:
@@ -116,18 +114,14 @@ def range_of(field: dataclasses.Field[Any]) -> str:
 def short_help(name: str) -> str:
     """One line for the list of flags: text, choices and default."""
     field = settings()[name]
-    missing = values_not_built(name, choices_of(field) or [True])
-    choices = [f"{choice}{MISSING if choice in missing else ''}" for choice in choices_of(field) if choice != ""]
+    choices = [str(choice) for choice in choices_of(field) if choice != ""]
     text = text_of(field) + (f" ({', '.join(choices)})" if choices else "")
-    if not choices and missing:
-        text += MISSING
     return text + (f" [{default_of(field)}]" if default_of(field) else "")
 
 
 def loss_help(loss: str) -> str:
     """One line for the flag of a loss."""
-    facts = tables.LOSSES[loss]
-    return f"train with this loss: {facts.help}" + ("" if facts.implementation else MISSING)
+    return f"train with this loss: {tables.LOSSES[loss].help}"
 
 
 def example_of(name: str, kind: type) -> str:
@@ -136,7 +130,6 @@ def example_of(name: str, kind: type) -> str:
     if name in EXAMPLES:
         return f"{flag_of(name)} {EXAMPLES[name]}"
     others = [choice for choice in choices_of(field) if choice not in ("", field.default)]
-    others = [choice for choice in others if choice not in values_not_built(name, others)]
     if others:
         return f"{flag_of(name)} {others[0]}"
     if kind is bool:
@@ -185,14 +178,11 @@ def _explain_setting(name: str, kind: type) -> str:
     lines += [f"  range:    {range_of(field)}"] if range_of(field) else []
     if kind is bool:
         lines += ["  values:   0 or 1; the bare flag means 1"]
-    missing = values_not_built(name, choices_of(field) or [True])
     for choice in choices_of(field):
         if choice != "":
             facts = EXPLAINED.get(name, {}).get(str(choice))
             said = f"  {facts.help}" if facts is not None else ""
-            lines += [f"    {choice:24}{said}{MISSING if choice in missing else ''}".rstrip()]
-    if not choices_of(field) and missing:
-        lines += [f"  {MISSING.strip(' ()')}"]
+            lines += [f"    {choice:24}{said}".rstrip()]
     losses = [loss for loss, facts in tables.LOSSES.items() if name in facts.settings]
     lines += [f"  only with: {', '.join(f'--{loss} 1' for loss in losses)}"] if losses else []
     lines += [f"  resumed:  {field.metadata['resume'].value}"]

@@ -19,7 +19,7 @@ class LossFacts:
     """A loss as everything but the mathematics knows it.
 
     data: what one example is: "text" (a document), "pairs" (prompt, chosen, rejected), "rated" (an answer and its
-    label) or "prompts" (answers are sampled). implementation: the loss, "" = parsed, but not built yet. settings:
+    label) or "prompts" (answers are sampled). implementation: the loss. settings:
     fields of Config that mean nothing with most other losses. reference: scores of the start model are needed.
     general_text: other text may be trained on in the same step. l2wrap: whether the penalty on large logits is on
     unless the user says otherwise. smoothing: label smoothing where none is typed. scalar_head: the head of

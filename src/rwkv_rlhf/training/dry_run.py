@@ -159,6 +159,8 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     console.print(str(room_for(config, start, seen.largest)), highlight=False)
     console.print(f"{'while loading, host':28} {loading_peak(start) / MIB:12,.1f} MiB", highlight=False)
     console.rule("run")
+    if config.compile:
+        console.print("blocks are compiled by torch.compile in the first steps, which take minutes", highlight=False)
     say_recipe(config, start.plan, start.sizes, start.report.trained, steps)
     count = total * config.accumulate_grad_batches * config.devices * config.num_nodes
     saves = -(-config.epoch_count // config.epoch_save) + 1

@@ -138,7 +138,8 @@ def method_line(config: Config, plan: Plan) -> str:
     loss = config.loss or tables.PRETRAINING
     adapters = sorted({f"{row.mode} of rank {row.rank}" for row in plan.rows.values() if row.mode in tables.ADAPTERS})
     how = ", ".join(adapters) or ("the learnt state" if plan.states else "whole matrices")
-    return f"{loss} with {how}, {config.precision}"
+    compiled = ", blocks compiled in the first steps" if config.compile else ""
+    return f"{loss} with {how}, {config.precision}{compiled}"
 
 
 def rate_line(config: Config, plan: Plan) -> str:

@@ -109,6 +109,8 @@ def _train(
     with Harmless("the page does not say what this run is")():
         room = begin_facts(journal.facts, config, start, inputs, steps)
     ranks.agreed(lambda: refuse_too_large(config, room))
+    if config.compile:
+        start.model.compile_blocks()
     module = TrainingModule(start.model, start.plan, config, schedule_of(config, steps), folder, teacher, rollouts)
     base = start.base_hash
     name = ranks.broadcast_from_zero(lambda: begin_run(folder, settings, settings_of(config), point, base))

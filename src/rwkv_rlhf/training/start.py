@@ -38,6 +38,7 @@ from rwkv_rlhf.layers.placing import Layout, Report
 from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
+from rwkv_rlhf.ops import compiling
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
 from rwkv_rlhf.settings import tables
@@ -168,6 +169,7 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     """
     if trains(config):
         check_optimizer(config)
+        check_compile(config)
     return_pages()
     path = base_path(config, folder, point)
     sizes = file_sizes(path)
@@ -215,6 +217,13 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def check_compile(config: Config) -> None:
+    """Raises ValueError when --compile 1 finds no compiler here."""
+    why = compiling.refusal(torch.device(device_for(config.accelerator))) if config.compile else None
+    if why:
+        raise ValueError(f"{{compile}} 1: {why}, or leave it 0")
 
 
 def check_tables(config: Config, plan: Plan, sizes: Sizes, path: Path) -> None:

@@ -74,8 +74,15 @@ class Store(ExactBuffers):
 
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> x W^T (..., out) in x.dtype. A dense matrix lives only while the product runs."""
+        if torch.compiler.is_compiling():
+            found: Tensor = torch.ops.rwkv_rlhf.packed_product(x, *self.as_arguments())
+            return found
         y: Tensor = _PackedProduct.apply(x, self)
         return y
+
+    def as_arguments(self) -> tuple[str, str, list[Tensor], list[int]]:
+        """What an operator of layers/stores/in_graph.py makes the same store from."""
+        return self.mode, " ".join(self._buffers), [x for x in self._buffers.values() if x is not None], [*self.shape]
 
     def bytes(self) -> int:
         """Bytes that the packed matrix takes."""

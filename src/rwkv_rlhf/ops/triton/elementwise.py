@@ -35,19 +35,20 @@ class _Group(torch.autograd.Function):
     def forward(ctx: Any, name: str, settings: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(True)
         ctx.save_for_backward(*tensors)
-        ctx.group, ctx.settings = GROUPS[name], settings
+        ctx.group, ctx.settings = name, settings
         outputs: tuple[Tensor, ...] = GROUPS[name].forward(tensors, *settings)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        found = ctx.group.backward(tensors, grads, *ctx.settings)
-        shaped = (
-            g if g is None or x is None else g.view(x.shape).to(x.dtype) for g, x in zip(found, tensors, strict=True)
-        )
-        return None, None, *shaped
+        return None, None, *gradients(ctx.group, ctx.saved_tensors, grads, ctx.settings)
+
+
+def gradients(name: str, tensors: Some, grads: Some, settings: tuple[Any, ...]) -> list[Tensor | None]:
+    """Gradients of the tensors of group `name`, in their shapes and dtypes, from those of its results."""
+    found = GROUPS[name].backward(tensors, grads, *settings)
+    return [g if g is None or x is None else g.view(x.shape).to(x.dtype) for g, x in zip(found, tensors, strict=True)]
 
 
 class TokenMix:
@@ -57,14 +58,14 @@ class TokenMix:
     def forward(tensors: Some, starts: Starts | None) -> tuple[Tensor, ...]:
         """Values."""
         x, last, marks, mixes, rows, grid = TokenMix.arguments(tensors, starts)
-        out = x.new_empty(len(mixes), *x.shape)
+        outs = tuple(torch.empty_like(x) for _ in range(len(mixes)))
         with current(x.device):
             pointwise.token_mix[grid](
                 x,
                 x if last is None else last,
                 marks,
                 mixes,
-                out,
+                outs,
                 rows,
                 x.shape[-1],
                 M=len(mixes),
@@ -72,8 +73,7 @@ class TokenMix:
                 ROWS=ROWS,
                 BLOCK=BLOCK,
             )
-        values: Tensor = out.to(cast(Tensor, tensors[0]).dtype)
-        return values.unbind()
+        return tuple(out.to(cast(Tensor, tensors[0]).dtype) for out in outs)
 
     @staticmethod
     def backward(tensors: Some, grads: Sequence[Tensor], starts: Starts | None) -> Some:
@@ -208,6 +208,36 @@ GROUPS: dict[str, Any] = {
     "delta_keys": DeltaKeys,
     "gated_norm": GatedNorm,
 }
+
+
+def residual_norm(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and the LayerNorm of that."""
+    given = dense(x), dense(y), weight.float().contiguous(), bias.float().contiguous()
+    total, normed = torch.empty_like(given[0]), torch.empty_like(given[0])
+    rows, width = rows_of(x)
+    with current(x.device):
+        pointwise.residual_norm[(triton.cdiv(rows, ROWS),)](*given, total, normed, rows, width, EPS=eps, **lanes(width))
+    return total.to(x.dtype), normed.to(x.dtype)
+
+
+def residual_norm_backward(
+    total: Tensor, weight: Tensor, dtotal: Tensor, dnormed: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of either summand, of the weight and of the bias (float32), from the sum and both gradients."""
+    given = dense(total), weight.float().contiguous(), dense(dtotal), dense(dnormed)
+    rows, width = rows_of(total)
+    grid = (triton.cdiv(rows, ROWS),)
+    dx, parts = torch.empty_like(given[0]), torch.empty(*grid, 2, width, device=total.device)
+    with current(total.device):
+        pointwise.residual_norm_backward[grid](*given, dx, parts, rows, width, EPS=eps, **lanes(width))
+    dweight, dbias = parts.sum(0)
+    return dx.to(total.dtype), dweight, dbias
+
+
+def lanes(width: int) -> dict[str, int]:
+    """Constants of the kernels by whole rows."""
+    wide = triton.next_power_of_2(width)
+    return {"ROWS": ROWS, "LANES": wide, "num_warps": 4 if wide <= LINE else 8 if wide <= 4 * LINE else 16}
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -81,13 +81,13 @@ def token_mix(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out[m] = x + (previous - x) mixes[m]; out (M, rows, C). Grid: (row blocks, channel blocks)."""
+    """out[m] = x + (previous - x) mixes[m]; out: a tuple of M pointers. Grid: (row blocks, channel blocks)."""
     row, channel, place, inside = tile_of_channels(rows, C, ROWS, BLOCK)
     now = get(x, place, inside)
     change = before(x, last, marks, row, channel, row < rows, C, HAS_LAST) - now
     for m in tl.static_range(M):
         mix = vector(mixes + m * C, channel, channel < C)
-        put(out, m * rows.to(tl.int64) * C + place, now + change * mix, inside)
+        put(out[m], place, now + change * mix, inside)
 
 
 @triton.jit
@@ -127,6 +127,71 @@ def token_mix_backward(
     put(dx, place, own + following, inside)
     if HAS_LAST:
         put(dlast, (segment - 1).to(tl.int64) * C + channel[None, :], passed, inside & (segment > 0))
+
+
+# ---------------------------------------------------------------- residual sum and LayerNorm
+
+
+@triton.jit
+def unit(x, real, C, EPS: tl.constexpr):
+    """The numbers of a token with mean 0 and variance 1, and what they were divided by, inverted."""
+    off = tl.where(real, x - tl.sum(x, axis=0) / C, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(off * off, axis=0) / C + EPS)
+    return off * scale, scale
+
+
+@triton.jit
+def residual_norm(
+    x, y, weight, bias, total, normed, rows, C, EPS: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """total = x + y, rounded, and normed = LayerNorm(total), one token after the other. Grid: (row blocks,)."""
+    channel = tl.arange(0, LANES)
+    real = channel < C
+    scale, shift = get(weight, channel, real), get(bias, channel, real)
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        inside = real & (channel * 0 + row < rows)
+        place = row * C + channel
+        now = (get(x, place, inside) + get(y, place, inside)).to(total.dtype.element_ty)
+        tl.store(total + place, now, mask=inside)
+        plain, _ = unit(now.to(tl.float32), real, C, EPS)
+        put(normed, place, plain * scale + shift, inside)
+
+
+@triton.jit
+def residual_norm_backward(
+    total,
+    weight,
+    dtotal,
+    dnormed,
+    dx,
+    parts,
+    rows,
+    C,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """dx of both summands, and dweight, dbias in parts (row blocks, 2, C)."""
+    channel = tl.arange(0, LANES)
+    real = channel < C
+    scale = get(weight, channel, real)
+    dweight = tl.zeros([LANES], tl.float32)
+    dbias = tl.zeros([LANES], tl.float32)
+    for i in range(ROWS):
+        row = tl.program_id(0).to(tl.int64) * ROWS + i
+        inside = real & (channel * 0 + row < rows)
+        place = row * C + channel
+        plain, inverse = unit(get(total, place, inside), real, C, EPS)
+        d = get(dnormed, place, inside)
+        dweight += d * plain
+        dbias += d
+        d *= scale
+        d -= tl.sum(d, axis=0) / C + plain * (tl.sum(d * plain, axis=0) / C)
+        put(dx, place, get(dtotal, place, inside) + d * inverse, inside)
+    part = tl.program_id(0).to(tl.int64) * 2 * C + channel
+    tl.store(parts + part, dweight, mask=real)
+    tl.store(parts + part + C, dbias, mask=real)
 
 
 # ---------------------------------------------------------------- gates and squared ReLU

@@ -130,6 +130,18 @@ class MatrixKernel:
             found.append(grad.to(given.dtype))
         return [*found, dstate]
 
+    def graph_shapes(self, tokens: int, token: Sequence[int], state: Sequence[int]) -> list[Sequence[int]]:
+        """As ops/calls.py has it."""
+        return [(tokens // GROUP + state[0], *state[1:])]
+
+    def to_graph(self, kept: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As ops/calls.py has it; the states have this shape as it is."""
+        return [kept[0]]
+
+    def from_graph(self, held: Sequence[Tensor], starts: Starts) -> list[Tensor]:
+        """As ops/calls.py has it."""
+        return [held[0], starts.edges_on(held[0].device)]
+
     def _named(self, inputs: Sequence[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """The inputs by their letters, contiguous; and r, which every version has."""
         x = {name: dense(given) for name, given in zip(NAMES[self.op], inputs, strict=True)}
@@ -173,6 +185,19 @@ class ChannelKernel:
             channel_state.backward[grid](*given, dk, dv, dw, du, dstate, scratch, channels, **self.CONSTANTS)
         grads = dk, dv, dw.sum(0), du.sum(0)
         return [*(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), dstate]
+
+    def graph_shapes(self, tokens: int, token: Sequence[int], state: Sequence[int]) -> list[Sequence[int]]:
+        """As ops/calls.py has it."""
+        return [(tokens // CHANNEL_GROUP + state[0], *state[1:]), state, state]
+
+    def to_graph(self, kept: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """As ops/calls.py has it; the first and the last state are also an input and a result."""
+        states, _, state, last = kept
+        return [states, state.clone(), last.clone()]
+
+    def from_graph(self, held: Sequence[Tensor], starts: Starts) -> list[Tensor]:
+        """As ops/calls.py has it."""
+        return [held[0], starts.edges_on(held[0].device), *held[1:]]
 
 
 def kernel(op: str) -> MatrixKernel | ChannelKernel:
