@@ -67,6 +67,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     warps: int = 4
     types: dict[str, Any] = {}  # noqa: RUF012
+    cut: recurrences.Tiles | None = None  # of a backward program, whose warps depend on the device
 
 
 def cases() -> Iterator[Case]:
@@ -80,7 +81,7 @@ def cases() -> Iterator[Case]:
             parts = dict.fromkeys(("dr", "dw", "dk", "da", "db"), "*fp32") if cut.values < size else {}
             forward = base | {"KEEP": True}
             yield Case(f"wkv{version} forward, {label}", matrix_state.forward, forward, cut.warps, vectors)
-            yield Case(f"wkv{version} backward, {label}", matrix_state.backward, base, cut.warps, parts | vectors)
+            yield Case(f"wkv{version} backward, {label}", matrix_state.backward, base, cut.warps, parts | vectors, cut)
     floats = dict.fromkeys(("w", "dw"), "*fp32")
     channels = {"BLOCK": recurrences.CHANNELS, "GROUP": recurrences.CHANNEL_GROUP}
     warps = recurrences.CHANNELS // 32
@@ -127,7 +128,8 @@ def compiled(case: Case, architecture: str) -> Any:
                 attrs[place] = [["tt.divisibility", 16]]
     fixed = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=case.function, signature=signature, constexprs=fixed, attrs=attrs)
-    return triton.compile(source, target=target, options={"num_warps": case.warps, "num_stages": 1})
+    warps = case.warps if case.cut is None else recurrences.backward_warps(case.cut, 0 if hip else int(architecture))
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
 
 
 def report(kernel: Any) -> tuple[str, int, int, str]:
