@@ -66,6 +66,7 @@ def export_merged(args: argparse.Namespace) -> None:
     same = {"load_model": args.base_model, "load_adapter": args.lora_checkpoint, "lora_scaling": args.lora_scaling}
     same |= {"lora_alpha": args.lora_alpha, "load_adapter_pissa_init": args.lora_init}
     same |= {"load_cold_adapter": args.load_cold_adapter, "force": "1" if args.force else ""}
+    same |= {"template": args.template, "vocab_file": args.vocab_file}
     words += [word for name, value in same.items() if value not in (None, "") for word in (f"--{name}", str(value))]
     export.main(words)
 

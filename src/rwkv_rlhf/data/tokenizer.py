@@ -152,9 +152,9 @@ class HuggingFaceTokenizer:
         if importlib.util.find_spec("tokenizers") is None:
             raise ValueError(f"--vocab_file {path} needs the package tokenizers: pip install tokenizers")
         tokenizers = importlib.import_module("tokenizers")
-        text = read_bytes(path).decode("utf-8", errors="replace")
+        self.text = read_bytes(path).decode("utf-8", errors="replace")  # exports carry it
         with _refusing(f"--vocab_file {path} is not a tokenizer.json"):
-            self._inner = tokenizers.Tokenizer.from_str(text)
+            self._inner = tokenizers.Tokenizer.from_str(self.text)
         first, special = self._inner.id_to_token(0), self._inner.get_added_tokens_decoder().get(0)
         named = special is not None and special.special
         if first is not None and not named and not _SPECIAL.fullmatch(first):
