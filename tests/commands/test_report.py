@@ -6,7 +6,7 @@ import pytest
 
 from rwkv_rlhf.commands import report
 from tests.support.files import jsonl
-from tests.support.processes import started
+from tests.support.processes import PROGRAMS, started
 from tests.support.run_folder import BEGIN, a_run
 
 
@@ -47,8 +47,7 @@ def test_two_runs(script, tmp_path):
 def test_it_needs_no_torch(tmp_path, runs):
     """If this breaks, looking at a run costs the time that PyTorch takes to load, or needs PyTorch on that machine."""
     a_run(tmp_path)
-    program = "import sys; sys.modules['torch'] = None; from rwkv_rlhf.commands import main; main()"
-    process = started("-c", program, "report", *[tmp_path] * runs)
+    process = started(PROGRAMS / "without_torch.py", "report", *[tmp_path] * runs)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.strip().endswith(".html"), err
 
