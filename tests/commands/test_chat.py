@@ -47,6 +47,7 @@ def talk(script, base_model, vocab_file, monkeypatch):
 
 def answers(out):
     """What was answered, each text that stands before the count of its tokens."""
+    out = re.sub(r"^temperature \d\n", "", out, flags=re.M)  # what /temp says
     return re.findall(r"((?:.*\n)?.*)\n(?:\(cut.*\n|\(stopped\)\n)?\(\d+ tokens?, [\d.]+ tokens/s\)", out)
 
 

@@ -260,7 +260,7 @@ class Talk:
         }
         if word not in doing:
             known = [*doing, *SHORT, *(f"/{name}" for name in option_types()), "/quit"]
-            near = difflib.get_close_matches(word, known, 1)
+            near = difflib.get_close_matches(word, known, 1, cutoff=0.75)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"there is no command {word}{meant} (/help lists them)")
         return doing[word](value)
