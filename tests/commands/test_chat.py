@@ -48,7 +48,7 @@ def talk(script, base_model, vocab_file, monkeypatch):
 def answers(out):
     """What was answered, each text that stands before the count of its tokens."""
     out = re.sub(r"^temperature \d\n", "", out, flags=re.M)  # what /temp says
-    return re.findall(r"((?:.*\n)?.*)\n(?:\(cut.*\n|\(stopped\)\n)?\(\d+ tokens?, [\d.]+ tokens/s\)", out)
+    return re.findall(r"((?:.*\n)?.*)\n(?:\(cut.*\n|\(stopped\)\n)?\([\d,]+ tokens?, [\d.]+ tokens/s\)", out)
 
 
 def test_settings_are_shown_and_tokens_counted(talk, base_model):
@@ -203,7 +203,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(base_model, vocab_fi
         chat.type("hexlo\x1b[D\x1b[D\x7fl\r")  # two steps to the left, the x is deleted, an l is typed
         chat.wait(".{2000}")
         chat.type("\x03")
-        assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\(\d+ tokens?, [\d.]+ tokens/s\)")
+        assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\([\d,]+ tokens?, [\d.]+ tokens/s\)")
         chat.wait(READY)
         chat.type("/max 3\r")
         chat.wait(READY)
