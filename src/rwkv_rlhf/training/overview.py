@@ -151,9 +151,8 @@ def rate_line(config: Config, plan: Plan) -> str:
     several = "up to " if len(set(pairs)) > 1 else ""
     kind = config.lr_schedule or "exp"
     shape = f"{first:g} (constant)" if kind == "constant" else f"{first:g} -> {last:g} ({kind})"
-    steps = max(0, config.warmup_steps)
-    warmup = f"{counted(steps, 'step')} of warm-up" if steps else "no warm-up"
-    return f"{several}{shape}, {warmup}"
+    warm_up = f"{counted(config.warmup_steps, 'step')} of warm-up" if config.warmup_steps > 0 else "no warm-up"
+    return f"{several}{shape}, {warm_up}"
 
 
 def opening_lines(config: Config, start: Start) -> Iterator[list[str]]:
