@@ -163,7 +163,7 @@ def compiler() -> tuple[str, str]:
     """The C++ compiler ($CXX or c++) and its version line. Raises BuildError if there is none."""
     if platform.system() == "Windows":
         raise BuildError("the kernels are written for GCC and clang, which PyTorch does not use on Windows")
-    command = _variable("CXX") or "c++"
+    command = machine_variable("CXX") or "c++"
     if shutil.which(command) is None:
         raise BuildError(f"no C++ compiler: '{command}' was not found (install g++ or clang++, or set CXX)")
     done = subprocess.run([command, "--version"], capture_output=True, text=True)
@@ -173,7 +173,7 @@ def compiler() -> tuple[str, str]:
 def cache_folder() -> Path:
     """Where binaries are kept: rwkv-rlhf/kernels in the user's cache folder, or, where that cannot be written or there
     is no home, a private folder for temporary files. Raises BuildError."""
-    home = Path(_variable("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    home = Path(machine_variable("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     root = home / "rwkv-rlhf" / "kernels"
     if home.is_absolute():  # "~" stays what it is where nobody has a home
         with contextlib.suppress(OSError):
@@ -229,7 +229,7 @@ def held(path: Path) -> bool:
     return False
 
 
-def _variable(name: str) -> str | None:
+def machine_variable(name: str) -> str | None:
     """What the machine, not the run, is set up with: a compiler, a cache folder."""
     value = os.path.expandvars(f"${name}")
     return None if value in ("", f"${name}") else value

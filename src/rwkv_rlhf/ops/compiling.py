@@ -1,11 +1,12 @@
 """Whether torch.compile has on this machine what it makes code with. Asking does not import its compiler."""
 
 import importlib.util
-import os
 import shutil
 import sys
 
 import torch
+
+from rwkv_rlhf.ops.build import machine_variable
 
 OLDEST_GPU = 7, 0  # compute capability, for PyTorch's code generator
 
@@ -15,7 +16,7 @@ def refusal(device: torch.device) -> str | None:
     if sys.platform == "win32":
         return "torch.compile wants the compilers of Linux or macOS, and this is Windows (WSL has them)"
     if device.type == "cpu":
-        command = os.environ.get("CXX", "g++")
+        command = machine_variable("CXX") or "g++"
         if shutil.which(command) is None:
             return f"torch.compile needs a C++ compiler on a CPU, and '{command}' was not found (install it or set CXX)"
         return None
@@ -23,7 +24,7 @@ def refusal(device: torch.device) -> str | None:
         return f"torch.compile was not tried on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton on a GPU (pip install triton; it comes with PyTorch for Linux)"
-    command = os.environ.get("CC", "gcc")
+    command = machine_variable("CC") or "gcc"
     if not any(shutil.which(name) for name in (command, "clang")):
         return f"Triton needs a C compiler to start kernels, and '{command}' was not found (install it or set CC)"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
