@@ -121,7 +121,6 @@ def ranked(config: Config, checked: bool = False) -> int | None:
         if config.dry_run:
             dry_run(config, folder, ready)
             return None
-        with loading("pytorch_lightning"):  # which a dry run does without
-            from rwkv_rlhf.training.run import train
+        from rwkv_rlhf.training.run import train  # Lightning, which a dry run does without
 
         return INTERRUPTED if train(config, folder, ready, settings, point) else None

@@ -21,7 +21,10 @@ def one_of_several() -> bool:
 @contextmanager
 def loading(library: str) -> Iterator[None]:
     """While `library` is imported the first time: what it makes lives as long as the process, so the collector of
-    cycles leaves it alone, now, later and when the process ends (a fifth of the time of PyTorch's import and end)."""
+    cycles leaves it alone, now, later and when the process ends (a fifth of the time of PyTorch's import and end).
+
+    Not for Lightning: it imports Triton, whose types complain on stderr when nobody collects them at the end.
+    """
     if library in sys.modules or not gc.isenabled():
         yield
         return
