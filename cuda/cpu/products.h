@@ -1,0 +1,121 @@
+// Rows of x times rows of W: the loops that products.cpp and decode.cpp share. Letters as in products.cpp.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace rwkv {
+namespace {
+
+constexpr int BLOCK = 64;  // integers of one scale
+constexpr int64_t TILE = 16;  // rows of W that stay in the cache for all rows of x
+
+typedef int8_t bytes __attribute__((vector_size(W)));
+
+INLINE vec load_integers(const int8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
+    typedef char letters __attribute__((vector_size(16)));
+    typedef long long pair __attribute__((vector_size(16)));
+    long long x;
+    std::memcpy(&x, p, W);
+    // one instruction, of which GCC makes eight
+    return __builtin_convertvector(bit_copy<ivec>(__builtin_ia32_pmovsxbd256(bit_copy<letters>(pair{x, 0}))), vec);
+#else
+    bytes x;
+    std::memcpy(&x, p, sizeof(x));
+    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
+#endif
+}
+
+// A matrix of plain numbers.
+template <typename T>
+struct Dense {
+    const T* values;
+    int64_t n;
+
+    // y[o][r] = row `first + o` of W times row r of x
+    template <int O, int R>
+    void times(int64_t first, const float* x, float (&y)[O][R]) const {
+        const T* w = values + first * n;
+        vec sums[O][R];
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) sums[o][r] = splat(0);
+        each(n, [&](int64_t i, auto lanes) {
+            vec rows[R];
+            for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i, lanes);
+            for (int o = 0; o < O; ++o) {
+                const vec weight = load(w + o * n + i, lanes);
+                for (int r = 0; r < R; ++r) sums[o][r] += weight * rows[r];
+            }
+        });
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) y[o][r] = sum(sums[o][r]);
+    }
+};
+
+// Blocks of 64 integers along a row, each with a scale.
+struct Int8 {
+    const int8_t* values;
+    const float* scales;
+    int64_t n;  // a multiple of 64
+
+    template <int O, int R>
+    void times(int64_t first, const float* x, float (&y)[O][R]) const {
+        const int8_t* w = values + first * n;
+        const float* scale = scales + first * (n / BLOCK);
+        vec sums[O][R];
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) sums[o][r] = splat(0);
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            vec parts[O][R];
+            for (int o = 0; o < O; ++o)
+                for (int r = 0; r < R; ++r) parts[o][r] = splat(0);
+#pragma GCC unroll 8
+            for (int j = 0; j < BLOCK; j += W) {
+                vec rows[R];
+                for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i + j);
+                for (int o = 0; o < O; ++o) {
+                    const vec weight = load_integers(w + o * n + i + j);
+                    for (int r = 0; r < R; ++r) parts[o][r] += weight * rows[r];
+                }
+            }
+            for (int o = 0; o < O; ++o)
+                for (int r = 0; r < R; ++r) sums[o][r] += scale[o * (n / BLOCK) + i / BLOCK] * parts[o][r];
+        }
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) y[o][r] = sum(sums[o][r]);
+    }
+};
+
+// put(row of x, row of W, their product) for R rows of x and the rows [begin, end) of W.
+template <int R, typename Matrix, typename Put>
+void some_rows(const Matrix& matrix, const float* x, int64_t row, int64_t begin, int64_t end, const Put& put) {
+    constexpr int O = R == 1 ? 4 : 2;  // as many sums as there are registers for
+    x += row * matrix.n;
+    int64_t first = begin;
+    for (; first + O <= end; first += O) {
+        float found[O][R];
+        matrix.template times<O, R>(first, x, found);
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) put(row + r, first + o, found[o][r]);
+    }
+    for (; first < end; ++first) {
+        float found[1][R];
+        matrix.template times<1, R>(first, x, found);
+        for (int r = 0; r < R; ++r) put(row + r, first, found[0][r]);
+    }
+}
+
+// The same for all `rows` of x and one tile of the `out` rows of W.
+template <typename Matrix, typename Put>
+void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t out, int64_t tile, const Put& put) {
+    const int64_t begin = tile * TILE, end = std::min(out, begin + TILE);
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) some_rows<4>(matrix, x, row, begin, end, put);
+    for (; row + 2 <= rows; row += 2) some_rows<2>(matrix, x, row, begin, end, put);
+    if (row < rows) some_rows<1>(matrix, x, row, begin, end, put);
+}
+
+}  // namespace
+}  // namespace rwkv
