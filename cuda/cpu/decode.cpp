@@ -1,17 +1,17 @@
 // One token of each of a few rows through blocks of a model on the CPU: a program of operations that a team of threads
-// goes through together. The model's own forward pass judges this (tests/ops/test_decode.py, tests/model/test_decoding.py).
+// goes through together. The model's own forward pass judges this (tests/model/test_decoding.py).
 //
 // Every operation is cut into tasks that need nothing of each other, and a sum lies within one task: the result is the
-// same for any number of threads. A thread takes the next task that is left, and nobody waits for a thread that has none,
-// so a neighbour on one core costs little.
+// same for any number of threads. A thread takes the next task that is left, and nobody waits for a thread that has
+// none, so a neighbour on one core costs little.
 #include "decode_heads.h"
 
 namespace rwkv {
 namespace {
 
-// LayerNorm over the width, token shift and mixes. sizes: rows, C, M. `stored`: dtype of `shift`. finish 1: x becomes what
-// the first norm makes of it. tensors: x (R, C) | weight and bias of the first norm (null: none), of the norm (C) |
-// shift (R, C), replaced (null: no shift) | mixes (M, C) | out (M, R, C) | the normalised x (R, C), or null | the
+// LayerNorm over the width, token shift and mixes. sizes: rows, C, M. `stored`: dtype of `shift`. finish 1: x becomes
+// what the first norm makes of it. tensors: x (R, C) | weight and bias of the first norm (null: none), of the norm (C)
+// | shift (R, C), replaced (null: no shift) | mixes (M, C) | out (M, R, C) | the normalised x (R, C), or null | the
 // difference to the token before (R, C), or null
 struct Mix {
     const Op& op;
@@ -98,8 +98,8 @@ struct Product {
     }
 };
 
-// y = finish(x W) of M small matrices. sizes: rows, n, out, M, elements of x from one to the next. tensors: x (M, R, n) or
-// (R, M, n), W (M, n, out) of `stored`, y (M, R, out)
+// y = finish(x W) of M small matrices. sizes: rows, n, out, M, elements of x from one to the next. tensors: x (M, R, n)
+// or (R, M, n), W (M, n, out) of `stored`, y (M, R, out)
 struct LowRank {
     const Op& op;
     int64_t rows, n, out, M, next_row, next_matrix;
@@ -157,13 +157,20 @@ struct Shares6 {
 template <typename F>
 void with_kind(const Op& op, const F& f) {
     switch (op.kind) {
-        case 0: return f(Mix(op));
-        case 1: return f(Product(op));
-        case 2: return f(LowRank(op));
-        case 3: return f(Shares6(op));
-        case 4: return f(Heads7(op));
-        case 5: return f(Heads6(op));
-        case 6: return f(Channels4(op));
+        case 0:
+            return f(Mix(op));
+        case 1:
+            return f(Product(op));
+        case 2:
+            return f(LowRank(op));
+        case 3:
+            return f(Shares6(op));
+        case 4:
+            return f(Heads7(op));
+        case 5:
+            return f(Heads6(op));
+        case 6:
+            return f(Channels4(op));
     }
 }
 

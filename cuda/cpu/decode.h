@@ -1,5 +1,5 @@
-// Decoding on the CPU, one token of each of a few rows: what the operations of a program share. ops/decode.py writes the
-// programs. Activations between operations are float32, arithmetic too.
+// Decoding on the CPU, one token of each of a few rows: what the operations of a program share. ops/decode.py writes
+// the programs. Activations between operations are float32, arithmetic too.
 //
 // Letters: R rows, C width, A attention width, H heads, N head size, M mixes, D inner size of a low-rank vector.
 #pragma once
@@ -12,8 +12,8 @@
 namespace rwkv {
 namespace {
 
-constexpr int COLUMNS = 32;  // of a matrix (in, out) that are summed together; head sizes are multiples of it
-constexpr int ROWS = 8;      // of x that a task takes, where it takes several
+constexpr int COLUMNS = 32;   // of a matrix (in, out) that are summed together; head sizes are multiples of it
+constexpr int ROWS = 8;       // of x that a task takes, where it takes several
 constexpr int LARGEST = 128;  // head size
 
 // What is done with a product before it is written, by the numbers of ops/decode.py.
@@ -39,11 +39,16 @@ inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 inline float finished(int64_t finish, float x) {
     switch (finish) {
-        case RELU_SQUARED: return x < 0.f ? 0.f : x * x;
-        case SIGMOID: return 1.f / (1.f + std::exp(-x));
-        case TANH: return std::tanh(x);
-        case SILU: return x / (1.f + std::exp(-x));
-        default: return x;
+        case RELU_SQUARED:
+            return x < 0.f ? 0.f : x * x;
+        case SIGMOID:
+            return 1.f / (1.f + std::exp(-x));
+        case TANH:
+            return std::tanh(x);
+        case SILU:
+            return x / (1.f + std::exp(-x));
+        default:
+            return x;
     }
 }
 
@@ -121,8 +126,7 @@ INLINE void normalise(float* y, int64_t n, const float* weight, const float* bia
         squares += centred * centred;
     }
     const float inverse = 1.f / std::sqrt(sum(squares) / static_cast<float>(n) + eps);
-    for (int64_t j = 0; j < n; j += W)
-        store(y + j, (load(y + j) - mean) * inverse * load(weight + j) + load(bias + j));
+    for (int64_t j = 0; j < n; j += W) store(y + j, (load(y + j) - mean) * inverse * load(weight + j) + load(bias + j));
 }
 
 }  // namespace

@@ -71,8 +71,7 @@ struct Heads7 {
                 found[l] = splat(0);
                 for (int64_t j = 0; j < n; j += W) {
                     float* p = state + l * n + j;
-                    const vec next =
-                        load(p) * load(decay + j) - removed[l] * load(rate + j) + v[i + l] * load(key + j);
+                    const vec next = load(p) * load(decay + j) - removed[l] * load(rate + j) + v[i + l] * load(key + j);
                     store(p, next);
                     found[l] += next * load(r + j);
                 }
@@ -99,12 +98,13 @@ struct Heads6 {
     void run(int64_t number) const {
         const HeadTask task(number, rows);
         float low_rank[ROWS][LARGEST] = {};
-        if (op.at(4)) by_stored(op, [&](auto type) {
+        if (op.at(4))
+            by_stored(op, [&](auto type) {
                 const int64_t D = op.sizes[3];
                 for (int64_t c = 0; c < N; c += COLUMNS)
                     some_columns(op.at(3) + task.first * D, D, task.rows,
-                                 static_cast<decltype(type)>(op.tensors[4]) + task.head * N + c, A, D,
-                                 &low_rank[0][c], LARGEST, COLUMNS);
+                                 static_cast<decltype(type)>(op.tensors[4]) + task.head * N + c, A, D, &low_rank[0][c],
+                                 LARGEST, COLUMNS);
             });
         for (int64_t r = 0; r < task.rows; ++r) row(task.first + r, task.head * N, low_rank[r]);
     }
@@ -135,11 +135,13 @@ struct Heads6 {
         }
         normalise(y, n, op.at(7) + c, op.at(8) + c, static_cast<float>(op.eps));
         float* out = op.at<float>(11) + at;
-        for (int64_t j = 0; j < n; j += W) store(out + j, op.at(9) ? load(y + j) * load(op.at(9) + at + j) : load(y + j));
+        for (int64_t j = 0; j < n; j += W)
+            store(out + j, op.at(9) ? load(y + j) * load(op.at(9) + at + j) : load(y + j));
     }
 };
 
-// RWKV-4. sizes: rows, A. tensors: k, v, receptance behind its sigmoid (R, A) | raw decay, bonus (A) | state (R, A, 3), y
+// RWKV-4. sizes: rows, A. tensors: k, v, receptance behind its sigmoid (R, A) | raw decay, bonus (A) | state (R, A, 3),
+// y
 struct Channels4 {
     static constexpr int64_t BLOCK4 = 64;
     const Op& op;

@@ -8,7 +8,7 @@
 namespace rwkv {
 namespace {
 
-constexpr int BLOCK = 64;  // integers of one scale
+constexpr int BLOCK = 64;     // integers of one scale
 constexpr int64_t TILE = 16;  // rows of W that stay in the cache for all rows of x
 
 typedef int8_t bytes __attribute__((vector_size(W)));
@@ -46,6 +46,7 @@ struct Dense {
             for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i, lanes);
             for (int o = 0; o < O; ++o) {
                 const vec weight = load(w + o * n + i, lanes);
+                __builtin_prefetch(w + (o + O) * n + i);  // the rows that come next
                 for (int r = 0; r < R; ++r) sums[o][r] += weight * rows[r];
             }
         });
@@ -77,6 +78,7 @@ struct Int8 {
                 for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i + j);
                 for (int o = 0; o < O; ++o) {
                     const vec weight = load_integers(w + o * n + i + j);
+                    if (j == 0) __builtin_prefetch(w + (o + O) * n + i);
                     for (int r = 0; r < R; ++r) parts[o][r] += weight * rows[r];
                 }
             }

@@ -9,7 +9,7 @@ Legend: R rows, C width, K inputs and O outputs of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from rwkv_rlhf.layers.stores.int8 import Int8
 from rwkv_rlhf.model.blocks import Block, HeadsTimeMix
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import LayerState, State
-from rwkv_rlhf.ops import decode, products
+from rwkv_rlhf.ops import calls, decode, products
 from rwkv_rlhf.ops.decode import Finish, Kind, Program
 
 
@@ -43,6 +43,12 @@ class Decoding(Program):
     def vector(self, parameter: Tensor) -> Tensor:
         """A small tensor, flat."""
         return self.once(id(parameter), parameter.flatten)
+
+    def matrix(self, parameter: Tensor, dtypes: Collection[torch.dtype] = tuple(calls.DTYPES)) -> Tensor:
+        """A small matrix as it lies, or in float32 where it is not of `dtypes`."""
+        if parameter.dtype in dtypes and parameter.is_contiguous():
+            return parameter.detach()
+        return self.once((id(parameter), "matrix"), lambda: parameter)
 
     def mixed(
         self,
@@ -70,7 +76,7 @@ class Decoding(Program):
         """y (R, O) = finish(layer(x (R, K))); `y` is a buffer or the name of one."""
         to = self.buffer(y, self.rows, layer.out_features) if isinstance(y, str) else y
         plain = type(layer) is Linear and not hooked(layer) and self.rows <= products.MOST_ROWS
-        if plain and layer.weight is not None and layer.weight.dtype in (torch.float32, torch.bfloat16):
+        if plain and layer.weight is not None and layer.weight.dtype in calls.DTYPES and layer.weight.is_contiguous():
             self.product(x, layer.weight.detach(), None, to, finish, gate, beside)
         elif plain and isinstance(layer.store, Int8) and layer.in_features % products.BLOCK == 0:
             self.product(x, layer.store.packed, layer.store.scale, to, finish, gate, beside)
@@ -81,7 +87,7 @@ class Decoding(Program):
     def inner(self, x: Tensor, matrix: Tensor, name: str, finish: Finish = Finish.PLAIN, beside: bool = True) -> Tensor:
         """The inner vector (R, D) of a low-rank one: finish(x (R, K) matrix (K, D))."""
         y = self.buffer(name, self.rows, matrix.shape[1])
-        return self.low_rank(x, matrix.detach(), y, finish, beside)
+        return self.low_rank(x, self.matrix(matrix), y, finish, beside)
 
     def heads(
         self,
@@ -99,9 +105,10 @@ class Decoding(Program):
         heads, size = half.heads, half.head_size
         y = self.buffer("heads", self.rows, heads * size)
         small = [None if part is None else self.vector(part) for part in (*vectors, half.ln_x.weight, half.ln_x.bias)]
-        dense = [None if part is None else part.detach() for part in matrices]
-        dtypes = {part.dtype for part in dense if part is not None}
-        assert len(dtypes) <= 1
+        dtypes = {part.dtype for part in matrices if part is not None}
+        if len(dtypes) > 1 or not dtypes <= calls.DTYPES.keys():
+            dtypes = {torch.float32}
+        dense = [None if part is None else self.matrix(part, dtypes) for part in matrices]
         sizes = (self.rows, heads, size, *(0 if part is None else len(part) for part in dense))
         tensors = [*rows, *dense, *small, *gate, state, y]
         self.operation(kind, sizes, tensors, stored=dtypes.pop() if dtypes else torch.float32, eps=eps)

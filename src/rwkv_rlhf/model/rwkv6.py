@@ -113,7 +113,7 @@ class TimeMix(HeadsTimeMix):
         x, mix = run.mixed(self, norm, state.att_shift, lambda: self.time_maa_x.view(1, -1), first, difference)
         inner = run.inner(mix, self.time_maa_w1, "mix inner", Finish.TANH, beside=False)
         shares = run.buffer("shares", count, run.rows, width)
-        run.low_rank(inner, self.time_maa_w2.detach(), shares)
+        run.low_rank(inner, run.matrix(self.time_maa_w2), shares)
         always = run.once((id(self), MIXES), lambda: stacked(self, MIXES))
         run.operation(Kind.SHARES6, (run.rows, width, count), [shares, always, x, difference])
         xw, xk, xv, xr, xg = shares

@@ -105,6 +105,7 @@ class Program:
         self._kept += [tensor for tensor in tensors if tensor is not None]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         words = [*sizes, *[0] * (SIZES - len(sizes))], [*pointers, *[0] * (TENSORS - len(pointers))]
+        assert stored in calls.DTYPES or stored == torch.int8
         dtype = calls.DTYPES.get(stored, 0)
         record = RECORD.pack(kind, 0 if beside else 1, dtype, finish, eps, *words[0], *words[1])
         last = self._parts[-1] if self._parts else None
@@ -112,6 +113,11 @@ class Program:
             last.append(record)
         else:
             self._parts.append([record])
+
+    @property
+    def calls(self) -> int:
+        """How many native calls and functions of Python a token takes."""
+        return len(self._parts)
 
     def run(self) -> None:
         """One token. Raises RuntimeError with the words of the C function if it fails."""
