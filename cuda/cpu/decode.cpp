@@ -65,17 +65,26 @@ struct Mix {
     }
 };
 
-// y = finish(x W^T). sizes: rows, n, out. tensors: x (R, n), W (out, n) of `stored`, scales (out, n / 64) or null,
-// y (R, out), a gate (R, out) for ADDED_GATED
+// y = finish(x W^T). sizes: rows, n, out, whether x lies in panels. tensors: x (R, n), W (out, n) of `stored`, scales
+// (out, n / 64) or null, y (R, out), a gate (R, out) for ADDED_GATED
 struct Product {
     const Op& op;
     int64_t rows, n, out;
 
     explicit Product(const Op& x) : op(x), rows(x.sizes[0]), n(x.sizes[1]), out(x.sizes[2]) {}
 
-    int64_t tasks() const { return parts(out, TILE); }
+    // Many rows lie in panels.
+    bool many() const { return op.sizes[3] != 0; }
+    int64_t tasks() const { return many() ? parts(out, TALL) * parts(rows, MOST) : parts(out, TILE); }
 
-    void run(int64_t tile) const {
+    template <typename Matrix, typename Put>
+    void tile(const Matrix& matrix, int64_t number, const Put& put) const {
+        if (!many()) return product_tile(matrix, op.at(0), rows, out, number, put);
+        const int64_t chunks = parts(rows, MOST), row = number % chunks * MOST, begin = number / chunks * TALL;
+        panels_tile(matrix, op.at(0), row, std::min(MOST, rows - row), begin, std::min(out, begin + TALL), put);
+    }
+
+    void run(int64_t number) const {
         float* y = op.at<float>(3);
         const float* gate = op.at(4);
         const int64_t finish = op.finish, width = out;
@@ -89,13 +98,23 @@ struct Product {
                 y[at] = finished(finish, value);
         };
         if (op.at(2))
-            product_tile(Int8{op.at<const int8_t>(1), op.at(2), n}, op.at(0), rows, out, tile, put);
+            tile(Int8{op.at<const int8_t>(1), op.at(2), n}, number, put);
         else
             by_stored(op, [&](auto type) {
                 using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-                product_tile(Dense<T>{op.at<const T>(1), n}, op.at(0), rows, out, tile, put);
+                tile(Dense<T>{op.at<const T>(1), n}, number, put);
             });
     }
+};
+
+// x (R, n) in panels. sizes: rows, n. tensors: x, panels (R / PANEL, n, PANEL)
+struct Panels {
+    const Op& op;
+
+    explicit Panels(const Op& x) : op(x) {}
+
+    int64_t tasks() const { return panels(op.sizes[0]); }
+    void run(int64_t panel) const { fill_panel(op.at(0), op.sizes[0], op.sizes[1], panel, op.at<float>(1)); }
 };
 
 // y = finish(x W) of M small matrices. sizes: rows, n, out, M, elements of x from one to the next. tensors: x (M, R, n)
@@ -171,6 +190,8 @@ void with_kind(const Op& op, const F& f) {
             return f(Heads6(op));
         case 6:
             return f(Channels4(op));
+        case 7:
+            return f(Panels(op));
     }
 }
 
@@ -201,7 +222,7 @@ RWKV_EXPORT rwkv_decode(const void* records, const int64_t* numbers, int, int th
     const std::unique_ptr<Progress[]> progress(new Progress[count]);
     int64_t total = 0, widest = 0;
     for (int64_t i = 0; i < count; ++i) {
-        if (ops[i].kind < 0 || ops[i].kind > 6) return "no such operation";
+        if (ops[i].kind < 0 || ops[i].kind > 7) return "no such operation";
         progress[i].before = total;
         with_kind(ops[i], [&](const auto& op) { progress[i].tasks = op.tasks(); });
         total += progress[i].tasks, widest = std::max(widest, progress[i].tasks);

@@ -119,5 +119,97 @@ void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t ou
     if (row < rows) some_rows<1>(matrix, x, row, begin, end, put);
 }
 
+// Products of more rows: PANEL rows of x lie beside each other, so that a register holds one column of several rows and
+// a weight meets all of them. Weights are widened a block at a time, for all rows.
+constexpr int PANEL = 2 * W;   // rows of x
+constexpr int64_t MOST = 128;  // rows of x that one tile takes, a multiple of PANEL
+constexpr int64_t TALL = 24;   // rows of W of a tile, a multiple of GROUP
+constexpr int64_t DEEP = 256;  // columns that are summed by themselves; a multiple of 64
+constexpr int GROUP = 6;       // rows of W whose sums fill the registers
+
+inline int64_t panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
+
+// to[panel][column][row of the panel] = x[row][column] of one panel; zeros where there are no more rows
+inline void fill_panel(const float* x, int64_t rows, int64_t n, int64_t panel, float* to) {
+    to += panel * n * PANEL;
+    for (int r = 0; r < PANEL; ++r) {
+        const int64_t row = panel * PANEL + r;
+        for (int64_t i = 0; i < n; ++i) to[i * PANEL + r] = row < rows ? x[row * n + i] : 0.f;
+    }
+}
+
+// y[o][0 .. PANEL) += sum_i w[o][i] x[i][0 .. PANEL) for O rows of w, `stride` apart
+template <int O>
+INLINE void panel_product(const float* w, int64_t stride, const float* x, int64_t n, float* y) {
+    vec sums[O][2] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        const vec low = load(x + i * PANEL), high = load(x + i * PANEL + W);
+        for (int o = 0; o < O; ++o) {
+            const vec weight = splat(w[o * stride + i]);
+            sums[o][0] += weight * low;
+            sums[o][1] += weight * high;
+        }
+    }
+    for (int o = 0; o < O; ++o)
+        for (int half = 0; half < 2; ++half) {
+            float* to = y + o * MOST + half * W;
+            store(to, load(to) + sums[o][half]);
+        }
+}
+
+// Columns [begin, begin + n) of rows of W, widened where they are not float32; `stride` is that of what comes back.
+INLINE const float* widened(const Dense<float>& matrix, int64_t first, int64_t, int64_t begin, int64_t, float*,
+                            int64_t& stride) {
+    stride = matrix.n;
+    return matrix.values + first * matrix.n + begin;
+}
+
+INLINE const float* widened(const Dense<bf16>& matrix, int64_t first, int64_t rows, int64_t begin, int64_t n, float* to,
+                            int64_t& stride) {
+    for (int64_t o = 0; o < rows; ++o)
+        each(n, [&](int64_t i, auto lanes) {
+            store(to + o * DEEP + i, load(matrix.values + (first + o) * matrix.n + begin + i, lanes), lanes);
+        });
+    stride = DEEP;
+    return to;
+}
+
+INLINE const float* widened(const Int8& matrix, int64_t first, int64_t rows, int64_t begin, int64_t n, float* to,
+                            int64_t& stride) {
+    for (int64_t o = 0; o < rows; ++o)
+        for (int64_t i = 0; i < n; i += BLOCK) {
+            const int64_t at = (first + o) * matrix.n + begin + i;
+            const float scale = matrix.scales[at / BLOCK];
+            for (int j = 0; j < BLOCK; j += W)
+                store(to + o * DEEP + i + j, scale * load_integers(matrix.values + at + j));
+        }
+    stride = DEEP;
+    return to;
+}
+
+// put(row of x, row of W, their product) for at most MOST rows of x, in panels, from row `row` on (a multiple of
+// PANEL), and for the rows [begin, end) of W, at most TALL.
+template <typename Matrix, typename Put>
+void panels_tile(const Matrix& matrix, const float* x, int64_t row, int64_t rows, int64_t begin, int64_t end,
+                 const Put& put) {
+    alignas(64) float y[TALL * MOST] = {}, wide[TALL * DEEP];
+    const int64_t n = matrix.n, tall = end - begin;
+    for (int64_t first = 0; first < n; first += DEEP) {
+        const int64_t deep = std::min(DEEP, n - first);
+        int64_t stride;
+        const float* w = widened(matrix, begin, tall, first, deep, wide, stride);
+        for (int64_t panel = 0; panel < panels(rows); ++panel) {
+            const float* columns = x + ((row / PANEL + panel) * n + first) * PANEL;
+            float* to = y + panel * PANEL;
+            int64_t o = 0;
+            for (; o + GROUP <= tall; o += GROUP)
+                panel_product<GROUP>(w + o * stride, stride, columns, deep, to + o * MOST);
+            for (; o < tall; ++o) panel_product<1>(w + o * stride, stride, columns, deep, to + o * MOST);
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t o = 0; o < tall; ++o) put(row + r, begin + o, y[o * MOST + r]);
+}
+
 }  // namespace
 }  // namespace rwkv

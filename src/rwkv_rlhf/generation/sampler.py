@@ -249,7 +249,7 @@ class _Run:
 
         All that the host must know comes in one transfer, unless more candidates have to be sorted.
         """
-        logits = self.model.head(rows.hidden).float()
+        logits = self.decoder.logits(rows.hidden)
         tokens = [0] * len(rows.sequences)
         left = [Alike(rows, numbers, params, logits) for params, numbers in rows.by_params().items()]
         while left:

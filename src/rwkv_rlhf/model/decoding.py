@@ -75,7 +75,7 @@ class Decoding(Program):
     ) -> Tensor:
         """y (R, O) = finish(layer(x (R, K))); `y` is a buffer or the name of one."""
         to = self.buffer(y, self.rows, layer.out_features) if isinstance(y, str) else y
-        plain = type(layer) is Linear and not hooked(layer) and self.rows <= products.MOST_ROWS
+        plain = type(layer) is Linear and not hooked(layer)
         if plain and layer.weight is not None and layer.weight.dtype in calls.DTYPES and layer.weight.is_contiguous():
             self.product(x, layer.weight.detach(), None, to, finish, gate, beside)
         elif plain and isinstance(layer.store, Int8) and layer.in_features % products.BLOCK == 0:
@@ -129,6 +129,7 @@ class Decoder:
         self._made: dict[Hashable, Tensor] = {}
         self._program: Decoding | None = None
         self._state: list[Tensor] = []
+        self._head: Decoding | None = None
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -144,11 +145,26 @@ class Decoder:
         run.run()
         return run.buffer("normed", *run.x.shape).to(run.dtype, copy=True), state
 
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (R, C) -> what the head makes of it, (R, V) float32, until the next call."""
+        if not self.able:
+            return self.model.head(hidden).float()
+        if self._head is None or self._head.rows != len(hidden):
+            self._head = self._started(len(hidden))
+            self._head.linear(self.model.head, self._head.x, "logits")
+        self._head.x.copy_(hidden)
+        self._head.run()
+        return self._head.buffer("logits", len(hidden), self.model.sizes.vocab_size)
+
+    def _started(self, rows: int) -> Decoding:
+        return Decoding(rows, self.model.sizes.n_embd, self.model.compute_dtype, self._made)
+
     def _programmed(self, rows: int, state: State) -> Decoding:
         """The program for these rows and this memory of their states."""
         tensors, run = state.tensors(), self._program
         if run is None or run.rows != rows or any(a is not b for a, b in zip(tensors, self._state, strict=True)):
-            run = Decoding(rows, self.model.sizes.n_embd, self.model.compute_dtype, self._made)
+            run = self._started(rows)
             carried = None
             for block, layer in zip(self.model.blocks, state, strict=True):
                 assert isinstance(block, Block)

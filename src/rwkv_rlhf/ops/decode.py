@@ -18,10 +18,12 @@ from torch import Tensor
 
 from rwkv_rlhf.ops import calls, cpu
 from rwkv_rlhf.ops.backend import build_failure
+from rwkv_rlhf.ops.products import MOST_ROWS
 
 RECORD = struct.Struct("4qd7q24q")  # `Op` of cuda/cpu/decode.h
 SIZES, TENSORS = 7, 24
 HEAD_SIZES = (32, 64, 128)
+PANEL = 32  # rows that lie beside each other, at most
 
 
 class Kind(enum.IntEnum):
@@ -34,6 +36,7 @@ class Kind(enum.IntEnum):
     HEADS7 = 4
     HEADS6 = 5
     CHANNELS4 = 6
+    PANELS = 7
 
 
 class Finish(enum.IntEnum):
@@ -170,8 +173,13 @@ class Program:
         beside: bool = False,
     ) -> None:
         """y (R, O) = finish(x (R, K) W^T); weight and scale as in ops/products.py."""
-        sizes, stored = (self.rows, x.shape[1], y.shape[1]), weight.dtype
-        self.operation(Kind.PRODUCT, sizes, [x, weight, scale, y, gate], finish=finish, stored=stored, beside=beside)
+        inputs, many = x.shape[1], self.rows > MOST_ROWS
+        if many:
+            lying = self.buffer(f"panels {x.data_ptr()}", self.rows + PANEL, inputs)
+            self.operation(Kind.PANELS, (self.rows, inputs), [x, lying], beside=beside)
+            x, beside = lying, False
+        sizes, tensors = (self.rows, inputs, y.shape[1], int(many)), [x, weight, scale, y, gate]
+        self.operation(Kind.PRODUCT, sizes, tensors, finish=finish, stored=weight.dtype, beside=beside)
 
     def low_rank(
         self, x: Tensor, matrix: Tensor, y: Tensor, finish: Finish = Finish.PLAIN, beside: bool = False
