@@ -26,9 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import rl
-import torch
 
-from rwkv_rlhf.ops import cpu
+from rwkv_rlhf.settings.surroundings import take_over
+
+take_over()  # threads wait as those of a command do; before PyTorch is imported
+
+import torch  # noqa: E402
+
+from rwkv_rlhf.ops import cpu  # noqa: E402
 
 KINDS, SIZES, PREFILL, PROMPT = ("fp32", "bf16", "int8"), (1, 8, 32, 128), 512, 16
 FEWER = 8  # tokens of each answer where many run at once

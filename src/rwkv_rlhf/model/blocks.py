@@ -6,7 +6,7 @@ Legend: B batch, T tokens, C width, A attention width, H heads, N head size, M m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,13 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
 from rwkv_rlhf.ops.decode import Finish
 from rwkv_rlhf.ops.elementwise import relu_squared, token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.precision import wide_dtype
-
-if TYPE_CHECKING:
-    from rwkv_rlhf.model.decoding import Decoding
 
 # GroupNorm's epsilon for heads of x050 to x070, whatever the head size: the tradition divides the heads by 8 and adds
 # 1e-5 to the variance, which is the same as adding 64e-5 without dividing.

@@ -7,7 +7,6 @@ Legend: B batch, T tokens, C width, A attention width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,13 @@ from torch import Tensor, nn
 from rwkv_rlhf.model import blocks
 from rwkv_rlhf.model.blocks import GatedChannelMix, complement, gated_ffn, stacked
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState
 from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
-
-if TYPE_CHECKING:
-    from rwkv_rlhf.model.decoding import Decoding
 
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 

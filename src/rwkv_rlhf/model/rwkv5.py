@@ -7,8 +7,6 @@ Legend: B batch, T tokens, C width, A attention width, H heads, N head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,15 +22,13 @@ from rwkv_rlhf.model.blocks import (
     stacked,
 )
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState
 from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv5 import wkv5
-
-if TYPE_CHECKING:
-    from rwkv_rlhf.model.decoding import Decoding
 
 MIXES = ("time_mix_k", "time_mix_v", "time_mix_r")
 

@@ -7,7 +7,6 @@ Legend: B batch, T tokens, C width, A attention width, H heads, N head size, S p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +15,13 @@ from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
 from rwkv_rlhf.model.blocks import LN_X_EPS, HeadsTimeMix, low_rank, stacked
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState
 from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import delta_keys, gated_norm, relu_squared, token_mix, value_gate
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv7 import wkv7
-
-if TYPE_CHECKING:
-    from rwkv_rlhf.model.decoding import Decoding
 
 ATT_MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
