@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np  # flags are read without it
 
-from rwkv_rlhf.settings.counted import counted
+from rwkv_rlhf.settings.counted import counted, predicated
 
 log = logging.getLogger(__name__)
+
+TOKEN = "token"
 
 
 class RowError(ValueError):
@@ -32,7 +34,7 @@ class DataReport:
         skip_bad: bad rows are counted instead of raised. quiet: without a warning for the first of them.
         rows: rows (documents, records) found in the file.
         examples: examples that training can draw from.
-        trained: trained target tokens (text) or pairs.
+        trained: how many units train; unit: what they are, target tokens of text or whole examples ("pair").
         skipped: reason -> rows left out.
         truncated: part (prompt, chosen, reject) -> rows cut to the cap.
         remarked: what is odd about rows that were kept ("repeat another one") -> rows.
@@ -47,6 +49,7 @@ class DataReport:
     rows: int = 0
     examples: int = 0
     trained: int = 0
+    unit: str = TOKEN
     skipped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     remarked: Counter[str] = field(default_factory=Counter)
@@ -106,8 +109,9 @@ class DataReport:
 
     def lines(self, trained: bool = True) -> list[str]:
         """The report as text, one fact a line; notices were logged when they arose. trained: with their count."""
-        learnt = f", {self.trained} trained (tokens or pairs)" if trained else ""
-        out = [f"{self.source}: {counted(self.rows, 'row')}, {counted(self.examples, 'example')}{learnt}"]
+        learnt = f", {counted(self.trained, 'token')} to learn" if trained and self.unit == TOKEN else ""
+        examples = counted(self.examples, "example" if self.unit == TOKEN else self.unit)
+        out = [f"{self.source}: {counted(self.rows, 'row')}, {examples}{learnt}"]
         out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
             import numpy as np
@@ -117,4 +121,4 @@ class DataReport:
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
         out += [f"  {part} cut in {counted(count, 'row')}" for part, count in self.truncated.items() if count]
-        return out + [f"  {count} rows {what}" for what, count in self.remarked.items() if count]
+        return out + [f"  {predicated(count, 'row', what)}" for what, count in self.remarked.items() if count]
