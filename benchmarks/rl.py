@@ -31,13 +31,13 @@ ROWS = [(kind, size) for kind in ("fp32", "bf16") for size in (1, 8, 32, 128)]
 PEER = Path(__file__).with_name("rl_peer.py")
 
 
-def tensors():
-    """Random weights of which none are zero, so that every product is a real one."""
+def tensors(layers: int = LAYERS, width: int = WIDTH, vocab: int = VOCAB):
+    """Random weights of RWKV-7 of which none are zero, so that every product is a real one."""
     import torch
 
     from rwkv_rlhf.model.initial import initial_tensors
 
-    made = initial_tensors("x070", LAYERS, WIDTH, VOCAB, 64, seed=1)
+    made = initial_tensors("x070", layers, width, vocab, 64, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, value in made.items():
         if value.dim() == 2 and not value.any():

@@ -21,6 +21,7 @@ from rwkv_rlhf.generation.rows import Completion, Finished, Hear, Request, Rows,
 from rwkv_rlhf.generation.sampling import candidate_counts, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.generation.stops import Stops
+from rwkv_rlhf.model.decoding import Decoder
 from rwkv_rlhf.model.packed import packed_rows
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.state import State
@@ -128,6 +129,7 @@ class _Run:
         self.stops: dict[SamplingParams, Stops] = {}
         self.requests = 0  # taken from the queue so far
         self.device = next(model.parameters()).device
+        self.decoder = Decoder(model)
         for request in queue:
             self._stops(request.params)  # refuses what cannot be before anything runs
 
@@ -239,9 +241,7 @@ class _Run:
         if (len(rows.sequences) - len(running)) * EMPTY > len(rows.sequences) and not waiting:
             rows, tokens = rows.select(running), [tokens[row] for row in running]
         last = to_device(torch.tensor(tokens), self.device)
-        hidden, after = self.model(last[:, None], state=rows.state)
-        assert after is not None
-        rows.hidden, rows.state = hidden[:, -1], after
+        rows.hidden, rows.state = self.decoder(last, rows.state)
         self.rows = rows
 
     def _sample(self, rows: Rows) -> list[int]:
@@ -249,7 +249,7 @@ class _Run:
 
         All that the host must know comes in one transfer, unless more candidates have to be sorted.
         """
-        logits = self.model.head(rows.hidden).float()
+        logits = self.decoder.logits(rows.hidden)
         tokens = [0] * len(rows.sequences)
         left = [Alike(rows, numbers, params, logits) for params, numbers in rows.by_params().items()]
         while left:

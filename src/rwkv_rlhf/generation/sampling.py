@@ -28,14 +28,17 @@ def sequence_seed(seed: int, index: int) -> int:
 def penalise(
     logits: Tensor, history: Tensor, first: Tensor, params: SamplingParams, length: Tensor | None = None
 ) -> Tensor:
-    """logits (B, V) float32, history (B, t) sampled ids, first (B, t) bool: first occurrence -> (B, V), a copy.
+    """logits (B, V) float32, history (B, t) sampled ids, first (B, t) bool: first occurrence -> (B, V), the same tensor
+    where nothing changes.
 
     Subtracts presence + frequency * sum_i penalty_decay^(t-1-i) over the occurrences i of each token, and forbids the
     banned. Of row b only the first `length` (B,) int64 ids count, all t if None.
     """
+    steps = history.shape[1] if params.penalised else 0
+    if not steps and not params.banned:
+        return logits
     logits = logits.clone()
-    steps = history.shape[1]
-    if steps and params.penalised:
+    if steps:
         ends = torch.full_like(history[:, 0], steps) if length is None else length
         age = ends[:, None] - 1 - torch.arange(steps, device=logits.device)  # (B, t), below 0 behind the end
         decayed = params.penalty_decay ** age.clamp(min=0).to(logits.dtype)

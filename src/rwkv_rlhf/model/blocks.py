@@ -14,8 +14,10 @@ from torch.nn import functional as F
 
 from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import LayerState, carry
+from rwkv_rlhf.ops.decode import Finish
 from rwkv_rlhf.ops.elementwise import relu_squared, residual_norm, token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.precision import wide_dtype
@@ -95,6 +97,13 @@ class TimeMix(nn.Module):
         """The recurrence's state of one sequence before any token, float32, from `time_state` if there is one."""
         raise NotImplementedError
 
+    def decode(
+        self, run: Decoding, norm: nn.LayerNorm, first: nn.LayerNorm | None, carried: Any, state: LayerState
+    ) -> Any:
+        """`forward` of one token of each row, behind `first` (ln0) and `norm`, as operations that add the output to
+        run.x and change the state in place; what is carried comes back."""
+        raise NotImplementedError
+
 
 class HeadsTimeMix(TimeMix):
     """Attention with a matrix state (N_value, N_key) for each head and a norm over the outputs of each: x050 on."""
@@ -149,6 +158,10 @@ class ChannelMix(nn.Module):
         """How much of the previous token goes into each input: (M, C)."""
         return stacked(self, self.mixes)
 
+    def decode(self, run: Decoding, norm: nn.LayerNorm, state: LayerState) -> None:
+        """`forward` of one token of each row, behind `norm`, as operations that add the output to run.x."""
+        raise NotImplementedError
+
 
 class GatedChannelMix(ChannelMix):
     """Up to x060: sigmoid(receptance(xr)) * value(relu(key(xk))^2), with the mixing vectors of key and receptance."""
@@ -163,6 +176,12 @@ class GatedChannelMix(ChannelMix):
         """x (B, T, C) -> (B, T, C)."""
         xk, xr = token_mix(x, shift, starts, self.shares())
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
+
+    def decode(self, run: Decoding, norm: nn.LayerNorm, state: LayerState) -> None:
+        _, xk, xr = run.mixed(self, norm, state.ffn_shift, self.shares)
+        inner = run.linear(self.key, xk, "ffn key", Finish.RELU_SQUARED)
+        gate = run.linear(self.receptance, xr, "ffn gate", Finish.SIGMOID, beside=True)
+        run.linear(self.value, inner, run.x, Finish.ADDED_GATED, gate)
 
 
 def gated_ffn(at: Position, key_gain: float) -> dict[str, Tensor]:
@@ -182,6 +201,9 @@ class Block(nn.Module):
 
     time_mix: type[TimeMix]
     channel_mix: type[ChannelMix]
+    decodes = True  # whether its halves have `decode`
+    att: TimeMix
+    ffn: ChannelMix
 
     @staticmethod
     def at_first(tokens: Tensor) -> Any:

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from rwkv_rlhf.model import blocks
 from rwkv_rlhf.model.blocks import GatedChannelMix, complement, gated_ffn, stacked
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import LayerState
+from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv4 import no_sums, wkv4
@@ -72,6 +75,19 @@ class TimeMix(blocks.TimeMix):
         k, v = self.key(xk), self.value(xv)  # (B, T, A)
         y, wkv_state = wkv4(k, v, self.time_decay, self.time_first, wkv_state, starts, backend)
         return self.output(torch.sigmoid(self.receptance(xr)) * y), carried, wkv_state
+
+    def decode(
+        self, run: Decoding, norm: nn.LayerNorm, first: nn.LayerNorm | None, carried: None, state: LayerState
+    ) -> None:
+        """As `forward`, for a program."""
+        mixed = run.mixed(self, norm, state.att_shift, lambda: complement(stacked(self, MIXES)), first)
+        _, xk, xv, xr = mixed
+        k, v = run.linear(self.key, xk, "k"), run.linear(self.value, xv, "v", beside=True)
+        r = run.linear(self.receptance, xr, "r", Finish.SIGMOID, beside=True)
+        y = run.buffer("heads", *k.shape)
+        vectors = [run.vector(self.time_decay), run.vector(self.time_first)]
+        run.operation(Kind.CHANNELS4, k.shape, [k, v, r, *vectors, state.wkv, y])
+        run.linear(self.output, y, run.x, Finish.ADDED)
 
 
 class ChannelMix(GatedChannelMix):

@@ -22,7 +22,10 @@ from rwkv_rlhf.model.blocks import (
     stacked,
 )
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import LayerState
+from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv5 import wkv5
@@ -73,6 +76,24 @@ class TimeMix(HeadsTimeMix):
         y, wkv_state = wkv5(r, k, v, *self.vectors(), wkv_state, starts, backend)
         return self.output(self.gated(normalise_heads(y, self.ln_x), rest)), carried, wkv_state
 
+    def gate_of(self, run: Decoding, inputs: list[Tensor]) -> Tensor | None:
+        """The gate behind its function, of `inputs` as `gated` has them; None where there is none."""
+        return None
+
+    def decode(
+        self, run: Decoding, norm: nn.LayerNorm, first: nn.LayerNorm | None, carried: None, state: LayerState
+    ) -> None:
+        """As `forward`, for a program."""
+        mixed = run.mixed(self, norm, state.att_shift, lambda: complement(stacked(self, self.mixes)), first)
+        _, xk, xv, xr, *rest = mixed
+        r, k = run.linear(self.receptance, xr, "r"), run.linear(self.key, xk, "k", beside=True)
+        v = run.linear(self.value, xv, "v", beside=True)
+        gate = self.gate_of(run, rest)
+        decay = run.once((id(self), "decay"), lambda: self.vectors()[0].flatten())
+        vectors = [decay, run.once((id(self), "bonus"), lambda: self.vectors()[1].flatten())]
+        y = run.heads(Kind.HEADS6, self, [r, k, v, None], [None], vectors, state.wkv, self.ln_x.eps, [gate])
+        run.linear(self.output, y, run.x, Finish.ADDED)
+
 
 class GatedTimeMix(TimeMix):
     """x051: the output passes a gate."""
@@ -88,6 +109,10 @@ class GatedTimeMix(TimeMix):
         """y * silu(gate(xg))."""
         (xg,) = inputs
         return y * F.silu(self.gate(xg))
+
+    def gate_of(self, run: Decoding, inputs: list[Tensor]) -> Tensor:
+        (xg,) = inputs
+        return run.linear(self.gate, xg, "gate", Finish.SILU, beside=True)
 
 
 class ChannelTimeMix(GatedTimeMix):

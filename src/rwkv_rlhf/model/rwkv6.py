@@ -22,7 +22,10 @@ from rwkv_rlhf.model.blocks import (
     stacked,
 )
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import LayerState
+from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import token_mix
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv6 import wkv6
@@ -96,6 +99,28 @@ class TimeMix(HeadsTimeMix):
         y, wkv_state = wkv6(r, k, v, self.split(w), self.time_faaaa, wkv_state, starts, backend)
         y = normalise_heads(y, self.ln_x) * F.silu(self.gate(xg))
         return self.output(y), carried, wkv_state
+
+    def decode(
+        self, run: Decoding, norm: nn.LayerNorm, first: nn.LayerNorm | None, carried: None, state: LayerState
+    ) -> None:
+        """As `forward`, for a program."""
+        width, count = run.x.shape[1], len(MIXES)
+        difference = run.buffer("difference", run.rows, width)
+        x, mix = run.mixed(self, norm, state.att_shift, lambda: self.time_maa_x.view(1, -1), first, difference)
+        inner = run.inner(mix, self.time_maa_w1, "mix inner", Finish.TANH, beside=False)
+        shares = run.buffer("shares", count, run.rows, width)
+        run.low_rank(inner, run.matrix(self.time_maa_w2), shares)
+        always = run.once((id(self), MIXES), lambda: stacked(self, MIXES))
+        run.operation(Kind.SHARES6, (run.rows, width, count), [shares, always, x, difference])
+        xw, xk, xv, xr, xg = shares
+        r, k = run.linear(self.receptance, xr, "r"), run.linear(self.key, xk, "k", beside=True)
+        v = run.linear(self.value, xv, "v", beside=True)
+        gate = run.linear(self.gate, xg, "gate", Finish.SILU, beside=True)
+        w = run.inner(xw, self.time_decay_w1, "w inner", Finish.TANH)
+        vectors = [self.time_decay, self.time_faaaa]
+        eps = self.ln_x.eps
+        y = run.heads(Kind.HEADS6, self, [r, k, v, w], [self.time_decay_w2], vectors, state.wkv, eps, [gate])
+        run.linear(self.output, y, run.x, Finish.ADDED)
 
 
 class ChannelMix(GatedChannelMix):

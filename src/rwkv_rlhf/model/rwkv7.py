@@ -15,7 +15,10 @@ from rwkv_rlhf.layers.linear import Linear
 from rwkv_rlhf.model import blocks
 from rwkv_rlhf.model.blocks import LN_X_EPS, HeadsTimeMix, low_rank, stacked
 from rwkv_rlhf.model.position import Position
+from rwkv_rlhf.model.program import Decoding
 from rwkv_rlhf.model.sizes import Sizes
+from rwkv_rlhf.model.state import LayerState
+from rwkv_rlhf.ops.decode import Finish, Kind
 from rwkv_rlhf.ops.elementwise import delta_keys, gated_norm, relu_squared, token_mix, value_gate
 from rwkv_rlhf.ops.starts import Starts
 from rwkv_rlhf.ops.wkv7 import wkv7
@@ -110,6 +113,30 @@ class TimeMix(HeadsTimeMix):
         y = gated_norm(y, r, k, v, self.r_k, self.ln_x.weight, self.ln_x.bias, g, LN_X_EPS)
         return self.output(y), v_first, wkv_state
 
+    def decode(
+        self,
+        run: Decoding,
+        norm: nn.LayerNorm,
+        first: nn.LayerNorm | None,
+        carried: Tensor | None,
+        state: LayerState,
+    ) -> Tensor:
+        """As `forward`, for a program; `carried` is v_first."""
+        _, xr, xw, xk, xv, xa, xg = run.mixed(self, norm, state.att_shift, lambda: stacked(self, ATT_MIXES), first)
+        r, k = run.linear(self.receptance, xr, "r"), run.linear(self.key, xk, "k", beside=True)
+        v = run.linear(self.value, xv, "v_first" if carried is None else "v", beside=True)
+        inner = [
+            run.inner(xw, self.w1, "w inner", Finish.TANH),
+            run.inner(xa, self.a1, "a inner"),
+            None if carried is None else run.inner(xv, self.v1, "v inner"),
+            run.inner(xg, self.g1, "g inner", Finish.SIGMOID),
+        ]
+        outer = [self.w2, self.a2, None if carried is None else self.v2, self.g2]
+        vectors = [self.w0, self.a0, None if carried is None else self.v0, self.k_k, self.k_a, self.r_k]
+        y = run.heads(Kind.HEADS7, self, [r, k, v, carried, *inner], outer, vectors, state.wkv, LN_X_EPS)
+        run.linear(self.output, y, run.x, Finish.ADDED)
+        return v if carried is None else carried
+
 
 class ChannelMix(blocks.ChannelMix):
     """The feed-forward half of a block."""
@@ -134,6 +161,10 @@ class ChannelMix(blocks.ChannelMix):
         """x (B, T, C) -> (B, T, C)."""
         (xk,) = token_mix(x, shift, starts, self.shares())
         return self.value(relu_squared(self.key(xk)))
+
+    def decode(self, run: Decoding, norm: nn.LayerNorm, state: LayerState) -> None:
+        _, xk = run.mixed(self, norm, state.ffn_shift, self.shares)
+        run.linear(self.value, run.linear(self.key, xk, "ffn key", Finish.RELU_SQUARED), run.x, Finish.ADDED)
 
 
 class Block(blocks.Block):

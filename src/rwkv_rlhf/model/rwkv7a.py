@@ -79,6 +79,7 @@ class Block(rwkv7.Block):
 
     time_mix = TimeMix
     channel_mix = ChannelMix
+    decodes = False
 
     @staticmethod
     def at_first(tokens: Tensor) -> Carried:

@@ -53,10 +53,15 @@ def call(
 
     Raises RuntimeError with the function's own words if it refuses.
     """
-    run = _function(name, function, build.SOURCES)
-    failure = calls.call(run, tensors, sizes, calls.DTYPES[dtype], torch.get_num_threads(), *settings)
+    run, threads = c_function(name, function), torch.get_num_threads()
+    failure = calls.call(run, tensors, sizes, calls.DTYPES[dtype], threads, *settings)
     if failure:
         raise RuntimeError(f"{name}: {failure}")
+
+
+def c_function(name: str, function: str) -> Callable[..., Any]:
+    """A C function of cuda/cpu/<name>.cpp. Raises BuildError as `library`."""
+    return _function(name, function, build.SOURCES)
 
 
 class Backend(backend.Compiled):
