@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -21,7 +19,7 @@ from rwkv_rlhf.generation.rows import Completion, Finished
 from rwkv_rlhf.generation.sampler import Sampler
 from rwkv_rlhf.scoring import kept_scores
 from tests.support.files import JINJA, ROWS, read_csv, write_csv
-from tests.support.source_files import ROOT
+from tests.support.processes import started
 
 
 @pytest.fixture
@@ -138,9 +136,8 @@ def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
     words += ["--strategy", "cpu fp32", "--max_tokens", "100", "--batch_size", "2", "--frequency", "0"]
     rejects.main([*words, "--output_csv", str(tmp_path / "whole.csv")])
     out, rows = tmp_path / "out.csv", []
-    command = [sys.executable, "rlhf_generate_reject_csv.py", *words, "--output_csv", str(out)]
     for wanted in (4, 10):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process = started("rlhf_generate_reject_csv.py", *words, "--output_csv", out)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if out.exists() and out.read_bytes().count(b"gladly") >= wanted:

@@ -25,7 +25,7 @@ def case(text, pairs, name):
         "dpo": (*dpo, "--val_file", pairs),
         "kto": ("--kto", 1, "--rlhf_train_file", pairs, "--kto_beta", 0.1),
         "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
-        "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 9),
+        "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 16),
         "forgetful": (*sft, "--val_file", text),
         "tables": (*sft, "--peft", "lora", "--lora_r", 4, "--lora_dropout", 0, "--train_tables", 1),
         "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
