@@ -115,8 +115,8 @@ def build_model(
     """A model from base tensors, loaded one after the other.
 
     `source` names them in messages. `reopen`, if given, reads the tensors again at each block before which `KEPT_PAGES`
-    were used, so that the system can take those back; `tensors` may then be on the meta device. Raises ValueError with the key
-    diff unless names and shapes are exactly those of the model.
+    were used, so that the system can take those back; `tensors` may then be on the meta device. Raises ValueError with
+    the key diff unless names and shapes are exactly those of the model.
     """
     sizes = named_sizes(tensors, source)
     _check_frozen_head(tensors, options, source)
