@@ -131,12 +131,12 @@ def test_sampling_says_its_speed(script, words, tmp_path, caplog):
 @pytest.mark.timeout(390)
 def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
     """SIGKILL in the middle, twice; the same command goes on and ends with the very bytes of an unbroken run."""
-    source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(30)])
+    source = write_csv(tmp_path / "in.csv", [[f"say {n}", f'gladly: "{n}"\nok', ""] for n in range(20)])
     words = ["--load_model", str(base_model), "--vocab_file", str(vocab_file), "--input_csv", str(source)]
-    words += ["--strategy", "cpu fp32", "--max_tokens", "100", "--batch_size", "2", "--frequency", "0"]
+    words += ["--strategy", "cpu fp32", "--max_tokens", "60", "--batch_size", "2", "--frequency", "0"]
     rejects.main([*words, "--output_csv", str(tmp_path / "whole.csv")])
     out, rows = tmp_path / "out.csv", []
-    for wanted in (4, 10):
+    for wanted in (3, 7):
         process = started("rlhf_generate_reject_csv.py", *words, "--output_csv", out)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
@@ -146,7 +146,7 @@ def test_a_kill_loses_and_repeats_nothing(base_model, vocab_file, tmp_path):
             time.sleep(0.005)
         process.communicate()
         rows.append(out.read_bytes().count(b"gladly"))
-    assert process.returncode == -signal.SIGKILL and rows[0] <= rows[1] < 30, "the kills came too late to test anything"
+    assert process.returncode == -signal.SIGKILL and rows[0] <= rows[1] < 20, "the kills came too late to test anything"
     rejects.main([*words, "--output_csv", str(out)])
     assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
 

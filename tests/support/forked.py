@@ -49,7 +49,9 @@ class ForkServer:
 
     def start(self, words: Sequence[str], cwd: str, variables: Mapping[str, str], pipes: Sequence[int]) -> int:
         """The number of a new process, a child of this one. Raises OSError if the server has ended."""
-        request = json.dumps({"words": list(words), "cwd": cwd, "environment": dict(variables)}).encode()
+        request = json.dumps(
+            {"words": [os.fspath(word) for word in words], "cwd": cwd, "environment": dict(variables)}
+        ).encode()
         number, answer = os.pipe()
         with open(number, "rb") as file:
             try:
