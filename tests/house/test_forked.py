@@ -48,7 +48,6 @@ def test_a_server_that_ends_costs_time_only(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="has ended"):
         server.start([str(PROGRAM), "e0"], str(tmp_path), environment(RANK=0), (0, 1, 2))
     monkeypatch.setattr(forked, "_servers", lambda owner: [server])
-    monkeypatch.setattr(forked, "ForkServer", lambda variables: server)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
     with pytest.warns(UserWarning, match="start slowly"):
         process = forked.Forked([sys.executable, PROGRAM, "e0"], env=environment(RANK=0), **pipes)

@@ -45,7 +45,7 @@ class ForkServer:
             # pipes, since a copy writes to its own through the same Python objects
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             self.process = subprocess.Popen(command, env=variables, pass_fds=[theirs.fileno()], **pipes)
-        self.channel = ours
+        self.channel, self.copies = ours, 0
 
     def start(self, words: Sequence[str], cwd: str, variables: Mapping[str, str], pipes: Sequence[int]) -> int:
         """The number of a new process, a child of this one. Raises OSError if the server has ended."""
@@ -59,6 +59,7 @@ class ForkServer:
             finally:
                 os.close(answer)
             if found := file.read():
+                self.copies += 1
                 return int(found)
         self.channel.close()
         raise BrokenPipeError("the server that forks programs has ended: " + self.process.communicate()[0])
@@ -66,9 +67,24 @@ class ForkServer:
 
 @functools.cache
 def _servers(owner: int) -> list[ForkServer]:
-    """The server of the process `owner`, in a list that is filled anew when it has ended."""
+    """The server of the process `owner`; none when servers cannot live here."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     return [ForkServer(AT_START | FIXED)]
+
+
+def _started(words: Sequence[str], cwd: str, variables: Mapping[str, str], pipes: Sequence[int]) -> int | None:
+    """The number of a new process; None without a server."""
+    servers = _servers(os.getpid())
+    while servers:
+        try:
+            return servers[0].start(words, cwd, variables, pipes)
+        except OSError as error:
+            if servers[0].copies:  # somebody has ended it
+                servers[0] = ForkServer(AT_START | FIXED)
+            else:
+                servers.clear()
+                warnings.warn(f"{error}; programs start slowly", stacklevel=2)
+    return None
 
 
 def can_fork(variables: Mapping[str, str]) -> bool:
@@ -90,16 +106,9 @@ class Forked(subprocess.Popen[Any]):
         ends = more[9:15]  # of stdin, stdout and stderr: where is read, where is written; -1: no pipe
         pipes = [own if file == -1 else file for own, file in enumerate((ends[0], ends[3], ends[5]))]
         where = os.path.abspath(cwd or os.curdir)
-        servers = _servers(os.getpid())
-        for _ in range(2):
-            try:
-                self.pid = servers[0].start(args[1:], where, env, pipes)
-            except OSError as error:  # somebody has ended it
-                servers[:] = [ForkServer(AT_START | FIXED)]
-                reason = error
-            else:
-                self._child_created = True
-                self._close_pipe_fds(*ends)
-                return
-        warnings.warn(f"{reason}; programs start slowly", stacklevel=2)
-        super()._execute_child(args, *more)
+        number = _started(args[1:], where, env, pipes)
+        if number is None:
+            super()._execute_child(args, *more)
+        else:
+            self.pid, self._child_created = number, True
+            self._close_pipe_fds(*ends)

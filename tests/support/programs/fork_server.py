@@ -42,7 +42,7 @@ def preload() -> list[str]:
     """Import the libraries; returns where Python looks for modules behind PYTHONPATH."""
     given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     for name in LIBRARIES:
-        with suppress(ImportError):
+        with suppress(Exception):
             importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in every copy"
     gc.collect()
