@@ -39,7 +39,7 @@ def started(
     """A process, its output in pipes of text: `started("train.py", "--help")`, by default at the project's root.
 
     Python's programs have PyTorch and Lightning imported already where that is possible (tests/support/forked.py) and
-    the test is not about a program's start (fresh).
+    the test is not about a program's start or memory (fresh).
     """
     command, place = [str(word) for word in (*program, *words)], environment(**variables)
     settings = {"cwd": cwd, "env": place, "text": True, **pipes}
