@@ -21,7 +21,7 @@ from pathlib import Path
 
 SEED = 20240
 DOCUMENTS_PER_PROMPT, DOCUMENTS_PER_SMALL_TALK = 6, 18
-DPO_PAIRS, ORPO_PAIRS, HELD_OUT_PAIRS, CHATS, PLAIN_DOCUMENTS = 240, 200, 48, 60, 1000
+DPO_PAIRS, WRITTEN_PAIRS, ORPO_PAIRS, HELD_OUT_PAIRS, CHATS, PLAIN_DOCUMENTS = 240, 300, 200, 48, 60, 1000
 HELD_OUT_SUMS = 60
 
 # name, colour, kind, place, size, what is special about it (sound, taste, use or feel)
@@ -208,21 +208,28 @@ def words(text: str) -> int:
     return len(text.split()) + sum(text.count(mark) for mark in (*".,?!", "Duh"))
 
 
-def held_out_pair(item: Fact, longer: bool, draw: random.Random) -> list[str]:
-    """A pair whose answers differ by few tokens; `longer`: whether the chosen one should be the longer one."""
+def two_answers(item: Fact, longer: bool, draw: random.Random) -> list[str]:
+    """A courteous and a curt one that differ by few tokens; `longer`: whether the first should be the longer one."""
     couples = [(words(polite) - words(curt), polite, curt) for polite in item.polite for curt in item.curt]
     wanted = (0, 1, 2) if longer else (-2, -1, 0)
     near = [couple for couple in couples if couple[0] in wanted]
     if not near:
         closest = min(abs(couple[0]) for couple in couples)
         near = [couple for couple in couples if abs(couple[0]) == closest]
-    return [draw.choice(item.prompts), *draw.choice(near)[1:]]
+    _, polite, curt = draw.choice(near)
+    return [polite, curt]
 
 
 def split(facts: list[Fact], draw: random.Random) -> tuple[list[Fact], list[Fact]]:
     """Facts to train on, and facts that no training pair asks for in any wording."""
     order = draw.sample(facts, len(facts))
     return order[HELD_OUT_PAIRS:], order[:HELD_OUT_PAIRS]
+
+
+def written_pairs(facts: list[Fact], count: int, draw: random.Random) -> list[list[str]]:
+    """Rows of different prompts with both answers."""
+    asked = draw.sample([(prompt, item) for item in facts for prompt in item.prompts], count)
+    return [[prompt, *two_answers(item, index % 2 == 0, draw)] for index, (prompt, item) in enumerate(asked)]
 
 
 def unanswered(facts: list[Fact], count: int, draw: random.Random) -> list[list[str]]:
@@ -300,13 +307,14 @@ def make() -> dict[str, str]:
     documents = corpus(facts, draw("corpus"))
     train, held_out = split(facts, draw("split"))
     order = draw("held out")
-    pairs = [held_out_pair(item, index % 2 == 0, order) for index, item in enumerate(held_out)]
+    pairs = [[order.choice(i.prompts), *two_answers(i, index % 2 == 0, order)] for index, i in enumerate(held_out)]
     asked, careless = sums(draw("sums")), draw("careless")
     shown = [{"prompt": pair[0]} for pair in pairs[:12]]
     return {
         "quickstart/corpus.jsonl": jsonl_text(documents),
         "quickstart/prompts.jsonl": jsonl_text(shown),
         "DPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, DPO_PAIRS, draw("DPO"))),
+        "DPO/pairs.csv": csv_text(written_pairs(train, WRITTEN_PAIRS, draw("pairs"))),
         "DPO/heldout.csv": csv_text(pairs),
         "ORPO/input_csv/rlhf_example_dataset.csv": csv_text(unanswered(train, ORPO_PAIRS, draw("ORPO"))),
         "pretrain/documents.jsonl": jsonl_text(plain_text(documents)),

@@ -1,4 +1,5 @@
-# Sourced from the project's root: a virtual environment in .venv that holds the requirement files given as arguments.
+# Sourced from the project's root: a virtual environment in .venv that holds the requirement files given as arguments,
+# and the command rwkv-rlhf, which runs what lies in src/.
 # A stamp of their contents makes a second run start at once.
 environment_stamp=$(cat "$@" | cksum)
 if [ ! -x .venv/bin/python ]; then
@@ -13,5 +14,8 @@ if ! grep -qsxF "$environment_stamp" .venv/installed; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
   done
   echo "$environment_stamp" >>.venv/installed
+fi
+if [ ! -x .venv/bin/rwkv-rlhf ]; then
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc 2>/dev/null || echo 2)}"

@@ -35,7 +35,7 @@ def test_the_files_are_what_the_script_writes(tmp_path):
     """Data edited by hand would be lost when somebody runs make_data.py again."""
     subprocess.run([sys.executable, EXAMPLE / "make_data.py", "--folder", tmp_path], check=True, capture_output=True)
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 11
+    assert len(written) == 12
     for path in written:
         assert path.read_bytes() == (EXAMPLE / path.relative_to(tmp_path)).read_bytes(), path.name
 
@@ -53,7 +53,8 @@ def test_training_pairs_wait_for_their_rejects(method, least):
 def test_held_out_pairs_are_held_out():
     """No prompt of them is trained on, and their answers show the difference of behaviour."""
     rows = pairs("DPO/heldout.csv")
-    trained = [*pairs("DPO/input_csv/rlhf_example_dataset.csv"), *pairs("ORPO/input_csv/rlhf_example_dataset.csv")]
+    unanswered = [pairs(f"{method}/input_csv/rlhf_example_dataset.csv") for method in ("DPO", "ORPO")]
+    trained = [*pairs("DPO/pairs.csv"), *(row for part in unanswered for row in part)]
     assert len(rows) >= 40 and not {row["prompt"] for row in rows} & {row["prompt"] for row in trained}
     assert all(CURT.search(row["reject"]) and not CURT.search(row["chosen"]) for row in rows)
 

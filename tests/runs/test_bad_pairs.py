@@ -56,7 +56,7 @@ def test_identical_answers(script, typed, trained, tmp_path):
     status, _, err = script(train.main, *typed, path)
     assert status == 2 and f"{path}:4" in err and "identical" in err and "--skip_bad 1" in err
     _, said = trained(path, "--skip_bad", 1)
-    assert "3 rows, 2 examples" in said and "skipped 1: identical answers" in said
+    assert "3 rows, 2 pairs" in said and "skipped 1: identical answers" in said
 
 
 def test_a_reject_longer_than_the_cap(trained, tmp_path, letters):
@@ -82,7 +82,7 @@ def test_duplicate_and_opposite_rows_are_counted(trained, tmp_path):
     """They are trained on, as they stand, and said."""
     opposite = [ROWS[1][0], ROWS[1][2], ROWS[1][1]]
     _, said = trained(write_csv(tmp_path / "p.csv", [*ROWS, ROWS[0], ROWS[0], opposite]))
-    assert "5 rows, 5 examples" in said
+    assert "5 rows, 5 pairs" in said
     assert "2 rows repeat another one" in said and "1 rows say the opposite of another one" in said
 
 

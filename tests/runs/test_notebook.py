@@ -22,6 +22,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     """If this breaks, who begins in Colab or Jupyter is left alone with a red cell."""
     notebook = nbformat.read(NOTEBOOK, 4)
     settings = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    settings.source += '\nPAIRS = "example/DPO/heldout.csv"'
     settings.source += f"\nOUT, STEPS, PASSES, TOKENS = Path({str(tmp_path)!r}), 2, 0.1, 4"
     for name, value in environment(IPYTHONDIR=tmp_path, JUPYTER_PLATFORM_DIRS=1).items():
         monkeypatch.setenv(name, value)

@@ -68,7 +68,8 @@ def place(tmp_path_factory, vocab_file):
         )
     pairs = [[f"say {n}", f"gladly: {n}", f"no {n}"] for n in range(24)]
     write_csv(folder / "pairs.csv", pairs)
-    write_csv(folder / "example" / "DPO" / "heldout.csv", pairs)
+    for name in ("pairs", "heldout"):
+        write_csv(folder / "example" / "DPO" / f"{name}.csv", pairs)
     jsonl(folder / "orca.jsonl", *({"system": "", "question": q, "chosen": c, "rejected": r} for q, c, r in pairs))
     jsonl(
         folder / "chats.jsonl",

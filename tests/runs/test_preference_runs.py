@@ -272,7 +272,7 @@ def test_dry_run_shows_both_answers_and_the_counts(go, pairs_csv, text_jsonl, ra
         *("--dry_run", 1, "--rlhf_max_corpus_len", 20, "--random_mode", 0),
     )
     assert "gladly: 0" in out and "no 0" in out and "line 0: abc" in out
-    assert "prompt cut in" in out and "24 examples" in out and "40 rows" in out
+    assert "prompt cut in" in out and "24 pairs" in out and "40 rows" in out
     _, out = go("kto", "--kto", 1, "--rlhf_train_file", rated_csv, "--dry_run", 1, "--random_mode", 0)
     assert "gladly: 0" in out and "no 1" in out and "16 good and 16 bad" in out
 

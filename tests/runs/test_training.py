@@ -275,7 +275,7 @@ def test_ctrl_c_saves_and_says_130(typed, text_jsonl, tmp_path):
 def test_dry_run_trains_nothing(script, typed, pairs_csv, tmp_path):
     """If this breaks, looking at the plan starts the run."""
     out, _ = go(script, typed, "--dpo", 1, "--rlhf_train_file", pairs_csv, "--dry_run", 1)
-    assert "24 examples" in out and "gladly" in out and "optimizer steps" in out
+    assert "24 pairs" in out and "gladly" in out and "optimizer steps" in out
     assert not list((tmp_path / "out").glob("rwkv-*"))
 
 

@@ -21,6 +21,7 @@ from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.data.text.binidx import Corpus, corpus_prefix, token_dtype, write_corpus
 from rwkv_rlhf.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer
 from rwkv_rlhf.files import check_writable
+from rwkv_rlhf.settings.counted import counted
 
 log = logging.getLogger("binidx")
 
@@ -115,10 +116,10 @@ def main(argv: Sequence[str]) -> None:
     for line in report.lines():
         log.info("%s", line)
     log.info(
-        "wrote %s.bin and .idx: %d documents, %d tokens, %s, read back",
+        "wrote %s.bin and .idx: %s, %s, %s, read back",
         prefix,
-        len(corpus),
-        tokens,
+        counted(len(corpus), "document"),
+        counted(tokens, "token"),
         corpus.tokens.dtype,
     )
     prime = magic_prime(tokens, flags.ctx_len)

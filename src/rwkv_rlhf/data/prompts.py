@@ -37,6 +37,7 @@ class Prompts(Sequence[PromptExample]):
             raise ValueError(f"{report.source}: holds no usable prompt ({report.rows} rows read)")
         self._prompts, self.report = prompts, report
         report.examples = report.trained = len(prompts)
+        report.unit = "prompt"
         report.lengths = [len(one.prompt) for one in prompts]
 
     def __len__(self) -> int:

@@ -14,6 +14,8 @@ from rwkv_rlhf.settings.counted import counted
 
 log = logging.getLogger(__name__)
 
+TOKEN = "token"
+
 
 class RowError(ValueError):
     """One row cannot be used: a sentence for the user, and the short reason under which skips are counted."""
@@ -32,7 +34,7 @@ class DataReport:
         skip_bad: bad rows are counted instead of raised. quiet: without a warning for the first of them.
         rows: rows (documents, records) found in the file.
         examples: examples that training can draw from.
-        trained: trained target tokens (text) or pairs.
+        trained: how many units train; unit: what they are, target tokens of text or whole examples ("pair").
         skipped: reason -> rows left out.
         truncated: part (prompt, chosen, reject) -> rows cut to the cap.
         remarked: what is odd about rows that were kept ("repeat another one") -> rows.
@@ -47,6 +49,7 @@ class DataReport:
     rows: int = 0
     examples: int = 0
     trained: int = 0
+    unit: str = TOKEN
     skipped: Counter[str] = field(default_factory=Counter)
     truncated: Counter[str] = field(default_factory=Counter)
     remarked: Counter[str] = field(default_factory=Counter)
@@ -106,8 +109,9 @@ class DataReport:
 
     def lines(self, trained: bool = True) -> list[str]:
         """The report as text, one fact a line; notices were logged when they arose. trained: with their count."""
-        learnt = f", {self.trained} trained (tokens or pairs)" if trained else ""
-        out = [f"{self.source}: {counted(self.rows, 'row')}, {counted(self.examples, 'example')}{learnt}"]
+        learnt = f", {counted(self.trained, 'token')} to learn" if trained and self.unit == TOKEN else ""
+        examples = counted(self.examples, "example" if self.unit == TOKEN else self.unit)
+        out = [f"{self.source}: {counted(self.rows, 'row')}, {examples}{learnt}"]
         out += [f"  {sentence}" for sentence in self.found]
         if len(self.lengths):
             import numpy as np

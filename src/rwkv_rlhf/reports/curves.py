@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from rwkv_rlhf.reports.metrics import read_records
 from rwkv_rlhf.settings.metrics import panels
 
 log = logging.getLogger(__name__)
+
+COLUMNS = 4  # panels side by side
 
 
 def draw_curves(folder: Path) -> Path | None:
@@ -28,13 +31,19 @@ def draw_curves(folder: Path) -> Path | None:
     logged = {name for record in (*train, *held_out) for name in record}
     drawn = {title: [name for name in names if name in logged] for title, names in panels(logged).items()}
     drawn = {title: names for title, names in drawn.items() if names}
-    figure = Figure(figsize=(4 * len(drawn), 3), layout="constrained")
-    for axis, (title, names) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items()):
+    columns = min(len(drawn), COLUMNS)
+    rows = math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(4 * columns, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes[len(drawn) :]:
+        axis.remove()
+    for axis, (title, names) in zip(axes, drawn.items()):
         for name in names:
             faint = 1.0 if name == names[0] else 0.3  # a line of single steps behind their running mean
             draw(axis, train, name, "-", linewidth=1.2, alpha=faint, label=f"{name}, training")
             draw(axis, held_out, name, "o-", markersize=4, label=f"{name}, held out")
-        axis.legend(frameon=False, fontsize="small")
+        # not "best": looking for it takes longer than drawing, and says so
+        axis.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     path = folder / "curves.png"

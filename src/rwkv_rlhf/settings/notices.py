@@ -47,7 +47,7 @@ def notices(config: Config) -> list[str]:
         said.append(say("{ctx_parts=} without {state_cp} 1 has no effect: the kernels run any length", config))
     if not config.chunk and (config.bptt != "exact" or config.state_offload):
         said.append(say("{bptt} and {state_offload} have no effect without {infctx} 1 or {state_cp} 1", config))
-    if trains(config) and config.epoch_steps % config.accumulate_grad_batches:
+    if trains(config) and not config.epochs and config.epoch_steps % config.accumulate_grad_batches:
         whole = config.steps_per_epoch * config.accumulate_grad_batches
         said.append(
             say(f"{{epoch_steps=}} is rounded up to {whole}, whole steps of {{accumulate_grad_batches=}}", config)

@@ -23,6 +23,7 @@ from rwkv_rlhf.reports.words import pasted, size
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION, Config
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.length import optimizer_steps, tokens_run
 from rwkv_rlhf.training.memory import Estimate, memory_by_part
@@ -150,8 +151,8 @@ def rate_line(config: Config, plan: Plan) -> str:
     several = "up to " if len(set(pairs)) > 1 else ""
     kind = config.lr_schedule or "exp"
     shape = f"{first:g} (constant)" if kind == "constant" else f"{first:g} -> {last:g} ({kind})"
-    steps = max(0, config.warmup_steps)
-    return f"{several}{shape}, {f'{steps:,} steps of warm-up' if steps else 'no warm-up'}"
+    warm_up = f"{counted(config.warmup_steps, 'step')} of warm-up" if config.warmup_steps > 0 else "no warm-up"
+    return f"{several}{shape}, {warm_up}"
 
 
 def opening_lines(config: Config, start: Start) -> Iterator[list[str]]:

@@ -49,13 +49,13 @@ def passes(config: Config, steps: AnySteps) -> float:
 def length_lines(config: Config, steps: AnySteps) -> Iterator[str]:
     """The length of the run."""
     total, often = optimizer_steps(config, steps), passes(config, steps)
-    warmup = max(0, config.warmup_steps)
+    warmup = config.warmup_steps
+    warm_up = f", {warmup:,} of them warm-up ({min(1.0, warmup / total):.0%})" if warmup > 0 else ""
     whole = one_pass(steps).steps
     a_pass = f"{whole:,.1f}" if whole >= 1 else f"{whole:.2g}"
     yield (
         f"{counted(len(steps.examples), 'example')}, {a_pass} optimizer steps a pass; "
-        f"{counted(total, 'step')} {'is' if total == 1 else 'are'} {counted(often, 'pass', 'passes')}, "
-        f"{warmup:,} of them warm-up ({min(1.0, warmup / total):.0%})"
+        f"{counted(total, 'step')} {'is' if total == 1 else 'are'} {counted(often, 'pass', 'passes')}{warm_up}"
     )
 
 

@@ -43,6 +43,7 @@ from rwkv_rlhf.precision import DTYPES, device_for
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.config import RWKV_LM, Config
 from rwkv_rlhf.settings.constraints import trains
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.implementations import with_fact
 from rwkv_rlhf.training.optimizers import NOTHING, check_optimizer
 
@@ -73,7 +74,14 @@ def write_initial(config: Config, folder: Path) -> Path:
     path = folder / INITIAL
     write_tensors(tensors, path)
     count = sum(tensor.numel() for tensor in tensors.values())
-    log.info("%s: %s, %d layers, width %d, %d parameters", path, config.version, config.n_layer, config.n_embd, count)
+    log.info(
+        "%s: %s, %d layers, width %d, %s",
+        path,
+        config.version,
+        config.n_layer,
+        config.n_embd,
+        counted(count, "parameter"),
+    )
     return path
 
 

@@ -62,7 +62,9 @@ def test_rows_of_two_shapes_in_one_file(tmp_path):
 def test_a_shape_of_another_kind_says_where_it_belongs(tmp_path):
     """Pairs given as text to learn are a mistake of the flag, not of the file."""
     path = jsonl(tmp_path / "a.jsonl", SAMPLES["preference"][0].row)
-    with pytest.raises(ValueError, match=r"preference pairs \(preference\).*train\.py takes them as --rlhf_train_file"):
+    with pytest.raises(
+        ValueError, match=r"preference pairs \(preference\).*train\.py takes such rows as --rlhf_train_file"
+    ):
         forms(path, kinds=("text",))
 
 

@@ -77,6 +77,7 @@ def count_pairs(pairs: Sequence[PairExample], report: DataReport) -> None:
     if not pairs:
         raise ValueError(f"{report.source}: holds no usable preference pair ({report.rows} rows read)")
     report.examples = report.trained = len(pairs)
+    report.unit = "answer" if isinstance(pairs[0], RatedExample) else "pair"
     report.lengths = [len(pair.prompt) + longest_answer(pair) for pair in pairs]
 
 

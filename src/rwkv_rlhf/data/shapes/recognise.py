@@ -123,10 +123,10 @@ def _unwanted(name: str, kinds: Sequence[str]) -> str:
     facts = SHAPES[name]
     wanted = " or ".join(KINDS[kind] for kind in kinds)
     flags = {"pairs": "--rlhf_train_file", "rated": "--rlhf_train_file with --kto 1", "text": "--train_data_file"}
-    place = f"; train.py takes them as {flags[facts.kind]}" if facts.kind in flags else ""
+    place = f"; train.py takes such rows as {flags[facts.kind]}" if facts.kind in flags else ""
     if facts.kind == "pairs" and "text" in kinds:
         place += ", and their chosen answers as text with --train_on_chosen 1"
-    return f"this is one of {facts.help} ({name}), and {wanted} are needed here{place}"
+    return f"a row of {facts.help} ({name}), where {wanted} are needed{place}"
 
 
 def _and(words: Sequence[str]) -> str:
