@@ -19,9 +19,7 @@ export REAL_CXX="${CXX:-c++}" CXX="$PWD/tests/support/quick_compiler"
 # beside mypy, which uses one core; without it tests wait for each other's compilers
 {
   .venv/bin/python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)' || true
-  PYTHONPATH=src .venv/bin/python -c 'from rwkv_rlhf.ops import build, cpu
-heads = [(f"wkv{version}", size) for version in (5, 6, 7) for size in (32, 64)]  # of the models of whole runs
-cpu.prepare([*heads, *((name, 0) for name in build.host_kernels())])'
+  PYTHONPATH=src:. .venv/bin/python -m tests.support.compile_first
 } >/dev/null 2>&1 &
 .venv/bin/mypy
 wait
