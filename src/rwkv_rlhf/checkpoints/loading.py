@@ -26,7 +26,7 @@ from rwkv_rlhf.settings import tables
 
 log = logging.getLogger(__name__)
 
-KEPT_PAGES = 8 << 20  # bytes of a file that may stay in memory: opening one of many names again takes longer
+KEPT_PAGES = 1 << 20  # bytes of a file that may stay in memory: opening one of many names again takes longer
 # Block 0 makes the values that later blocks mix in; some files carry its unused factors all the same.
 OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 
