@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ def host_cores(group: Path = GROUP) -> int:
     return max(1, math.ceil(min(bound, _share(group))))
 
 
+@functools.cache  # a start asks several times
 def _share(group: Path) -> float:
     """Cores by the time that the control group may take; infinite without a limit."""
     try:

@@ -185,7 +185,7 @@ def test_a_stranger_s_folder_is_refused_in_one_sentence(tmp_path):
         with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is not an index of safetensors"):
             read_tensors(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors"}}')
-    with pytest.raises(ValueError, match="1 tensors of the index are in none of its files, such as x"):
+    with pytest.raises(ValueError, match="1 tensor is in the index and in none of its files, such as x"):
         read_tensors(folder)
 
 

@@ -47,14 +47,15 @@ def talk(script, base_model, vocab_file, monkeypatch):
 
 def answers(out):
     """What was answered, each text that stands before the count of its tokens."""
-    return re.findall(r"((?:.*\n)?.*)\n(?:\(cut.*\n|\(stopped\)\n)?\(\d+ tokens, [\d.]+ tokens/s\)", out)
+    out = re.sub(r"^temperature \d\n", "", out, flags=re.M)  # what /temp says
+    return re.findall(r"((?:.*\n)?.*)\n(?:\(cut.*\n|\(stopped\)\n)?\([\d,]+ tokens?, [\d.]+ tokens/s\)", out)
 
 
 def test_settings_are_shown_and_tokens_counted(talk, base_model):
     """If this breaks, a person does not know which model, template and settings answer, and how fast."""
     out, _ = talk("hello", "/temp 0.5", "/set", "/quit")
     assert f"{base_model.stem}, cpu fp32, template world\ntemperature 1, top_p 0.7" in out
-    assert "temperature 0.5, top_p 0.7" in out and re.search(r"\n\([1-6] tokens, [\d.]+ tokens/s\)\n", out)
+    assert "temperature 0.5, top_p 0.7" in out and re.search(r"\n\([1-6] tokens?, [\d.]+ tokens/s\)\n", out)
 
 
 def test_undo_and_retry(talk):
@@ -99,8 +100,11 @@ def test_another_model_and_template(talk, base_of):
     _, asked = talk("/template g1", "hello", "/think off", "/reset", "hello", "/quit")
     assert [text for text, _ in asked] == [FIRST + " <think", FIRST + " <think>\n</think"]
     out, _ = talk("/think off", "/template none", "/think what", "/template g1h", "hello", "/quit")
-    assert "the template world has no form for thinking" in out and "--template none is not known" in out
+    assert "the template world has no form for thinking" in out and "/template none is not known" in out
     assert "/think on, or /think off" in out
+    out, _ = talk("/temp 0.5", "/template g1", "/think off", "/system Be kind.", "/reset", "/system", "/reset", "/quit")
+    for told in ("temperature 0.5\n", "template g1; ", "an answer: off\n", "the system text stays\n", "is forgotten\n"):
+        assert told in out  # or nobody knows whether it was heard
 
 
 def test_two_models_answer(talk, base_of, base_model):
@@ -121,7 +125,12 @@ def test_two_models_answer(talk, base_of, base_model):
         ("/state save x.safetensors", "there is no state yet"),
         ("/state what", "/state save FILE.safetensors, or /state load"),
         ("/retry", "there is no turn to take back"),
-        ("/nothing", "/retry "),
+        ("/nothing", "there is no command /nothing (/help lists them)"),
+        ("/retri", "did you mean /retry?"),
+        ("/help", "/retry "),
+        ("/temp -1", "/temp -1.0: must be at least 0"),
+        ("/top_p", "/top_p '': expected a number"),
+        ("/template", "/template "),
     ],
 )
 def test_mistakes_are_sentences(talk, line, said):
@@ -194,7 +203,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_conversation(base_model, vocab_fi
         chat.type("hexlo\x1b[D\x1b[D\x7fl\r")  # two steps to the left, the x is deleted, an l is typed
         chat.wait(".{2000}")
         chat.type("\x03")
-        assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\(\d+ tokens, [\d.]+ tokens/s\)")
+        assert "Traceback" not in chat.wait(r"\(stopped\)\r\n\([\d,]+ tokens?, [\d.]+ tokens/s\)")
         chat.wait(READY)
         chat.type("/max 3\r")
         chat.wait(READY)

@@ -69,7 +69,7 @@ def test_a_published_parquet_is_split_like_the_recipe(ultrafeedback, tmp_path, c
     )
     assert {world.decode(record[1]) for record in parts["valid"]} <= {f" well, {n}\n\n" for n in range(20)}
     assert "skipped 1: tie" in caplog.text
-    assert "1 rows score the rejected answer higher" in caplog.text
+    assert "1 row scores the rejected answer higher" in caplog.text
     assert json.loads((tmp_path / "validset.save.json").read_text())["records"] == 1
     before = [(tmp_path / f"{name}set.save").read_bytes() for name in parts]
     prepare_pairs.main([*common, "--split", "0.8,0.1,0.1", "--drop_ties", "1", "--target_pair_count", "40"])
@@ -86,7 +86,7 @@ def test_a_split_keeps_a_prompt_together_and_says_when_it_cannot(tmp_path):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10 and report.examples == 30
     assert [len(part) for part in parts] == [15, 15]
     one = write_csv(tmp_path / "one.csv", [["p", "x", "y"]])
-    with pytest.raises(ValueError, match=r"--split: .*one\.csv has 1 usable prompts"):
+    with pytest.raises(ValueError, match=r"--split: .*one\.csv has 1 usable prompt,"):
         PairTokeniser(one, world, PairOptions()).parts((0.8, 0.1, 0.1))
     for wrong in ("0.8", "0.5,0.6", "a,b", "1,0", "0.4,0.2,0.2,0.2"):
         with pytest.raises(ValueError, match="--split"):
@@ -181,7 +181,7 @@ def test_bad_rows_can_be_left_out_of_sampling(script, words, tmp_path, caplog):
     run = ["--input_csv", source, "--output_csv", tmp_path / "out.csv", *words, "--skip_bad", 1]
     assert script(rejects.main, *run)[0] == 0
     assert [row[0] for row in read_csv(tmp_path / "out.csv")[1:]] == ["say one", "say four", "say five"]
-    assert "1 rows left out: empty chosen" in caplog.text and "1 rows left out: NUL byte" in caplog.text
+    assert "1 row left out: empty chosen" in caplog.text and "1 row left out: NUL byte" in caplog.text
 
 
 def test_reference_scores_survive_a_stop(base_model, vocab_file, pairs_csv, tmp_path, monkeypatch, caplog):

@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 from rwkv_rlhf.commands import report
 from tests.support.files import jsonl
+from tests.support.processes import PROGRAMS, started
 from tests.support.run_folder import BEGIN, a_run
 
 
@@ -38,6 +41,15 @@ def test_two_runs(script, tmp_path):
         "two, training",
         "two, held out",
     ]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_it_needs_no_torch(tmp_path, runs):
+    """If this breaks, looking at a run costs the time that PyTorch takes to load, or needs PyTorch on that machine."""
+    a_run(tmp_path)
+    process = started(PROGRAMS / "without_torch.py", "report", *[tmp_path] * runs)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and out.strip().endswith(".html"), err
 
 
 def test_what_is_no_run(script, tmp_path):

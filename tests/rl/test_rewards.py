@@ -41,7 +41,7 @@ def test_a_function_gets_what_trl_gives_it(file, capsys):
     ("name", "said"),
     [
         ("raises", "raises raised ZeroDivisionError: division by zero at the answer '3' to in.jsonl:7"),
-        ("too_few", "too_few gave 1 rewards for 2 answers"),
+        ("too_few", "too_few gave 1 reward for 2 answers"),
         ("text", "text gave a str ('good') for the answer '2' to in.jsonl:7; a number is needed"),
         ("nan", "nan gave nan for the answer '3' to in.jsonl:7; a number is needed"),
         ("one_number", "one_number gave a float, not a list of numbers"),

@@ -83,7 +83,7 @@ def test_duplicate_and_opposite_rows_are_counted(trained, tmp_path):
     opposite = [ROWS[1][0], ROWS[1][2], ROWS[1][1]]
     _, said = trained(write_csv(tmp_path / "p.csv", [*ROWS, ROWS[0], ROWS[0], opposite]))
     assert "5 rows, 5 pairs" in said
-    assert "2 rows repeat another one" in said and "1 rows say the opposite of another one" in said
+    assert "2 rows repeat another one" in said and "1 row says the opposite of another one" in said
 
 
 def test_mixed_languages_reach_the_model_whole(trained, tmp_path, letters):

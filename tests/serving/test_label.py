@@ -2,6 +2,7 @@
 
 import json
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from rwkv_rlhf.commands import label, train
 from rwkv_rlhf.data.conversation import normalise
 from rwkv_rlhf.data.opening import open_pairs
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.serving.labelling import win_sentence
+from rwkv_rlhf.serving.votes import win_rate
 from tests.support.files import VOCAB, jsonl, read_jsonl
 from tests.support.processes import started
 
@@ -154,6 +157,17 @@ def test_two_models_are_compared_blind(browser, words, base_of, tmp_path):
     wins = sum(vote["models"][0] == 0 for vote in votes)
     assert status == 0 and f"x070 was better than x060 in {wins} of 5 decided pairs" in said
     assert {tuple(vote["models"]) for vote in votes} == {(0, 1), (1, 0)}
+
+
+def test_the_end_says_how_to_go_on():
+    """If this breaks, a person with pairs must guess the next command, and one without is sent to train on nothing."""
+    flags = Namespace(load_model="my model.pth", output="p.jsonl", vocab_file="v.txt", template="")
+    assert label.next_step(flags, 0) == "p.jsonl has no pair yet: the same command goes on"
+    _, last = label.next_step(flags, 2).splitlines()
+    assert last.startswith("next: python train.py --load_model 'my model.pth' --dpo 1 --rlhf_train_file p.jsonl")
+    assert "--vocab_file v.txt" in last and "--template" not in last
+    assert win_sentence(win_rate(0, 0)) == "no pair so far: none is decided"
+    assert win_sentence(win_rate(1, 1)).startswith("1 of 1 decided pair: 100% (95% interval 21%")
 
 
 @pytest.mark.parametrize(

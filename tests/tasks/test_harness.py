@@ -66,8 +66,10 @@ def cached_here(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_the_harness_counts_what_our_numbers_say(model, tmp_path):
-    """If this breaks, accuracies of the harness are those of other answers than the model prefers."""
+def test_the_harness_counts_what_our_numbers_say(model, tmp_path, capsys, caplog):
+    """If this breaks, accuracies of the harness are those of other answers than the model prefers, or bars of other
+    libraries are drawn into the one of the run."""
+    caplog.set_level("INFO")
     from rwkv_rlhf.tasks.harness import harness_figures
 
     found = harness_figures([task(tmp_path, about) for about in (CHOICE, ROLLING, ANSWERS)], model)
@@ -78,6 +80,8 @@ def test_the_harness_counts_what_our_numbers_say(model, tmp_path):
         right += logps.index(max(logps)) == row["answer"]
         each = [logp / len(choice) for logp, choice in zip(logps, row["choices"])]
         normed += each.index(max(each)) == row["answer"]
+    assert "%|" not in capsys.readouterr().err
+    assert "our_choice (2 questions), our_text (2 questions), our_answers (2 questions)" in caplog.text
     assert found["our_choice/acc"] == right / 2 and found["our_choice/acc_norm"] == normed / 2
     words = sum(len(row["question"].split()) for row in ROWS)
     whole = sum(model.whole([row["question"] for row in ROWS]))

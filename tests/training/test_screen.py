@@ -100,3 +100,5 @@ def test_held_out_figures_are_said_as_a_change():
     text = "held out: accuracy 0.50 -> 0.96, loss 9.50 -> 9.00, reward_margin 0.00 -> 1.25"
     assert held_out_line(after, before) == text
     assert held_out_line(after, None).startswith("held out: accuracy 0.958, loss 9, ")
+    sampled = {"reward": 0.25, "loss": -0.25, "entropy": 1.5}
+    assert held_out_line(sampled, None) == "held out: reward 0.25, entropy 1.5", "the same number twice"

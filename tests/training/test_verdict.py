@@ -1,16 +1,31 @@
 """What the doctor says that a machine can train."""
 
-from rwkv_rlhf.training.verdict import need_by_layer, need_of, verdict
+import pytest
+
+from rwkv_rlhf.training.verdict import ROOM, SHAPES, STORAGES, Machine, verdict
 
 GIB = 1 << 30
 
 
 def test_a_large_model_is_as_much_as_its_layers():
     """If this breaks, the doctor promises a model that a dry run of the same machine refuses."""
-    for words in (("--quant", "0"), ("--quant", "1", "--quant_mode", "nf4")):
-        whole, sum_of_layers = (of(6, 256, words, "fp32", gpu=False) for of in (need_of, need_by_layer))
+    machine = Machine(GIB, "fp32", gpu=False)
+    for stored, _ in STORAGES:
+        whole, sum_of_layers = (of(6, 256, stored) for of in (machine.need_of, machine.need_by_layer))
         assert abs(whole.memory - sum_of_layers.memory) < 0.001 * whole.memory
         assert whole.operations == sum_of_layers.operations
+
+
+@pytest.mark.parametrize("gib", [0.1, 2, 12, 24, 60, 1000])
+def test_the_largest_is_the_last_that_fits(gib):
+    """If this breaks, somebody with a large machine is told to train a small model, or one that does not fit."""
+    machine = Machine(int(gib * GIB), "bf16", gpu=True)
+    fitting = []
+    for layers, width in SHAPES:
+        stored = [name for name, _ in STORAGES if machine.need_by_layer(layers, width, name).memory <= ROOM * gib * GIB]
+        fitting += [(f"L{layers}-D{width}", stored[0])] if stored else []
+    found = machine.largest()
+    assert [(found.shape, found.stored)] == fitting[-1:] if found else not fitting
 
 
 def test_the_sentence():

@@ -41,12 +41,14 @@ TOP = 20  # likeliest tokens that are compared
 class Vocabulary(NamedTuple):
     """How text becomes ids and a conversation becomes text: what other programs must know beside the tensors.
 
-    words: bytes by id. end: ids of the mark that closes an answer, () if there is none. chat_template: Jinja, or "".
+    words: bytes by id; none where `tokenizer` is the content of a tokenizer.json. end: ids of the mark that closes an
+    answer, () if there is none. chat_template: Jinja, or "".
     """
 
     words: Mapping[int, bytes]
     end: tuple[int, ...]
     chat_template: str
+    tokenizer: str = ""
 
 
 class About(NamedTuple):

@@ -37,6 +37,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.plan import is_new
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.counted import counted
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def _check_names(base: Mapping[str, Tensor], adapter: Mapping[str, Tensor], layo
     lost = [name for name in layout.adapted if f"{name}.weight" not in base and not is_new(f"{name}.weight")]
     difference = key_diff(own, {name: base[name] for name in own if name in base}, OPTIONAL)
     if lost:
-        difference = f"{len(lost)} adapters without a matrix: {', '.join(sorted(lost)[:4])}; {difference}".rstrip("; ")
+        without = f"{counted(len(lost), 'adapter')} without a matrix: {', '.join(sorted(lost)[:4])}"
+        difference = f"{without}; {difference}".rstrip("; ")
     if difference:
         raise ValueError(f"{source} was not trained on this base model: {difference}")
 

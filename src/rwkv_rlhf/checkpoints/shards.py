@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rwkv_rlhf.checkpoints.tensor_tree import safetensors_head, tensor_bytes
 from rwkv_rlhf.files import SHARDS_INDEX, named_for_libraries, read_json_object, sharded_files, write_json
+from rwkv_rlhf.settings.counted import predicated
 
 Tensors = Mapping[str, Tensor]
 SHARD_SIZE = 4 << 30  # bytes of a shard
@@ -36,7 +37,9 @@ def read_shards(path: Path) -> dict[str, Tensor]:
             named = read_json_object(file)["weight_map"]
     lost = [name for name in named if name not in found]
     if lost:
-        raise ValueError(f"{path}: {len(lost)} tensors of the index are in none of its files, such as {lost[0]}")
+        raise ValueError(
+            f"{path}: {predicated(len(lost), 'tensor', 'are in the index and in none of its files')}, such as {lost[0]}"
+        )
     return found
 
 

@@ -18,7 +18,7 @@ from rwkv_rlhf.settings.command_line import Parser, run
 from rwkv_rlhf.settings.config import PROGRAM, PROGRAM_VERSION
 from rwkv_rlhf.settings.given_files import check_path
 from rwkv_rlhf.settings.hub import local_words
-from rwkv_rlhf.settings.surroundings import one_of_several
+from rwkv_rlhf.settings.surroundings import loading, one_of_several
 
 
 class Command(NamedTuple):
@@ -73,7 +73,9 @@ def run_command(name: str, words: Sequence[str] | None = None) -> NoReturn:
             if not one_of_several():
                 check_paths(parser, found)
             given = local_words(given)  # train does it with its settings, which may come from files
-        main: Callable[[Sequence[str]], int | None] = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}").main
+        with loading("torch"):
+            command = importlib.import_module(f"rwkv_rlhf.commands.{NAMED[name]}")
+        main: Callable[[Sequence[str]], int | None] = command.main
         return main(given)
 
     run(called, words)

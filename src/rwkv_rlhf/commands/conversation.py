@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import signal
 import time
@@ -242,9 +243,7 @@ class Talk:
         if word == "/quit":
             return None
         if (name := SHORT.get(word, word[1:])) in option_types():
-            typed: dict[str, Any] = {name: number(word, value, option_types()[name])}
-            self.params = dataclasses.replace(self.params, **typed)
-            return ""
+            return self.option(name, number(word, value, option_types()[name]), word)
         doing = {
             "/system": self.system,
             "/retry": self.retry,
@@ -257,14 +256,30 @@ class Talk:
             "/template": self.use_template,
             "/think": self.thinking,
             "/set": lambda _: self.settings(),
+            "/help": lambda _: help_text(),
         }
-        return doing[word](value) if word in doing else help_text()
+        if word not in doing:
+            known = [*doing, *SHORT, *(f"/{name}" for name in option_types()), "/quit"]
+            near = difflib.get_close_matches(word, known, 1, cutoff=0.75)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"there is no command {word}{meant} (/help lists them)")
+        return doing[word](value)
+
+    def option(self, name: str, value: Any, word: str) -> str:
+        """A setting of sampling, which `word` changes."""
+        typed: dict[str, Any] = {name: value}
+        try:
+            self.params = dataclasses.replace(self.params, **typed)
+        except ValueError as mistake:
+            raise ValueError(str(mistake).replace(f"--{name}", word)) from mistake
+        return f"{name} {getattr(self.params, name):g}\n"
 
     def reset(self, _: str) -> str:
         """Forget everything but the system text."""
         for voice in self.voices:
             voice.read_again([turn for turn in voice.memory.said if turn.role == "system"])
-        return ""
+        told = any(voice.memory.said for voice in self.voices)
+        return f"the conversation is forgotten{', the system text stays' if told else ''}\n"
 
     def system(self, text: str) -> str:
         """The system text; the conversation is read again."""
@@ -322,11 +337,14 @@ class Talk:
 
     def use_template(self, name: str) -> str:
         """Another template; the conversation is read again."""
-        self.template, self.template_name = find_templates(name)[0].template, name
+        try:
+            self.template, self.template_name = find_templates(name)[0].template, name
+        except ValueError as mistake:
+            raise ValueError(str(mistake).replace("--template", "/template")) from mistake
         self.params = dataclasses.replace(self.params, stop_texts=self.template.stop_texts)
         for voice in self.voices:
             voice.read_again(voice.memory.said)
-        return ""
+        return f"template {name}; the conversation is read again with the next turn\n"
 
     def thinking(self, value: str) -> str:
         """Whether the model thinks before it answers."""
@@ -336,7 +354,7 @@ class Talk:
         if self.template.prompt(turn, ("",)) == self.template.prompt(turn, ("<think>",)):
             raise ValueError(f"the template {self.template_name} has no form for thinking")
         self.think = value == "on"
-        return ""
+        return f"thinking before an answer: {value}\n"
 
     def settings(self) -> str:
         """What decides the answers."""

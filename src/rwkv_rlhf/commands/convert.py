@@ -20,6 +20,7 @@ from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.shapes.stable import stable_form
 from rwkv_rlhf.data.sources import refuse_sources
 from rwkv_rlhf.files import atomic_write
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.shapes import KINDS
 
 log = logging.getLogger("convert")
@@ -56,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
                 report.examples += 1
                 file.write((json.dumps(form, ensure_ascii=False) + "\n").encode("utf-8", errors="replace"))
             if not report.examples:
-                raise ValueError(f"{flags.input}: holds nothing that could be converted ({report.rows} rows read)")
+                raise ValueError(
+                    f"{flags.input}: holds nothing that could be converted ({counted(report.rows, 'row')} read)"
+                )
     for line in report.lines(trained=False):
         log.info("%s", line)
     if not flags.dry_run:

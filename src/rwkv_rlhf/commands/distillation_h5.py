@@ -29,6 +29,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.teacher import top_logits
+from rwkv_rlhf.settings.counted import counted
 
 log = logging.getLogger("teacher")
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
             done(len(row))
     if not kept.documents:
         kept.remove()
-        raise ValueError(f"{flags.input_folder}: holds no text ({report.rows} rows read)")
+        raise ValueError(f"{flags.input_folder}: holds no text ({counted(report.rows, 'row')} read)")
     with writing(flags.output_parquet, about, flags.top_k) as out:
         for batch in kept:
             out.add(batch)

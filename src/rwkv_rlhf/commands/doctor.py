@@ -24,6 +24,7 @@ from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
 from rwkv_rlhf.precision import NAMES
 from rwkv_rlhf.reports.words import size
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.optional import OPTIONAL
 from rwkv_rlhf.training.verdict import verdict
 
@@ -74,7 +75,7 @@ def doctor() -> int | None:
 
 def machine() -> Iterator[tuple[str, str]]:
     """Processor, PyTorch and GPUs."""
-    yield "processor", f"{platform.machine()}, {cpu.instruction_set()}, {torch.get_num_threads()} threads"
+    yield "processor", f"{platform.machine()}, {cpu.instruction_set()}, {counted(torch.get_num_threads(), 'thread')}"
     times = slowness("bf16", "cpu")
     yield (
         "precision",
@@ -157,7 +158,7 @@ def cache() -> Iterator[tuple[str, str]]:
     except build.BuildError as error:
         yield "folder", str(error)
         return
-    yield "folder", f"{folder}, {sum(1 for _ in folder.glob('*/*.so'))} binaries"
+    yield "folder", f"{folder}, {counted(len(list(folder.glob('*/*.so'))), 'binary', 'binaries')}"
     for lock in sorted(folder.glob("*/lock")):
         if build.held(lock):
             wait = f"{build.LOCK_PATIENCE:.0f} s"

@@ -27,7 +27,7 @@ from rwkv_rlhf.checkpoints.exporting import (
 from rwkv_rlhf.checkpoints.loading import file_sizes
 from rwkv_rlhf.commands.flag_values import ADAPTER_HINTS, adapter_flags, trained_template
 from rwkv_rlhf.commands.parsers.export import parser
-from rwkv_rlhf.data.tokenizer import TrieTokenizer, load_tokenizer
+from rwkv_rlhf.data.tokenizer import HuggingFaceTokenizer, TrieTokenizer, load_tokenizer
 from rwkv_rlhf.files import refuse_same_file
 from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.implementations import load
@@ -41,9 +41,11 @@ def vocabulary_of(flags: Namespace, vocab_size: int) -> Vocabulary:
     """The words, end of turn and chat template that --vocab_file and --template name. Raises ValueError."""
     template = trained_template(flags)
     tokenizer = load_tokenizer(vocab_size, flags.vocab_file or None)
-    if not isinstance(tokenizer, TrieTokenizer):
-        raise ValueError(f"--vocab_file {flags.vocab_file}: only World and other trie vocabularies go into an export")
-    return Vocabulary(tokenizer.words, tuple(tokenizer.encode(template.end)), template.as_jinja())
+    end, chat = tuple(tokenizer.encode(template.end)), template.as_jinja()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return Vocabulary({}, end, chat, tokenizer.text)
+    assert isinstance(tokenizer, TrieTokenizer)
+    return Vocabulary(tokenizer.words, end, chat)
 
 
 def export_whole(flags: Namespace, output: Path) -> None:

@@ -1,5 +1,6 @@
 """What the flags of `flag_groups.py` say, once the work begins."""
 
+import logging
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rwkv_rlhf.data.tokenizer import WORLD_SIZE, Tokenizer
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import sizes_of
+
+log = logging.getLogger(__name__)
 
 # what to do about a mismatch of model, adapter and the flags below
 ADAPTER_HINTS = {
@@ -48,6 +51,7 @@ def trained_template(flags: Namespace) -> Template:
 def opened_model(flags: Namespace) -> tuple[RWKV, Tokenizer]:
     """The model of --load_model, with --load_adapter over it, and its tokenizer. Raises ValueError."""
     known = adapter_flags(flags)
+    log.info("%s is being read", flags.load_adapter or flags.load_model)  # minutes, for a large one
     with hinting(ADAPTER_HINTS):
         return open_model(
             flags.load_model,

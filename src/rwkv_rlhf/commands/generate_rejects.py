@@ -85,7 +85,7 @@ def sample(flags: Namespace, params: SamplingParams) -> None:
     if tally.resumed == len(tasks):
         log.info("%s had every row already; remove it, or use --overwrite 1, to sample again", flags.output_csv)
         return
-    skipped = [f"{count} rows left out: {reason}" for reason, count in report.skipped.items()]
+    skipped = [f"{counted(count, 'row')} left out: {reason}" for reason, count in report.skipped.items()]
     for line in [*tally.lines(), *skipped]:
         log.info("%s", line)
     rows = counted(len(tasks), "row")

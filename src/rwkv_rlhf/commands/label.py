@@ -30,6 +30,7 @@ from rwkv_rlhf.data.templates.template import TEMPLATES, Template
 from rwkv_rlhf.files import file_hash
 from rwkv_rlhf.generation.opening import storage_of
 from rwkv_rlhf.generation.sampling_params import SamplingParams, options, sampling_params
+from rwkv_rlhf.reports.words import command, pasted
 from rwkv_rlhf.settings.optional import require
 from rwkv_rlhf.settings.shapes import KINDS
 
@@ -114,4 +115,14 @@ def serve(
                 engine.close()
             for line in work.lines(names):
                 print(line)
-            print(f"pairs for training: {flags.output}", flush=True)
+            print(next_step(flags, votes.made()), flush=True)
+
+
+def next_step(flags: Namespace, pairs: int) -> str:
+    """What to do with the pairs, to paste; without any, how to go on."""
+    if not pairs:
+        return f"{flags.output} has no pair yet: the same command goes on"
+    words = ["--load_model", flags.load_model, "--dpo", "1", "--rlhf_train_file", flags.output, "--peft", "lora"]
+    told = {"--vocab_file": flags.vocab_file, "--template": flags.template}
+    words += [word for flag, value in told.items() if value for word in (flag, value)]
+    return f"pairs for training: {flags.output}\nnext: {command('train')} {pasted(words)} --val_split 0.1"

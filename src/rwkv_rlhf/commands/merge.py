@@ -38,6 +38,7 @@ from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.plan import is_state
 from rwkv_rlhf.reports.words import command, pasted, size
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.exit_status import Failure
 from rwkv_rlhf.settings.exports import EXPORTS
 from rwkv_rlhf.settings.implementations import load
@@ -66,6 +67,7 @@ def export_merged(args: argparse.Namespace) -> None:
     same = {"load_model": args.base_model, "load_adapter": args.lora_checkpoint, "lora_scaling": args.lora_scaling}
     same |= {"lora_alpha": args.lora_alpha, "load_adapter_pissa_init": args.lora_init}
     same |= {"load_cold_adapter": args.load_cold_adapter, "force": "1" if args.force else ""}
+    same |= {"template": args.template, "vocab_file": args.vocab_file}
     words += [word for name, value in same.items() if value not in (None, "") for word in (f"--{name}", str(value))]
     export.main(words)
 
@@ -137,7 +139,7 @@ def merge(args: argparse.Namespace) -> None:
     elif layout.packed and shares.whole:
         difference = check_merged(base, trained, merged, shares).found
         print(f"--dense 1: logits of merged and what was trained over {layout.store} differ by {difference:.1e}")
-    plain = f"{len(layout.adapted)} adapters and {len(layout.trained)} tensors"
+    plain = f"{counted(len(layout.adapted), 'adapter')} and {counted(len(layout.trained), 'tensor')}"
     over = f", trained over {layout.store}" if layout.packed else ""
     print(f"merged {plain}{over}: {base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
     print(f"next: {command('chat')} --load_model {pasted([str(output)])}")
@@ -151,15 +153,21 @@ def packing_sentence(base: Mapping[str, Tensor], layout: Layout, merged: Mapping
     moved = moved_by_packing(base, layout, merged)
     if not moved.matrices:
         return f"packing: matrices are merged as {layout.store} rounds them; --dense 1 merges over the base as it is"
+    matrices = counted(moved.matrices, "matrix", "matrices")
     return (
-        f"packing: {moved.matrices} matrices without an adapter moved by {moved.mean:.1%} (RMS), at most "
+        f"packing: {matrices} without an adapter moved by {moved.mean:.1%} (RMS), at most "
         f"{moved.largest:.1%} ({moved.name}), as {layout.store} rounds them; --dense 1 merges over the base as it is"
     )
 
 
 def main(words: Sequence[str]) -> int:
     """Merges a checkpoint, or carries one to another program's form or back. Raises ValueError."""
-    args: argparse.Namespace = parser().parse_args(words)
+    run(parser().parse_args(words))
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """The one task that the parsed flags name. Raises ValueError."""
     if args.lora_checkpoint and Path(args.lora_checkpoint).is_dir():
         args.lora_checkpoint = str(checkpoint_file(args.lora_checkpoint))
     for name in args.exports:
@@ -177,4 +185,3 @@ def main(words: Sequence[str]) -> int:
         export_merged(args)
     elif not args.exports:
         merge(args)
-    return 0

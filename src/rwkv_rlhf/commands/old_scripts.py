@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rwkv_rlhf.settings.counted import counted
+
 
 @dataclass(frozen=True)
 class OldScript:
@@ -45,7 +47,7 @@ def translated(script: str, words: Sequence[str]) -> list[str]:
     if given and not given[0].startswith("-"):
         if len(given) != len(old.positional):
             form = " ".join(name.upper() for name in old.positional) or "flags only"
-            raise ValueError(f"{script}.py takes {form}, not {len(given)} words; see --help")
+            raise ValueError(f"{script}.py takes {form}, not {counted(len(given), 'word')}; see --help")
         found = [word for name, value in zip(old.positional, given, strict=True) for word in (f"--{name}", value)]
         if "output" not in old.positional:
             found += ["--output", Path(given[0]).stem]

@@ -27,6 +27,7 @@ from rwkv_rlhf.files import atomic_write, check_writable, refuse_same_file, with
 from rwkv_rlhf.generation.opening import open_model
 from rwkv_rlhf.scoring.finite import refuse_not_finite
 from rwkv_rlhf.scoring.rewards import answer_rewards
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.shapes import PROMPT, SHAPES
 
 log = logging.getLogger("score")
@@ -70,7 +71,7 @@ def read_answers(path: str, skip_bad: bool) -> list[Answered]:
         except RowError as error:
             report.bad(where, error)
     if not found:
-        raise ValueError(f"{path} holds no answer to score ({report.rows} rows read)")
+        raise ValueError(f"{path} holds no answer to score ({counted(report.rows, 'row')} read)")
     for line in notes.lines():
         log.info("%s", line)
     for reason, count in report.skipped.items():

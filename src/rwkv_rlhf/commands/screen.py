@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rwkv_rlhf.commands.conversation import Said, Screen
+from rwkv_rlhf.settings.counted import counted
 
 NARROW = 80  # columns below which two answers stand one below the other
 ReadLine = Callable[[], str]
@@ -61,7 +62,7 @@ def typed_line() -> str:
 def remark(said: Said, limit: int) -> str:
     """What is to be said of an answer, in lines."""
     cut = "" if said.finished else "(stopped)\n" if said.stopped else f"(cut at /max {limit})\n"
-    return f"{cut}({said.tokens} tokens, {said.tokens / max(said.seconds, 1e-9):.1f} tokens/s)\n"
+    return f"{cut}({counted(said.tokens, 'token')}, {said.tokens / max(said.seconds, 1e-9):.1f} tokens/s)\n"
 
 
 class Lines:

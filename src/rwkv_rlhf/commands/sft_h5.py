@@ -17,6 +17,7 @@ from rwkv_rlhf.data.progress import progress_bar
 from rwkv_rlhf.data.report import DataReport
 from rwkv_rlhf.data.text.h5 import writing
 from rwkv_rlhf.data.tokenizer import load_tokenizer
+from rwkv_rlhf.settings.counted import counted
 
 log = logging.getLogger("sft")
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
             out.add(batch)
             done(len(batch))
         if not out.documents:
-            raise ValueError(f"{flags.input_folder}: holds no text to train on ({report.rows} rows read)")
+            raise ValueError(f"{flags.input_folder}: holds no text to train on ({counted(report.rows, 'row')} read)")
     for line in report.lines():
         log.info("%s", line)
     log.info("wrote %d documents, %d tokens to %s", out.documents, out.tokens, flags.output_parquet)

@@ -12,7 +12,7 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.settings.exit_status import INTERRUPTED
 from rwkv_rlhf.settings.given_files import check_given_files, with_adapter_there
 from rwkv_rlhf.settings.hub import local_words, with_local_files
-from rwkv_rlhf.settings.surroundings import one_of_several
+from rwkv_rlhf.settings.surroundings import loading, one_of_several
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,14 @@ def main(argv: Sequence[str]) -> int | None:
     if said and "torch" not in sys.modules:
         log.info("PyTorch is being loaded")  # some seconds
     if config.doctor:
-        from rwkv_rlhf.commands.doctor import doctor
+        with loading("torch"):
+            from rwkv_rlhf.commands.doctor import doctor
 
         return doctor()
 
-    from rwkv_rlhf.commands.several import SELF
-    from rwkv_rlhf.distributed.launch import launched
+    with loading("torch"):
+        from rwkv_rlhf.commands.several import SELF
+        from rwkv_rlhf.distributed.launch import launched
 
     with launched(config, [SELF, "train", *local_words(argv)]) as here:
         return None if here is None else ranked(here, checked=said)
@@ -119,6 +121,7 @@ def ranked(config: Config, checked: bool = False) -> int | None:
         if config.dry_run:
             dry_run(config, folder, ready)
             return None
-        from rwkv_rlhf.training.run import train  # Lightning, which a dry run does without
+        with loading("pytorch_lightning"):  # which a dry run does without
+            from rwkv_rlhf.training.run import train
 
         return INTERRUPTED if train(config, folder, ready, settings, point) else None

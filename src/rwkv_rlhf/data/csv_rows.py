@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rwkv_rlhf.data.opened import opened
 from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.rows import Columns, Row, not_utf8
+from rwkv_rlhf.settings.counted import counted
 
 _CELL = (1 << 31) - 1  # the csv module's own limit of 131072 characters is shorter than real answers
 _MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']""")
@@ -128,7 +129,8 @@ def _record(names: list[str], row: _CsvRow) -> dict[str, Any]:
     if row.problem:
         raise row.problem
     if any(row.cells[len(names) :]):
-        sentence = f"{len(row.cells)} cells, but the header has {len(names)}: is a comma or quotation mark not quoted?"
+        many = counted(len(row.cells), "cell")
+        sentence = f"{many}, but the header has {len(names)}: is a comma or quotation mark not quoted?"
         raise RowError(sentence, "too many cells")
     cells = row.cells + [""] * (len(names) - len(row.cells))
     return {name: cell_value(cell, name) for name, cell in zip(names, cells)}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from rwkv_rlhf.data.conversation import TOOLS, Turn, is_missing, normalise
 from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.files import parse_json
+from rwkv_rlhf.settings.counted import predicated
 
 # what other programs call a role -> ours
 SPEAKERS: dict[str, str] = {
@@ -74,13 +75,13 @@ class Notes:
 
     def speakers(self, key: str, text: str) -> None:
         """Counts a text under `key` that holds lines like `User:` and is no transcript."""
-        self.remarks[f"have lines like `User:` inside {key}, and are no transcripts"] += 1
+        self.remarks[f"have lines like `User:` inside {key} without being transcripts"] += 1
         self.example = self.example or (text if len(text) <= 60 else f"{text[:57]}...")
 
     def lines(self) -> list[str]:
         """A sentence for each of them."""
-        out = [f"{count:,} rows have `{key}`: not read" for key, count in sorted(self.unread.items())]
-        out += [f"{count:,} rows {what}" for what, count in self.remarks.items()]
+        out = [predicated(count, "row", f"have `{key}`: not read") for key, count in sorted(self.unread.items())]
+        out += [predicated(count, "row", what) for what, count in self.remarks.items()]
         return out + ([f"the first of those with lines of speakers: {self.example!r}"] if self.example else [])
 
 

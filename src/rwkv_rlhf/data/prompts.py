@@ -21,6 +21,7 @@ from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.formats import names_of_formats
 from rwkv_rlhf.settings.shapes import PROMPT, SHAPES
 
@@ -34,7 +35,7 @@ class Prompts(Sequence[PromptExample]):
 
     def __init__(self, prompts: Sequence[PromptExample], report: DataReport) -> None:
         if not prompts:
-            raise ValueError(f"{report.source}: holds no usable prompt ({report.rows} rows read)")
+            raise ValueError(f"{report.source}: holds no usable prompt ({counted(report.rows, 'row')} read)")
         self._prompts, self.report = prompts, report
         report.examples = report.trained = len(prompts)
         report.unit = "prompt"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np  # flags are read without it
 
-from rwkv_rlhf.settings.counted import counted
+from rwkv_rlhf.settings.counted import counted, predicated
 
 log = logging.getLogger(__name__)
 
@@ -121,4 +121,4 @@ class DataReport:
             out += [f"    {low:>8} - {high - 1:<8} {count}" for low, high, count in self.histogram()]
         out += [f"  skipped {count}: {reason}" for reason, count in self.skipped.items()]
         out += [f"  {part} cut in {counted(count, 'row')}" for part, count in self.truncated.items() if count]
-        return out + [f"  {count} rows {what}" for what, count in self.remarked.items() if count]
+        return out + [f"  {predicated(count, 'row', what)}" for what, count in self.remarked.items() if count]

@@ -4,7 +4,7 @@ The World vocabulary (rwkv_vocab_v20230424: `id 'text' length` a line, longest m
 comes with the `rwkv` package. Its lines are parsed as literals, never evaluated, because a user may name any file.
 Longest match is one walk over a flat transition table: the same ids as the package's own trie, a tenth of its
 loading time and of its memory. Where `pyrwkv-tokenizer` is installed, it gives the same ids of the World vocabulary
-14 times faster, and the table is made only for what that package refuses.
+14 times faster; as it takes longer to load than the table, it is asked from the first MUCH characters on.
 """
 
 import ast
@@ -24,6 +24,7 @@ END_OF_DOCUMENT = 0  # in every vocabulary; trained like any token
 # what Hugging Face's configurations of RWKV call id 0, which is no word of the vocabulary
 TRIE_MARKS: dict[str, int] = {"<|rwkv_tokenizer_end_of_text|>": END_OF_DOCUMENT}
 _WORLD_FILE = "rwkv_vocab_v20230424.txt"
+MUCH = 200_000  # characters, which the table takes 0.2 s for: what the other program takes longer to load
 
 
 class Tokenizer(Protocol):
@@ -36,6 +37,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def decode_bytes(self, ids: list[int]) -> bytes: ...
+
+
+Encode = Callable[[str], list[int]]
 
 
 class _Trie(NamedTuple):
@@ -66,17 +70,23 @@ class TrieTokenizer:
         words: id -> bytes.
         vocab_size: the model's; every id is below it.
         name: what to call the vocabulary in sidecars and messages.
-        fast: another program's `encode` for the same words; it may raise UnicodeEncodeError.
+        load_fast: gives another program's `encode` for the same words, or None where there is none; it may raise
+            UnicodeEncodeError. Called when MUCH text has come.
     """
 
     def __init__(
-        self, words: dict[int, bytes], vocab_size: int, name: str, fast: Callable[[str], list[int]] | None = None
+        self, words: dict[int, bytes], vocab_size: int, name: str, load_fast: Callable[[], Encode | None] | None = None
     ):
         self.words = words
         self.vocab_size = vocab_size
         self.marks: Mapping[str, int] = TRIE_MARKS
         self.name = name
-        self._fast = fast
+        self._load_fast = load_fast
+        self._seen = 0  # characters so far
+
+    @functools.cached_property
+    def _fast(self) -> Encode | None:
+        return self._load_fast() if self._load_fast else None
 
     @functools.cached_property
     def _trie(self) -> _Trie:
@@ -87,7 +97,8 @@ class TrieTokenizer:
 
         Raises ValueError when the vocabulary lacks a single byte of the text (the World vocabulary has all 256).
         """
-        if self._fast is not None:
+        self._seen += len(text)
+        if self._seen > MUCH and self._fast is not None:
             with suppress(UnicodeEncodeError):
                 return self._fast(text)
         data = text.encode("utf-8", errors="surrogatepass")
@@ -141,9 +152,9 @@ class HuggingFaceTokenizer:
         if importlib.util.find_spec("tokenizers") is None:
             raise ValueError(f"--vocab_file {path} needs the package tokenizers: pip install tokenizers")
         tokenizers = importlib.import_module("tokenizers")
-        text = read_bytes(path).decode("utf-8", errors="replace")
+        self.text = read_bytes(path).decode("utf-8", errors="replace")  # exports carry it
         with _refusing(f"--vocab_file {path} is not a tokenizer.json"):
-            self._inner = tokenizers.Tokenizer.from_str(text)
+            self._inner = tokenizers.Tokenizer.from_str(self.text)
         first, special = self._inner.id_to_token(0), self._inner.get_added_tokens_decoder().get(0)
         named = special is not None and special.special
         if first is not None and not named and not _SPECIAL.fullmatch(first):
@@ -224,11 +235,11 @@ def world_vocabulary_file() -> Path:
     raise ValueError(f"the World vocabulary ({_WORLD_FILE}) was not found: pip install rwkv, or give --vocab_file")
 
 
-def _in_rust(path: Path) -> Callable[[str], list[int]] | None:
+def _in_rust(path: Path) -> Encode | None:
     """`encode` of the package pyrwkv-tokenizer for the World vocabulary; None where it is not installed."""
     if importlib.util.find_spec("pyrwkv_tokenizer") is None:
         return None
-    encode: Callable[[str], list[int]] = importlib.import_module("pyrwkv_tokenizer").WorldTokenizer(str(path)).encode
+    encode: Encode = importlib.import_module("pyrwkv_tokenizer").WorldTokenizer(str(path)).encode
     return encode
 
 
@@ -250,7 +261,7 @@ def load_tokenizer(vocab_size: int, vocab_file: str | None = None) -> Tokenizer:
                 "(a Hugging Face tokenizer.json, or a trie vocabulary)"
             )
         world = world_vocabulary_file()
-        return TrieTokenizer(read_trie_vocabulary(world), vocab_size, "world", _in_rust(world))
+        return TrieTokenizer(read_trie_vocabulary(world), vocab_size, "world", functools.partial(_in_rust, world))
     path = Path(vocab_file)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path, vocab_size)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.ops.build import BuildError, cache_folder
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 KEPT = "products.json"  # machine -> precision -> seconds
 SHAPE = (64, 512, 512)  # (M, K) by (K, N)
-CPU_SHAPE, GPU_SHAPE = 512, 4096  # rows and columns of a product whose rate is measured
+CPU_SIZES, GPU_SIZES = (128, 512), (4096,)  # rows and columns of products whose rate is measured
 REPEATS = 5
 LONG_ENOUGH = 0.1  # seconds of a product's repeats, after which its rate is known well enough
 SLOW = 4.0  # times as slow as float32: too slow to measure more of it
@@ -87,20 +88,27 @@ def slowness(precision: str, device: str) -> float:
 
 
 def product_rate(precision: str, device: torch.device) -> float:
-    """Floating-point operations a second of products in `precision`, on all cores or on the GPU."""
-    size = GPU_SHAPE if device.type == "cuda" else CPU_SHAPE
-    x = torch.ones(size, size, dtype=DTYPES[precision], device=device)
+    """Floating-point operations a second of products in `precision`, on all cores or on the GPU.
 
-    def once() -> float:
-        begin = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for it
-        return time.perf_counter() - begin
-
-    once()
-    best, spent = once(), 0.0
-    for _ in range(REPEATS):
-        if spent > LONG_ENOUGH:  # 16-bit products without instructions for them
+    The first product of a size warms up; a larger size is timed only where it does not take long."""
+    rate = 0.0
+    for size in GPU_SIZES if device.type == "cuda" else CPU_SIZES:
+        if rate and 2 * size**3 / rate > LONG_ENOUGH:  # 16-bit products without instructions for them
             break
-        spent += (took := once())
-        best = min(best, took)
-    return 2 * size**3 / best
+        x = torch.ones(size, size, dtype=DTYPES[precision], device=device)
+        product_time(x)
+        best, spent = product_time(x), 0.0
+        for _ in range(REPEATS):
+            spent += (took := product_time(x))
+            best = min(best, took)
+            if spent > LONG_ENOUGH:
+                break
+        rate = 2 * size**3 / best
+    return rate
+
+
+def product_time(x: Tensor) -> float:
+    """Seconds of x @ x, until its result is there."""
+    begin = time.perf_counter()
+    (x @ x)[0, 0].item()
+    return time.perf_counter() - begin

@@ -155,7 +155,9 @@ def compiler(name: str) -> str:
 
 
 def toolkit_folder(variable: str) -> str | None:
-    """CUDA_HOME or ROCM_HOME as torch finds it, which takes a while and needs setuptools."""
+    """CUDA_HOME or ROCM_HOME as torch finds it, which takes a while and needs setuptools; one without GPUs has none."""
+    if not (torch.version.cuda or torch.version.hip):
+        return None
     try:
         home: str | None = getattr(importlib.import_module("torch.utils.cpp_extension"), variable)
     except ImportError:

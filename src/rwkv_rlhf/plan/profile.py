@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from rwkv_rlhf.plan.rows import Plan, Rates, Row, is_scaled, layer_names, row_modes
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.counted import counted
 
 COMMON_COLUMNS = ("Layer", "Mode", "Rank", "Alpha", "Dropout")
 COLUMNS = (
@@ -89,7 +90,9 @@ def line_of(path: str, number: int, header: Sequence[str], cells: Sequence[str])
     """A line's cells by column; missing ones at the end are empty. Raises ValueError for too many."""
     if any(cells[len(header) :]):
         hint = "put quotes around a list in RejectParts"
-        raise ValueError(f"{path}:{number}: {len(cells)} cells under {len(header)} columns; {hint}")
+        raise ValueError(
+            f"{path}:{number}: {counted(len(cells), 'cell')} under {counted(len(header), 'column')}; {hint}"
+        )
     return Line(path, number, dict.fromkeys(header, "") | dict(zip(header, cells)))
 
 

@@ -33,15 +33,15 @@ def size(count: float) -> str:
 
 
 def figure(value: float) -> str:
-    """Four digits; rates as powers of ten."""
-    return f"{value:.4g}"
+    """Four digits; rates as powers of ten; no minus before what is rounded to 0."""
+    return f"{value:z.4g}"
 
 
 def change(before: float, after: float) -> str:
     """From one figure to another, in as many digits as it takes to see a change of a hundredth."""
     largest = max(abs(before), abs(after))
     digits = 0 if largest >= 1000 else 2 if largest >= 0.1 else 4
-    return f"{before:.{digits}f} -> {after:.{digits}f}"
+    return f"{before:z.{digits}f} -> {after:z.{digits}f}"
 
 
 def short_count(value: float) -> str:

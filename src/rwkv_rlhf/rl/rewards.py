@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from rwkv_rlhf.rl.rollout import Sample
 from rwkv_rlhf.scoring.reward_model import RewardModel
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.counted import counted
 
 Rewarder = Callable[[Sequence[Sample]], Sequence[float | None]]
 
@@ -57,7 +58,8 @@ class RewardFunction:
         if values is None:
             raise RewardError(f"{{reward_funcs}} {self.name} gave a {type(found).__name__}, not a list of numbers")
         if len(values) != len(samples):
-            raise RewardError(f"{{reward_funcs}} {self.name} gave {len(values)} rewards for {len(samples)} answers")
+            answers = counted(len(samples), "answer")
+            raise RewardError(f"{{reward_funcs}} {self.name} gave {counted(len(values), 'reward')} for {answers}")
         return [self._number(value, sample) for value, sample in zip(values, samples)]
 
     def _given(self, samples: Sequence[Sample]) -> dict[str, list[Any]]:

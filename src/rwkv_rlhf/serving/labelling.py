@@ -14,7 +14,7 @@ from rwkv_rlhf.generation.sampling import sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.serving.answering import pieces
 from rwkv_rlhf.serving.engine import Cue, Engine
-from rwkv_rlhf.serving.votes import KINDS, SKIP, Vote, VoteFile
+from rwkv_rlhf.serving.votes import KINDS, SKIP, Rate, Vote, VoteFile
 from rwkv_rlhf.settings.counted import counted
 
 TRIES = 4  # for a pair of which one is empty, or that says the same twice
@@ -169,9 +169,13 @@ class Labelling:
         counts = ", ".join(f"{kinds.count(kind)} {kind.replace('_', ' ')}" for kind in KINDS if kind in kinds)
         out = [counted(len(kinds), "vote") + (f" ({counts})" if counts else ""), counted(self.votes.made(), "pair")]
         if len(names) == 2:
-            rate = self.votes.rate()
-            out.append(
-                f"{names[0]} was better than {names[1]} in {rate.wins} of {rate.votes} decided pairs: {rate.share:.0%} "
-                f"(95% interval {rate.low:.0%} to {rate.high:.0%})"
-            )
+            out.append(f"{names[0]} was better than {names[1]} in {win_sentence(self.votes.rate())}")
         return out
+
+
+def win_sentence(rate: Rate) -> str:
+    """In how many pairs one model won, with its interval; without any that is decided there is nothing to tell."""
+    if not rate.votes:
+        return "no pair so far: none is decided"
+    interval = f"95% interval {rate.low:.0%} to {rate.high:.0%}"
+    return f"{rate.wins} of {counted(rate.votes, 'decided pair')}: {rate.share:.0%} ({interval})"

@@ -1,7 +1,10 @@
 """What a command inherits from a notebook, a batch system or an odd locale, and must not stumble over."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 
 from rwkv_rlhf.host_cores import host_cores, odd_threads
@@ -13,6 +16,21 @@ WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # how a thread
 def one_of_several() -> bool:
     """Whether a launcher (torchrun, srun) may have started other processes of this command."""
     return "RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
+@contextmanager
+def loading(library: str) -> Iterator[None]:
+    """While `library` is imported the first time: what it makes lives as long as the process, so the collector of
+    cycles leaves it alone, now, later and when the process ends (a fifth of the time of PyTorch's import and end)."""
+    if library in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def take_over() -> None:

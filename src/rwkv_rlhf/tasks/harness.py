@@ -8,17 +8,25 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import datasets
 import lm_eval
+import lm_eval.api.task
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
+from tqdm import tqdm
 
 from rwkv_rlhf.generation.sampling_params import SamplingParams
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.eval_tasks import YAML
 from rwkv_rlhf.tasks.text_model import Question, TextModel
+
+log = logging.getLogger(__name__)
 
 SEED = 1234  # of the examples that are shown before a question, as the harness has it
 LONGEST = 256  # tokens of an answer, where a task does not say, as in the harness
@@ -67,6 +75,27 @@ def manager(defaults: bool) -> Any:
     return TaskManager(include_defaults=defaults)
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Inside, the harness and the library that reads its data draw no bars of their own into ours."""
+    drawn = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        with mock.patch.object(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True)):
+            yield
+    finally:
+        if drawn:
+            datasets.enable_progress_bars()
+
+
+def said_of(name: str, task: Any, limit: int) -> str:
+    """The name of a task and how many questions it asks, where that is known before they are read."""
+    rows = task.eval_docs
+    if not isinstance(rows, Sized):
+        return name
+    return f"{name} ({counted(min(len(rows), limit or len(rows)), 'question')})"
+
+
 def harness_figures(names: Sequence[str], model: TextModel, limit: int = 0) -> dict[str, float]:
     """ "TASK/FIGURE" -> number, of the first `limit` examples of each task (0 = all).
 
@@ -81,15 +110,21 @@ def harness_figures(names: Sequence[str], model: TextModel, limit: int = 0) -> d
             meant = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"{{eval_tasks}} {name}: lm-evaluation-harness has no task of this name{meant}")
     try:
-        tasks = manager(not files).load([str(Path(name).resolve()) if name.endswith(YAML) else name for name in names])
+        asked = [str(Path(name).resolve()) if name.endswith(YAML) else name for name in names]
+        with without_bars():
+            tasks = manager(not files).load(asked)
     except Exception as error:  # a YAML that is none, data that is not here: the libraries have a class for each
         first = next(iter(str(error).splitlines()), "")
         raise ValueError(f"{{eval_tasks}} {', '.join(names)}: {type(error).__name__}: {first}") from error
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=SEED)
-    found = lm_eval.evaluate(
-        HarnessModel(model), tasks, limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity=None
+    log.info(
+        "lm-evaluation-harness: %s", ", ".join(said_of(name, task, limit) for name, task in tasks["tasks"].items())
     )
+    with without_bars():
+        found = lm_eval.evaluate(
+            HarnessModel(model), tasks, limit=limit or None, bootstrap_iters=0, log_samples=False, verbosity=None
+        )
     return {
         f"{task}/{figure.removesuffix(',none')}": float(value)
         for task, figures in found["results"].items()

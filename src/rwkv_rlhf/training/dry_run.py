@@ -19,6 +19,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.precision import device_for
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.settings.config import Config
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.training.choices import with_pass
 from rwkv_rlhf.training.inputs import Inputs
 from rwkv_rlhf.training.length import optimizer_steps
@@ -132,7 +133,8 @@ def dry_run_shape(config: Config) -> None:
 def shape_lines(model: RWKV) -> list[str]:
     """The sizes in a sentence."""
     s = model.sizes
-    return [f"{s.version}, {s.n_layer} layers of width {s.n_embd}, feed-forward {s.dim_ffn}, vocabulary {s.vocab_size}"]
+    layers = counted(s.n_layer, "layer")
+    return [f"{s.version}, {layers} of width {s.n_embd}, feed-forward {s.dim_ffn}, vocabulary {s.vocab_size}"]
 
 
 def dry_run(config: Config, folder: Path, start: Start) -> None:
@@ -164,7 +166,8 @@ def dry_run(config: Config, folder: Path, start: Start) -> None:
     saves = -(-config.epoch_count // config.epoch_save) + 1
     disk = sum(p.numel() * 4 for p in start.model.parameters() if p.requires_grad) * (config.keep or saves)
     console.print(
-        f"{total:,} optimizer steps in {config.epoch_count} mini-epochs, {count * config.micro_bsz:,} samples, about "
+        f"{counted(total, 'optimizer step')} in {counted(config.epoch_count, 'mini-epoch')}, "
+        f"{counted(count * config.micro_bsz, 'sample')}, about "
         f"{round(count * seen.mean):,} tokens, up to {disk / MIB:,.0f} MiB of checkpoints",
         highlight=False,
     )

@@ -21,6 +21,8 @@ def held_out_line(record: dict[str, Any], before: dict[str, Any] | None) -> str:
     """The figures that have a curve, the deciding one first, each with what it was before training if known."""
     drawn = [name for name, metric in METRICS.items() if metric.panel and isinstance(record.get(name), float)]
     first, _ = deciding(record)
+    if first == "reward":  # of answers that were sampled: there the loss is the same number, turned round
+        drawn.remove("loss")
     drawn.sort(key=lambda name: name != first)
     was = before or {}
 

@@ -210,7 +210,7 @@ def plan_rows(plan: Plan) -> list[dict[str, str]]:
 def versions() -> dict[str, str]:
     """Program, Python, PyTorch and the machine."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    machine = f"{platform.system()} {platform.machine()}, {host_cores()} cores, {size(host_bytes())}"
+    machine = f"{platform.system()} {platform.machine()}, {counted(host_cores(), 'core')}, {size(host_bytes())}"
     return {
         PROGRAM: PROGRAM_VERSION,
         "python": platform.python_version(),

@@ -24,7 +24,7 @@ from rwkv_rlhf.reports.harmless import Harmless
 from rwkv_rlhf.reports.journal import Journal
 from rwkv_rlhf.reports.page import Run
 from rwkv_rlhf.reports.run_facts import RunFacts, read_facts
-from rwkv_rlhf.reports.samples import SampleTable
+from rwkv_rlhf.reports.sample_table import SampleTable
 from rwkv_rlhf.rl.loop import PromptSteps
 from rwkv_rlhf.scoring.teacher import open_teacher
 from rwkv_rlhf.settings.config import Config

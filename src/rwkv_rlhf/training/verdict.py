@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import bisect
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rwkv_rlhf.layers.placing import matrices
@@ -33,48 +35,62 @@ class Fit(NamedTuple):
     operations: int
 
 
-def need_of(layers: int, width: int, words: Sequence[str], precision: str, *, gpu: bool) -> Need:
-    """By the same estimate as a dry run, in rows of CONTEXT tokens."""
-    place, shape = "gpu" if gpu else "cpu", f"L{layers}-D{width}"
-    typed = ["--dry_run", "1", "--dry_run_shape", shape, "--peft", "lora", "--precision", precision, *words]
-    config = parse([*typed, "--accelerator", place, "--ctx_len", str(CONTEXT), "--data_file", "none.jsonl"])
-    model, _ = shape_model(config)
-    weights = sum(layer.shape.numel() for name, layer in matrices(model) if name != "emb")
-    memory = memory_by_part(config, model, CONTEXT, gpu=gpu).device
-    return Need(sum(memory.values()), 2 * PASSES * weights)
+class Machine:
+    """What a machine of `memory` bytes trains in `precision`, by the same estimate as a dry run, in rows of CONTEXT."""
 
+    def __init__(self, memory: int, precision: str, *, gpu: bool) -> None:
+        self.memory, self.gpu = memory, gpu
+        place = "gpu" if gpu else "cpu"
+        typed = ["--dry_run", "1", "--dry_run_shape", "L2-D64", "--peft", "lora", "--precision", precision]
+        typed += ["--accelerator", place, "--ctx_len", str(CONTEXT), "--data_file", "none.jsonl"]
+        self._configs = {stored: parse([*typed, *words]) for stored, words in STORAGES}
+        self._two_sizes: dict[tuple[int, str], tuple[Need, Need]] = {}
 
-def need_by_layer(layers: int, width: int, words: Sequence[str], precision: str, *, gpu: bool) -> Need:
-    """The same from two small models, as both numbers grow with each layer by as much: a large one takes seconds."""
-    two, three = (need_of(few, width, words, precision, gpu=gpu) for few in (2, 3))
-    return Need(*(small + (layers - 2) * (large - small) for small, large in zip(two, three)))
+    def need_of(self, layers: int, width: int, stored: str) -> Need:
+        """Of one model, built without numbers."""
+        config = dataclasses.replace(self._configs[stored], dry_run_shape=f"L{layers}-D{width}")
+        model, _ = shape_model(config)
+        weights = sum(layer.shape.numel() for name, layer in matrices(model) if name != "emb")
+        memory = memory_by_part(config, model, CONTEXT, gpu=self.gpu).device
+        return Need(sum(memory.values()), 2 * PASSES * weights)
 
+    def need_by_layer(self, layers: int, width: int, stored: str) -> Need:
+        """The same from two small models, as both numbers grow with each layer by as much; a large one takes long."""
+        if (width, stored) not in self._two_sizes:
+            self._two_sizes[width, stored] = (self.need_of(2, width, stored), self.need_of(3, width, stored))
+        two, three = self._two_sizes[width, stored]
+        return Need(*(small + (layers - 2) * (large - small) for small, large in zip(two, three)))
 
-def fits(memory: int, precision: str, *, gpu: bool) -> Iterator[Fit]:
-    """The models that fit into `memory` bytes with LoRA, the smallest first; a packed base only where it must be."""
-    for layers, width in SHAPES:
-        for stored, words in STORAGES:
-            need = need_by_layer(layers, width, words, precision, gpu=gpu)
-            if need.memory <= ROOM * memory:
-                yield Fit(f"L{layers}-D{width}", stored, need.operations)
-                break
-        else:
-            return
+    def fit(self, at: int) -> Fit | None:
+        """The model SHAPES[at] with LoRA where it fits, over a packed base only where it must be."""
+        layers, width = SHAPES[at]
+        for stored, _ in STORAGES:
+            need = self.need_by_layer(layers, width, stored)
+            if need.memory <= ROOM * self.memory:
+                return Fit(f"L{layers}-D{width}", stored, need.operations)
+        return None
+
+    def largest(self) -> Fit | None:
+        """The largest of SHAPES that fits, looked for by halves."""
+        first_without = bisect.bisect_left(range(len(SHAPES)), True, key=lambda at: self.fit(at) is None)
+        return self.fit(first_without - 1) if first_without else None
 
 
 def verdict(memory: int, precision: str, *, gpu: bool, rate: Callable[[], float]) -> str:
     """One sentence. `rate` measures the floating-point operations a second of products in `precision`."""
-    found = list(fits(memory, precision, gpu=gpu))
-    if not found:
+    machine = Machine(memory, precision, gpu=gpu)
+    largest = machine.largest()
+    if largest is None:
         layers, width = SHAPES[0]
         return f"use --precision {precision}; L{layers}-D{width} with LoRA does not fit in rows of {CONTEXT} tokens"
     measured = rate()
-    rates = {one.shape: measured / one.operations for one in (found[0], found[-1])}
+    smallest = machine.fit(0) or largest
+    rates = {one.shape: measured / one.operations for one in (smallest, largest)}
     speeds = ", ".join(
         f"{shape} about {f'{speed:.3g}' if speed < 1000 else short_count(speed)} tokens/s"
         for shape, speed in rates.items()
     )
     return (
-        f"use --precision {precision}; {found[-1].shape} with LoRA{found[-1].stored} fits in rows of {CONTEXT} tokens; "
+        f"use --precision {precision}; {largest.shape} with LoRA{largest.stored} fits in rows of {CONTEXT} tokens; "
         f"by the rate of products {speeds}"
     )

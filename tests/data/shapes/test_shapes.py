@@ -88,8 +88,8 @@ def test_prompts_with_lines_of_speakers_are_said(tmp_path):
     found, report = forms(jsonl(tmp_path / "a.jsonl", *rows))
     assert [form["messages"][0]["content"] for form in found] == ["Please go on. \nUser: this is inside", "a"]
     text = "\n".join(report.found)
-    assert "1 rows have lines like `User:` inside prompt, and are no transcripts" in text and repr(odd) in text
-    assert "1 rows had the speakers' names in prompt: split into turns" in text
+    assert "1 row has lines like `User:` inside prompt without being transcripts" in text and repr(odd) in text
+    assert "1 row had the speakers' names in prompt: split into turns" in text
 
 
 def test_thinking_can_be_dropped(tmp_path):
@@ -98,4 +98,4 @@ def test_thinking_can_be_dropped(tmp_path):
     report = DataReport(str(path))
     found = [stable_form(f.item) for f in read_items(path, report, ("text",), Reading(drop_thinking=True))]
     assert "thinking" not in json.dumps(found) and "two and two" not in json.dumps(found)
-    assert any("1 rows had thinking that was dropped" in line for line in report.found)
+    assert any("1 row had thinking that was dropped" in line for line in report.found)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rwkv_rlhf.checkpoints.exporters.byte_pairs import BytePairs, byte_pairs
 from rwkv_rlhf.checkpoints.exporting import (
     DTYPES,
     ExportedModel,
@@ -34,6 +35,8 @@ from rwkv_rlhf.checkpoints.exporting import (
 )
 from rwkv_rlhf.model import rwkv6, rwkv7
 from rwkv_rlhf.model.sizes import Sizes
+
+log = logging.getLogger(__name__)
 
 EPSILON = 1e-5  # of LayerNorms
 CONTEXT = 1 << 20  # tokens; there is no limit, but programs ask for one
@@ -137,20 +140,45 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, vocab_size: int) -> None
     """Words with their types, the marks that end a document and an answer, and how a conversation is written."""
     import gguf
 
-    words, types = ["<s>"], [gguf.TokenType.CONTROL]
-    for number in range(1, vocab_size):
-        word = vocabulary.words.get(number)
-        words.append(f"[PAD{number}]" if word is None else repr(word)[2:-1])
-        types.append(gguf.TokenType.UNUSED if word is None else gguf.TokenType.NORMAL)
-    writer.add_tokenizer_model("rwkv")
-    writer.add_token_list(words)
-    writer.add_token_types(types)
+    if vocabulary.tokenizer:
+        add_byte_pairs(writer, byte_pairs(vocabulary.tokenizer), vocab_size)
+    else:
+        words = {number: repr(word)[2:-1] for number, word in vocabulary.words.items()}
+        types = dict.fromkeys(words, gguf.TokenType.NORMAL) | {0: gguf.TokenType.CONTROL}
+        writer.add_tokenizer_model("rwkv")
+        add_words(writer, words | {0: "<s>"}, types, vocab_size)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     if len(vocabulary.end) == 1:
         writer.add_eot_token_id(vocabulary.end[0])
     if vocabulary.chat_template:
         writer.add_chat_template(vocabulary.chat_template)
+
+
+def add_words(writer: Any, words: Mapping[int, str], types: Mapping[int, Any], vocab_size: int) -> None:
+    """A word for each id of the model, and what kind it is; ids without one are never produced by a text."""
+    import gguf
+
+    ids = range(vocab_size)
+    writer.add_token_list([words.get(number, f"[PAD{number}]") for number in ids])
+    writer.add_token_types([types.get(number, gguf.TokenType.UNUSED) for number in ids])
+
+
+def add_byte_pairs(writer: Any, found: BytePairs, vocab_size: int) -> None:
+    """A vocabulary of byte pairs."""
+    import gguf
+
+    if found.composes:
+        log.info(
+            "the vocabulary composes characters (NFC) and llama.cpp does not: e and an accent apart are other ids there"
+        )
+    kinds = gguf.TokenType
+    marks = {number: kinds.CONTROL if special else kinds.USER_DEFINED for number, special in found.marks.items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    add_words(writer, found.words, dict.fromkeys(found.words, kinds.NORMAL) | marks, vocab_size)
+    writer.add_token_merges(found.merges)
+    writer.add_add_bos_token(False)
 
 
 def parts_of(sizes: Sizes, architecture: Architecture) -> list[Part]:

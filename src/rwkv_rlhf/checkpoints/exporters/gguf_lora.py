@@ -18,6 +18,7 @@ from rwkv_rlhf.checkpoints.exporters.gguf import ARCHITECTURES
 from rwkv_rlhf.checkpoints.exporters.peft import LINEAR, PREFIX, to_peft
 from rwkv_rlhf.files import atomic_path
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.counted import counted
 
 HALVES = {"att": "time_mix", "ffn": "channel_mix"}
 MATRICES = re.compile(r"blocks\.(\d+)\.(att|ffn)\.(receptance|key|value|output|gate)|head")
@@ -53,7 +54,7 @@ def to_gguf_lora(file: AdapterFile, path: Path, *, force: bool = False) -> str:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return f"{len(file.layout.adapted)} adapters for llama.cpp: {path}"
+    return f"{counted(len(file.layout.adapted), 'adapter')} for llama.cpp: {path}"
 
 
 def checked(file: AdapterFile, force: bool) -> str:

@@ -3,15 +3,18 @@
     model.safetensors, or shards with their index    config.json    generation_config.json
     tokenizer_config.json    rwkv_vocab.txt    tokenization_rwkv_trie.py    chat_template.jinja
 
-The vocabulary needs a tokenizer of its own, which transformers loads from the folder (trust_remote_code).
+A trie vocabulary needs a tokenizer of its own, which transformers loads from the folder (trust_remote_code); one in
+tokenizer.json's form is there instead of both files.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rwkv_rlhf.checkpoints.exporters.byte_pairs import mark_of, without_additions
 from rwkv_rlhf.checkpoints.exporting import (
     DTYPES,
     ExportedModel,
@@ -27,6 +30,7 @@ from rwkv_rlhf.files import atomic_write, write_json
 from rwkv_rlhf.model.sizes import Sizes
 
 TOKENIZER = "tokenization_rwkv_trie.py"
+MARKS = ("bos_token", "eos_token", "pad_token")  # id 0 is all of them
 
 
 def write_hf(model: ExportedModel, folder: Path, options: ExportOptions) -> None:
@@ -89,17 +93,8 @@ def config_of(sizes: Sizes, dtype: str) -> dict[str, Any]:
 
 def write_vocabulary(folder: Path, vocabulary: Vocabulary, vocab_size: int) -> None:
     """The vocabulary, its tokenizer, what ends an answer, and the chat template."""
-    lines = (f"{number} {word!r} {len(word)}\n" for number, word in sorted(vocabulary.words.items()))
-    with atomic_write(folder / "rwkv_vocab.txt") as file:
-        file.write("".join(lines).encode())
-    shutil.copyfile(Path(__file__).with_name(TOKENIZER), folder / TOKENIZER)
-    about: dict[str, Any] = {
-        "tokenizer_class": "RwkvTrieTokenizer",
-        "auto_map": {"AutoTokenizer": [f"{TOKENIZER.removesuffix('.py')}.RwkvTrieTokenizer", None]},
-        "model_vocab_size": vocab_size,
-        "clean_up_tokenization_spaces": False,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
-    }
+    about = write_file(folder, vocabulary.tokenizer) if vocabulary.tokenizer else write_words(folder, vocabulary.words)
+    about |= {"model_vocab_size": vocab_size, "clean_up_tokenization_spaces": False}
     if vocabulary.chat_template:
         about["chat_template"] = vocabulary.chat_template
         with atomic_write(folder / "chat_template.jinja") as file:
@@ -107,3 +102,24 @@ def write_vocabulary(folder: Path, vocabulary: Vocabulary, vocab_size: int) -> N
     write_json(folder / "tokenizer_config.json", about)
     ends = [0, *vocabulary.end] if len(vocabulary.end) == 1 else [0]
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": ends, "pad_token_id": 0})
+
+
+def write_words(folder: Path, words: Mapping[int, bytes]) -> dict[str, Any]:
+    """A trie vocabulary and the program that reads it; returns what tokenizer_config.json says of them."""
+    lines = (f"{number} {word!r} {len(word)}\n" for number, word in sorted(words.items()))
+    with atomic_write(folder / "rwkv_vocab.txt") as file:
+        file.write("".join(lines).encode())
+    shutil.copyfile(Path(__file__).with_name(TOKENIZER), folder / TOKENIZER)
+    return {
+        "tokenizer_class": "RwkvTrieTokenizer",
+        "auto_map": {"AutoTokenizer": [f"{TOKENIZER.removesuffix('.py')}.RwkvTrieTokenizer", None]},
+        **dict.fromkeys(MARKS, "<|endoftext|>"),
+    }
+
+
+def write_file(folder: Path, tokenizer: str) -> dict[str, Any]:
+    """A tokenizer.json as it is; returns what tokenizer_config.json says of it."""
+    with atomic_write(folder / "tokenizer.json") as file:
+        file.write(without_additions(tokenizer).encode())
+    mark = mark_of(tokenizer, 0)
+    return {"tokenizer_class": "PreTrainedTokenizerFast"} | (dict.fromkeys(MARKS, mark) if mark else {})

@@ -34,6 +34,7 @@ from rwkv_rlhf.layers.placing import Layout
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.plan import is_scalar_head
 from rwkv_rlhf.settings import tables
+from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.tables import PeftFacts
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def to_peft_folder(file: AdapterFile, folder: Path, *, force: bool = False) -> s
     config["base_model_name_or_path"] = file.sidecar.base_file if file.sidecar and not cold else None
     write_tensors(tensors, folder / TENSORS)
     write_json(folder / CONFIG, config)
-    return f"{len(adapted)} adapters for the PEFT library: {folder}"
+    return f"{counted(len(adapted), 'adapter')} for the PEFT library: {folder}"
 
 
 def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
@@ -115,7 +116,7 @@ def from_peft_folder(folder: Path, base: Path, output: Path, quant: str) -> str:
     sidecar = sidecar_of(file_sizes(base).version, layout, None, base)
     Merged(base_tensors, AdapterFile(folder, tensors, sidecar, layout, {}))  # refuses what does not fit
     write_checkpoint(tensors, sidecar, output)
-    return f"{len(adapted)} adapters of {folder} for {base.name}: {output}"
+    return f"{counted(len(adapted), 'adapter')} of {folder} for {base.name}: {output}"
 
 
 def to_peft(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from rwkv_rlhf.commands.flag_groups import add_trained_template_flag, add_vocabulary_flag
 from rwkv_rlhf.files import MODEL_SUFFIXES
 from rwkv_rlhf.settings import tables
 from rwkv_rlhf.settings.command_line import Parser
@@ -47,6 +48,10 @@ class Tasks(Parser):
             raise ValueError(
                 "--dense 1 is about merging an adapter into its base, which --to_... and --from_peft do not"
             )
+        told = [f"--{name}" for name in ("template", "vocab_file") if getattr(found, name)]
+        if told and not found.output.endswith(tuple(EXPORTED)):
+            known = " or ".join(EXPORTED)
+            raise ValueError(f"{' and '.join(told)}: only a file for another program holds it, --output in {known}")
         if found.device.split(":")[0] not in ("auto", "cpu", "cuda"):
             raise ValueError(f"--device {found.device}: must be auto, cpu or cuda")
         if found.output and not found.output.endswith(SUFFIXES if found.from_peft else (*SUFFIXES, *EXPORTED)):
@@ -83,6 +88,8 @@ def add_flags(flags: Flags) -> Flags:
         flags.add_argument(f"--to_{name}", default="", help=f"write the adapter there: {facts.help}")
     text = "folder of a PEFT adapter to write as a checkpoint"
     flags.add_path("--from_peft", holds="model", default="", help=text)
+    add_trained_template_flag(flags)
+    add_vocabulary_flag(flags)
     flags.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda")
     flags.add_switch("--force", help="go on although base model or storage are not those of the training")
     return flags

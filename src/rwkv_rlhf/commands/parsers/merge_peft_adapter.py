@@ -15,14 +15,18 @@ NOT_SAID = "that of the checkpoint"  # stands for --base_model where nothing was
 
 
 class Spelled(merge.Tasks):
-    """Takes the words of the pipeline."""
+    """Takes the words of the pipeline. say: tells what was spelled otherwise."""
+
+    say = False
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parses `args`; raises as `merge.Tasks`. `base_model` is "" where that of the checkpoint is meant."""
-        words = translated(NAME, args or (), say=False)
+        """Parses `args`; raises as `merge.Tasks`. `base_model` is "" where that of the checkpoint is meant, `folder`
+        what --output_name names where that is no file."""
+        words = translated(NAME, args or (), say=self.say)
         output = value_of(words, "--output")
         words += ["--output", output_file(output)] if output else []
         found = super().parse_args(["--base_model", NOT_SAID, *words], namespace)
+        found.folder = output if output and found.output != output else ""
         found.base_model = found.base_model.replace(NOT_SAID, "")
         return found
 
@@ -34,6 +38,8 @@ def output_file(output: str) -> str:
     return str(Path(output) / f"{FINAL}{MODEL_SUFFIXES['pth']}")
 
 
-def parser() -> Spelled:
+def parser(say: bool = False) -> Spelled:
     """The flags of this script."""
-    return merge.add_flags(Spelled("Merging as the neural_chat pipeline spells it."))
+    flags = merge.add_flags(Spelled("Merging as the neural_chat pipeline spells it."))
+    flags.say = say
+    return flags

@@ -22,6 +22,7 @@ from rwkv_rlhf.data.sources import sources_of
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.settings.counted import counted
 
 
 def is_rated(path: str | os.PathLike[str], shape: str = "") -> bool:
@@ -77,10 +78,10 @@ def _finished(
 ) -> Pairs:
     """Mismatched, counted and warned about."""
     if not examples:
-        raise ValueError(f"{report.source}: holds no usable answer ({report.rows} rows read)")
+        raise ValueError(f"{report.source}: holds no usable answer ({counted(report.rows, 'row')} read)")
     rated = Pairs(mismatched(examples, report.source, seed), report, ctx_len, about)
     good = sum(1 for example in examples if example.good)
-    report.notice(f"{report.source}: {good} good and {len(examples) - good} bad answers")
+    report.notice(f"{report.source}: {good} good and {counted(len(examples) - good, 'bad answer')}")
     return rated
 
 

@@ -14,6 +14,7 @@ from rwkv_rlhf.data.report import DataReport, RowError
 from rwkv_rlhf.data.templates.named import TEMPLATE_SEED, draw_template, find_templates, say_plain_marks
 from rwkv_rlhf.data.templates.template import Template
 from rwkv_rlhf.data.tokenizer import Tokenizer
+from rwkv_rlhf.settings.counted import counted
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def longest_answer(pair: PairExample) -> int:
 def count_pairs(pairs: Sequence[PairExample], report: DataReport) -> None:
     """Fills in what the finished pairs say. Raises ValueError when there are none."""
     if not pairs:
-        raise ValueError(f"{report.source}: holds no usable preference pair ({report.rows} rows read)")
+        raise ValueError(f"{report.source}: holds no usable preference pair ({counted(report.rows, 'row')} read)")
     report.examples = report.trained = len(pairs)
     report.unit = "answer" if isinstance(pairs[0], RatedExample) else "pair"
     report.lengths = [len(pair.prompt) + longest_answer(pair) for pair in pairs]
@@ -130,7 +131,9 @@ class PairTokeniser:
         self.rng.shuffle(train)
         parts.insert(0, train)
         if not all(parts):
-            raise ValueError(f"--split: {self.path} has {len(groups)} usable prompts, too few for {len(shares)} parts")
+            raise ValueError(
+                f"--split: {self.path} has {counted(len(groups), 'usable prompt')}, too few for {len(shares)} parts"
+            )
         count_pairs([pair for part in parts for pair in part], self.report)
         return parts
 

@@ -9,6 +9,7 @@ from rwkv_rlhf.data.report import RowError
 from rwkv_rlhf.data.shapes.preference import score
 from rwkv_rlhf.data.shapes.question import question_turns
 from rwkv_rlhf.data.shapes.record import Pair, Record
+from rwkv_rlhf.settings.counted import counted
 
 TEXT = ("response", "text", "content", "answer", "completion", "output")
 SCORE = ("score", "overall_score", "rating")
@@ -53,7 +54,7 @@ def _answers(record: Record, values: object) -> list[Answer]:
     scores, ranks = record.get(*SCORES), record.get(RANKS)
     beside = scores if scores is not None else [-rank for rank in ranks] if ranks is not None else None
     if beside is not None and (not isinstance(beside, list) or len(beside) != len(values)):
-        raise RowError(f"{len(values)} answers, but not as many scores", "unreadable")
+        raise RowError(f"{counted(len(values), 'answer')}, but not as many scores", "unreadable")
     found = []
     for number, value in enumerate(values):
         inner = value if isinstance(value, dict) else {}

@@ -4,6 +4,7 @@ first of a document is predicted exactly once."""
 import numpy as np
 
 from rwkv_rlhf.data.report import DataReport
+from rwkv_rlhf.settings.counted import counted
 
 NOTHING_TRAINED = "no trained token (a single token, or no assistant turn)"
 
@@ -40,7 +41,9 @@ class CutDocuments:
     def _close(self) -> None:
         """All documents are there. Raises ValueError when none of them trains anything."""
         if not self._found:
-            raise ValueError(f"{self.report.source}: holds no text to train on ({self.report.rows} rows read)")
+            raise ValueError(
+                f"{self.report.source}: holds no text to train on ({counted(self.report.rows, 'row')} read)"
+            )
         self.segments = np.asarray(self._found, dtype=np.int64)
         del self._found
         self.report.examples, self.report.trained = len(self.segments), int(self.segments[:, 3].sum())

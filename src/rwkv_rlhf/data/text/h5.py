@@ -25,6 +25,7 @@ from rwkv_rlhf.data.text.cut_documents import CutDocuments, trained_before
 from rwkv_rlhf.data.text.h5_check import check_column
 from rwkv_rlhf.files import atomic_path, check_readable
 from rwkv_rlhf.settings.config import PROGRAM_VERSION
+from rwkv_rlhf.settings.counted import counted
 
 TOKENS, MASK = "tokens", "mask"
 VALUES, INDICES, LSE = "top_k_values", "top_k_indices", "top_k_lse"
@@ -195,7 +196,7 @@ def _checked(tokens: np.ndarray, mask: np.ndarray, vocab_size: int) -> TextExamp
     """A document as `H5File.document` gives it."""
     check_ids(tokens, vocab_size, "token")
     if len(mask) not in (0, len(tokens)):
-        raise RowError(f"{len(tokens)} tokens, but a mask of {len(mask)}", "wrong structure")
+        raise RowError(f"{counted(len(tokens), 'token')}, but a mask of {len(mask)}", "wrong structure")
     return TextExample(tokens, mask.astype(bool) if len(mask) else None)
 
 
