@@ -17,8 +17,10 @@ if [ "${1:-}" = --fast ]; then
 fi
 export REAL_CXX="${CXX:-c++}" CXX="$PWD/tests/support/quick_compiler"
 # beside mypy, which uses one core; without it tests wait for each other's compilers
-.venv/bin/python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)' \
-  >/dev/null 2>&1 &
+{
+  .venv/bin/python -c 'from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load(verbose=False)' || true
+  PYTHONPATH=src:. .venv/bin/python -m tests.support.compile_first
+} >/dev/null 2>&1 &
 .venv/bin/mypy
 wait
 exec "${tests[@]}" -m "not gpu" "$@"

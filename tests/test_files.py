@@ -171,6 +171,6 @@ def test_a_full_disk_ends_a_log_in_one_sentence(tmp_path):
 
 def test_a_killed_process_leaves_whole_records(tmp_path):
     """What `append` returned from is on the disk, whatever comes next."""
-    assert started(PROGRAMS / "killed_log.py", tmp_path / "log").wait(timeout=60) == -signal.SIGKILL
+    assert started(PROGRAMS / "killed_log.py", tmp_path / "log", fresh=True).wait(timeout=60) == -signal.SIGKILL
     log = AppendLog(tmp_path / "log", Sized(b"TEST"), b"key\n")
     assert log.resume() and list(log.records()) == [b"0", b"1", b"2"]

@@ -57,7 +57,7 @@ def test_a_process_that_imports_nothing_else_reads_columns(tmp_path, suffix):
     else:
         with pyarrow.ipc.new_file(path, table.schema) as writer:
             writer.write_table(table)
-    process = started("convert_data.py", "--input", path, "--output", tmp_path / "out.jsonl")
+    process = started("convert_data.py", "--input", path, "--output", tmp_path / "out.jsonl", fresh=True)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert read_jsonl(tmp_path / "out.jsonl") == [{"text": "one"}, {"text": "two"}]

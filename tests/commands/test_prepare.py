@@ -40,7 +40,8 @@ def test_mistakes_end_with_status_2_and_leave_files_alone(tmp_path):
     """The script under its other name: one sentence on stderr, no traceback, no file."""
     source = tmp_path / "in.csv"
     source.write_text("prompt,answer,reject\na,b,c\n")
-    process = started("rlhf_generate_save.py", "--input_csv", source, "--output_save", tmp_path / "out" / "a.save")
+    words = ("--input_csv", source, "--output_save", tmp_path / "out" / "a.save")
+    process = started("rlhf_generate_save.py", *words, fresh=True)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2
     assert "in.csv:2 (row 1): " in err and "of which chosen is missing" in err and "Traceback" not in err

@@ -28,7 +28,7 @@ from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.run_identity import differences, identity
 from rwkv_rlhf.training.screen import shown
 from tests.support.files import VOCAB, read_jsonl
-from tests.support.processes import run_program
+from tests.support.processes import PROGRAMS, end_of, started_ranks
 from tests.support.recipes import follow, recipes, write
 from tests.support.source_files import ROOT
 
@@ -398,8 +398,8 @@ def test_a_strategy_of_two_processes(tmp_path, base_model, vocab_file, text_json
     words = f"--load_model {base_model} --vocab_file {vocab_file} {SMALL} {LORA} --data_file {text_jsonl}".split()
     lists = [[*words, "--strategy", name, "--proj_dir", str(tmp_path / name)] for name in ("ddp", "ddp_fp16")]
     (tmp_path / "runs.json").write_text(json.dumps(lists))
-    two = ("--devices", 2, "--accelerator", "cpu")
-    run_program("several_runs", tmp_path / "runs.json", *two, first_path=tmp_path / "src")
+    words = (tmp_path / "runs.json", "--accelerator", "cpu")
+    end_of(*started_ranks(PROGRAMS / "several_runs.py", *words, first_path=tmp_path / "src"))
     losses = {
         name: [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl", "train")]
         for name in ("ddp", "ddp_fp16")

@@ -243,6 +243,14 @@ def test_missing_bitsandbytes_is_one_sentence_with_the_way_out(store, monkeypatc
         STORES[store].pack(matrix(4, 64))
 
 
+def test_unpacking_leaves_loggers_alone(monkeypatch):
+    """Setting a level clears the caches of all loggers: a millisecond for each matrix, of each layer, in each pass."""
+    pytest.importorskip("bitsandbytes")
+    packed = STORES["nf4"].pack(matrix(4, 64))
+    monkeypatch.setattr(logging.Logger, "setLevel", lambda *_: pytest.fail("a level is set"))
+    packed.unpack()
+
+
 def test_an_unknown_storage_names_the_legal_ones():
     """If this breaks, a sidecar of a newer program ends in a KeyError."""
     with pytest.raises(ValueError, match=r"storage int3 .*none, nf4, fp4, int8, fp8"):

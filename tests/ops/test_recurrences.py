@@ -16,7 +16,8 @@ from rwkv_rlhf.ops.build import BuildError
 from rwkv_rlhf.ops.cpu import library
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, meaning, results
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# one group, since two processes would wait for the same compilers
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("recurrences")]
 
 LIMIT = 2e-6
 

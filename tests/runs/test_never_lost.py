@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 
@@ -20,7 +19,7 @@ from rwkv_rlhf.settings.config import Config
 from rwkv_rlhf.training.module import TrainingModule
 from rwkv_rlhf.training.out_of_memory import advice, is_out_of_memory
 from tests.support.files import read_jsonl
-from tests.support.processes import PROGRAMS, environment
+from tests.support.processes import PROGRAMS, started
 from tests.support.source_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -47,9 +46,8 @@ def same(one, two):
 def server(tmp_path_factory):
     """A process that makes processes; `log` is where those write."""
     log = tmp_path_factory.mktemp("server") / "log"
-    words = [sys.executable, str(PROGRAMS / "run_server.py"), str(log)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(words, cwd=ROOT, env=environment(), **pipes) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with started(PROGRAMS / "run_server.py", log, pipes=pipes) as process:
         process.log = log
         yield process
         process.stdin.close()

@@ -8,7 +8,7 @@ import torch
 from rwkv_rlhf.checkpoints.resume_points import last_point
 from rwkv_rlhf.commands import train
 from tests.support.files import read_jsonl
-from tests.support.processes import PROGRAMS, started
+from tests.support.processes import PROGRAMS, end_of, started_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
 
@@ -43,9 +43,7 @@ def runs(base_model, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     )
     path = folder / "runs.json"
     path.write_text(json.dumps([[str(word) for word in one] for one in lists]))
-    process = started(PROGRAMS / "several_runs.py", path, "--devices", 2)
-    _, err = process.communicate(timeout=580)
-    assert process.returncode == 0, err[-3000:]
+    end_of(*started_ranks(PROGRAMS / "several_runs.py", path), timeout=580)
     return folder
 
 

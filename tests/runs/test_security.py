@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.files import JINJA, VOCAB
-from tests.support.processes import PROGRAMS, environment
+from tests.support.processes import PROGRAMS, end_of, environment, started
 from tests.support.source_files import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(390)]
@@ -72,15 +72,8 @@ def test_two_runs_at_once_share_data_and_caches(tmp_path, base_model, vocab_file
     before = {path: path.read_bytes() for path in (base_model, vocab_file, pairs_csv)}
     beside = {path: sorted(os.listdir(path.parent)) for path in before}
 
-    def start(name):
-        words = [sys.executable, ROOT / "train.py", *small, "--proj_dir", tmp_path / name]
-        return subprocess.Popen(
-            list(map(str, words)), env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True
-        )
-
-    first, second = start("one"), start("two")
-    errors = [run.communicate(timeout=500)[1] for run in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], errors
+    words = (ROOT / "train.py", *small, "--proj_dir")
+    end_of(*(started(*words, tmp_path / name, cwd=tmp_path) for name in ("one", "two")))
     one, two = (torch.load(tmp_path / name / "rwkv-0.pth", weights_only=True) for name in ("one", "two"))
     assert one and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert {path: path.read_bytes() for path in before} == before

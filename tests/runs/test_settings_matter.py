@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -24,7 +22,7 @@ from rwkv_rlhf.training.optimizers import adamw
 from rwkv_rlhf.training.schedule import Schedule
 from rwkv_rlhf.training.start import start
 from tests.support.files import VOCAB, has_stepped, read_jsonl
-from tests.support.source_files import ROOT
+from tests.support.processes import started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -378,8 +376,7 @@ def test_prepared_scores_are_those_of_the_first_step(script, go, typed, base_mod
 def test_sigterm_saves_and_is_no_success(typed, text_jsonl, tmp_path):
     """If this breaks, a job that the queue ends loses what it learnt, or counts as done."""
     words = [*typed, "--proj_dir", tmp_path, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 100000]
-    command = [sys.executable, "train.py", *map(str, words)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = started("train.py", *words)
     deadline = time.monotonic() + 120
     while not has_stepped(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.training import loss_scale
 from tests.support.files import VOCAB, has_stepped, read_jsonl
-from tests.support.source_files import ROOT
+from tests.support.processes import started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -260,18 +258,10 @@ def test_a_torn_line_of_an_earlier_run_is_harmless(script, typed, text_jsonl, tm
     assert (folder / "curves.png").exists()
 
 
-def interruptible():
-    """In the child: SIGINT does what it does in a terminal."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_saves_and_says_130(typed, text_jsonl, tmp_path):
     """If this breaks, stopping a run loses what it learnt."""
     words = [*typed, "--sft", 1, "--data_file", text_jsonl, "--epoch_steps", 100000, "--epoch_count", 1]
-    command = [sys.executable, "train.py", *map(str, words)]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    # a shell's background jobs ignore SIGINT and hand that down
-    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **pipes)
+    process = started("train.py", *words)
     deadline = time.monotonic() + 120
     while not has_stepped(tmp_path / "out") and time.monotonic() < deadline:
         time.sleep(0.1)

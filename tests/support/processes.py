@@ -2,37 +2,78 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.support.forked import AT_START, Forked, can_fork
 from tests.support.source_files import ROOT
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
+OUTPUT = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 
 
 def environment(**variables: object) -> dict[str, str]:
     """The environment of a child: the package is found, one thread, and what is given on top."""
     paths = os.pathsep.join(str(path) for path in (variables.pop("first_path", ""), ROOT / "src", ROOT) if path)
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{n: str(v) for n, v in variables.items()}}
+    return {**AT_START, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **{n: str(v) for n, v in variables.items()}}
 
 
-def started(*words: object, program: Sequence[object] = (sys.executable,), **variables: object) -> subprocess.Popen:
-    """A process at the project's root, its output in pipes of text: `started("train.py", "--help")`."""
-    command, pipe = [str(word) for word in (*program, *words)], subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment(**variables), stdout=pipe, stderr=pipe, text=True)
+def interruptible() -> None:
+    """In a child: SIGINT does what it does in a terminal. A shell's background jobs ignore it, and hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def started(
+    *words: object,
+    program: Sequence[object] = (sys.executable,),
+    cwd: Path = ROOT,
+    fresh: bool = False,
+    pipes: Mapping[str, int] = OUTPUT,
+    **variables: object,
+) -> subprocess.Popen:
+    """A process, its output in pipes of text: `started("train.py", "--help")`, by default at the project's root.
+
+    Python's programs have PyTorch and Lightning imported already where that is possible (tests/support/forked.py) and
+    the test is not about a program's start or memory (fresh).
+    """
+    command, place = [str(word) for word in (*program, *words)], environment(**variables)
+    settings = {"cwd": cwd, "env": place, "text": True, **pipes}
+    if not fresh and command[0] == sys.executable and can_fork(place):
+        return Forked(command, **settings)
+    return subprocess.Popen(command, preexec_fn=interruptible, **settings)
+
+
+def started_ranks(*words: object, ranks: int = 2, **variables: object) -> list[subprocess.Popen]:
+    """The processes of one run, as torchrun starts them; for tests that are not about who starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    job |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, **variables}
+    return [started(*words, RANK=rank, LOCAL_RANK=rank, **job) for rank in range(ranks)]
+
+
+def end_of(*processes: subprocess.Popen, timeout: float = 300) -> str:
+    """What they write to stdout, when they have ended; fails with the stderr of one that fails, and ends them all."""
+    with ThreadPoolExecutor(len(processes)) as readers:
+        done = [readers.submit(process.communicate, timeout=timeout) for process in processes]
+        try:
+            written = [one.result() for one in done]
+        finally:
+            for process in processes:
+                process.kill()
+    for process, (_, err) in zip(processes, written):
+        assert process.returncode == 0, err[-5000:]
+    return "".join(out for out, _ in written)
 
 
 def run_program(name: str, *words: object, timeout: float = 300, **variables: object) -> str:
     """What tests/support/programs/<name>.py writes to stdout; fails with its stderr if it fails."""
-    process = started(PROGRAMS / f"{name}.py", *words, **variables)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, err[-5000:]
-    return out
+    return end_of(started(PROGRAMS / f"{name}.py", *words, **variables), timeout=timeout)
 
 
 # what the `rwkv` package must be told before its import, by kind of model

@@ -26,6 +26,7 @@ from rwkv_rlhf.settings import tables
 
 log = logging.getLogger(__name__)
 
+KEPT_PAGES = 1 << 20  # bytes of a file that may stay in memory: opening one of many names again takes longer
 # Block 0 makes the values that later blocks mix in; some files carry its unused factors all the same.
 OPTIONAL = frozenset(f"blocks.0.att.{name}" for name in ("v0", "v1", "v2"))
 
@@ -113,9 +114,9 @@ def build_model(
 ) -> tuple[RWKV, Report]:
     """A model from base tensors, loaded one after the other.
 
-    `source` names them in messages. `reopen`, if given, reads the tensors again for each block, so that the system can
-    take back the pages of the block before; `tensors` may then be on the meta device. Raises ValueError with the key
-    diff unless names and shapes are exactly those of the model.
+    `source` names them in messages. `reopen`, if given, reads the tensors again at each block before which `KEPT_PAGES`
+    were used, so that the system can take those back; `tensors` may then be on the meta device. Raises ValueError with
+    the key diff unless names and shapes are exactly those of the model.
     """
     sizes = named_sizes(tensors, source)
     _check_frozen_head(tensors, options, source)
@@ -142,13 +143,15 @@ def build_model(
         svd_niter=options.svd_niter,
     )
     dtypes = {}
-    block = ""
+    block, used = "", KEPT_PAGES
     for name, shape in shapes.items():
         if reopen is not None and block_of(name) != block:
-            block, tensors = block_of(name), {}  # let the old pages go before the file is opened again
-            tensors = reopen()
+            block = block_of(name)
+            if used >= KEPT_PAGES:
+                tensors = {}  # let the old pages go before the file is opened again
+                tensors, used = reopen(), 0
         tensor = tensors[name] if name in tensors or name not in new else torch.zeros(shape)
-        dtypes[name] = tensor.dtype
+        dtypes[name], used = tensor.dtype, used + tensor.nbytes
         place(model, name, tensor.reshape(shape), layout, spec, options.seed, options.initial)
     report = report_of(model, layout)
     report.dtypes = dtypes

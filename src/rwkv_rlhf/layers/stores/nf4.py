@@ -22,8 +22,9 @@ CHUNK = 1 << 20  # elements packed at once: quantize_4bit holds several float32 
 
 
 def _bitsandbytes() -> ModuleType:
-    # its import warns about an optional product kernel that is not used here
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # its import warns about an optional product kernel that is not used here; setting a level again takes a millisecond
+    if (logger := logging.getLogger("bitsandbytes")).level != logging.ERROR:
+        logger.setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional
     except ImportError as error:
