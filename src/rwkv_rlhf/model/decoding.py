@@ -85,15 +85,15 @@ def decode_block(run: Decoding, block: Block, carried: Tensor | None, state: Lay
 
 def _able(model: RWKV) -> bool:
     """Whether programs serve."""
-    parameters = list(model.parameters())
+    parameters, blocks = list(model.parameters()), list(model.blocks)
     return (
         isinstance(model, RWKV)
-        and all(isinstance(block, Block) and block.decodes for block in model.blocks)
+        and all(isinstance(block, Block) and block.decodes for block in blocks)
         and model.wkv_backend in ("auto", "cpu")
         and model.compute_dtype in (torch.float32, torch.bfloat16)
         and model.sizes.head_size in (1, *decode.HEAD_SIZES)
         and all(p.is_cpu and type(p.data) is Tensor and p.numel() for p in parameters)
-        and not any(hooked(module) for block in model.blocks for module in (block, block.att, block.ffn))
+        and not any(hooked(module) for block in blocks for module in (block, *block.children()))
         and not hooked(model)
         and decode.missing() is None
     )

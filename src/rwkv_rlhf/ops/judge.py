@@ -5,7 +5,7 @@ Tests, benchmarks and `--doctor 1` judge by the same measure: RMS(difference) / 
 B batch, T tokens, H heads, N head size, S rows or packed segments
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ def error(value: Tensor, reference: Tensor) -> float:
     return float((value - reference).square().mean().sqrt() / reference.square().mean().sqrt().clamp_min(1e-30))
 
 
-def errors(values: dict[str, Tensor], references: dict[str, Tensor]) -> dict[str, float]:
+def errors(values: Mapping[str, Tensor], references: Mapping[str, Tensor]) -> dict[str, float]:
     """`error` for every tensor of two `results`."""
     assert values.keys() == references.keys()
     return {name: error(values[name], references[name]) for name in values}
