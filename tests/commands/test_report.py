@@ -29,6 +29,10 @@ def test_two_runs(script, tmp_path):
     output = tmp_path / "c.html"
     status, out, err = script(report.main, tmp_path / "one", tmp_path / "two", "--output", output)
     assert (status, out.strip()) == (0, str(output)), err
+    for run in ("one", "two"):  # the page of a run is not written over
+        page = tmp_path / run / "report.html"
+        status, _, err = script(report.main, tmp_path / "one", tmp_path / "two", "--output", page)
+        assert status == 2 and "is the page of one of the runs" in err and not page.exists()
     page = output.read_text()
     different = page[page.index("Settings that differ") : page.index("<h2>Curves")]
     assert "<td>lr_init</td><td>0.0001</td><td>0.0002</td>" in different and "dpo" not in different

@@ -142,7 +142,9 @@ def merge(args: argparse.Namespace) -> None:
     plain = f"{counted(len(layout.adapted), 'adapter')} and {counted(len(layout.trained), 'tensor')}"
     over = f", trained over {layout.store}" if layout.packed else ""
     print(f"merged {plain}{over}: {base_path} + {adapter_path} -> {output} ({size(bytes_of(output))})")
-    print(f"next: {command('chat')} --load_model {pasted([str(output)])}")
+    scores = f"{tables.LOSSES['rm'].scalar_head}.weight" in merged
+    name, more = ("score", " --input ANSWERS --output REWARDS") if scores else ("chat", "")
+    print(f"next: {command(name)} --load_model {pasted([str(output)])}{more}")
     states = {name.split(".")[-1] for name in layout.trained if is_state(name)}
     if states and (not tables.VERSIONS[sizes.version].starts_from_file or states != {"time_state"}):
         print("note: the rwkv package begins from learnt states of RWKV-5.2 and 6 files only, and not token-shift ones")

@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> None:
         if not (Path(folder) / METRICS).is_file():
             raise ValueError(f"{folder} is no folder of a run: it has no {METRICS} in which a run begins")
     from rwkv_rlhf.reports.compare import write_compared
-    from rwkv_rlhf.reports.page import open_run, write_page
+    from rwkv_rlhf.reports.page import PAGE, open_run, write_page
 
     runs = [open_run(Path(folder)) for folder in args.runs]
     if len(runs) == 1:
@@ -32,6 +32,8 @@ def main(words: Sequence[str]) -> None:
         print(write_page(runs[0]))
         return
     path = Path(args.output) if args.output else runs[0].folder / COMPARED
+    if path.resolve() in [(run.folder / PAGE).resolve() for run in runs]:
+        raise ValueError(f"--output {path} is the page of one of the runs: give another name")
     if not path.parent.is_dir():
         raise ValueError(f"--output {path}: there is no folder {path.parent}")
     write_compared(runs, path)
