@@ -346,7 +346,7 @@ def test_talking_streams_answers_and_keeps_the_conversation(script, base_model, 
     assert status == 0, err
     assert [fresh for _, fresh, _ in asked] == [True, False, True] and asked[0][0] == asked[2][0]
     assert len(asked[1][0]) > len("User: again\n\nAssistant:") and asked[0][2] == 0
-    assert "/reset" in out
+    assert "there is no command /what (/help lists them)" in out
 
 
 def test_values_typed_in_a_conversation_are_checked(script, base_model, vocab_file, monkeypatch):
@@ -356,7 +356,7 @@ def test_values_typed_in_a_conversation_are_checked(script, base_model, vocab_fi
     status, out, err = script(chat.main, "--load_model", base_model, "--vocab_file", vocab_file)
     assert status == 0, err
     said = out.splitlines()
-    for sentence in ("--temperature nan: must be", "--top_p 7.0: must be", "--max_tokens 0: must be"):
+    for sentence in ("/temp nan: must be", "/top_p 7.0: must be", "/max 0: must be"):
         assert [line for line in said if line.startswith(sentence)], out
     assert "/max 'x': expected a whole number" in said and "(cut at /max 2)" in said
 

@@ -51,7 +51,7 @@ def test_two_runs(script, tmp_path):
 def test_it_needs_no_torch(tmp_path, runs):
     """If this breaks, looking at a run costs the time that PyTorch takes to load, or needs PyTorch on that machine."""
     a_run(tmp_path)
-    process = started(PROGRAMS / "without_torch.py", "report", *[tmp_path] * runs)
+    process = started(PROGRAMS / "without_torch.py", "report", *[tmp_path] * runs, fresh=True)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and out.strip().endswith(".html"), err
 

@@ -176,7 +176,7 @@ def quick_answers():
         + [["--load_model", "no.pth", *value.split()] for value in OF_VALUES.get(name, ())]
         for name, words in MISTAKES.items()
     }
-    return json.loads(run_program("quick_answers", json.dumps(lines)))
+    return json.loads(run_program("quick_answers", json.dumps(lines), fresh=True))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -66,7 +66,7 @@ def test_a_new_option_reaches_the_sampler(toy, sampled, script, base_model, voca
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     status, out, err = script(chat.main, *common)
     assert status == 0, err
-    assert "--toy 2.0: must be at least 0 and at most 1 (a toy)" in out and "/toy X" in out
+    assert "/toy 2.0: must be at least 0 and at most 1 (a toy)" in out and "/toy X" in out
     assert [params.toy for params in sampled if params.toy != 0.25] == [0.5, 0.75]
     assert sampled[0].toy == 0.25
     status, _, err = script(chat.main, *common, "--toy", -1)

@@ -85,10 +85,11 @@ def decode_block(run: Decoding, block: Block, carried: Tensor | None, state: Lay
 
 def _able(model: RWKV) -> bool:
     """Whether programs serve."""
+    if not isinstance(model, RWKV):
+        return False
     parameters, blocks = list(model.parameters()), list(model.blocks)
     return (
-        isinstance(model, RWKV)
-        and all(isinstance(block, Block) and block.decodes for block in blocks)
+        all(isinstance(block, Block) and block.decodes for block in blocks)
         and model.wkv_backend in ("auto", "cpu")
         and model.compute_dtype in (torch.float32, torch.bfloat16)
         and model.sizes.head_size in (1, *decode.HEAD_SIZES)
