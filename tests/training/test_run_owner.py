@@ -1,5 +1,6 @@
 """A project folder belongs to one run: at a time by a lock, over time by run.json."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -56,6 +57,19 @@ def test_a_second_run_is_told_who_writes_there(tmp_path):
         pass
     with run_lock(tmp_path):
         pass
+
+
+def test_what_a_killed_run_had_begun_to_write_goes(tmp_path):
+    """If this breaks, every kill in the middle of a save leaves gigabytes in the folder, under a hidden name."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        dead.wait()
+    left = tmp_path / f".rwkv-2.pth.{dead.pid}-0123abcd.tmp"
+    writing = tmp_path / f".rwkv-final.pth.{os.getpid()}-0123abcd.tmp"
+    other = tmp_path / f".merged.pth.{dead.pid}-0123abcd.tmp"
+    for path in (left, writing, other):
+        path.touch()
+    with run_lock(tmp_path):
+        assert (left.exists(), writing.exists(), other.exists()) == (False, True, True)
 
 
 def test_results_of_other_settings_are_not_written_over(used):

@@ -140,8 +140,8 @@ class ResumePoints:
         """This is rank `rank` of `world`; `token` is the same on all of them and new in every run."""
         self.rank, self.world, self.token = rank, world, token
         if rank == 0 and self.folder.is_dir():
-            for left in self.folder.glob(".step-*"):  # a run that was killed while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+            for left in self.folder.glob(".*"):  # a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
     def write(self, place: dict[str, int], tree: Any) -> Path:
         """Write this rank's part of a point; rank 0 returns when the point is whole.
