@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_rlhf.model.blocks import Block
 from rwkv_rlhf.model.program import Decoding, hooked
@@ -83,7 +83,7 @@ def decode_block(run: Decoding, block: Block, carried: Tensor | None, state: Lay
     return carried
 
 
-def _able(model: RWKV) -> bool:
+def _able(model: nn.Module) -> bool:
     """Whether programs serve."""
     if not isinstance(model, RWKV):
         return False
