@@ -7,16 +7,21 @@
 namespace rwkv {
 namespace {
 
-// RWKV-7. sizes: rows, heads, N, then D of w, a, v, g. tensors: r, k, v, v_first (null in block 0) (R, A) | inner
-// vectors w, a, v, g (R, D) | their matrices (D, A) | w0, a0, v0, k_k, k_a, r_k, weight and bias of ln_x (A) | state, y
-struct Heads7 {
+// What they have in common: the first sizes are rows, heads, N.
+struct Heads {
     const Op& op;
     int64_t rows, heads, N, A;
 
-    explicit Heads7(const Op& x)
+    explicit Heads(const Op& x)
         : op(x), rows(x.sizes[0]), heads(x.sizes[1]), N(x.sizes[2]), A(x.sizes[1] * x.sizes[2]) {}
 
     int64_t tasks() const { return heads * parts(rows, ROWS); }
+};
+
+// RWKV-7. sizes: rows, heads, N, then D of w, a, v, g. tensors: r, k, v, v_first (null in block 0) (R, A) | inner
+// vectors w, a, v, g (R, D) | their matrices (D, A) | w0, a0, v0, k_k, k_a, r_k, weight and bias of ln_x (A) | state, y
+struct Heads7 : Heads {
+    using Heads::Heads;
 
     void run(int64_t number) const {
         const HeadTask task(number, rows);
@@ -86,14 +91,8 @@ struct Heads7 {
 
 // RWKV-5 and 6. sizes: rows, heads, N, D. tensors: r, k, v (R, A) | inner vector of the decay (R, D) and its matrix
 // (D, A), or null | raw decay, bonus, weight and bias of ln_x (A) | gate (R, A) or null | state, y
-struct Heads6 {
-    const Op& op;
-    int64_t rows, heads, N, A;
-
-    explicit Heads6(const Op& x)
-        : op(x), rows(x.sizes[0]), heads(x.sizes[1]), N(x.sizes[2]), A(x.sizes[1] * x.sizes[2]) {}
-
-    int64_t tasks() const { return heads * parts(rows, ROWS); }
+struct Heads6 : Heads {
+    using Heads::Heads;
 
     void run(int64_t number) const {
         const HeadTask task(number, rows);

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import zipfile
@@ -22,14 +23,34 @@ BLOCK = 1 << 24  # bytes of a file that are hashed at once
 LONGEST_HEAD = 1 << 20  # bytes of the first line of a log
 SHARDS_INDEX = ".safetensors.index.json"  # the end of the name of a model in shards
 MODEL_SUFFIXES = {"pth": ".pth", "safetensors": ".safetensors", "sharded": SHARDS_INDEX}  # by --save_format
+TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # the names that `_temporary` gives, with the process
 FINAL = "rwkv-final"  # how the names of what a run saves at its end begin
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    # the number of a process is unique on one machine only, and a folder may be shared by several
+    return path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether `path` is a temporary file or folder of this module whose process is not there any more."""
+    found = TEMPORARY.fullmatch(path.name)
+    if not found:
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's process, a number that no process has
+        pass
+    return False
+
+
 def _create(path: Path) -> Path:
     """A new empty file beside `path`, under a name that no other process uses."""
-    # the number of a process is unique on one machine only, and a folder may be shared by several
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    temporary = _temporary(path)
     if path.is_dir():
         raise ValueError(f"{path}: cannot be written, it is a folder; name a file")
     try:
@@ -87,7 +108,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists already; name a folder that does not exist, or an empty one")
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp"
+    temporary = _temporary(path)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

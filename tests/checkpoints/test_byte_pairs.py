@@ -1,8 +1,6 @@
 """Vocabularies in tokenizer.json's form in exports, judged by transformers and llama.cpp."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
@@ -15,7 +13,7 @@ from rwkv_rlhf.data.conversation import Turn
 from rwkv_rlhf.data.templates.template import WORLD
 from rwkv_rlhf.data.tokenizer import load_tokenizer
 from tests.support.models import random_tensors
-from tests.support.processes import run_program
+from tests.support.processes import llama_cpp_prompts
 
 TURNS = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
 SAID = [{"role": role, "content": text} for role, text, *_ in TURNS]
@@ -80,9 +78,7 @@ def test_llama_cpp_has_the_ids_of_the_training(exported, tmp_path):
     ours, model = exported
     export_model("gguf", model, tmp_path / "out.gguf", ExportOptions("f32", 1 << 30, check=False))
     ids = [ours.encode(text) for text in [*TEXTS, WORLD.prompt(TURNS)]]
-    where = Path(importlib.util.find_spec("xllamacpp").origin).parents[1]
-    words = [tmp_path / "out.gguf", json.dumps([*TEXTS, SAID, *ids])]
-    found = json.loads(run_program("llama_cpp_prompts", *words, first_path=where))
+    found = llama_cpp_prompts(tmp_path / "out.gguf", [*TEXTS, SAID, *ids])
     assert [count for count, _ in found] == 2 * [len(one) for one in ids]
     for as_text, as_ids in zip(found[: len(ids)], found[len(ids) :], strict=True):
         likely = dict(as_ids[1])

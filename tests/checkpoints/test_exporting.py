@@ -1,8 +1,6 @@
 """Whole models for other programs, judged by these: llama.cpp, transformers, MLX. Their tensors read back by us."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from rwkv_rlhf.model.sizes import sizes_of
 from rwkv_rlhf.settings.exports import EXPORTS
 from tests.support.merging import logits, trained
 from tests.support.models import random_tensors
-from tests.support.processes import run_program
+from tests.support.processes import llama_cpp_prompts
 
 MODELS = [name for name, facts in EXPORTS.items() if facts.target]
 JUDGED = [
@@ -224,9 +222,7 @@ def test_llama_cpp_reads_text_and_chats_as_this_program(tmp_path):
     turns = [Turn("system", "Be kind."), Turn("user", "Hi\nthere"), Turn("assistant", "Hello"), Turn("user", "Bye")]
     said = [{"role": role, "content": text.replace("\n", "\r\n \n")} for role, text, *_ in turns]
     ids = [tokenizer.encode(text) for text in [*texts, WORLD.prompt(turns)]]
-    where = Path(importlib.util.find_spec("xllamacpp").origin).parents[1]
-    words = [tmp_path / "out.gguf", json.dumps([*texts, said, *ids])]
-    found = json.loads(run_program("llama_cpp_prompts", *words, first_path=where))
+    found = llama_cpp_prompts(tmp_path / "out.gguf", [*texts, said, *ids])
     assert [count for count, _ in found] == 2 * [len(one) for one in ids]
     for as_text, as_ids in zip(found[: len(ids)], found[len(ids) :], strict=True):
         assert [number for number, _ in as_text[1]] == [number for number, _ in as_ids[1]]

@@ -1,5 +1,6 @@
 """Programs that tests run in processes of their own: those of tests/support/programs/ and the project's scripts."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -96,3 +97,10 @@ def rwkv_package(
     told = {"RWKV_V7_ON": int(v7), "RWKV_DE_VERSION": int(deep_embed), "RWKV_JIT_ON": 0}
     out = run_program("rwkv_package", question, json.dumps(list(tokens)), *paths, **told)
     return json.loads(out.splitlines()[-1])
+
+
+def llama_cpp_prompts(model: Path, asked: Sequence[object]) -> list:
+    """What llama.cpp makes of each of `asked` (texts, conversations, ids): see programs/llama_cpp_prompts.py."""
+    origin = importlib.util.find_spec("xllamacpp").origin
+    out = run_program("llama_cpp_prompts", model, json.dumps(asked), first_path=Path(origin).parents[1])
+    return json.loads(out)

@@ -8,21 +8,19 @@ import fcntl
 import json
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from rwkv_rlhf.files import parse_json
+from rwkv_rlhf.files import is_left_behind, parse_json
 
 log = logging.getLogger(__name__)
 
 LOCK = ".run.lock"
 HELD = {errno.EAGAIN, errno.EACCES}  # local file systems say the one, network file systems the other
 LONGEST = 1000  # bytes that say who holds it
-TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{8}\.tmp")  # what files.py writes before it renames, with its process
 
 
 @contextmanager
@@ -57,20 +55,8 @@ def run_lock(folder: Path) -> Iterator[None]:
 def _remove_left_behind(folder: Path) -> None:
     """Away with the checkpoints that runs had begun to write here when they were killed."""
     for path in folder.glob(".rwkv-*"):
-        found = TEMPORARY.fullmatch(path.name)
-        if found and not _lives(int(found[1])):  # merge.py may be writing here too
+        if is_left_behind(path):  # merge.py may be writing here too
             path.unlink(missing_ok=True)
-
-
-def _lives(process: int) -> bool:
-    """Whether this machine has a process of this number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def surely_ended(folder: Path) -> bool:
