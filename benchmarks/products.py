@@ -1,4 +1,5 @@
-"""Products of a few rows with a matrix, as decoding makes them: PyTorch's, oneDNN's with a packed matrix, and ours.
+"""Products of a few rows with a matrix, as decoding makes them: PyTorch's, oneDNN's with a packed matrix, and ours
+for each way of storing one (nf4 where bitsandbytes is installed).
 
     python benchmarks/products.py [--rows 1 2 4 8 16 32] [--repeats 9] [--json F]
 
@@ -7,6 +8,8 @@ A machine that reads no faster than its memory is at its limit with one row.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -20,9 +23,9 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from rwkv_rlhf.layers.stores.int8 import Int8
+from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.ops import cpu
-from rwkv_rlhf.ops.products import MOST_ROWS, product
+from rwkv_rlhf.ops.products import Packed, product
 
 SHAPES = ((65536, 768), (3072, 768), (768, 3072), (768, 768))  # (out, in) of RWKV-7 L12-D768
 
@@ -38,18 +41,23 @@ def packed_by_onednn(weight: Tensor) -> Callable[[Tensor], Tensor] | None:
 
 def sides(weight: Tensor, rows: int) -> dict[str, tuple[Callable[[], Tensor], int]]:
     """By name: a product of so many rows, and the bytes of the matrix that it reads."""
-    x, half, integers = torch.randn(rows, weight.shape[1]), weight.bfloat16(), Int8.pack(weight)
-    count = weight.numel()
+    x, half, count = torch.randn(rows, weight.shape[1]), weight.bfloat16(), weight.numel()
     found: dict[str, tuple[Callable[[], Tensor], int]] = {
         "torch fp32": (lambda: F.linear(x, weight), 4 * count),
         "torch bf16": (lambda: F.linear(x.bfloat16(), half), 2 * count),
     }
-    if (packed := packed_by_onednn(weight)) is not None:
-        found["oneDNN packed fp32"] = (lambda: packed(x), 4 * count)
-    if rows <= MOST_ROWS:
-        found["ours fp32"] = (lambda: product(x, weight, backend="cpu"), 4 * count)
-        found["ours bf16"] = (lambda: product(x.bfloat16(), half, backend="cpu"), 2 * count)
-        found["ours int8"] = (lambda: product(x, integers.packed, integers.scale, backend="cpu"), integers.bytes())
+    if (onednn := packed_by_onednn(weight)) is not None:
+        found["oneDNN packed fp32"] = (lambda: onednn(x), 4 * count)
+    matrices: dict[str, tuple[Tensor | Packed, int]] = {"fp32": (weight, 4 * count), "bf16": (half, 2 * count)}
+    for mode in ("int8", "fp8", "nf4"):
+        if mode == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            continue
+        store = STORES[mode].pack(weight)
+        if (packed := store.operand()) is not None:
+            matrices[mode] = (packed, store.bytes())
+    for name, (matrix, size) in matrices.items():
+        given = x.bfloat16() if name == "bf16" else x
+        found[f"ours {name}"] = (functools.partial(product, given, matrix, "cpu"), size)
     return found
 
 

@@ -65,8 +65,8 @@ struct Mix {
     }
 };
 
-// y = finish(x W^T). sizes: rows, n, out, whether x lies in panels. tensors: x (R, n), W (out, n) of `stored`, scales
-// (out, n / 64) or null, y (R, out), a gate (R, out) for ADDED_GATED
+// y = finish(x W^T). sizes: rows, n, out, whether x lies in panels. tensors: x (R, n) as Layout leaves it, W (out, n)
+// as `stored` says, its scales and levels or null, y (R, out), a gate (R, out) for ADDED_GATED
 struct Product {
     const Op& op;
     int64_t rows, n, out;
@@ -75,18 +75,11 @@ struct Product {
 
     // Many rows lie in panels.
     bool many() const { return op.sizes[3] != 0; }
-    int64_t tasks() const { return many() ? parts(out, TALL) * parts(rows, MOST) : parts(out, TILE); }
+    int64_t tasks() const { return product_tasks(rows, out, many()); }
 
-    template <typename Matrix, typename Put>
-    void tile(const Matrix& matrix, int64_t number, const Put& put) const {
-        if (!many()) return product_tile(matrix, op.at(0), rows, out, number, put);
-        const int64_t chunks = parts(rows, MOST), row = number % chunks * MOST, begin = number / chunks * TALL;
-        panels_tile(matrix, op.at(0), row, std::min(MOST, rows - row), begin, std::min(out, begin + TALL), put);
-    }
-
-    void run(int64_t number) const {
-        float* y = op.at<float>(3);
-        const float* gate = op.at(4);
+    void run(int64_t task) const {
+        float* y = op.at<float>(4);
+        const float* gate = op.at(5);
         const int64_t finish = op.finish, width = out;
         const auto put = [=](int64_t row, int64_t o, float value) {
             const int64_t at = row * width + o;
@@ -97,24 +90,26 @@ struct Product {
             else
                 y[at] = finished(finish, value);
         };
-        if (op.at(2))
-            tile(Int8{op.at<const int8_t>(1), op.at(2), n}, number, put);
-        else
-            by_stored(op, [&](auto type) {
-                using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-                tile(Dense<T>{op.at<const T>(1), n}, number, put);
-            });
+        with_matrix(op.stored, op.tensors[1], op.at(2), op.at(3), n,
+                    [&](const auto& matrix) { product_task(matrix, op.at(0), rows, out, many(), task, put); });
     }
 };
 
-// x (R, n) in panels. sizes: rows, n. tensors: x, panels (R / PANEL, n, PANEL)
-struct Panels {
+// x (R, n) as a product with a matrix that is `stored` so wants it. sizes: rows, n, whether in panels. tensors: x, the
+// same laid out
+struct Layout {
     const Op& op;
 
-    explicit Panels(const Op& x) : op(x) {}
+    explicit Layout(const Op& x) : op(x) {}
 
-    int64_t tasks() const { return panels(op.sizes[0]); }
-    void run(int64_t panel) const { fill_panel(op.at(0), op.sizes[0], op.sizes[1], panel, op.at<float>(1)); }
+    bool many() const { return op.sizes[2] != 0; }
+    int64_t tasks() const { return many() ? panels(op.sizes[0]) : op.sizes[0]; }
+    void run(int64_t part) const {
+        with_matrix(op.stored, nullptr, nullptr, nullptr, op.sizes[1], [&](const auto& matrix) {
+            using Matrix = std::decay_t<decltype(matrix)>;
+            lay_out<Matrix::UNIT>(op.at(0), op.sizes[0], matrix.n, many(), part, op.at<float>(1));
+        });
+    }
 };
 
 // y = finish(x W) of M small matrices. sizes: rows, n, out, M, elements of x from one to the next. tensors: x (M, R, n)
@@ -191,7 +186,7 @@ void with_kind(const Op& op, const F& f) {
         case 6:
             return f(Channels4(op));
         case 7:
-            return f(Panels(op));
+            return f(Layout(op));
     }
 }
 

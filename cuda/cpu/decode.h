@@ -23,7 +23,7 @@ enum Finish { PLAIN, RELU_SQUARED, SIGMOID, TANH, SILU, ADDED, ADDED_GATED };
 struct Op {
     int64_t kind;
     int64_t after;   // 1: it begins when all before it are finished
-    int64_t stored;  // dtype of its matrices, or of the token-shift state
+    int64_t stored;  // how its matrices are stored, or the token-shift state
     int64_t finish;
     double eps;
     int64_t sizes[7];

@@ -3,120 +3,81 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "product_formats.h"
 
 namespace rwkv {
 namespace {
 
-constexpr int BLOCK = 64;     // integers of one scale
-constexpr int64_t TILE = 16;  // rows of W that stay in the cache for all rows of x
+constexpr int64_t TILE = 16;           // rows of W that stay in the cache for all rows of x
+constexpr int TOGETHER = 4;            // rows of x whose sums fill the registers, with GROUP1 rows of W
+constexpr int SIDE = W == 16 ? 4 : 2;  // rows of W beside TOGETHER rows of x
+constexpr int SIDE_OF_ONE = 4;         // the same beside one row of x
 
-typedef int8_t bytes __attribute__((vector_size(W)));
-
-INLINE vec load_integers(const int8_t* p) {
-#if defined(__AVX2__) && !defined(__AVX512F__) && !defined(__clang__)
-    typedef char letters __attribute__((vector_size(16)));
-    typedef long long pair __attribute__((vector_size(16)));
-    long long x;
-    std::memcpy(&x, p, W);
-    // one instruction, of which GCC makes eight
-    return __builtin_convertvector(bit_copy<ivec>(__builtin_ia32_pmovsxbd256(bit_copy<letters>(pair{x, 0}))), vec);
-#else
-    bytes x;
-    std::memcpy(&x, p, sizeof(x));
-    return __builtin_convertvector(__builtin_convertvector(x, ivec), vec);
-#endif
-}
-
-// A matrix of plain numbers.
-template <typename T>
-struct Dense {
-    const T* values;
-    int64_t n;
-
-    // y[o][r] = row `first + o` of W times row r of x
-    template <int O, int R>
-    void times(int64_t first, const float* x, float (&y)[O][R]) const {
-        const T* w = values + first * n;
-        vec sums[O][R];
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) sums[o][r] = splat(0);
-        each(n, [&](int64_t i, auto lanes) {
-            vec rows[R];
-            for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i, lanes);
+// y[o * R + r] = row `first + o` of W times row r of x, for O rows of W, of which there are `count`, and R rows of x,
+// of which there are `rows`; what goes beyond them is nothing.
+template <int O, int R, typename Matrix>
+__attribute__((noinline)) void times(const Matrix& of, int64_t first, int64_t count, const float* x, int64_t rows,
+                                     float* y) {
+    const Matrix matrix = of;
+    const int64_t n = matrix.n;
+    int64_t own[O];
+    const float* inputs[R];
+    for (int o = 0; o < O; ++o) own[o] = first + std::min<int64_t>(o, count - 1);
+    for (int r = 0; r < R; ++r) inputs[r] = x + std::min<int64_t>(r, rows - 1) * n;
+    vec sums[O * R] = {};
+    int64_t i = 0;
+    for (; i + Matrix::WIDTH <= n; i += Matrix::WIDTH) {
+        typename Matrix::Columns columns[O];
+        for (int o = 0; o < O; ++o) {
+            columns[o] = matrix.block(own[o], i);
+            __builtin_prefetch(matrix.place(own[o] + O, i));  // the rows that come next
+        }
+#pragma GCC unroll 16
+        for (int j = 0; j < Matrix::WIDTH / W; ++j) {
+            vec part[R];
+            for (int r = 0; r < R; ++r) part[r] = load(inputs[r] + i + j * W);
             for (int o = 0; o < O; ++o) {
-                const vec weight = load(w + o * n + i, lanes);
-                __builtin_prefetch(w + (o + O) * n + i);  // the rows that come next
-                for (int r = 0; r < R; ++r) sums[o][r] += weight * rows[r];
+                const vec weight = columns[o].get(j);
+                for (int r = 0; r < R; ++r) sums[o * R + r] += weight * part[r];
+            }
+        }
+    }
+    if constexpr (Matrix::WIDTH < BLOCK)
+        each(n - i, [&](int64_t j, auto lanes) {
+            for (int o = 0; o < O; ++o) {
+                const vec weight = matrix.rest(own[o], i + j, lanes);
+                for (int r = 0; r < R; ++r) sums[o * R + r] += weight * load(inputs[r] + i + j, lanes);
             }
         });
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) y[o][r] = sum(sums[o][r]);
-    }
-};
-
-// Blocks of 64 integers along a row, each with a scale.
-struct Int8 {
-    const int8_t* values;
-    const float* scales;
-    int64_t n;  // a multiple of 64
-
-    template <int O, int R>
-    void times(int64_t first, const float* x, float (&y)[O][R]) const {
-        const int8_t* w = values + first * n;
-        const float* scale = scales + first * (n / BLOCK);
-        vec sums[O][R];
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) sums[o][r] = splat(0);
-        for (int64_t i = 0; i < n; i += BLOCK) {
-            vec parts[O][R];
-            for (int o = 0; o < O; ++o)
-                for (int r = 0; r < R; ++r) parts[o][r] = splat(0);
-#pragma GCC unroll 8
-            for (int j = 0; j < BLOCK; j += W) {
-                vec rows[R];
-                for (int r = 0; r < R; ++r) rows[r] = load(x + r * n + i + j);
-                for (int o = 0; o < O; ++o) {
-                    const vec weight = load_integers(w + o * n + i + j);
-                    if (j == 0) __builtin_prefetch(w + (o + O) * n + i);
-                    for (int r = 0; r < R; ++r) parts[o][r] += weight * rows[r];
-                }
-            }
-            for (int o = 0; o < O; ++o)
-                for (int r = 0; r < R; ++r) sums[o][r] += scale[o * (n / BLOCK) + i / BLOCK] * parts[o][r];
-        }
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) y[o][r] = sum(sums[o][r]);
-    }
-};
-
-// put(row of x, row of W, their product) for R rows of x and the rows [begin, end) of W.
-template <int R, typename Matrix, typename Put>
-void some_rows(const Matrix& matrix, const float* x, int64_t row, int64_t begin, int64_t end, const Put& put) {
-    constexpr int O = R == 1 ? 4 : 2;  // as many sums as there are registers for
-    x += row * matrix.n;
-    int64_t first = begin;
-    for (; first + O <= end; first += O) {
-        float found[O][R];
-        matrix.template times<O, R>(first, x, found);
-        for (int o = 0; o < O; ++o)
-            for (int r = 0; r < R; ++r) put(row + r, first + o, found[o][r]);
-    }
-    for (; first < end; ++first) {
-        float found[1][R];
-        matrix.template times<1, R>(first, x, found);
-        for (int r = 0; r < R; ++r) put(row + r, first, found[0][r]);
+    if constexpr (O * R % W == 0) {
+        for (int at = 0; at < O * R; at += W) store(y + at, row_sums(sums + at));
+    } else {
+        for (int at = 0; at < O * R; ++at) y[at] = sum(sums[at]);
     }
 }
 
-// The same for all `rows` of x and one tile of the `out` rows of W.
+// put(row of x, row of W, their product) for at most R rows of x and the rows [begin, end) of W.
+template <int O, int R, typename Matrix, typename Put>
+void some_rows(const Matrix& matrix, const float* x, int64_t row, int64_t rows, int64_t begin, int64_t end,
+               const Put& put) {
+    for (int64_t first = begin; first < end; first += O) {
+        float found[O * R];
+        const int64_t count = std::min<int64_t>(O, end - first);
+        times<O, R>(matrix, first, count, x + row * matrix.n, rows, found);
+        for (int o = 0; o < count; ++o)
+            for (int r = 0; r < rows; ++r) put(row + r, first + o, found[o * R + r]);
+    }
+}
+
+// The same for all `rows` of x, their columns in the order of `column`, and one tile of the `out` rows of W.
 template <typename Matrix, typename Put>
 void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t out, int64_t tile, const Put& put) {
     const int64_t begin = tile * TILE, end = std::min(out, begin + TILE);
-    int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) some_rows<4>(matrix, x, row, begin, end, put);
-    for (; row + 2 <= rows; row += 2) some_rows<2>(matrix, x, row, begin, end, put);
-    if (row < rows) some_rows<1>(matrix, x, row, begin, end, put);
+    for (int64_t row = 0; row < rows; row += TOGETHER)
+        if (rows - row == 1)
+            some_rows<SIDE_OF_ONE, 1>(matrix, x, row, 1, begin, end, put);
+        else
+            some_rows<SIDE, TOGETHER>(matrix, x, row, std::min<int64_t>(TOGETHER, rows - row), begin, end, put);
 }
 
 // Products of more rows: PANEL rows of x lie beside each other, so that a register holds one column of several rows and
@@ -129,18 +90,24 @@ constexpr int GROUP = 6;       // rows of W whose sums fill the registers
 
 inline int64_t panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
-// to[panel][column][row of the panel] = x[row][column] of one panel; zeros where there are no more rows
-inline void fill_panel(const float* x, int64_t rows, int64_t n, int64_t panel, float* to) {
-    to += panel * n * PANEL;
+// Row `part` of x with its columns in the order of `column`; or of `many` rows, panel `part`:
+// to[panel][column][row of the panel], zeros where there are no more rows.
+template <int UNIT>
+void lay_out(const float* x, int64_t rows, int64_t n, bool many, int64_t part, float* to) {
+    if (!many) {
+        for (int64_t i = 0; i < n; ++i) to[part * n + i] = x[part * n + column<UNIT>(i, n)];
+        return;
+    }
+    to += part * n * PANEL;
     for (int r = 0; r < PANEL; ++r) {
-        const int64_t row = panel * PANEL + r;
-        for (int64_t i = 0; i < n; ++i) to[i * PANEL + r] = row < rows ? x[row * n + i] : 0.f;
+        const int64_t row = part * PANEL + r;
+        for (int64_t i = 0; i < n; ++i) to[i * PANEL + r] = row < rows ? x[row * n + column<UNIT>(i, n)] : 0.f;
     }
 }
 
 // y[o][0 .. PANEL) += sum_i w[o][i] x[i][0 .. PANEL) for O rows of w, `stride` apart
 template <int O>
-INLINE void panel_product(const float* w, int64_t stride, const float* x, int64_t n, float* y) {
+__attribute__((noinline)) void panel_product(const float* w, int64_t stride, const float* x, int64_t n, float* y) {
     vec sums[O][2] = {};
     for (int64_t i = 0; i < n; ++i) {
         const vec low = load(x + i * PANEL), high = load(x + i * PANEL + W);
@@ -157,43 +124,40 @@ INLINE void panel_product(const float* w, int64_t stride, const float* x, int64_
         }
 }
 
-// Columns [begin, begin + n) of rows of W, widened where they are not float32; `stride` is that of what comes back.
-INLINE const float* widened(const Dense<float>& matrix, int64_t first, int64_t, int64_t begin, int64_t, float*,
+// Columns [begin, begin + n) of rows of W in the order of `column`, as float32; `stride` is that of what comes back.
+INLINE const float* widened(const Float32& matrix, int64_t first, int64_t, int64_t begin, int64_t, float*,
                             int64_t& stride) {
     stride = matrix.n;
     return matrix.values + first * matrix.n + begin;
 }
 
-INLINE const float* widened(const Dense<bf16>& matrix, int64_t first, int64_t rows, int64_t begin, int64_t n, float* to,
-                            int64_t& stride) {
-    for (int64_t o = 0; o < rows; ++o)
-        each(n, [&](int64_t i, auto lanes) {
-            store(to + o * DEEP + i, load(matrix.values + (first + o) * matrix.n + begin + i, lanes), lanes);
-        });
+template <typename Matrix>
+const float* widened(const Matrix& matrix, int64_t first, int64_t rows, int64_t begin, int64_t n, float* to,
+                     int64_t& stride) {
     stride = DEEP;
-    return to;
-}
-
-INLINE const float* widened(const Int8& matrix, int64_t first, int64_t rows, int64_t begin, int64_t n, float* to,
-                            int64_t& stride) {
-    for (int64_t o = 0; o < rows; ++o)
-        for (int64_t i = 0; i < n; i += BLOCK) {
-            const int64_t at = (first + o) * matrix.n + begin + i;
-            const float scale = matrix.scales[at / BLOCK];
-            for (int j = 0; j < BLOCK; j += W)
-                store(to + o * DEEP + i + j, scale * load_integers(matrix.values + at + j));
+    for (int64_t o = 0; o < rows; ++o) {
+        int64_t i = 0;
+        for (; i + Matrix::WIDTH <= n; i += Matrix::WIDTH) {
+            const auto columns = matrix.block(first + o, begin + i);
+#pragma GCC unroll 16
+            for (int j = 0; j < Matrix::WIDTH / W; ++j) store(to + o * DEEP + i + j * W, columns.get(j));
         }
-    stride = DEEP;
+        if constexpr (Matrix::WIDTH < BLOCK)
+            each(n - i, [&](int64_t j, auto lanes) {
+                store(to + o * DEEP + i + j, matrix.rest(first + o, begin + i + j, lanes), lanes);
+            });
+    }
     return to;
 }
 
-// put(row of x, row of W, their product) for at most MOST rows of x, in panels, from row `row` on (a multiple of
-// PANEL), and for the rows [begin, end) of W, at most TALL.
-template <typename Matrix, typename Put>
-void panels_tile(const Matrix& matrix, const float* x, int64_t row, int64_t rows, int64_t begin, int64_t end,
-                 const Put& put) {
-    alignas(64) float y[TALL * MOST] = {}, wide[TALL * DEEP];
+// y[o][r] = row `begin + o` of W, which ends before `end` and within TALL, times row `row + r` of x, which lies in
+// panels; `row` is a multiple of PANEL, `rows` at most MOST.
+template <typename Matrix>
+__attribute__((noinline)) void panels_tile(const Matrix& matrix, const float* x, int64_t row, int64_t rows,
+                                           int64_t begin, int64_t end, float (&y)[TALL * MOST]) {
+    alignas(64) float wide[TALL * DEEP];
     const int64_t n = matrix.n, tall = end - begin;
+    std::fill(y, y + tall * MOST, 0.f);
     for (int64_t first = 0; first < n; first += DEEP) {
         const int64_t deep = std::min(DEEP, n - first);
         int64_t stride;
@@ -207,8 +171,24 @@ void panels_tile(const Matrix& matrix, const float* x, int64_t row, int64_t rows
             for (; o < tall; ++o) panel_product<1>(w + o * stride, stride, columns, deep, to + o * MOST);
         }
     }
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t o = 0; o < tall; ++o) put(row + r, begin + o, y[o * MOST + r]);
+}
+
+// A product in tasks that need nothing of each other. `many`: x lies in panels.
+inline int64_t product_tasks(int64_t rows, int64_t out, bool many) {
+    return many ? (out + TALL - 1) / TALL * ((rows + MOST - 1) / MOST) : (out + TILE - 1) / TILE;
+}
+
+// put(row of x, row of W, their product) for one of them; x as `lay_out` leaves it
+template <typename Matrix, typename Put>
+void product_task(const Matrix& matrix, const float* x, int64_t rows, int64_t out, bool many, int64_t task,
+                  const Put& put) {
+    if (!many) return product_tile(matrix, x, rows, out, task, put);
+    const int64_t chunks = (rows + MOST - 1) / MOST, row = task % chunks * MOST, begin = task / chunks * TALL;
+    const int64_t count = std::min(MOST, rows - row), end = std::min(out, begin + TALL);
+    alignas(64) float y[TALL * MOST];
+    panels_tile(matrix, x, row, count, begin, end, y);
+    for (int64_t r = 0; r < count; ++r)
+        for (int64_t o = begin; o < end; ++o) put(row + r, o, y[(o - begin) * MOST + r]);
 }
 
 }  // namespace

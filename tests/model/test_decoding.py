@@ -6,12 +6,12 @@ import torch
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout, matrices
-from rwkv_rlhf.layers.stores.int8 import Int8
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.decoding import Decoder
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops import decode
 from tests.support.models import build, random_tensors
+from tests.support.product_cases import error, four_bit, runnable_sets, stored_matrices, use_set
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +19,6 @@ def _kernel():
     """Without a compiler everything here would judge the forward pass."""
     if refusal := decode.missing():
         pytest.skip(f"the kernel cannot be built here: {refusal}")
-
-
-def error(found, exact):
-    """RMS(difference) / RMS(exact)."""
-    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
 def begun(model, rows, tokens=2):
@@ -162,19 +157,30 @@ def test_small_matrices_of_any_size():
             assert error(y, torch.tanh(parts @ matrix.double())) < 1e-6
 
 
-def test_products_of_few_and_many_rows():
+@pytest.mark.parametrize("isa", runnable_sets())
+def test_products_of_few_and_many_rows(isa, monkeypatch):
     """Each function behind a product; rows, columns and outputs that fill no tile; matrices as they are stored."""
+    use_set(monkeypatch, isa)
     for at, (rows, inputs, outputs) in enumerate(((3, 20, 7), (17, 320, 31), (150, 64, 25), (40, 576, 55))):
-        x, weight, gate = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs)
-        stored = [(weight, None, weight), (weight.bfloat16(), None, weight.bfloat16())]
-        if inputs % 64 == 0:
-            store = Int8.pack(weight)
-            stored.append((store.packed, store.scale, store.unpack()))
-        for matrix, scale, dense in stored:
+        x, gate = torch.randn(rows, inputs), torch.randn(rows, outputs)
+        for name, matrix, dense in stored_matrices(outputs, inputs):
             for finish in decode.Finish if at < 2 else [decode.Finish.ADDED]:
                 native, expected = torch.ones(rows, outputs), torch.ones(rows, outputs, dtype=torch.float64)
                 program = decode.Program(rows)
-                program.product(x, matrix, scale, native, finish, gate)
+                program.product(x, matrix, native, finish, gate)
                 program.run()
                 finish.write(x.double() @ dense.double().T, expected, gate.double())
-                assert error(native, expected) < 1e-6, (rows, finish, matrix.dtype)
+                assert error(native, expected) < 1e-6, (rows, finish, name)
+
+
+def test_products_side_by_side():
+    """What lays out their inputs comes first: a product that began before its input was ready would be another."""
+    program, given = decode.Program(2), [torch.randn(2, 64) for _ in range(4)]
+    matrices = [four_bit(40, 64), torch.randn(40, 64).bfloat16(), torch.randn(40, 64), four_bit(40, 64)]
+    found = [torch.empty(2, 40) for _ in given]
+    for at, (x, matrix, y) in enumerate(zip(given, matrices, found)):
+        program.product(x, matrix, y, beside=at > 0)
+    program.run()
+    for x, matrix, y in zip(given, matrices, found):
+        dense = matrix.float() if isinstance(matrix, torch.Tensor) else matrix.dense().view(40, 64)
+        assert error(y, x.double() @ dense.double().T) < 1e-6

@@ -4,17 +4,15 @@ import pytest
 import torch
 
 from rwkv_rlhf.layers.linear import Linear, StorageSpec
+from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.layers.stores.int8 import Int8
 from rwkv_rlhf.ops import products
 from rwkv_rlhf.ops.backends import BACKENDS
-from rwkv_rlhf.ops.products import BLOCK, MOST_ROWS, product
+from rwkv_rlhf.ops.products import BLOCK, MOST_ROWS, Packed, product
+from tests.support.product_cases import error, runnable_sets, stored_matrices, use_set
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-
-
-def error(found, exact):
-    """RMS(difference) / RMS(exact)."""
-    return float((found.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+SHAPES = ((64, 32), (37, 21), (5, 1), (129, 50), (192, 20), (768, 3))  # inputs, outputs
 
 
 @pytest.fixture(autouse=True)
@@ -24,53 +22,69 @@ def _kernel():
         pytest.skip(f"the kernel cannot be built here: {refusal}")
 
 
+@pytest.fixture(params=runnable_sets())
+def instructions(request, monkeypatch):
+    """Each instruction set of this processor in turn: most users have another one."""
+    use_set(monkeypatch, request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("weights", LIMITS, ids=str)
-def test_the_kernel_is_the_product(dtype, weights):
+def test_the_kernel_is_the_product(dtype, instructions):
     """Any number of rows, columns that fill no register, outputs that fill no tile: else a token's logits are wrong."""
-    for rows in (1, 2, 3, 4, 7, 16, 19):
-        for inputs, outputs in ((64, 32), (37, 21), (5, 1), (129, 50), (768, 3)):
+    for rows in (1, 2, 3, 4, 7, 16, 19, 131):
+        for inputs, outputs in SHAPES if rows < 131 else SHAPES[-2:]:
             x = torch.randn(rows, inputs).to(dtype)
-            weight = torch.randn(outputs, inputs).to(weights)
-            exact = x.double() @ weight.double().T
-            assert error(product(x, weight, backend="cpu"), exact) < LIMITS[dtype], (rows, inputs, outputs)
-            assert error(product(x, weight, backend="naive"), exact) < max(LIMITS[dtype], LIMITS[weights])
+            for name, matrix, dense in stored_matrices(outputs, inputs):
+                exact = x.double() @ dense.double().T
+                assert error(product(x, matrix, backend="cpu"), exact) < LIMITS[dtype], (name, rows, inputs, outputs)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=str)
-def test_integers_with_scales(dtype):
-    """The matrix that training over int8 applied is the one that decoding applies."""
-    for rows, inputs, outputs in ((1, 64, 33), (3, 192, 20), (16, 768, 7)):
-        store = Int8.pack(torch.randn(outputs, inputs))
-        x = torch.randn(rows, inputs).to(dtype)
-        exact = x.double() @ store.unpack().double().T
-        for backend in ("cpu", "naive"):
-            assert error(product(x, store.packed, store.scale, backend), exact) < 2 * LIMITS[dtype]
-    with pytest.raises(ValueError, match=f"blocks of {BLOCK} integers do not fill rows of 96"):
-        product(torch.randn(1, 96), store.packed, store.scale)
+def test_the_twin_is_the_product():
+    """The judge of `--doctor 1` must be right itself, for every way of storing a matrix."""
+    for inputs, outputs in SHAPES:
+        x = torch.randn(3, inputs)
+        for name, matrix, dense in stored_matrices(outputs, inputs):
+            exact = x.double() @ dense.double().T
+            limit = LIMITS[torch.float32 if name != "bf16" else torch.bfloat16]
+            assert error(product(x, matrix, backend="naive"), exact) < limit, (name, inputs, outputs)
+    with pytest.raises(ValueError, match=f"blocks of {BLOCK} weights do not fill rows of 96"):
+        store = Int8.pack(torch.randn(4, 96))
+        product(torch.randn(1, 96), Packed(store.packed, store.scale))
 
 
-def test_a_row_is_the_same_beside_others_and_for_any_number_of_threads():
+@pytest.mark.parametrize("mode", STORES)
+def test_a_store_is_the_matrix_that_it_says(mode):
+    """The matrix that training over a packed store applied is the one that decoding applies."""
+    if mode in ("nf4", "fp4"):
+        pytest.importorskip("bitsandbytes")
+    store, x = STORES[mode].pack(torch.randn(20, 192)), torch.randn(3, 192)
+    packed = store.operand()
+    assert packed is not None and torch.equal(packed.dense().view(20, 192), store.unpack())
+    assert error(product(x, packed), x.double() @ store.unpack().double().T) < 1e-6
+    assert STORES[mode].pack(torch.randn(20, 96)).operand() is None  # blocks that do not fill a row
+
+
+def test_a_row_is_the_same_beside_others_and_for_any_number_of_threads(instructions):
     """If this breaks, a sampled answer depends on the rest of its batch, or on the machine's other work."""
-    weight, x = torch.randn(3000, 200), torch.randn(MOST_ROWS, 200)
-    store = Int8.pack(torch.randn(3000, 192))
+    x = torch.randn(MOST_ROWS, 192)
     threads = torch.get_num_threads()
-    for matrix, scale, rows in (
-        (weight, None, x),
-        (weight.bfloat16(), None, x),
-        (store.packed, store.scale, x[:, :192]),
-    ):
-        together = product(rows, matrix, scale)
+    for name, matrix, _ in stored_matrices(3000, 192):
+        together = product(x, matrix)
         for count in (1, 2, 5):
-            assert torch.equal(product(rows[:count], matrix, scale), together[:count])
+            assert torch.equal(product(x[:count], matrix), together[:count]), name
+            assert torch.equal(product(x[-count:], matrix), together[-count:]), name
+        many = product(torch.cat((x, x, x)), matrix)
+        assert torch.equal(many[: MOST_ROWS + 3], product(torch.cat((x, x[:3])), matrix)), name
         torch.set_num_threads(3 - min(threads, 2))
         try:
-            assert torch.equal(product(rows, matrix, scale), together)
+            assert torch.equal(product(x, matrix), together), name
+            assert torch.equal(product(torch.cat((x, x, x)), matrix), many), name
         finally:
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("store", ["none", "int8"])
+@pytest.mark.parametrize("store", ["none", "int8", "fp8"])
 def test_layers_decode_with_it_and_train_without(store, monkeypatch):
     """One token of a few rows without a gradient takes the kernel; whatever trains, or scores what trains, does not."""
     used = []

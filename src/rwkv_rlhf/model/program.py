@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.layers.linear import Linear
-from rwkv_rlhf.layers.stores.int8 import Int8
-from rwkv_rlhf.ops import calls, products
+from rwkv_rlhf.ops import calls
 from rwkv_rlhf.ops.decode import Finish, Kind, Program
+from rwkv_rlhf.ops.products import Packed
 
 
 class Heads(Protocol):
@@ -77,11 +77,9 @@ class Decoding(Program):
     ) -> Tensor:
         """y (R, O) = finish(layer(x (R, K))); `y` is a buffer or the name of one."""
         to = self.buffer(y, self.rows, layer.out_features) if isinstance(y, str) else y
-        plain = type(layer) is Linear and not hooked(layer)
-        if plain and layer.weight is not None and layer.weight.dtype in calls.DTYPES and layer.weight.is_contiguous():
-            self.product(x, layer.weight.detach(), None, to, finish, gate, beside)
-        elif plain and isinstance(layer.store, Int8) and layer.in_features % products.BLOCK == 0:
-            self.product(x, layer.store.packed, layer.store.scale, to, finish, gate, beside)
+        matrix = operand(layer) if type(layer) is Linear and not hooked(layer) else None
+        if matrix is not None:
+            self.product(x, matrix, to, finish, gate, beside)
         else:
             self.call(lambda: finish.write(layer(x.to(self.dtype)), to, gate))
         return to
@@ -115,6 +113,14 @@ class Decoding(Program):
         tensors = [*rows, *dense, *small, *gate, state, y]
         self.operation(kind, sizes, tensors, stored=dtypes.pop() if dtypes else torch.float32, eps=eps)
         return y
+
+
+def operand(layer: Linear) -> Tensor | Packed | None:
+    """The matrix of a layer as a product of ops/decode.py takes it; None where it lies otherwise."""
+    if layer.store is not None:
+        return layer.store.operand()
+    weight = layer.weight
+    return weight.detach() if weight is not None and weight.dtype in calls.DTYPES and weight.is_contiguous() else None
 
 
 def hooked(module: nn.Module) -> bool:

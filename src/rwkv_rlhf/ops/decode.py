@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.ops import calls, cpu
+from rwkv_rlhf.ops import cpu
 from rwkv_rlhf.ops.backend import build_failure
-from rwkv_rlhf.ops.products import MOST_ROWS
+from rwkv_rlhf.ops.products import MOST_ROWS, STORED, Packed
 
 RECORD = struct.Struct("4qd7q24q")  # `Op` of cuda/cpu/decode.h
 SIZES, TENSORS = 7, 24
@@ -36,7 +36,7 @@ class Kind(enum.IntEnum):
     HEADS7 = 4
     HEADS6 = 5
     CHANNELS4 = 6
-    PANELS = 7
+    LAYOUT = 7
 
 
 class Finish(enum.IntEnum):
@@ -79,6 +79,7 @@ class Program:
         self._buffers: dict[str, Tensor] = {}
         self._kept: list[Tensor] = []
         self._runs: list[tuple[bytes, int] | Callable[[], None]] = []
+        self._layouts: int | None = None  # where in the native call what lays out x for more products may stand
 
     def buffer(self, name: str, *shape: int) -> Tensor:
         """Float32 memory of this shape; the same each time that one is asked for by this name."""
@@ -108,14 +109,20 @@ class Program:
         self._kept += [tensor for tensor in tensors if tensor is not None]
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         words = [*sizes, *[0] * (SIZES - len(sizes))], [*pointers, *[0] * (TENSORS - len(pointers))]
-        assert stored in calls.DTYPES or stored == torch.int8
-        dtype = calls.DTYPES.get(stored, 0)
-        record = RECORD.pack(kind, 0 if beside else 1, dtype, finish, eps, *words[0], *words[1])
-        last = self._parts[-1] if self._parts else None
-        if isinstance(last, list):
-            last.append(record)
-        else:
-            self._parts.append([record])
+        record = RECORD.pack(kind, 0 if beside else 1, STORED[stored], finish, eps, *words[0], *words[1])
+        if not self._parts or callable(self._parts[-1]):
+            self._parts.append([])
+            beside = False
+        self._records.append(record)
+        if not beside:
+            self._layouts = None
+
+    @property
+    def _records(self) -> list[bytes]:
+        """Of the native call that is being written."""
+        last = self._parts[-1]
+        assert isinstance(last, list)
+        return last
 
     @property
     def calls(self) -> int:
@@ -165,21 +172,25 @@ class Program:
     def product(
         self,
         x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None,
+        weight: Tensor | Packed,
         y: Tensor,
         finish: Finish = Finish.PLAIN,
         gate: Tensor | None = None,
         beside: bool = False,
     ) -> None:
-        """y (R, O) = finish(x (R, K) W^T); weight and scale as in ops/products.py."""
-        inputs, many = x.shape[1], self.rows > MOST_ROWS
-        if many:
-            lying = self.buffer(f"panels {x.data_ptr()}", self.rows + PANEL, inputs)
-            self.operation(Kind.PANELS, (self.rows, inputs), [x, lying], beside=beside)
-            x, beside = lying, False
-        sizes, tensors = (self.rows, inputs, y.shape[1], int(many)), [x, weight, scale, y, gate]
-        self.operation(Kind.PRODUCT, sizes, tensors, finish=finish, stored=weight.dtype, beside=beside)
+        """y (R, O) = finish(x (R, K) W^T); weight as in ops/products.py."""
+        given, scale, levels = weight if isinstance(weight, Packed) else (weight, None, None)
+        inputs, many, stored = x.shape[1], self.rows > MOST_ROWS, given.dtype
+        place = self._layouts if beside else None
+        if many or stored != torch.float32:
+            laid_out = self.buffer(f"laid out {x.data_ptr()} {stored}", self.rows + PANEL, inputs)
+            self.operation(Kind.LAYOUT, (self.rows, inputs, many), [x, laid_out], stored=stored, beside=beside)
+            x, beside = laid_out, place is not None
+            if place is not None:  # in front of the products that run at the same time
+                self._records.insert(place, self._records.pop())
+        sizes, tensors = (self.rows, inputs, y.shape[1], many), [x, given, scale, levels, y, gate]
+        self.operation(Kind.PRODUCT, sizes, tensors, finish=finish, stored=stored, beside=beside)
+        self._layouts = len(self._records) - 1 if place is None else place + 1
 
     def low_rank(
         self, x: Tensor, matrix: Tensor, y: Tensor, finish: Finish = Finish.PLAIN, beside: bool = False

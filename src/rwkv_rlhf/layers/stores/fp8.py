@@ -10,9 +10,9 @@ import logging
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rwkv_rlhf.layers.stores.store import Store, scaled_rows
+from rwkv_rlhf.ops.products import BLOCK, Packed
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,10 @@ class FP8(Store):
     def product(self, x: Tensor) -> Tensor:
         if x.numel() and chosen_product(x.device, x.dtype, self.shape):
             return self.native(x)
-        return F.linear(x, self.unpack(x.dtype))
+        return super().product(x)
+
+    def operand(self) -> Packed | None:
+        return Packed(self.packed, self.scale) if self.shape[1] % BLOCK == 0 else None
 
     def native(self, x: Tensor) -> Tensor:
         """x (..., in) bfloat16 -> x W^T (..., out) bfloat16 by the hardware's e4m3 product."""

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_rlhf.layers.stores.store import Store, scaled_rows
-from rwkv_rlhf.ops import products
-from rwkv_rlhf.ops.products import BLOCK
+from rwkv_rlhf.ops.products import BLOCK, Packed
 
 LARGEST = 127.0
 CHUNK = 1 << 22  # elements packed at once: the float32 copies that packing makes stay small
@@ -52,10 +51,8 @@ class Int8(Store):
         packed = torch.empty((blocks, BLOCK), dtype=torch.int8, device="meta")
         return cls(shape, packed=packed, scale=torch.empty((blocks, 1), dtype=torch.float32, device="meta"))
 
-    def product(self, x: Tensor) -> Tensor:
-        if products.few(x, self.packed) and self.shape[1] % BLOCK == 0:
-            return products.product(x, self.packed, self.scale)
-        return super().product(x)
+    def operand(self) -> Packed | None:
+        return Packed(self.packed, self.scale) if self.shape[1] % BLOCK == 0 else None
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         dense = scaled_rows(self.packed, self.scale, dtype)

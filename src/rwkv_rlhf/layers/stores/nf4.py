@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rwkv_rlhf.layers.stores.store import Store
+from rwkv_rlhf.ops.products import BLOCK, Packed
 
-BLOCK = 64
 BINS = 1024  # cells of [-1, 1] in which at most one border between two levels lies
 CHUNK = 1 << 20  # elements packed at once: quantize_4bit holds several float32 copies of what it is given
 
@@ -68,6 +68,13 @@ def _tables(mode: str) -> tuple[Tensor, Tensor, Tensor]:
     return levels, borders, order.to(torch.uint8)
 
 
+@functools.cache
+def _levels(mode: str) -> Tensor:
+    """What the 16 codes stand for, float32."""
+    found: Tensor = _bitsandbytes().get_4bit_type(mode, device="cpu").float()
+    return found
+
+
 class FourBit(Store):
     """Blocks of 64 values with one float32 scale each, in the 16 levels that `mode` names (arXiv 2305.14314)."""
 
@@ -104,6 +111,10 @@ class FourBit(Store):
         blocks = math.ceil(shape.numel() / BLOCK)
         packed = torch.empty((blocks * BLOCK // 2, 1), dtype=torch.uint8, device="meta")
         return cls(shape, packed=packed, absmax=torch.empty(blocks, dtype=torch.float32, device="meta"))
+
+    def operand(self) -> Packed | None:
+        fits = self.packed.is_cpu and self.shape[1] % BLOCK == 0
+        return Packed(self.packed, self.absmax, _levels(self.mode)) if fits else None
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         functional = _bitsandbytes()

@@ -8,6 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.ops import products
+from rwkv_rlhf.ops.products import Packed
+
 # Numbers that are unpacked at once: products of mixed types make float32 copies of all that a CPU is given.
 PIECE = 1 << 20
 PIECE_ON_GPU = 1 << 24
@@ -68,8 +71,14 @@ class Store(ExactBuffers):
         """The matrix (out, in) as a new dense tensor."""
         raise NotImplementedError
 
+    def operand(self) -> Packed | None:
+        """The matrix as the kernel for products of a few rows reads it; None where it cannot."""
+        return None
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., in) -> x W^T (..., out) in x.dtype, outside autograd."""
+        if (packed := self.operand()) is not None and products.few(x, packed.weight):
+            return products.product(x, packed)
         return nn.functional.linear(x, self.unpack(x.dtype))
 
     def linear(self, x: Tensor) -> Tensor:
