@@ -3,6 +3,7 @@
 python benchmarks/step.py [--json PATH]             # the table: full and LoRA r 16, ctx 512 and 1024, fp32 and bf16
 python benchmarks/step.py --only full,bf16,512      # one row
 python benchmarks/step.py --version x060            # another version than RWKV-7
+python benchmarks/step.py --products torch          # as PyTorch multiplies, instead of this processor's table
 python benchmarks/step.py --pairs 1                 # DPO with LoRA r 16 on pairs of 51 tokens, 4 a step
 
 Random weights, L12-D768, 65536 tokens, the trainer's own model, losses, optimizer and clipping. Every row runs in a
@@ -57,13 +58,15 @@ def peak_mib() -> float:
     return float("nan")
 
 
-def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
+def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str, products: str):
     """Model, loss settings and optimizer as train.py makes them."""
     import torch
 
     from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.host_memory import keep_pages
     from rwkv_rlhf.model.initial import initial_tensors
+    from rwkv_rlhf.ops.product_table import ways_for
+    from rwkv_rlhf.ops.product_ways import Ways
     from rwkv_rlhf.plan import make_plan
     from rwkv_rlhf.settings.config import Config
     from rwkv_rlhf.training.optimizers import adamw, parameter_groups
@@ -81,6 +84,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str):
     model, _ = build_model(tensors, BuildOptions(dtype, plan=plan, grad_cp=grad_cp))
     for name in names:
         del tensors[name]
+    model.take_ways(ways_for(dtype) if products == "auto" else Ways.all(products))
     model.train()
     optimizer = adamw(parameter_groups(model, plan, version, True), (0.9, 0.99), 1e-8)
     return model, optimizer, Config(loss=loss), dtype
@@ -104,14 +108,14 @@ def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[
     return times
 
 
-def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, version: str) -> dict:
+def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, version: str, products: str) -> dict:
     """Single-row steps of `ctx` tokens."""
     import torch
 
     from rwkv_rlhf.data.batch import TextBatch
     from rwkv_rlhf.scoring.forward import text_hidden
 
-    model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft", version)
+    model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft", version, products)
     generator = torch.Generator().manual_seed(3)
     rows = (torch.randint(1, VOCAB, (ctx + 1,), generator=generator) for _ in range(steps + 1))
     batches = (TextBatch(row[:-1], row[1:], torch.tensor([0, ctx]), float(ctx)) for row in rows)
@@ -131,14 +135,14 @@ def update(optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def measure_pairs(kind: str, steps: int, version: str) -> dict:
+def measure_pairs(kind: str, steps: int, version: str, products: str) -> dict:
     """DPO with LoRA r 16: 4 pairs a step, 51 tokens a sequence (prompt 24, answer 27), the reference's scores known."""
     import torch
 
     from rwkv_rlhf.data.batch import PairExample, pack_pairs
     from rwkv_rlhf.scoring.forward import answer_hidden
 
-    model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version)
+    model, optimizer, config, _ = prepare("lora", kind, False, "dpo", version, products)
     generator = torch.Generator().manual_seed(3)
 
     def ids(n: int) -> list[int]:
@@ -189,21 +193,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=0)
     parser.add_argument("--version", default="x070")
+    parser.add_argument("--products", default="auto", choices=("auto", "torch", "onednn"))
     parser.add_argument("--raw", default="")
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
+    shared = flags.steps, flags.version, flags.products
+    words = ["--steps", str(flags.steps), "--version", flags.version, "--products", flags.products]
     if flags.raw:  # one row, in this process
         mode, kind, ctx = flags.raw.split(",")
         if mode == "pairs":
-            print(json.dumps(measure_pairs(kind, flags.steps, flags.version)))
+            print(json.dumps(measure_pairs(kind, *shared)))
         else:
-            print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), flags.steps, flags.version)))
+            print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), *shared)))
         return
     results = {}
     if flags.pairs:
         print("| DPO, LoRA r 16 | pairs/s median | best | peak MiB |\n|---|---|---|---|")
         for kind in kinds():
-            found = in_process(["--raw", f"pairs,{kind},51", "--steps", str(flags.steps), "--version", flags.version])
+            found = in_process(["--raw", f"pairs,{kind},51", *words])
             results[f"pairs,{kind}"] = found
             rates = f"{found['pairs_per_s']:.1f} | {found['best_pairs_per_s']:.1f}"
             print(f"| {kind} | {rates} | {found['peak_mib']:.0f} |")
@@ -212,17 +219,9 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|---|")
         rows = [tuple(flags.only.split(","))] if flags.only else [row for row in ROWS if row[1] in kinds()]
         for mode, kind, ctx in rows:
-            words = [
-                "--raw",
-                f"{mode},{kind},{ctx}",
-                "--grad_cp",
-                str(flags.grad_cp),
-                "--steps",
-                str(flags.steps),
-                "--version",
-                flags.version,
-            ]
-            r = results[f"{mode},{kind},{ctx}"] = in_process(words)
+            r = results[f"{mode},{kind},{ctx}"] = in_process(
+                ["--raw", f"{mode},{kind},{ctx}", "--grad_cp", str(flags.grad_cp), *words]
+            )
             split = f"{r['forward']:.2f} / {r['backward']:.2f} / {r['update']:.2f}"
             rates = f"{r['tokens_per_s']:.0f} | {r['best_tokens_per_s']:.0f}"
             print(

@@ -10,7 +10,8 @@ import torch
 
 from rwkv_rlhf.commands import train
 from rwkv_rlhf.data.templates.jinja import template_process
-from rwkv_rlhf.training import callbacks
+from rwkv_rlhf.ops import product_ways
+from rwkv_rlhf.training import callbacks, start
 from rwkv_rlhf.training.module import TrainingModule
 from tests.support.files import read_jsonl
 from tests.support.source_files import ROOT
@@ -130,6 +131,36 @@ def test_stopped_anywhere_the_same_bits_in_the_end(kind, typed, run, cut_at, tex
     assert [untimed(record) for record in want] == [untimed(record) for record in found]
     assert len(want) == (3 if "--accumulate_grad_batches" in words else 6)
     assert sorted(p.name for p in whole.glob("rwkv-*")) == sorted(p.name for p in folder.glob("rwkv-*"))
+
+
+def test_a_resumed_run_multiplies_as_it_did(typed, run, cut_at, monkeypatch, caplog, text_jsonl, tmp_path):
+    """If this breaks, what another machine, or a measurement on a busy one, finds fastest changes the rest of a run."""
+    if product_ways.refusal(product_ways.ONEDNN, torch.float32):
+        pytest.skip("this build of PyTorch has no operators of oneDNN")
+    taken = []
+    monkeypatch.setitem(
+        product_ways.WAYS,
+        product_ways.ONEDNN,
+        lambda a, b: taken.append(1) or torch.nn.functional.linear(a, b) * 1.0001,
+    )  # its bits show
+    for module in (product_ways, start):
+        monkeypatch.setattr(module, "SMALLEST", 8)
+    monkeypatch.setattr(product_ways, "refusal", lambda way, dtype: None)
+    ways = product_ways.Ways.all(product_ways.ONEDNN)
+    words = [*typed, *KINDS["sft full"], "--data_file", text_jsonl]
+    monkeypatch.setattr(start, "ways_for", lambda dtype: ways)
+    run(*words, "--proj_dir", tmp_path / "whole")
+    assert taken
+    folder = tmp_path / "parts"
+    free = cut_at(3)
+    run(*words, "--proj_dir", folder, status=1)
+    free()
+    shutil.copytree(folder, tmp_path / "typed")
+    monkeypatch.setattr(start, "ways_for", lambda dtype: product_ways.PLAIN)
+    run(*words, "--proj_dir", folder, "--resume", "auto")
+    assert same(tensors(tmp_path / "whole"), tensors(folder))
+    run(*words, "--proj_dir", tmp_path / "typed", "--resume", "auto", "--products", "torch")
+    assert "{products} changed" in caplog.text and not same(tensors(tmp_path / "whole"), tensors(tmp_path / "typed"))
 
 
 def points(folder):

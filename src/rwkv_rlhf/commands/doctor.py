@@ -21,8 +21,9 @@ from rwkv_rlhf.host_cores import host_cores
 from rwkv_rlhf.host_memory import host_bytes
 from rwkv_rlhf.ops import build, compiling, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
-from rwkv_rlhf.ops.fastest import fastest_precision, product_rate, slowness
-from rwkv_rlhf.precision import NAMES
+from rwkv_rlhf.ops.fastest import SLOW, fastest_precision, product_rate, slowness
+from rwkv_rlhf.ops.product_table import KNOWN, figures_of, kept_seconds, processor, ways_for
+from rwkv_rlhf.precision import DTYPES, NAMES
 from rwkv_rlhf.reports.words import size
 from rwkv_rlhf.settings.counted import counted
 from rwkv_rlhf.settings.optional import OPTIONAL
@@ -36,7 +37,7 @@ DISAGREEMENT = 1  # exit status
 def doctor() -> int | None:
     """Print the examination; returns the exit status: None when every kernel that can run here agrees."""
     console = Console(soft_wrap=True, highlight=False, width=WIDTH)
-    parts = {"machine": (machine(), space(), rates()), "packages": (packages(),), "compilers": (compilers(),)}
+    parts = {"machine": (machine(), space(), rates(), ways()), "packages": (packages(),), "compilers": (compilers(),)}
     for title, lines in (parts | {"kernel cache": (cache(),)}).items():
         console.print(f"[bold]{title}[/bold]")
         for name, text in chain.from_iterable(lines):
@@ -110,6 +111,16 @@ def rates() -> Iterator[tuple[str, str]]:
         names = ("bf16", "fp32") if device.type == "cpu" else ("bf16", "fp16", "fp32")
         found = ", ".join(f"{name} {product_rate(name, device) / 1e9:,.3g}" for name in names)
         yield "products", f"{device.type}: {found} GFLOP/s"
+
+
+def ways() -> Iterator[tuple[str, str]]:
+    """What each way of multiplying by a matrix reaches on one core, and which one trains (--products auto)."""
+    for name in ("bf16", "fp32"):
+        if slowness(name, "cpu") < SLOW:
+            dtype = DTYPES[name]
+            origin = "known of this processor" if processor() in KNOWN else "measured here"
+            for product, figures in figures_of(kept_seconds(dtype), ways_for(dtype)):
+                yield "", f"{name} {product}, {origin}, by rows: {figures}"
 
 
 def packages() -> Iterator[tuple[str, str]]:

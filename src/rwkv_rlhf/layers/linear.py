@@ -16,6 +16,7 @@ from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.stores import store_class
 from rwkv_rlhf.layers.stores.store import ExactBuffers, Store
 from rwkv_rlhf.ops import products
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Matrix(ExactBuffers):
     weight: nn.Parameter | None
     store: Store | None
     transposed = False  # whether `weight` is (in, out)
+    ways: Ways = PLAIN  # how a CPU multiplies by `weight`
 
     def __init__(
         self,
@@ -70,6 +72,12 @@ class Matrix(ExactBuffers):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(self.shape, device=device, dtype=dtype))
         self.store = None
+
+    def take_ways(self, ways: Ways) -> None:
+        """Multiply by the matrix in these ways from now on, on a CPU."""
+        self.ways = ways
+        if self.store is not None:
+            self.store.ways = ways
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """An (out, in) matrix laid out as `weight` is, and back."""
@@ -127,7 +135,7 @@ class Linear(Matrix):
         assert self.weight is not None
         if products.few(x, self.weight):
             return products.product(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.ways.linear(x, self.weight.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), computed in x.dtype: a float32 master works with bfloat16 activations."""

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 from rwkv_rlhf.precision import wide_dtype
 
-# Columns of the vocabulary whose weight gradient is formed at once where it cannot be added in place (4096 x C).
+# Columns of the vocabulary whose logits or weight gradient (4096 x C) are made at once where that cannot be in place.
 COLUMNS = 4096
 
 
@@ -23,6 +24,7 @@ class Product:
         dense: Callable[[torch.dtype], Tensor] | None = getattr(head, "dense", None)
         weight = head.get_parameter("weight") if dense is None else dense(hidden.dtype)
         self.hidden = hidden
+        self.ways: Ways = getattr(head, "ways", PLAIN)
         self.weight = weight.detach().to(hidden.dtype)  # (V,C), in the dtype of the computation as the head itself does
         self.chunks = _chunks(hidden, head_chunk)
         self.head_chunk = min(head_chunk, len(hidden))
@@ -31,6 +33,7 @@ class Product:
         # summed over chunks in at least float32
         self.d_weight = torch.zeros_like(self.weight, dtype=wide_dtype(params[0].dtype)) if params else None
         self.dtype = params[0].dtype if params else None
+        self.columns = _chunks(self.weight, COLUMNS)
         self.narrow = hidden.new_empty(min(COLUMNS, len(self.weight)) if params else 0, hidden.shape[1])
 
     def logits(self, chunk: slice) -> Tensor:
@@ -38,21 +41,32 @@ class Product:
         hidden = self.hidden[chunk]
         if self.buffer is None:
             self.buffer = self.hidden.new_empty(self.head_chunk, len(self.weight))
-        return torch.mm(hidden, self.weight.t(), out=self.buffer[: len(hidden)])
+        found = self.buffer[: len(hidden)]
+        if not self.ways.takes(hidden, self.weight, "output"):
+            return torch.mm(hidden, self.weight.t(), out=found)
+        for columns in self.columns:  # a way makes a new tensor, which had better be small
+            found[:, columns] = self.ways.times("output", hidden, self.weight[columns])
+        return found
 
     def push(self, chunk: slice, slope: Tensor) -> None:
         """Take the gradient with respect to the logits of `chunk`, the last ones asked for."""
-        if self.d_hidden is not None:
+        own = self.ways.takes(slope, self.weight, "weight")
+        if self.d_hidden is not None and self.ways.takes(slope, self.weight, "input"):
+            self.d_hidden[chunk] = self.ways.input_gradient(slope, self.weight)
+        elif self.d_hidden is not None:
             torch.mm(slope, self.weight, out=self.d_hidden[chunk])
         if self.d_weight is None:
             return
         hidden = self.hidden[chunk]
-        if self.d_weight.dtype == slope.dtype:
+        if self.d_weight.dtype == slope.dtype and not own:
             self.d_weight.addmm_(slope.t(), hidden)
             return
-        for start in range(0, len(self.d_weight), COLUMNS):  # one narrow product at a time, widened as it is added
-            total = self.d_weight[start : start + COLUMNS]
-            total += torch.mm(slope[:, start : start + COLUMNS].t(), hidden, out=self.narrow[: len(total)])
+        for columns in self.columns:  # one narrow product at a time, widened as it is added
+            total = self.d_weight[columns]
+            if own:
+                total += self.ways.weight_gradient(slope[:, columns], hidden)
+            else:
+                total += torch.mm(slope[:, columns].t(), hidden, out=self.narrow[: len(total)])
 
     def gradients(self) -> tuple[Tensor | None, list[Tensor]]:
         """d hidden (None if not needed) and the gradient of each parameter in `params`, handed out once."""

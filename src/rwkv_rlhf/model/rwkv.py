@@ -19,6 +19,7 @@ from rwkv_rlhf.model.blocks import Block, normalise
 from rwkv_rlhf.model.sizes import Sizes
 from rwkv_rlhf.model.state import State
 from rwkv_rlhf.ops.backends import prepare
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 from rwkv_rlhf.ops.starts import Starts
 
 
@@ -47,6 +48,7 @@ class RWKV(nn.Module):
         self.grad_cp = grad_cp
         self.wkv_backend = wkv_backend
         self.dropout = dropout
+        self.ways = PLAIN
         self._compiled: Callable[..., Any] | None = None
         self.emb = Embedding(sizes.vocab_size, sizes.n_embd)
         block = VERSIONS[sizes.version]
@@ -78,6 +80,12 @@ class RWKV(nn.Module):
             assert isinstance(block, Block)
             layers.append(block.initial_state(rows, self.compute_dtype))
         return State(tuple(layers))
+
+    def take_ways(self, ways: Ways) -> None:
+        """Multiply by the model's matrices in these ways from now on, on a CPU."""
+        self.ways = ways
+        for _, layer in matrices(self):
+            layer.take_ways(ways)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """From now on run blocks compiled by `backend` of torch.compile where they train; the first steps compile.

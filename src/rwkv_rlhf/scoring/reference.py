@@ -64,7 +64,8 @@ def reference_scores(
     Read from `folder/cache` when the same scores were computed there before; `arithmetic` says how the model's tensors
     are held (storage, masters, device). With `chunk` rows run in chunks of so many tokens, as in training.
     """
-    key = reference_key(model_hash, pairs, f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {chunk}")
+    computed = f"{arithmetic} {model.compute_dtype} {model.wkv_backend} {chunk} {model.ways.as_json() or ''}".rstrip()
+    key = reference_key(model_hash, pairs, computed)
     path = folder / "cache" / f"reference-{key}.pth"
     found = ranks.broadcast_from_zero(lambda: cached_scores(path, len(pairs)))
     if found is not None:

@@ -117,6 +117,9 @@ class Config:
     wkv_backend: str = setting(
         "auto", "backend of the recurrence's kernels", choices=lambda: tuple(tables.BACKENDS), resume=ROUNDS
     )
+    products: str = setting(
+        "auto", "how a CPU multiplies by matrices", choices=lambda: tuple(tables.PRODUCTS), resume=ROUNDS
+    )
     compile: bool = setting(False, "compile blocks with torch.compile while they train", resume=ROUNDS)
     enable_progress_bar: bool = setting(True, "show a progress bar", resume=MAY_CHANGE)
     serve_report: int = setting(

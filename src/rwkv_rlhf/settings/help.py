@@ -31,6 +31,7 @@ EXPLAINED: dict[str, Mapping[str, Any]] = {
     "format": SHAPES,
     "optim": OPTIMIZERS,
     "wkv_backend": tables.BACKENDS,
+    "products": tables.PRODUCTS,
     "grpo_loss": policy_tables.GRPO_LOSSES,
     "grpo_advantage": policy_tables.ADVANTAGES,
     "grpo_scale": policy_tables.SCALES,

@@ -437,6 +437,20 @@ STRATEGIES: dict[str, StrategyFacts] = {
 
 
 @dataclass(frozen=True)
+class ProductFacts:
+    """How a CPU multiplies by matrices while it trains; ops/product_ways.py has the functions."""
+
+    help: str
+
+
+PRODUCTS: dict[str, ProductFacts] = {
+    "auto": ProductFacts("the fastest for each number of rows: known of the processor, else measured once"),
+    "torch": ProductFacts("as PyTorch chooses"),
+    "onednn": ProductFacts("oneDNN, which comes with PyTorch"),
+}
+
+
+@dataclass(frozen=True)
 class BackendFacts:
     """What runs the recurrences. implementation: a subclass of ops/backend.py:Backend; "" = parsed only."""
 

@@ -54,10 +54,16 @@ def find_point(config: Config, folder: Path, settings: dict[str, Any]) -> Resume
 
 
 def about_run(
-    settings: dict[str, Any], epoch_count: int, base: str, model_hash: str, initial: tuple[str, str], begun: str
+    settings: dict[str, Any],
+    epoch_count: int,
+    base: str,
+    model_hash: str,
+    initial: tuple[str, str],
+    begun: str,
+    products: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash), and
-    when it was first started."""
+    """What every point of a run says of it: identity, the base file's name and hash, PiSSA's factors (name, hash), when
+    it was first started, and how a CPU multiplies (`Ways.as_json`)."""
     return {
         "settings": settings,
         "epoch_count": epoch_count,
@@ -65,4 +71,5 @@ def about_run(
         "model": model_hash,
         "initial": list(initial),
         "begun": begun,
+        "products": products,
     }

@@ -121,7 +121,8 @@ def _train(
             file.write(config_text(as_typed(typed)).encode())
     journal.facts.run, journal.facts.begun = name, begun
     initial = (sidecar.initial_file, sidecar.initial_sha256)
-    identity = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun)
+    products = start.model.ways.as_json()
+    identity = about_run(settings, typed.epoch_count, start.path.name, start.hash, initial, begun, products)
     points = ResumePoints(folder / FOLDER, identity, point.path if point else None)
     if held_out is not None and not prompts:
         prompts = data_prompts(inputs, steps)

@@ -39,6 +39,8 @@ from rwkv_rlhf.model.initial import initial_tensors
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
 from rwkv_rlhf.ops import compiling
+from rwkv_rlhf.ops.product_table import ways_for
+from rwkv_rlhf.ops.product_ways import LIMITS, PLAIN, SMALLEST, Ways, refusal
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
 from rwkv_rlhf.settings import tables
@@ -219,12 +221,35 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     )
     if device_for(config.accelerator) == "cpu":
         keep_pages()
+        model.take_ways(product_ways(config, sizes, point))
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
     begun = Start(path, sizes, plan, model, report, read, cold)
     if config.load_adapter:
         check_adapter(config, begun)
     return begun
+
+
+def product_ways(config: Config, sizes: Sizes, point: ResumePoint | None) -> Ways:
+    """How a CPU multiplies: as --products says, as the run did that goes on from `point`, or by rank zero's table.
+
+    Models with no matrix that is large enough for a difference are left to PyTorch.
+    """
+    dtype = DTYPES[config.precision]
+    if sizes.n_embd < SMALLEST or dtype not in LIMITS:
+        return PLAIN
+    if config.products != "auto":
+        why = refusal(config.products, dtype)
+        if why:
+            raise ValueError(f"{{products}} {config.products}: {why}; leave it auto")
+        return Ways.all(config.products)
+    if point is None:
+        return ranks.broadcast_from_zero(lambda: ways_for(dtype))
+    known = Ways.read(point.about.get("products", {}))
+    found = known.possible(dtype)
+    if found != known:
+        log.warning("this PyTorch multiplies otherwise than that of %s: the rest will not be the same bits", point.path)
+    return found
 
 
 def check_compile(config: Config) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_rlhf.ops import products
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 from rwkv_rlhf.ops.products import Packed
 
 # Numbers that are unpacked at once: products of mixed types make float32 copies of all that a CPU is given.
@@ -50,6 +51,7 @@ class Store(ExactBuffers):
     """
 
     mode = ""
+    ways: Ways = PLAIN  # how a CPU multiplies by the unpacked matrix
 
     def __init__(self, shape: torch.Size, **buffers: Tensor) -> None:
         super().__init__()
@@ -79,7 +81,7 @@ class Store(ExactBuffers):
         """x (..., in) -> x W^T (..., out) in x.dtype, outside autograd."""
         if (packed := self.operand()) is not None and products.few(x, packed.weight):
             return products.product(x, packed)
-        return nn.functional.linear(x, self.unpack(x.dtype))
+        return self.ways.linear(x, self.unpack(x.dtype))
 
     def linear(self, x: Tensor) -> Tensor:
         """x (..., in) -> x W^T (..., out) in x.dtype. A dense matrix lives only while the product runs."""
@@ -110,4 +112,4 @@ class _PackedProduct(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None
-        return upstream @ ctx.store.unpack(upstream.dtype), None
+        return ctx.store.ways.input_gradient(upstream, ctx.store.unpack(upstream.dtype)), None
