@@ -30,8 +30,9 @@ class Product:
         self.head_chunk = min(head_chunk, len(hidden))
         self.buffer: Tensor | None = None  # made when logits are first asked for
         self.d_hidden = torch.empty_like(hidden) if need_hidden else None
-        # summed over chunks in at least float32
-        self.d_weight = torch.zeros_like(self.weight, dtype=wide_dtype(params[0].dtype)) if params else None
+        # summed over chunks in at least float32; the first chunk is written where the others are added
+        self.d_weight = torch.empty_like(self.weight, dtype=wide_dtype(params[0].dtype)) if params else None
+        self.pushed = False
         self.dtype = params[0].dtype if params else None
         self.columns = _chunks(self.weight, COLUMNS)
         self.narrow = hidden.new_empty(min(COLUMNS, len(self.weight)) if params else 0, hidden.shape[1])
@@ -57,19 +58,26 @@ class Product:
             torch.mm(slope, self.weight, out=self.d_hidden[chunk])
         if self.d_weight is None:
             return
-        hidden = self.hidden[chunk]
+        hidden, first = self.hidden[chunk], not self.pushed
+        self.pushed = True
         if self.d_weight.dtype == slope.dtype and not own:
-            self.d_weight.addmm_(slope.t(), hidden)
+            torch.addmm(self.d_weight, slope.t(), hidden, beta=0 if first else 1, out=self.d_weight)
             return
         for columns in self.columns:  # one narrow product at a time, widened as it is added
             total = self.d_weight[columns]
             if own:
-                total += self.ways.weight_gradient(slope[:, columns], hidden)
+                found = self.ways.weight_gradient(slope[:, columns], hidden)
             else:
-                total += torch.mm(slope[:, columns].t(), hidden, out=self.narrow[: len(total)])
+                found = torch.mm(slope[:, columns].t(), hidden, out=self.narrow[: len(total)])
+            if first:
+                total.copy_(found)
+            else:
+                total += found
 
     def gradients(self) -> tuple[Tensor | None, list[Tensor]]:
         """d hidden (None if not needed) and the gradient of each parameter in `params`, handed out once."""
+        if self.d_weight is not None and not self.pushed:
+            self.d_weight.zero_()
         found = [] if self.d_weight is None else [self.d_weight.to(self.dtype)]
         self.d_weight = None
         return self.d_hidden, found

@@ -38,7 +38,7 @@ Seconds = dict[str, dict[str, dict[str, float]]]  # product -> class -> way
 # processor -> precision -> ways; where it says nothing, PyTorch's own
 KNOWN: dict[str, dict[torch.dtype, Ways]] = {
     "GenuineIntel 6 207": {  # Emerald Rapids, AVX-512 and AMX: 2026-11-27, PyTorch 2.13.0
-        torch.float32: Ways(output=(TORCH, TORCH, ONEDNN, TORCH, TORCH, ONEDNN)),
+        torch.float32: Ways(output=(TORCH, TORCH, ONEDNN, TORCH, TORCH, TORCH)),
         torch.bfloat16: Ways(weight=(TORCH, TORCH, ONEDNN, ONEDNN, ONEDNN, TORCH)),
     }
 }
