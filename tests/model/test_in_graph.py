@@ -1,11 +1,12 @@
 """Compiled blocks (`--compile 1`): the values and gradients of the same steps without a compiler, and no graph breaks.
 
 `fullgraph` makes a break inside a block an error. The backend "eager" of torch.compile runs the graph as it was taken,
-"aot_eager" with its backward pass taken ahead; "inductor", which users have, is judged by benchmarks/compiled.py.
+"aot_eager" with its backward pass taken ahead; "inductor", which users have, makes code of it.
 """
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.model.in_graph import compiled_blocks
@@ -66,6 +67,28 @@ def test_adapters_over_packed_matrices_are_compiled(mode, store):
     same(step(compiled), step(plain))
 
 
+def gradients(model):
+    """Last hidden states and the gradients of all parameters, in float64, for random numbers as the former's."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, _ = model(torch.randint(300, (1, 100), generator=generator), starts=PACKED, keep_state=False)
+    hidden.backward(torch.randn(hidden.shape, generator=generator).to(hidden))
+    grads = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return {"hidden": hidden.detach().double(), **grads}
+
+
+def test_inductor_is_as_exact_as_the_blocks():
+    """If this breaks, `--compile 1` stops where it makes code, or computes less exactly than a plain step does."""
+    tensors = random_tensors(n_layer=1)
+    plain, compiled = build(tensors), build(tensors)
+    compiled.compile_blocks()
+    exact = gradients(build(tensors, torch.float64))
+    for (name, wanted), x, found in zip(
+        exact.items(), *(gradients(m).values() for m in (plain, compiled)), strict=True
+    ):
+        off, allowed = (found - wanted).norm(), 2 * (x - wanted).norm() + 1e-7 * wanted.norm()
+        assert off <= allowed, (name, float(off / wanted.norm()), float(allowed / wanted.norm()))
+
+
 def test_a_look_is_not_compiled():
     """Sampling and scoring meet rows of every length: they must not compile for each of them."""
     model = build(random_tensors("x052", n_layer=1)).eval()
@@ -77,13 +100,16 @@ def test_a_look_is_not_compiled():
     assert torch.equal(found, wanted)
 
 
-def test_a_compiler_that_fails_is_told_in_a_sentence():
+@pytest.mark.parametrize("only_backward", [False, True])
+def test_a_compiler_that_fails_is_told_in_a_sentence(only_backward):
     """If this breaks, a user reads a hundred lines of PyTorch's instead of what to do."""
 
-    def backend(graph, inputs):
+    def broken(graph, inputs):
         raise OSError("no space left\nfor files")
 
-    call = compiled_blocks(backend)
+    call = compiled_blocks(
+        aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=broken) if only_backward else broken
+    )
     block = build(random_tensors("x052", n_layer=1)).blocks[0]
     with pytest.raises(Failure, match=r"--compile 1: .*no space left.*; leave it 0"):
         call(block, torch.zeros(1, 3, 64), None, None, None, "auto", False)

@@ -18,13 +18,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_grou
 
 CASES = ("sft", "dpo", "kto", "infctx", "lora", "tables", "empty", "grpo", "ppo")
 BLOWN = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3", "fsdp")
-SPLIT = [  # (strategy, case): each strategy once, and what its kind of split could change; forgetful is sft and more
+AS_SFT = ("forgetful", "compiled")  # the same steps, and something happens besides
+SPLIT = [  # (strategy, case): each strategy once, and what its kind of split could change
     *((strategy, "sft") for strategy in ("deepspeed_stage_1", "deepspeed_stage_3_offload")),
     *((strategy, case) for strategy in ("deepspeed_stage_3", "fsdp") for case in ("dpo", "empty", "state")),
     *(("deepspeed_stage_2", case) for case in ("infctx", "lora", "grpo", "ppo")),
     # moments that come back are the others' business too: tests/runs/test_resume_ranks.py
     *((strategy, "forgetful") for strategy in ("deepspeed_stage_2_offload", "fsdp")),
     *((strategy, "packed") for strategy in ("deepspeed_stage_1", "deepspeed_stage_3", "fsdp")),
+    *((strategy, "compiled") for strategy in ("ddp", "deepspeed_stage_2")),
 ]
 
 
@@ -35,7 +37,7 @@ def runs(base_of, vocab_file, text_jsonl, pairs_csv, tmp_path_factory):
     (text_jsonl.parent / "empty.jsonl").write_text(
         "\n".join(json.dumps({"text": "" if n % 4 in (2, 3) else f"line {n}"}) for n in range(24)) + "\n"
     )
-    more = ("packed", "state", "forgetful", "blown")
+    more = ("packed", "state", "forgetful", "compiled", "blown")
     words = {name: case(text_jsonl, pairs_csv, name) for name in (*CASES, *more)}
     wanted = [*(("ddp", name) for name in (*CASES, *more[:2])), *SPLIT, *((strategy, "blown") for strategy in BLOWN)]
 
@@ -64,7 +66,7 @@ def test_two_processes_are_one_with_the_same_batch(runs, name):
 @pytest.mark.parametrize(("strategy", "name"), SPLIT)
 def test_every_strategy_learns_the_same(runs, strategy, name):
     """If this breaks, splitting a model over devices changes what it learns, or what is saved."""
-    same_run(runs / "ddp" / (name if name != "forgetful" else "sft"), runs / strategy / name)
+    same_run(runs / "ddp" / ("sft" if name in AS_SFT else name), runs / strategy / name)
 
 
 @pytest.mark.parametrize("strategy", BLOWN)

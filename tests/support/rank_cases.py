@@ -26,6 +26,7 @@ def case(text, pairs, name):
         "infctx": (*sft, "--infctx", 1, "--chunk_ctx", 7),  # documents of 13 to 34 tokens: 2 to 5 pieces
         "lora": (*dpo, *lora, "--infctx", 1, "--chunk_ctx", 16),
         "forgetful": (*sft, "--val_file", text),
+        "compiled": (*sft, "--val_file", text, "--compile", 1),
         "tables": (*sft, "--peft", "lora", "--lora_r", 4, "--lora_dropout", 0, "--train_tables", 1),
         "state": ("--state", 1, "--state_shift", 1, "--grad_cp", 0, *sft),
         "grpo": ("--grpo", 1, "--rlhf_train_file", pairs, *groups, "--val_file", pairs),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._dynamo import config as dynamo
 from torch._dynamo.exc import TorchDynamoException
+from torch._functorch import config as autograd
 
 import rwkv_rlhf.layers.stores.in_graph  # noqa: F401 - registers its operators
 from rwkv_rlhf.model.blocks import Block
@@ -30,6 +31,7 @@ def compiled_blocks(backend: str) -> BlockCall:
     torch.compile's. Dropouts draw what they draw without compiling."""
     dynamo.recompile_limit = max(dynamo.recompile_limit, KINDS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, KINDS)
+    autograd.force_non_lazy_backward_lowering = True  # so that `call` has its errors too, not the backward pass
     options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     compiled = torch.compile(run, backend=backend, fullgraph=True, options=options)
 

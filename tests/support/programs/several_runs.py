@@ -2,10 +2,11 @@
 
 RUNS.json: a list of lists of words for train.py. The other words say how the processes are started. What a run raises
 is written to `error-<rank>.txt` in its folder. In a folder called `forgetful` the optimizer forgets everything after
-two micro-batches, and takes up what `rank_state` kept of it.
+two micro-batches, and takes up what `rank_state` kept of it. Blocks are compiled by aot_eager, which makes no code.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from rwkv_rlhf.commands.train import ranked
 from rwkv_rlhf.distributed import ranks
 from rwkv_rlhf.distributed.launch import launched
+from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.reports import curves
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training import fixed_prompts
@@ -55,6 +57,7 @@ training_step = TrainingModule.training_step
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     TrainingModule.training_step = forget
+    RWKV.compile_blocks = functools.partialmethod(RWKV.compile_blocks, "aot_eager")
     curves.draw_curves = lambda folder: None  # takes longer than the training, as long answers do
     fixed_prompts.MOST_TOKENS = 4
     main(sys.argv[1], sys.argv[2:])
