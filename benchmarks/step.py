@@ -5,17 +5,21 @@ python benchmarks/step.py --only full,bf16,512      # one row
 python benchmarks/step.py --version x060            # another version than RWKV-7
 python benchmarks/step.py --products torch          # as PyTorch multiplies, instead of this processor's table
 python benchmarks/step.py --pairs 1                 # DPO with LoRA r 16 on pairs of 51 tokens, 4 a step
+python benchmarks/step.py --peers 1                 # full fp32 steps of ctx 512 beside other programs, in turns
 
 Random weights, L12-D768, 65536 tokens, the trainer's own model, losses, optimizer and clipping. Every row runs in a
 process of its own, so that the peak is its own: VmHWM, which counts the interpreter and the libraries. The machine's
 rate is the best 2048-cube product of the row's type in the same process. Model FLOPs: 6N per token (4N + 6N_adapter for
-LoRA), N without the embedding. `cp` recomputes blocks (--grad_cp 1).
+LoRA), N without the embedding. `cp` recomputes blocks (--grad_cp 1). Beside others: RWKV-7 and rwkv7-hf, RWKV-4 and
+transformers' model of it, each in a process of its own (stepping.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 LAYERS, WIDTH, VOCAB = 12, 768, 65536
+PEERS = {"x070": "rwkv7-hf", "x040": "transformers"}  # version -> who has it too
 ROWS = [(mode, kind, ctx) for mode in ("full", "lora") for kind in ("bf16", "fp32") for ctx in (512, 1024)]
 
 
@@ -58,8 +63,8 @@ def peak_mib() -> float:
     return float("nan")
 
 
-def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str, products: str):
-    """Model, loss settings and optimizer as train.py makes them."""
+def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str, products: str, size=(LAYERS, WIDTH, VOCAB)):
+    """Model, loss settings and optimizer as train.py makes them. size: layers, width, vocabulary."""
     import torch
 
     from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
@@ -73,13 +78,14 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str, produc
 
     keep_pages()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
-    tensors = initial_tensors(version, LAYERS, WIDTH, VOCAB, 64, seed=1)
+    layers, width, vocab = size
+    tensors = initial_tensors(version, layers, width, vocab, 64, seed=1)
     generator = torch.Generator().manual_seed(2)
     for name, value in tensors.items():  # nothing at zero, so that every product is a real one
         if value.dim() == 2 and not value.any():
             tensors[name] = torch.randn(value.shape, generator=generator) * 0.02
         tensors[name] = tensors[name].to(dtype) if value.dim() == 2 else tensors[name]
-    plan = make_plan(mode, LAYERS, rank=16, alpha=32.0, dropout=0.0, lr_init=1e-5, lr_final=1e-5, weight_decay=0.0)
+    plan = make_plan(mode, layers, rank=16, alpha=32.0, dropout=0.0, lr_init=1e-5, lr_final=1e-5, weight_decay=0.0)
     names = list(tensors)
     model, _ = build_model(tensors, BuildOptions(dtype, plan=plan, grad_cp=grad_cp))
     for name in names:
@@ -108,17 +114,24 @@ def timed_steps(model, optimizer, config, hidden_of, batches) -> dict[str, list[
     return times
 
 
-def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, version: str, products: str) -> dict:
-    """Single-row steps of `ctx` tokens."""
+def text_batches(ctx: int, vocab: int):
+    """Rows of `ctx` random tokens without an end."""
     import torch
 
     from rwkv_rlhf.data.batch import TextBatch
+
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        row = torch.randint(1, vocab, (ctx + 1,), generator=generator)
+        yield TextBatch(row[:-1], row[1:], torch.tensor([0, ctx]), float(ctx))
+
+
+def measure_text(mode: str, kind: str, ctx: int, grad_cp: bool, steps: int, version: str, products: str) -> dict:
+    """Single-row steps of `ctx` tokens."""
     from rwkv_rlhf.scoring.forward import text_hidden
 
     model, optimizer, config, dtype = prepare(mode, kind, grad_cp, "sft", version, products)
-    generator = torch.Generator().manual_seed(3)
-    rows = (torch.randint(1, VOCAB, (ctx + 1,), generator=generator) for _ in range(steps + 1))
-    batches = (TextBatch(row[:-1], row[1:], torch.tensor([0, ctx]), float(ctx)) for row in rows)
+    batches = itertools.islice(text_batches(ctx, VOCAB), steps + 1)
     times = timed_steps(model, optimizer, config, text_hidden, batches)
     return summary(model, times, ctx, dtype, peak_mib())
 
@@ -178,6 +191,35 @@ def summary(model, times, ctx: int, dtype, peak: float) -> dict:
     }
 
 
+def beside_peers(steps: int, ctx: int, size: tuple[int, int, int]) -> dict:
+    """Prints one row a side; the seconds of its steps by version and side."""
+    from stepping import Work, missing, spread, warm
+
+    found: dict[str, list[float]] = {}
+    print("| full fp32 | side | seconds a step (fastest - slowest) | tok/s | peak MiB |\n|---|---|---|---|---|")
+    for version, peer in PEERS.items():
+        if why := missing(peer):
+            print(f"({why})")
+        works = [Work(name, "full", version, ctx, *size) for name in ("ours", peer) if not missing(name)]
+        times: dict[str, list[float]] = {work.side: [] for work in works}
+        with warm({work.side: (work, dict(os.environ)) for work in works}) as sides:
+            for _ in range(steps):
+                for name, side in sides.items():
+                    times[name].append(side())
+            peaks = {name: side("peak") for name, side in sides.items()}
+        for name, seconds in times.items():
+            rate = ctx / statistics.median(seconds)
+            print(f"| {version} | {name} | {spread(seconds)} | {rate:.1f} | {peaks[name]:.0f} |", flush=True)
+            found[f"{version},{name}"] = seconds
+    return found
+
+
+def size_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of another size than L12-D768."""
+    for name, value in (("layers", LAYERS), ("width", WIDTH), ("vocab", VOCAB)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+
+
 def in_process(words: list[str]) -> dict:
     """Run one row in a fresh interpreter."""
     done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
@@ -192,6 +234,9 @@ def main() -> None:
     parser.add_argument("--grad_cp", type=int, default=0)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--peers", type=int, default=0)
+    parser.add_argument("--ctx", type=int, default=512, help="of the steps beside others [512]")
+    size_flags(parser.add_argument_group("another size of model, beside others"))
     parser.add_argument("--version", default="x070")
     parser.add_argument("--products", default="auto", choices=("auto", "torch", "onednn"))
     parser.add_argument("--raw", default="")
@@ -207,7 +252,9 @@ def main() -> None:
             print(json.dumps(measure_text(mode, kind, int(ctx), bool(flags.grad_cp), *shared)))
         return
     results = {}
-    if flags.pairs:
+    if flags.peers:
+        results = beside_peers(flags.steps, flags.ctx, (flags.layers, flags.width, flags.vocab))
+    elif flags.pairs:
         print("| DPO, LoRA r 16 | pairs/s median | best | peak MiB |\n|---|---|---|---|")
         for kind in kinds():
             found = in_process(["--raw", f"pairs,{kind},51", *words])
