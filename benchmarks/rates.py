@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from rwkv_rlhf.ops.build import FLAGS, ISA_FLAGS, compiler
 from rwkv_rlhf.ops.cpu import instruction_set
 
-LANES = {"AVX512": 16, "AVX2": 8}
+LANES = {"AMX": 16, "AVX512": 16, "AVX2": 8}
 CHAINS, TURNS = 10, 4_000_000  # enough independent sums to hide the latency of one, few enough for the registers
 OPENMP = ("-fopenmp", "-fvisibility=default")
 SOURCE = """

@@ -65,7 +65,7 @@ struct Mix {
     }
 };
 
-// y = finish(x W^T). sizes: rows, n, out, whether x lies in panels. tensors: x (R, n) as Layout leaves it, W (out, n)
+// y = finish(x W^T). sizes: rows, n, out, whether rows are many. tensors: x (R, n) as Layout leaves it, W (out, n)
 // as `stored` says, its scales and levels or null, y (R, out), a gate (R, out) for ADDED_GATED
 struct Product {
     const Op& op;
@@ -73,9 +73,14 @@ struct Product {
 
     explicit Product(const Op& x) : op(x), rows(x.sizes[0]), n(x.sizes[1]), out(x.sizes[2]) {}
 
-    // Many rows lie in panels.
     bool many() const { return op.sizes[3] != 0; }
-    int64_t tasks() const { return product_tasks(rows, out, many()); }
+    int64_t tasks() const {
+        int64_t found = 0;
+        with_matrix(op.stored, nullptr, nullptr, nullptr, n, [&](const auto& matrix) {
+            found = product_tasks<std::decay_t<decltype(matrix)>>(rows, out, many());
+        });
+        return found;
+    }
 
     void run(int64_t task) const {
         float* y = op.at<float>(4);
@@ -95,19 +100,24 @@ struct Product {
     }
 };
 
-// x (R, n) as a product with a matrix that is `stored` so wants it. sizes: rows, n, whether in panels. tensors: x, the
-// same laid out
+// x (R, n) as a product with a matrix that is `stored` so wants it. sizes: rows, n, whether rows are many. tensors: x,
+// the same laid out
 struct Layout {
     const Op& op;
 
     explicit Layout(const Op& x) : op(x) {}
 
     bool many() const { return op.sizes[2] != 0; }
-    int64_t tasks() const { return many() ? panels(op.sizes[0]) : op.sizes[0]; }
+    int64_t tasks() const {
+        int64_t found = 0;
+        with_matrix(op.stored, nullptr, nullptr, nullptr, 0, [&](const auto& matrix) {
+            found = parts(op.sizes[0], laid_out_rows<std::decay_t<decltype(matrix)>>(many()));
+        });
+        return found;
+    }
     void run(int64_t part) const {
         with_matrix(op.stored, nullptr, nullptr, nullptr, op.sizes[1], [&](const auto& matrix) {
-            using Matrix = std::decay_t<decltype(matrix)>;
-            lay_out<Matrix::UNIT>(op.at(0), op.sizes[0], matrix.n, many(), part, op.at<float>(1));
+            lay_out<std::decay_t<decltype(matrix)>>(op.at(0), op.sizes[0], matrix.n, many(), part, op.at<float>(1));
         });
     }
 };

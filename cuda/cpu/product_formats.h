@@ -76,24 +76,23 @@ struct Int8 {
     struct Columns {
         const int8_t* at;
         float scale;
-        INLINE vec get(int j) const {
+        INLINE vec raw(int j) const {
 #if defined(__AVX512F__)
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at + j * W));
-            return scale * bit_copy<vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+            return bit_copy<vec>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
 #elif defined(__AVX2__)
             const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + j * W));
-            return scale * bit_copy<vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+            return bit_copy<vec>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
 #else
             vec x;
             for (int lane = 0; lane < W; ++lane) x[lane] = at[j * W + lane];
-            return scale * x;
+            return x;
 #endif
         }
+        INLINE vec get(int j) const { return scale * raw(j); }
     };
-    INLINE Columns block(int64_t o, int64_t i) const {
-        const int64_t at = o * n + i;
-        return {values + at, scales[at / BLOCK]};
-    }
+    INLINE float scale(int64_t o, int64_t i) const { return scales[(o * n + i) / BLOCK]; }
+    INLINE Columns block(int64_t o, int64_t i) const { return {values + o * n + i, scale(o, i)}; }
     INLINE const void* place(int64_t o, int64_t i) const { return values + o * n + i; }
 };
 
@@ -173,15 +172,15 @@ struct Fp8 {
     struct Columns {
         const uint8_t* at;
         float scale;
-        INLINE vec get(int j) const {
+        INLINE vec raw(int j) const {
 #if defined(__AVX512F__)
             const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + j * W)));
             const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(~0x4000));
-            return scale * bit_copy<vec>(_mm512_cvtph_ps(half));
+            return bit_copy<vec>(_mm512_cvtph_ps(half));
 #elif defined(__AVX2__)
             const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + j * W)));
             const __m128i half = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(~0x4000));
-            return scale * bit_copy<vec>(_mm256_cvtph_ps(half));
+            return bit_copy<vec>(_mm256_cvtph_ps(half));
 #else
             vec x;
             for (int lane = 0; lane < W;
@@ -191,11 +190,13 @@ struct Fp8 {
                 const float size = bit_copy<float>((rest << 20) + ((112 + tiny) << 23)) - (tiny ? 0x1p-14f : 0.f);
                 x[lane] = bits & 0x80 ? -size : size;
             }
-            return scale * x;
+            return x;
 #endif
         }
+        INLINE vec get(int j) const { return scale * raw(j); }
     };
-    INLINE Columns block(int64_t o, int64_t i) const { return {values + o * n + i, scales[o] * 256.f}; }
+    INLINE float scale(int64_t o, int64_t) const { return scales[o] * 256.f; }
+    INLINE Columns block(int64_t o, int64_t i) const { return {values + o * n + i, scale(o, i)}; }
     INLINE const void* place(int64_t o, int64_t i) const { return values + o * n + i; }
 };
 

@@ -22,14 +22,14 @@ struct ProductSizes {
 
 template <typename Matrix, typename T>
 void product(const Matrix& matrix, const float* x, T* y, const ProductSizes& sizes, int threads) {
-    const int64_t rows = sizes.rows, out = sizes.out, tasks = product_tasks(rows, out, sizes.many);
+    const int64_t rows = sizes.rows, out = sizes.out, tasks = product_tasks<Matrix>(rows, out, sizes.many);
     if (rows * sizes.n * out <= WORTH) threads = 1;
     std::unique_ptr<float[]> laid_out;
     if (sizes.many || Matrix::UNIT > 1) {
-        const int64_t parts = sizes.many ? panels(rows) : rows;
-        laid_out.reset(new float[(sizes.many ? parts * PANEL : rows) * sizes.n]);
+        const int64_t height = laid_out_rows<Matrix>(sizes.many), parts = (rows + height - 1) / height;
+        laid_out.reset(new float[parts * laid_out_size<Matrix>(sizes.n, sizes.many)]);
         for_tasks<Nothing>(threads, parts, [&](int64_t part, Nothing&) {
-            lay_out<Matrix::UNIT>(x, rows, sizes.n, sizes.many, part, laid_out.get());
+            lay_out<Matrix>(x, rows, sizes.n, sizes.many, part, laid_out.get());
         });
         x = laid_out.get();
     }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "product_formats.h"
+#include "product_tiles.h"
 
 namespace rwkv {
 namespace {
@@ -32,7 +33,7 @@ __attribute__((noinline)) void times(const Matrix& of, int64_t first, int64_t co
             columns[o] = matrix.block(own[o], i);
             __builtin_prefetch(matrix.place(own[o] + O, i));  // the rows that come next
         }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int j = 0; j < Matrix::WIDTH / W; ++j) {
             vec part[R];
             for (int r = 0; r < R; ++r) part[r] = load(inputs[r] + i + j * W);
@@ -69,10 +70,9 @@ void some_rows(const Matrix& matrix, const float* x, int64_t row, int64_t rows, 
     }
 }
 
-// The same for all `rows` of x, their columns in the order of `column`, and one tile of the `out` rows of W.
+// The same for all `rows` of x, their columns in the order of `column`.
 template <typename Matrix, typename Put>
-void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t out, int64_t tile, const Put& put) {
-    const int64_t begin = tile * TILE, end = std::min(out, begin + TILE);
+void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t begin, int64_t end, const Put& put) {
     for (int64_t row = 0; row < rows; row += TOGETHER)
         if (rows - row == 1)
             some_rows<SIDE_OF_ONE, 1>(matrix, x, row, 1, begin, end, put);
@@ -82,27 +82,49 @@ void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t ou
 
 // Products of more rows: PANEL rows of x lie beside each other, so that a register holds one column of several rows and
 // a weight meets all of them. Weights are widened a block at a time, for all rows.
-constexpr int PANEL = 2 * W;   // rows of x
-constexpr int64_t MOST = 128;  // rows of x that one tile takes, a multiple of PANEL
-constexpr int64_t TALL = 24;   // rows of W of a tile, a multiple of GROUP
-constexpr int64_t DEEP = 256;  // columns that are summed by themselves; a multiple of 64
-constexpr int GROUP = 6;       // rows of W whose sums fill the registers
+constexpr int64_t PANEL = 2 * W;   // rows of x, of which MOST is a multiple
+constexpr int64_t TALL = 24;       // rows of W of a tile, a multiple of GROUP
+constexpr int64_t MOST_TALL = 48;  // where they lie in tiles instead
+constexpr int64_t DEEP = 256;      // columns that are summed by themselves; a multiple of 64
+constexpr int GROUP = 6;           // rows of W whose sums fill the registers
 
 inline int64_t panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
-// Row `part` of x with its columns in the order of `column`; or of `many` rows, panel `part`:
-// to[panel][column][row of the panel], zeros where there are no more rows.
-template <int UNIT>
+// Whether products of many rows with such a matrix are made of tiles.
+#if defined(__AMX_BF16__)
+template <typename Matrix>
+constexpr bool TILED = std::is_same_v<Matrix, BFloat16> || std::is_same_v<Matrix, Int8> || std::is_same_v<Matrix, Fp8>;
+#else
+template <typename Matrix>
+constexpr bool TILED = false;
+#endif
+
+// Rows of x that are laid out together, and the numbers of 32 bits that they then take.
+template <typename Matrix>
+int64_t laid_out_rows(bool many) {
+    return !many ? 1 : TILED<Matrix> ? STRIP : PANEL;
+}
+
+template <typename Matrix>
+int64_t laid_out_size(int64_t n, bool many) {
+#if defined(__AMX_BF16__)
+    if (TILED<Matrix> && many) return strip_size(n) / 2;
+#endif
+    return many ? n * PANEL : n;
+}
+
+// Part `part` of them. Few rows: one with its columns in the order of `column`. Many: a strip of tiles, or a panel,
+// [column][row of the panel], zeros where there are no more rows.
+template <typename Matrix>
 void lay_out(const float* x, int64_t rows, int64_t n, bool many, int64_t part, float* to) {
-    if (!many) {
-        for (int64_t i = 0; i < n; ++i) to[part * n + i] = x[part * n + column<UNIT>(i, n)];
-        return;
-    }
-    to += part * n * PANEL;
-    for (int r = 0; r < PANEL; ++r) {
-        const int64_t row = part * PANEL + r;
-        for (int64_t i = 0; i < n; ++i) to[i * PANEL + r] = row < rows ? x[row * n + column<UNIT>(i, n)] : 0.f;
-    }
+    const int64_t height = laid_out_rows<Matrix>(many), count = std::min(height, rows - part * height);
+    x += part * height * n;
+    to += part * laid_out_size<Matrix>(n, many);
+#if defined(__AMX_BF16__)
+    if (TILED<Matrix> && many) return lay_out_strip(x, count, n, reinterpret_cast<uint16_t*>(to));
+#endif
+    for (int64_t r = 0; r < height; ++r)
+        for (int64_t i = 0; i < n; ++i) to[i * height + r] = r < count ? x[r * n + column<Matrix::UNIT>(i, n)] : 0.f;
 }
 
 // y[o][0 .. PANEL) += sum_i w[o][i] x[i][0 .. PANEL) for O rows of w, `stride` apart
@@ -139,7 +161,7 @@ const float* widened(const Matrix& matrix, int64_t first, int64_t rows, int64_t 
         int64_t i = 0;
         for (; i + Matrix::WIDTH <= n; i += Matrix::WIDTH) {
             const auto columns = matrix.block(first + o, begin + i);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
             for (int j = 0; j < Matrix::WIDTH / W; ++j) store(to + o * DEEP + i + j * W, columns.get(j));
         }
         if constexpr (Matrix::WIDTH < BLOCK)
@@ -154,7 +176,7 @@ const float* widened(const Matrix& matrix, int64_t first, int64_t rows, int64_t 
 // panels; `row` is a multiple of PANEL, `rows` at most MOST.
 template <typename Matrix>
 __attribute__((noinline)) void panels_tile(const Matrix& matrix, const float* x, int64_t row, int64_t rows,
-                                           int64_t begin, int64_t end, float (&y)[TALL * MOST]) {
+                                           int64_t begin, int64_t end, float* y) {
     alignas(64) float wide[TALL * DEEP];
     const int64_t n = matrix.n, tall = end - begin;
     std::fill(y, y + tall * MOST, 0.f);
@@ -173,20 +195,46 @@ __attribute__((noinline)) void panels_tile(const Matrix& matrix, const float* x,
     }
 }
 
-// A product in tasks that need nothing of each other. `many`: x lies in panels.
-inline int64_t product_tasks(int64_t rows, int64_t out, bool many) {
-    return many ? (out + TALL - 1) / TALL * ((rows + MOST - 1) / MOST) : (out + TILE - 1) / TILE;
+// Rows of W of one task: as many as stay in the cache, or blocks of tiles.
+template <typename Matrix>
+int64_t task_height(bool many) {
+#if defined(__AMX_BF16__)
+    if (TILED<Matrix> && many) return TILED_TALL;
+#endif
+    return many ? TALL : TILE;
 }
 
-// put(row of x, row of W, their product) for one of them; x as `lay_out` leaves it
+// A product in tasks that need nothing of each other. `many`: more rows than are few.
+template <typename Matrix>
+int64_t product_tasks(int64_t rows, int64_t out, bool many) {
+    const int64_t height = task_height<Matrix>(many);
+    return (out + height - 1) / height * (many ? (rows + MOST - 1) / MOST : 1);
+}
+
+// y[o * MOST + r] = row o of W, from `begin` on, times row `row + r` of x, for the task that these make; `row` is a
+// multiple of MOST.
+template <typename Matrix>
+void many_rows(const Matrix& matrix, const float* x, int64_t row, int64_t rows, int64_t begin, int64_t end, float* y) {
+#if defined(__AMX_BF16__)
+    if constexpr (TILED<Matrix>) {
+        const TileShapes shapes;
+        const auto* strips = reinterpret_cast<const uint16_t*>(x) + row / STRIP * strip_size(matrix.n);
+        return block_product(matrix, strips, (rows + STRIP - 1) / STRIP, begin, end - begin, y);
+    }
+#endif
+    panels_tile(matrix, x, row, rows, begin, end, y);
+}
+
+// put(row of x, row of W, their product) for one task; x as `lay_out` leaves it
 template <typename Matrix, typename Put>
 void product_task(const Matrix& matrix, const float* x, int64_t rows, int64_t out, bool many, int64_t task,
                   const Put& put) {
-    if (!many) return product_tile(matrix, x, rows, out, task, put);
-    const int64_t chunks = (rows + MOST - 1) / MOST, row = task % chunks * MOST, begin = task / chunks * TALL;
-    const int64_t count = std::min(MOST, rows - row), end = std::min(out, begin + TALL);
-    alignas(64) float y[TALL * MOST];
-    panels_tile(matrix, x, row, count, begin, end, y);
+    const int64_t height = task_height<Matrix>(many), chunks = many ? (rows + MOST - 1) / MOST : 1;
+    const int64_t row = task % chunks * MOST, begin = task / chunks * height, end = std::min(out, begin + height);
+    if (!many) return product_tile(matrix, x, rows, begin, end, put);
+    alignas(64) float y[MOST_TALL * MOST];
+    const int64_t count = std::min(MOST, rows - row);
+    many_rows(matrix, x, row, count, begin, end, y);
     for (int64_t r = 0; r < count; ++r)
         for (int64_t o = begin; o < end; ++o) put(row + r, o, y[(o - begin) * MOST + r]);
 }

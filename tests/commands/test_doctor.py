@@ -31,7 +31,7 @@ def test_every_compiled_kernel_is_compared(capsys):
         pytest.skip(str(error))
     assert doctor() is None
     said = capsys.readouterr().out
-    for name in (*RECURRENCES, *check.POINTWISE, "logprob", "few rows"):
+    for name in (*RECURRENCES, *check.POINTWISE, "logprob", "few rows", "many rows"):
         assert said.count(f"  {name} ") == (4 if name in RECURRENCES else 2), name  # judged and timed, in two dtypes
     assert len(re.findall(r"  wkv7 cpu +cpu +(?:fp32|bf16)  1 x 5 x 1 x 32 +[\d.]+ ms +[\d.]+ GB/s", said)) == 2
     half = "cpu fp16: cpu for wkv4 wkv5 wkv6 wkv7, naive for elementwise logprob products"

@@ -100,7 +100,8 @@ def test_what_is_inside(wheel):
     wanted = [f"rwkv_rlhf/{path.relative_to(PACKAGE).as_posix()}" for path in (*SRC, *pages)]
     wanted += [f"rwkv_rlhf/{path.relative_to(ROOT).as_posix()}" for path in NATIVE]
     kinds = [(path.stem, isa) for path in (ROOT / "cuda" / "cpu").glob("*.cpp") for isa in build.instruction_sets()]
-    wanted += [f"rwkv_rlhf/cuda/{build.packaged_path(*kind).relative_to(build.KERNELS).as_posix()}" for kind in kinds]
+    built = {build.packaged_path(*kind) for kind in kinds}
+    wanted += [f"rwkv_rlhf/cuda/{path.relative_to(build.KERNELS).as_posix()}" for path in built]
     assert sorted(name for name in names if ".dist-info/" not in name) == sorted(wanted)
     assert {Path(name).parts[0] for name in names} == {"rwkv_rlhf", f"rwkv_lm_rlhf-{__version__}.dist-info"}
     assert "Root-Is-Purelib: false" in about and len(kinds) >= 6

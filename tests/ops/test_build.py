@@ -192,3 +192,38 @@ def test_choice_of_backend_says_why_others_were_refused():
         backends.choose("wkv7", cpu, torch.float64, shape, "cpu")
     with pytest.raises(ValueError, match="naive"):
         backends.choose("wkv7", cpu, torch.float32, shape, "fastest")
+
+
+AMX, AVX512 = cpu.CPU_FLAGS["AMX"], cpu.CPU_FLAGS["AVX512"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "granted", "used_by_torch", "chosen"),
+    [
+        (AMX, True, "AVX512", "AMX"),
+        (AMX, False, "AVX512", "AVX512"),  # a container that forbids to ask
+        (AMX - {"amx_bf16"}, True, "AVX512", "AVX512"),
+        (AMX - {"avx512_bf16"}, True, "AVX512", "AVX512"),
+        (AMX, True, "AVX2", "AVX2"),  # ATEN_CPU_CAPABILITY
+        (AMX, True, "DEFAULT", "DEFAULT"),
+        (None, True, "AVX512", "AVX512"),  # a system that does not say
+        (AVX512 - {"avx512bw"}, True, "AVX512", "AVX2"),
+        (AVX512 - {"fma"}, True, "AVX512", "DEFAULT"),
+    ],
+)
+def test_a_processor_is_given_no_instructions_that_it_lacks(flags, granted, used_by_torch, chosen, monkeypatch):
+    """If this breaks, a run ends with "illegal instruction"."""
+    monkeypatch.setattr(build, "instruction_sets", lambda: list(build.ISA_FLAGS))
+    monkeypatch.setattr(cpu, "processor_flags", lambda: flags)
+    monkeypatch.setattr(cpu, "_tiles_granted", lambda: granted)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used_by_torch)
+    assert cpu.instruction_set() == chosen
+
+
+def test_only_kernels_that_use_the_matrix_unit_are_compiled_for_it():
+    """Else a wheel carries every kernel once more, and a first run compiles for nothing."""
+    sets = {name: build.set_used(name, "AMX") for name in build.host_kernels()}
+    assert {name for name, isa in sets.items() if isa == "AMX"} == {"products", "decode"}
+    assert build.packaged_path("wkv7", "AMX") == build.packaged_path("wkv7", "AVX512")
+    assert build.packaged_path("products", "AMX") != build.packaged_path("products", "AVX512")
+    assert all(build.set_used("products", isa) == isa for isa in build.ISA_FLAGS)

@@ -84,6 +84,25 @@ def test_a_row_is_the_same_beside_others_and_for_any_number_of_threads(instructi
             torch.set_num_threads(threads)
 
 
+def test_numbers_of_any_size(instructions):
+    """What is split or widened keeps its value, large or small; else a model with outliers says something else."""
+    for name, matrix, dense in stored_matrices(50, 192):
+        for size in (1e-30, 1e30):
+            x = torch.randn(20, 192) * torch.logspace(-3, 3, 192) * size
+            exact = x.double() @ dense.double().T
+            for rows in (3, 20):
+                assert error(product(x[:rows], matrix, backend="cpu"), exact[:rows]) < 1e-6, (name, size, rows)
+
+
+def test_the_libraries_of_pytorch_find_their_matrix_unit_as_they_left_it():
+    """Both use its registers on the same threads: if ours stayed set up, the next bf16 product would be wrong."""
+    x, weight = torch.randn(64, 256).bfloat16(), torch.randn(96, 256).bfloat16()
+    expected = torch.nn.functional.linear(x, weight)
+    for _ in range(3):
+        product(x, weight, backend="cpu")
+        assert torch.equal(torch.nn.functional.linear(x, weight), expected)
+
+
 @pytest.mark.parametrize("store", ["none", "int8", "fp8"])
 def test_layers_decode_with_it_and_train_without(store, monkeypatch):
     """One token of a few rows without a gradient takes the kernel; whatever trains, or scores what trains, does not."""

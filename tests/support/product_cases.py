@@ -40,9 +40,11 @@ def four_bit(outputs: int, inputs: int) -> Packed:
 
 
 def runnable_sets() -> list[str]:
-    """The instruction sets of `build.ISA_FLAGS` that this processor has."""
-    flags = cpu.processor_flags()
-    return [isa for isa in build.instruction_sets() if flags is None or cpu.CPU_FLAGS[isa] <= flags]
+    """The instruction sets of `build.ISA_FLAGS` that this process can run."""
+    sets, flags = build.instruction_sets(), cpu.processor_flags()
+    if not cpu.has_matrix_unit():
+        sets = [isa for isa in sets if isa != "AMX"]
+    return [isa for isa in sets if flags is None or cpu.CPU_FLAGS[isa] <= flags]
 
 
 def compiled_for(isa: str, name: str = "products") -> ctypes.CDLL:

@@ -39,6 +39,7 @@ FLAGS = (
 )
 # the instruction sets that CPU kernels are compiled for, the widest first
 ISA_FLAGS = {
+    "AMX": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
     "AVX2": ("-march=x86-64-v3",),
     "DEFAULT": (),
@@ -113,6 +114,7 @@ def host_recipe(name: str, isa: str, head_size: int = 0) -> Recipe:
     Raises BuildError without a compiler.
     """
     command, version = compiler()
+    isa = set_used(name, isa)
     flags = (*FLAGS, *ISA_FLAGS[isa], *head_size_flags(head_size))
     label = isa.lower() + f"-n{head_size}" * bool(head_size)
     return Recipe(SOURCES / f"{name}.cpp", (command, *flags), (version, platform.machine()), label)
@@ -133,12 +135,20 @@ def instruction_sets() -> list[str]:
     return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["DEFAULT"]
 
 
+def set_used(name: str, isa: str) -> str:
+    """The instruction set that cuda/cpu/<name>.cpp is compiled for: most kernels have nothing for the matrix unit."""
+    source = SOURCES / f"{name}.cpp"
+    if isa != "AMX" or not source.is_file():
+        return isa
+    return isa if any("__AMX_" in path.read_text(encoding="utf-8") for path in included(source)) else "AVX512"
+
+
 def host_binaries() -> dict[Path, Path]:
     """Every CPU kernel for every instruction set, compiled: where a wheel keeps it -> where it lies now.
 
     Raises BuildError without a compiler, or if one of them cannot be compiled.
     """
-    kinds = [(name, isa) for isa in instruction_sets() for name in host_kernels()]
+    kinds = list(dict.fromkeys((name, set_used(name, isa)) for isa in instruction_sets() for name in host_kernels()))
     found = {}
     for kind, binary in zip(kinds, binaries([host_recipe(*kind) for kind in kinds])):
         if isinstance(binary, BuildError):
@@ -156,7 +166,7 @@ def packaged(name: str, isa: str) -> Path | None:
 
 def packaged_path(name: str, isa: str) -> Path:
     """Where a wheel has the binary of cuda/cpu/<name>.cpp for an instruction set."""
-    return PACKAGED / f"{platform.machine()}-{isa.lower()}" / f"rwkv_{name}.so"
+    return PACKAGED / f"{platform.machine()}-{set_used(name, isa).lower()}" / f"rwkv_{name}.so"
 
 
 def compiler() -> tuple[str, str]:

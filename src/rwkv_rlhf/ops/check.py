@@ -168,7 +168,7 @@ def timed(run: Callable[[], Values], device: torch.device, repeats: int = REPEAT
 
 
 def cases() -> Iterator[Case]:
-    """The recurrences, the element-wise groups, the rows of log-softmax and products of a few rows."""
+    """The recurrences, the element-wise groups, the rows of log-softmax and products."""
     for op in judge.RECURRENCES:
         few = (SHAPE[0], PLAIN_TOKENS, *SHAPE[2:])
         yield Case(
@@ -182,7 +182,8 @@ def cases() -> Iterator[Case]:
     for name in POINTWISE:
         yield Case("elementwise", name, functools.partial(_rows, name), functools.partial(_pointwise, name))
     yield Case("logprob", "logprob", _logits, _logprob)
-    yield Case("products", "few rows", _few_rows, _product)
+    for name, rows in (("few rows", 7), ("many rows", 40)):
+        yield Case("products", name, functools.partial(_operands, rows), _product)
 
 
 def _recurrence_inputs(
@@ -271,9 +272,9 @@ def _logprob(inputs: list[Tensor], backend: str) -> Values:
     return {"lse": found.lse, "target logit": found.target_logit, "sum": found.logit_sum, "gradient": d}
 
 
-def _few_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _operands(rows: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    shapes = ((7, *C), (96, *C))
+    shapes = ((rows, *C), (96, *C))
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 

@@ -23,12 +23,15 @@ logger = logging.getLogger(__name__)
 
 # what Linux calls the instructions that the compilers' x86-64-v3 and x86-64-v4 stand for
 _V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 CPU_FLAGS: dict[str, set[str]] = {
-    "AVX512": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "AMX": _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+    "AVX512": _V4,
     "AVX2": _V3,
     "DEFAULT": set(),
 }
 CPU_INFO = Path("/proc/cpuinfo")
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18  # numbers of Linux on x86-64
 MAPS = Path("/proc/self/maps")
 
 
@@ -110,8 +113,26 @@ def instruction_set() -> str:
     sets = build.instruction_sets()
     capability = torch.backends.cpu.get_cpu_capability()
     used = sets.index(capability if capability in sets else "DEFAULT")
+    if capability == "AVX512" and "AMX" in sets and has_matrix_unit():  # which torch has no name for
+        return "AMX"
     flags = processor_flags()
     return next(isa for isa in sets[used:] if flags is None or CPU_FLAGS[isa] <= flags)
+
+
+def has_matrix_unit() -> bool:
+    """Whether this process may run kernels of the set AMX: the processor has it, and Linux grants its registers."""
+    flags = processor_flags()
+    return flags is not None and CPU_FLAGS["AMX"] <= flags and _tiles_granted()
+
+
+@functools.cache
+def _tiles_granted() -> bool:
+    """Linux keeps the 8 KiB of the matrix unit's registers only for processes that asked: arch_prctl on x86-64."""
+    try:
+        granted: int = ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA)
+    except (AttributeError, OSError):
+        return False
+    return granted == 0
 
 
 def processor_flags() -> set[str] | None:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from rwkv_rlhf.ops import cpu
 from rwkv_rlhf.ops.backend import build_failure
-from rwkv_rlhf.ops.products import MOST_ROWS, STORED, Packed
+from rwkv_rlhf.ops.products import BLOCK, MOST_ROWS, STORED, Packed
 
 RECORD = struct.Struct("4qd7q24q")  # `Op` of cuda/cpu/decode.h
 SIZES, TENSORS = 7, 24
 HEAD_SIZES = (32, 64, 128)
-PANEL = 32  # rows that lie beside each other, at most
+PANEL = 32  # rows that are laid out together, at most
+WIDEST = 2  # numbers that one of them becomes, at most
 
 
 class Kind(enum.IntEnum):
@@ -183,7 +184,7 @@ class Program:
         inputs, many, stored = x.shape[1], self.rows > MOST_ROWS, given.dtype
         place = self._layouts if beside else None
         if many or stored != torch.float32:
-            laid_out = self.buffer(f"laid out {x.data_ptr()} {stored}", self.rows + PANEL, inputs)
+            laid_out = self.buffer(f"laid out {x.data_ptr()} {stored}", self.rows + PANEL, WIDEST * (inputs + BLOCK))
             self.operation(Kind.LAYOUT, (self.rows, inputs, many), [x, laid_out], stored=stored, beside=beside)
             x, beside = laid_out, place is not None
             if place is not None:  # in front of the products that run at the same time
