@@ -13,7 +13,7 @@ from rwkv_rlhf.generation import sampler
 from rwkv_rlhf.generation.prefixes import PrefixCache
 from rwkv_rlhf.generation.rows import Request
 from rwkv_rlhf.generation.sampler import Sampler
-from rwkv_rlhf.generation.sampling import candidate_counts, nucleus, penalise, pick, sequence_seed
+from rwkv_rlhf.generation.sampling import BY_LEVELS, candidate_counts, nucleus, penalise, pick, sequence_seed
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 from rwkv_rlhf.generation.stops import Stops
 from rwkv_rlhf.model.initial import initial_tensors
@@ -318,6 +318,34 @@ def test_top_p_over_a_flat_distribution_keeps_enough_tokens():
     assert tried == [128, 1024, 5000]
     assert 0.9 <= float(kept.sum()) < 0.9 + float(probs.max()) + 1e-4
     assert len(set(ids[kept > 0].tolist())) == int((kept > 0).sum())
+
+
+def test_a_wide_choice_is_not_sorted_and_picks_the_same():
+    """Sorting a vocabulary for a flat distribution took a quarter of a token's time: the draw must still pick what it
+    picks of all tokens sorted. Equal probabilities have no order, so numbers are compared."""
+    generator = torch.Generator().manual_seed(5)
+    for spread, size in ((0.5, 20000), (1.5, 20000), (4.0, 5000), (12.0, 700)):
+        logits = torch.randn(40, size, generator=generator) * spread
+        logits[1::2, 3] = float("-inf")  # banned
+        probs = torch.softmax(logits, 1)
+        draws = torch.rand(40, dtype=torch.float64, generator=generator)
+        draws[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+        for top_p in (0.05, 0.5, 0.9, 0.9999, 1 - 1e-9):
+            for temperature in (1.0, 0.7, 1.5):
+                params = SamplingParams(top_p=top_p, temperature=temperature)
+                found, expected = pick(logits, draws, params, BY_LEVELS), pick(logits, draws, params)
+                here = found.enough  # a level may hold too many
+                assert here.float().mean() > (0.3 if spread < 1 else 0.9), (spread, top_p)
+                same = probs.gather(1, found.ids[:, None]) == probs.gather(1, expected.ids[:, None])
+                assert same[:, 0][here].all(), (spread, top_p, temperature)
+
+
+def test_what_levels_cannot_tell_is_sorted():
+    """With thousands of equal tokens a level holds too many; the sampler must go on to the next count."""
+    params = SamplingParams(top_p=0.9)
+    assert list(candidate_counts(params, 5000, by_levels=True)) == [128, BY_LEVELS, 5000]
+    assert list(candidate_counts(SamplingParams(top_p=0.9, top_k=300), 5000, by_levels=True)) == [128, 300]
+    assert not pick(torch.zeros(2, 5000), torch.tensor([0.1, 0.7]).double(), params, BY_LEVELS).enough.any()
 
 
 def test_a_draw_next_to_1_never_picks_a_forbidden_token():

@@ -278,7 +278,7 @@ class Alike:
         said = rows.longest if params.penalised else 0
         self.history, first = (part[:, :said].index_select(0, index) for part in (rows.history, rows.first))
         self.penalised = penalise(some, self.history, first, params, self.length)
-        self.candidates = candidate_counts(params, logits.shape[1])
+        self.candidates = candidate_counts(params, logits.shape[1], logits.is_cpu)
         self.ids = self.length
         self.top = min(params.top_logprobs, logits.shape[1])
 

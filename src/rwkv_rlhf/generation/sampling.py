@@ -14,6 +14,9 @@ from torch import Tensor
 from rwkv_rlhf.generation.sampling_params import SamplingParams
 
 FIRST_CANDIDATES = 128  # how many likely tokens nucleus sampling sorts before it tries more
+BY_LEVELS = 0  # in place of a number of candidates: nothing but the tokens of two levels is sorted
+LEVEL_BITS = 14  # by which float32 numbers of one level differ: there are 512 levels between a number and its double
+LEVELS = (0x3F800000 >> LEVEL_BITS) + 1  # of the numbers from 1 down to 0
 MASK_63 = (1 << 63) - 1
 
 
@@ -49,13 +52,19 @@ def penalise(
     return logits
 
 
-def candidate_counts(params: SamplingParams, vocabulary: int) -> Iterator[int]:
-    """How many likely tokens to sort, then how many if those do not reach top_p, and so on; the last ones do."""
+def candidate_counts(params: SamplingParams, vocabulary: int, by_levels: bool = False) -> Iterator[int]:
+    """How many likely tokens to sort, then how many if those do not reach top_p, and so on; the last ones do.
+
+    `by_levels`: before all are sorted, BY_LEVELS comes, where nothing but top_p cuts.
+    """
     limit = min(params.top_k or vocabulary, vocabulary)
     size = min(limit, FIRST_CANDIDATES) if params.top_p < 1 and params.temperature else limit
+    by_levels = by_levels and limit == vocabulary
     while size < limit:
         yield size
-        size *= 8
+        if by_levels:
+            yield BY_LEVELS
+        size = limit if by_levels else 8 * size
     yield limit
 
 
@@ -73,7 +82,7 @@ class Nucleus(NamedTuple):
 def nucleus(probs: Tensor, top_p: float, candidates: int) -> Nucleus:
     """probs (B, V), cut to the fewest likely tokens whose sum reaches top_p, at least one, out of `candidates`."""
     kept, ids = probs.topk(candidates, dim=1)
-    reached = kept.cumsum(1)
+    reached = kept.double().cumsum(1)
     before = reached - kept
     return Nucleus(torch.where(before < top_p, kept, torch.zeros_like(kept)), ids, reached[:, -1] >= top_p)
 
@@ -85,6 +94,64 @@ class Picked(NamedTuple):
     enough: Tensor | None
 
 
+def chances(probs: Tensor, likeliest: Tensor, params: SamplingParams) -> Tensor:
+    """What the chances of tokens are proportional to, float64: probs (B, n) to the largest of all, likeliest (B, 1)."""
+    found = probs.double() / likeliest
+    return found if params.temperature == 1 else found ** (1 / params.temperature)
+
+
+class Members(NamedTuple):
+    """Of each row the tokens of one level, likeliest first: ids (B, M) and `chances` (B, M), 0 where top_p cuts.
+
+    all_there (B,) bool: whether the level has no more.
+    """
+
+    ids: Tensor
+    chances: Tensor
+    all_there: Tensor
+
+
+class ByLevels:
+    """The likeliest tokens of probs (B, V), in order, without sorting them: they fall into levels by the upper bits
+    of their numbers, likeliest first, and are sorted only within a level."""
+
+    def __init__(self, probs: Tensor, params: SamplingParams) -> None:
+        self.probs, self.params, self.likeliest = probs, params, probs.amax(1, keepdim=True)
+        bits = probs.view(torch.int32) >> LEVEL_BITS
+        self.levels = (LEVELS - 1 - bits.long()).clamp_(0, LEVELS - 1)  # NaN goes anywhere
+        self.mass = self._summed(probs.double())
+        self.weight = self._summed(chances(probs, self.likeliest, params))
+
+    def _summed(self, numbers: Tensor) -> Tensor:
+        """numbers (B, V) float64 -> sums (B, LEVELS + 1) of what lies before each level, and of all."""
+        sums = numbers.new_zeros(len(numbers), LEVELS + 1)
+        return sums.scatter_add_(1, self.levels + 1, numbers).cumsum(1)
+
+    def members(self, level: Tensor) -> Members:
+        """level (B, 1)."""
+        count = min(FIRST_CANDIDATES + 1, self.probs.shape[1])
+        own = torch.where(self.levels == level, self.probs, torch.zeros_like(self.probs))
+        probs, ids = own.topk(count, dim=1)
+        before = self.mass.gather(1, level) + probs.double().cumsum(1) - probs
+        found = chances(probs, self.likeliest, self.params) * (before < self.params.top_p)
+        return Members(ids, found, probs[:, -1] <= 0)
+
+    def pick(self, draws: Tensor) -> Picked:
+        """draws (B,) float64."""
+        target = torch.full_like(self.mass[:, :1], self.params.top_p)
+        last = (torch.searchsorted(self.mass, target) - 1).clamp_(0, LEVELS - 1)  # the level where top_p is reached
+        cut = self.members(last)
+        total = self.weight.gather(1, last) + cut.chances.sum(1, keepdim=True)
+        aim = draws[:, None] * total
+        chosen = torch.minimum((torch.searchsorted(self.weight, aim, right=True) - 1).clamp_(0, LEVELS - 1), last)
+        found = self.members(chosen)
+        reached = self.weight.gather(1, chosen) + found.chances.cumsum(1)
+        place = torch.searchsorted(reached, aim, right=True)
+        possible = found.chances.gt(0).sum(1, keepdim=True)
+        place = torch.minimum(place, (possible - 1).clamp_(min=0))
+        return Picked(found.ids.gather(1, place).squeeze(1), cut.all_there & found.all_there)
+
+
 def pick(logits: Tensor, draws: Tensor, params: SamplingParams, candidates: int | None = None) -> Picked:
     """logits (B, V) float32, draws (B,) float64 in [0, 1) -> one token a row, each from its own row and draw only.
 
@@ -93,13 +160,13 @@ def pick(logits: Tensor, draws: Tensor, params: SamplingParams, candidates: int 
     """
     if params.temperature == 0:
         return Picked(logits.argmax(1), None)
+    if candidates == BY_LEVELS:
+        return ByLevels(torch.softmax(logits, 1), params).pick(draws)
     probs, ids, enough = torch.softmax(logits, 1), None, None
     if params.top_p < 1 or params.top_k:
         most = min(params.top_k or logits.shape[1], logits.shape[1])
         probs, ids, enough = nucleus(probs, params.top_p, candidates or most)
-    probs = probs.double() / probs.amax(1, keepdim=True)
-    if params.temperature != 1:
-        probs = probs ** (1 / params.temperature)
+    probs = chances(probs, probs.amax(1, keepdim=True), params)
     reached = probs.cumsum(1)
     aim = draws[:, None] * reached[:, -1:]
     place = torch.searchsorted(reached, aim, right=True)
