@@ -90,7 +90,7 @@ def prepare(mode: str, kind: str, grad_cp: bool, loss: str, version: str, produc
     model, _ = build_model(tensors, BuildOptions(dtype, plan=plan, grad_cp=grad_cp))
     for name in names:
         del tensors[name]
-    model.take_ways(ways_for(dtype) if products == "auto" else Ways.all(products))
+    model.take_ways(ways_for(dtype, WIDTH) if products == "auto" else Ways.all(products))
     model.train()
     optimizer = adamw(parameter_groups(model, plan, version, True), (0.9, 0.99), 1e-8)
     return model, optimizer, Config(loss=loss), dtype

@@ -118,9 +118,10 @@ def test_an_unknown_processor_is_measured_once(cache, monkeypatch):
     """If this breaks, each start measures anew, and two runs may differ; or a damaged file stops every run."""
     times = {"output": {name: {TORCH: 1.0, ONEDNN: 0.5} for name in CLASSES}}
     monkeypatch.setattr(product_table, "measured", lambda dtype: times)
-    assert ways_for(torch.float32) == Ways(output=(ONEDNN,) * len(CLASSES))
+    assert ways_for(torch.float32, SMALLEST) == Ways(output=(ONEDNN,) * len(CLASSES))
     monkeypatch.setattr(product_table, "measured", pytest.fail)
-    assert ways_for(torch.float32) == Ways(output=(ONEDNN,) * len(CLASSES))
+    assert ways_for(torch.float32, SMALLEST - 1) == ways_for(torch.float64, SMALLEST) == PLAIN
+    assert ways_for(torch.float32, SMALLEST) == Ways(output=(ONEDNN,) * len(CLASSES))
     for damaged in ("{", "[]", '{"Nobody 1 2": 3}', cache.read_text().replace("0.5", '"fast"')):
         cache.write_text(damaged)
         assert kept_seconds(torch.float32, lambda dtype: {}) == {}, damaged
@@ -141,7 +142,7 @@ def test_a_build_without_the_operator_or_with_a_wrong_one_keeps_pytorchs(monkeyp
     product_ways.refusal.cache_clear()
     monkeypatch.setitem(WAYS, ONEDNN, lambda a, b: F.linear(a, b) * 1.001)
     assert "wrong products" in product_ways.refusal(ONEDNN, torch.float32)
-    assert EVERYWHERE.possible(torch.float32) == PLAIN == ways_for(torch.float32)
+    assert EVERYWHERE.possible(torch.float32) == PLAIN == ways_for(torch.float32, SMALLEST)
     product_ways.refusal.cache_clear()
     monkeypatch.setitem(WAYS, ONEDNN, lambda a, b: torch.ops.mkldnn.is_not_there(a, b))
     assert "no such operator" in product_ways.refusal(ONEDNN, torch.float32)

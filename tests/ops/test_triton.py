@@ -8,7 +8,7 @@ to bfloat16 (1.7e-3). Errors are RMS(difference) / RMS(reference), per tensor.
 import pytest
 import torch
 
-from rwkv_rlhf.ops import backends, elementwise, judge, logprob, recurrence
+from rwkv_rlhf.ops import backends, compiling, elementwise, judge, logprob, recurrence
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, results
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -237,6 +237,21 @@ def test_a_triton_that_cannot_serve_is_named(monkeypatch, version, said):
         assert said in refusal(monkeypatch, True)
     finally:
         way._missing.cache_clear()
+
+
+def test_a_machine_without_a_c_compiler_is_told(monkeypatch, tmp_path):
+    """If this breaks, `auto` takes Triton on a machine where its first kernel ends in a traceback."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(way, "too_old", lambda device: None)
+    monkeypatch.delenv("CC", raising=False)
+    asked = "wkv7", gpu, torch.bfloat16, (1, 4, 1, 64)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name if name == "clang" else None)
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h was not found" in way.Backend().refusal(*asked)
+    (tmp_path / "Python.h").touch()
+    assert way.Backend().refusal(*asked) is None
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    assert "a C compiler to start kernels, and 'gcc' was not found" in way.Backend().refusal(*asked)
 
 
 def test_an_old_card_is_told_what_it_can_do(monkeypatch):

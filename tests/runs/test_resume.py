@@ -143,12 +143,11 @@ def test_a_resumed_run_multiplies_as_it_did(typed, run, cut_at, monkeypatch, cap
         product_ways.ONEDNN,
         lambda a, b: taken.append(1) or torch.nn.functional.linear(a, b) * 1.0001,
     )  # its bits show
-    for module in (product_ways, start):
-        monkeypatch.setattr(module, "SMALLEST", 8)
+    monkeypatch.setattr(product_ways, "SMALLEST", 8)
     monkeypatch.setattr(product_ways, "refusal", lambda way, dtype: None)
     ways = product_ways.Ways.all(product_ways.ONEDNN)
     words = [*typed, *KINDS["sft full"], "--data_file", text_jsonl]
-    monkeypatch.setattr(start, "ways_for", lambda dtype: ways)
+    monkeypatch.setattr(start, "ways_for", lambda *about: ways)
     run(*words, "--proj_dir", tmp_path / "whole")
     assert taken
     folder = tmp_path / "parts"
@@ -156,7 +155,7 @@ def test_a_resumed_run_multiplies_as_it_did(typed, run, cut_at, monkeypatch, cap
     run(*words, "--proj_dir", folder, status=1)
     free()
     shutil.copytree(folder, tmp_path / "typed")
-    monkeypatch.setattr(start, "ways_for", lambda dtype: product_ways.PLAIN)
+    monkeypatch.setattr(start, "ways_for", lambda *about: product_ways.PLAIN)
     run(*words, "--proj_dir", folder, "--resume", "auto")
     assert same(tensors(tmp_path / "whole"), tensors(folder))
     run(*words, "--proj_dir", tmp_path / "typed", "--resume", "auto", "--products", "torch")

@@ -20,6 +20,7 @@ from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.layout import frozen_layout, plan_layout
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import STATES, Sizes, heads_in, sizes_of, states_in
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 from rwkv_rlhf.plan import Plan, is_new, is_scalar_head, is_token_table
 from rwkv_rlhf.precision import wide_dtype
 from rwkv_rlhf.settings import tables
@@ -40,7 +41,7 @@ class BuildOptions:
     masters, frozen ones the compute dtype or packed. With `share` frozen matrices are used as they lie in the file, in
     their own dtype, and cast when they are applied. PiSSA begins from the factors in `initial`, or else from
     `svd_niter` iterations; `seed` draws the adapters' first values. On the `device` meta the model has sizes without
-    numbers. `grad_cp`, `wkv_backend` and `dropout` are those of `RWKV`.
+    numbers. `grad_cp`, `wkv_backend` and `dropout` are those of `RWKV`, `ways` how a CPU multiplies by the matrices.
     """
 
     compute_dtype: torch.dtype
@@ -57,6 +58,7 @@ class BuildOptions:
     grad_cp: bool = False
     wkv_backend: str = "auto"
     dropout: float = 0.0
+    ways: Ways = PLAIN
 
 
 def file_sizes(path: str | Path) -> Sizes:
@@ -153,6 +155,7 @@ def build_model(
         tensor = tensors[name] if name in tensors or name not in new else torch.zeros(shape)
         dtypes[name], used = tensor.dtype, used + tensor.nbytes
         place(model, name, tensor.reshape(shape), layout, spec, options.seed, options.initial)
+    model.take_ways(options.ways)
     report = report_of(model, layout)
     report.dtypes = dtypes
     return model, report

@@ -23,6 +23,7 @@ from rwkv_rlhf.ops import build, compiling, cpu, gpu
 from rwkv_rlhf.ops.check import Finding, chosen, findings, speeds
 from rwkv_rlhf.ops.fastest import SLOW, fastest_precision, product_rate, slowness
 from rwkv_rlhf.ops.product_table import KNOWN, figures_of, kept_seconds, processor, ways_for
+from rwkv_rlhf.ops.product_ways import SMALLEST
 from rwkv_rlhf.precision import DTYPES, NAMES
 from rwkv_rlhf.reports.words import size
 from rwkv_rlhf.settings.counted import counted
@@ -119,7 +120,7 @@ def ways() -> Iterator[tuple[str, str]]:
         if slowness(name, "cpu") < SLOW:
             dtype = DTYPES[name]
             origin = "known of this processor" if processor() in KNOWN else "measured here"
-            for product, figures in figures_of(kept_seconds(dtype), ways_for(dtype)):
+            for product, figures in figures_of(kept_seconds(dtype), ways_for(dtype, SMALLEST)):
                 yield "", f"{name} {product}, {origin}, by rows: {figures}"
 
 

@@ -12,6 +12,7 @@ from rwkv_rlhf.checkpoints.named_model import named_model
 from rwkv_rlhf.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_rlhf.host_memory import keep_pages, return_pages
 from rwkv_rlhf.model.rwkv import RWKV
+from rwkv_rlhf.ops.product_table import ways_for
 from rwkv_rlhf.precision import parse_strategy
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def open_model(
     model.requires_grad_(False).eval()
     if choice.device == "cpu":
         keep_pages()
+        model.take_ways(ways_for(model.compute_dtype, model.sizes.n_embd))
     return model, load_tokenizer(model.sizes.vocab_size, vocab_file or None)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from rwkv_rlhf.files import read_json_object, write_json
 from rwkv_rlhf.ops.build import BuildError, cache_folder
 from rwkv_rlhf.ops.cpu import CPU_INFO
-from rwkv_rlhf.ops.product_ways import CLASSES, ONEDNN, PLAIN, PRODUCTS, TORCH, WAYS, Ways, refusal
+from rwkv_rlhf.ops.product_ways import CLASSES, ONEDNN, PLAIN, PRODUCTS, TORCH, WAYS, Ways, matters, refusal
 from rwkv_rlhf.precision import NAMES
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ KNOWN: dict[str, dict[torch.dtype, Ways]] = {
 }
 
 
-def ways_for(dtype: torch.dtype) -> Ways:
-    """The fastest ways of this machine in `dtype`, by KNOWN or by what is measured here once."""
-    if all(refusal(way, dtype) for way in WAYS if way != TORCH):
+def ways_for(dtype: torch.dtype, width: int) -> Ways:
+    """The fastest ways of this machine for a model of this width in `dtype`, by KNOWN or by what is measured once."""
+    if not matters(dtype, width) or all(refusal(way, dtype) for way in WAYS if way != TORCH):
         return PLAIN
     known = KNOWN.get(processor())
     return (fastest(kept_seconds(dtype)) if known is None else known.get(dtype, PLAIN)).possible(dtype)

@@ -125,6 +125,11 @@ PLAIN = Ways()
 PRODUCTS = tuple(field.name for field in fields(Ways))
 
 
+def matters(dtype: torch.dtype, width: int) -> bool:
+    """Whether another way than PyTorch's own may be faster for a model of this width."""
+    return dtype in LIMITS and width >= SMALLEST
+
+
 def class_of(rows: int) -> int:
     """The number in CLASSES of so many rows."""
     return sum(rows > most for most in MOST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def open_reward_model(
         layout = as_trained(named.base, "none")
         model, _ = load_model(
             named.base,
-            BuildOptions(options.compute_dtype, layout=layout, device=options.device, wkv_backend=options.wkv_backend),
+            dataclasses.replace(options, layout=layout),
         )
     if model.scalar_head(SCORE_HEAD) is None:
         raise ValueError(

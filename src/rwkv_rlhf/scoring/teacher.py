@@ -19,6 +19,7 @@ from rwkv_rlhf.data.batch import TextBatch
 from rwkv_rlhf.losses.head import open_head
 from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.ops.logprob import row_stats
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways
 from rwkv_rlhf.precision import DTYPES, device_for, wide_dtype
 from rwkv_rlhf.scoring.forward import in_chunks
 from rwkv_rlhf.scoring.infinite_context import run_in_chunks
@@ -90,8 +91,8 @@ class Teacher:
         return batch.having(top_values=found.values, top_indices=found.indices, top_lse=found.lse)
 
 
-def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
-    """The teacher that --teacher_model names, in the precision of the run; None without one.
+def open_teacher(config: Config, vocab_size: int, ways: Ways = PLAIN) -> Teacher | None:
+    """The teacher that --teacher_model names, in the precision of the run; None without one. ways: of the student.
 
     Raises ValueError for a file that is no model, another vocabulary than the student's, or more logits than it has.
     """
@@ -100,7 +101,9 @@ def open_teacher(config: Config, vocab_size: int) -> Teacher | None:
         return None
     model, _ = load_model(
         path,
-        BuildOptions(DTYPES[config.precision], device=device_for(config.accelerator), layout=as_trained(path, "none")),
+        BuildOptions(
+            DTYPES[config.precision], device=device_for(config.accelerator), layout=as_trained(path, "none"), ways=ways
+        ),
     )
     found = model.sizes.vocab_size
     if found != vocab_size:

@@ -215,7 +215,12 @@ class Inputs:
 
     def _reward_model(self, path: str) -> RewardModel:
         c, begun = self.config, self.start
-        options = BuildOptions(begun.model.compute_dtype, device=device_for(c.accelerator), wkv_backend=c.wkv_backend)
+        options = BuildOptions(
+            begun.model.compute_dtype,
+            device=device_for(c.accelerator),
+            wkv_backend=c.wkv_backend,
+            ways=begun.model.ways,
+        )
         return open_reward_model(path, options, begun.sizes.vocab_size, bases=[begun.path], chunk=c.chunk)
 
     @cached_property
@@ -387,7 +392,12 @@ class Inputs:
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
         """--reference_model, for as long as it is needed."""
         model, report = load_model(
-            path, BuildOptions(self.start.model.compute_dtype, device=device_for(self.config.accelerator))
+            path,
+            BuildOptions(
+                self.start.model.compute_dtype,
+                device=device_for(self.config.accelerator),
+                ways=self.start.model.ways,
+            ),
         )
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(

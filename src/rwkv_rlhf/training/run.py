@@ -86,7 +86,7 @@ def _train(
     begun: str,
     journal: Journal,
 ) -> bool:
-    teacher = open_teacher(config, start.sizes.vocab_size)
+    teacher = open_teacher(config, start.sizes.vocab_size, start.model.ways)
     inputs = Inputs(config, start, folder)
     prompts = prompts_of_file(config, inputs.tokenizer) if config.sample_prompts else []
     steps = inputs.training()

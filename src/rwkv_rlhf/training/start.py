@@ -40,7 +40,7 @@ from rwkv_rlhf.model.rwkv import RWKV
 from rwkv_rlhf.model.sizes import Sizes, check_flags
 from rwkv_rlhf.ops import compiling
 from rwkv_rlhf.ops.product_table import ways_for
-from rwkv_rlhf.ops.product_ways import LIMITS, PLAIN, SMALLEST, Ways, refusal
+from rwkv_rlhf.ops.product_ways import PLAIN, Ways, matters, refusal
 from rwkv_rlhf.plan import Plan, plan_for
 from rwkv_rlhf.precision import DTYPES, device_for
 from rwkv_rlhf.settings import tables
@@ -215,13 +215,13 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
             grad_cp=config.grad_cp,
             wkv_backend=config.wkv_backend,
             dropout=config.dropout,
+            ways=product_ways(config, sizes.n_embd, point),
         ),
         source=path,
         reopen=read,
     )
     if device_for(config.accelerator) == "cpu":
         keep_pages()
-        model.take_ways(product_ways(config, sizes, point))
     if trains(config) and not report.trained:
         raise ValueError(NOTHING)
     begun = Start(path, sizes, plan, model, report, read, cold)
@@ -230,13 +230,10 @@ def start(config: Config, folder: Path, point: ResumePoint | None = None) -> Sta
     return begun
 
 
-def product_ways(config: Config, sizes: Sizes, point: ResumePoint | None) -> Ways:
-    """How a CPU multiplies: as --products says, as the run did that goes on from `point`, or by rank zero's table.
-
-    Models with no matrix that is large enough for a difference are left to PyTorch.
-    """
+def product_ways(config: Config, width: int, point: ResumePoint | None) -> Ways:
+    """How a CPU multiplies: as --products says, as the run did that goes on from `point`, or by rank zero's table."""
     dtype = DTYPES[config.precision]
-    if sizes.n_embd < SMALLEST or dtype not in LIMITS:
+    if device_for(config.accelerator) != "cpu" or not matters(dtype, width):
         return PLAIN
     if config.products != "auto":
         why = refusal(config.products, dtype)
@@ -244,7 +241,7 @@ def product_ways(config: Config, sizes: Sizes, point: ResumePoint | None) -> Way
             raise ValueError(f"{{products}} {config.products}: {why}; leave it auto")
         return Ways.all(config.products)
     if point is None:
-        return ranks.broadcast_from_zero(lambda: ways_for(dtype))
+        return ranks.broadcast_from_zero(lambda: ways_for(dtype, width))
     known = Ways.read(point.about.get("products", {}))
     found = known.possible(dtype)
     if found != known:

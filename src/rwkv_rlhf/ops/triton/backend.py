@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rwkv_rlhf.ops import backend
+from rwkv_rlhf.ops.compiling import no_starter
 
 OLDEST_TRITON = 3, 6
 
@@ -34,7 +35,7 @@ class Backend(backend.Backend):
         if device.type not in ("cpu", "cuda"):
             return f"the tensors are on {device.type}"
         unusual = backend.unusual_size(op, shape) or _missing()
-        return unusual or (_no_interpreter() if device.type == "cpu" else too_old(device))
+        return unusual or (_no_interpreter() if device.type == "cpu" else too_old(device) or no_starter())
 
     def kernel(self, op: str, device: torch.device, head_size: int) -> Any:
         from rwkv_rlhf.ops.triton import recurrences
