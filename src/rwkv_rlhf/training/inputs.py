@@ -214,14 +214,13 @@ class Inputs:
         return open_rewards(c, models)
 
     def _reward_model(self, path: str) -> RewardModel:
-        c, begun = self.config, self.start
-        options = BuildOptions(
-            begun.model.compute_dtype,
-            device=device_for(c.accelerator),
-            wkv_backend=c.wkv_backend,
-            ways=begun.model.ways,
-        )
-        return open_reward_model(path, options, begun.sizes.vocab_size, bases=[begun.path], chunk=c.chunk)
+        begun, chunk = self.start, self.config.chunk
+        return open_reward_model(path, self._as_computed(), begun.sizes.vocab_size, bases=[begun.path], chunk=chunk)
+
+    def _as_computed(self) -> BuildOptions:
+        """How a model beside the one that trains is made: where and as that computes."""
+        model, device = self.start.model, device_for(self.config.accelerator)
+        return BuildOptions(model.compute_dtype, device=device, wkv_backend=model.wkv_backend, ways=model.ways)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -391,14 +390,7 @@ class Inputs:
 
     def _foreign_model(self, path: str) -> tuple[RWKV, Layout]:
         """--reference_model, for as long as it is needed."""
-        model, report = load_model(
-            path,
-            BuildOptions(
-                self.start.model.compute_dtype,
-                device=device_for(self.config.accelerator),
-                ways=self.start.model.ways,
-            ),
-        )
+        model, report = load_model(path, self._as_computed())
         if model.sizes.vocab_size != self.start.sizes.vocab_size:
             raise ValueError(
                 f"--reference_model {path} has a vocabulary of {model.sizes.vocab_size}, "

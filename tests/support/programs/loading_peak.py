@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from rwkv_rlhf.layers.stores import store_class
+from rwkv_rlhf.ops.product_table import ways_for
+from rwkv_rlhf.ops.product_ways import SMALLEST
 from rwkv_rlhf.settings.command_line import parse
 from rwkv_rlhf.training.memory import loading_peak, weights_by_storage
 from rwkv_rlhf.training.start import start
@@ -20,6 +22,7 @@ def main(base, mode, quant):
     small = torch.randn(64, 64)
     store_class("nf4").pack(small).unpack()
     torch.linalg.svd(torch.linalg.qr(small).Q)
+    ways_for(torch.bfloat16, SMALLEST)
     config = parse(["--load_model", base, "--peft", mode, "--data_file", "x", "--quant_mode", quant, "--lora_r", "16"])
     before = resident("VmRSS")
     forget_the_peak()

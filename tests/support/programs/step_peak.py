@@ -1,8 +1,10 @@
 """Memory of training steps in a process of its own: `step_peak.py FLAGS` writes the peak and the plan's, in bytes.
 
-What stays small (libraries, a tiny model's first step) is there before counting begins.
+What a library makes once for each shape of a product (code, for a processor with AMX 25 MB of it) is there before
+counting begins: the same steps run first, with every freed page given back.
 """
 
+import ctypes
 import sys
 
 import torch
@@ -21,8 +23,8 @@ from rwkv_rlhf.training.optimizers import adamw, parameter_groups
 from tests.support.memory import forget_the_peak, resident
 
 
-def run(words, layers, width, vocabulary, tokens):
-    """Two steps of a fresh model; the bytes that the plan says."""
+def run(words, freed, layers=2, width=256, vocabulary=2048, tokens=512):
+    """Two steps of a fresh model; the bytes that the plan says. freed: what becomes of pages from then on."""
     config = parse(words)
     plan = plan_for(config, layers)
     made = initial_tensors(config.version, layers, width, vocabulary, 64)
@@ -30,7 +32,7 @@ def run(words, layers, width, vocabulary, tokens):
     return_pages()
     model, _ = build_model(made, BuildOptions(**form))
     del made
-    keep_pages()
+    freed()
     model.train()
     groups = parameter_groups(model, plan, config.version, True)
     optimizer = adamw(groups, (0.9, 0.99), 1e-8)
@@ -45,11 +47,12 @@ def run(words, layers, width, vocabulary, tokens):
 
 
 def main(words):
-    """A small run, then the one that counts."""
-    run(words, 2, 64, 128, 16)
+    """Once for the libraries, and once that counts."""
+    run(words, return_pages)
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     forget_the_peak()
-    estimate = run(words, 2, 256, 2048, 512)
+    estimate = run(words, keep_pages)
     print(resident("VmHWM") - before, estimate)
 
 
