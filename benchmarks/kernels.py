@@ -20,7 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ from chunked import CHUNKED, LENGTH
 from peers import load_peers
 from rates import fma_gflops, gemm_gflops
 
+from rwkv_rlhf.ops import recurrence
 from rwkv_rlhf.ops.backends import backends_of, choose
 from rwkv_rlhf.ops.cpu import instruction_set
 from rwkv_rlhf.ops.judge import RECURRENCES, error, make_inputs
@@ -117,12 +120,30 @@ def runs_of(op: str, inputs: list[Tensor], peers: dict) -> dict[str, tuple]:
             continue
         if name != "naive":
             runs[name] = inputs, lambda *x, name=name: RECURRENCES[op].function(*x, backend=name)[0]
+        if name == "triton" and in_pieces(op, x):
+            runs["triton, whole rows"] = inputs, partial(whole_rows, op)
     if x.dtype == torch.float32 and x.shape[1] % LENGTH == 0:
         name, chunked = CHUNKED[op]
         runs[name] = inputs, chunked
     for name, (prepare, run) in peers.get(op, {}).items():
         runs[name] = prepare(inputs), run
     return runs
+
+
+def in_pieces(op: str, x: Tensor) -> bool:
+    """Whether Triton's kernels cut the rows of a per-token input into pieces that run side by side."""
+    from rwkv_rlhf.ops.triton.launch import processors
+    from rwkv_rlhf.ops.triton.recurrences import piece_length
+
+    return op != "wkv4" and piece_length([x.shape[1]] * len(x), x.shape[2], processors(x.device)) > 0
+
+
+def whole_rows(op: str, *inputs: Tensor) -> Tensor:
+    """y of Triton's kernels without pieces: what they are timed beside."""
+    from rwkv_rlhf.ops.triton.recurrences import MatrixKernel
+
+    with patch.object(recurrence, "kernel", lambda op, *_: MatrixKernel(op, length=0)):
+        return RECURRENCES[op].function(*inputs, backend="triton")[0]
 
 
 def bench(

@@ -26,16 +26,17 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rwkv_rlhf.ops.triton import channel_state, elementwise, logprob, matrix_state, pointwise, recurrences, rows
+from rwkv_rlhf.ops.triton import channel_state, elementwise, logprob, matrix_state, pieces, pointwise, recurrences, rows
 
 CUDA = ("80", "89", "90", "100")
 HIP = ("gfx90a", "gfx942")
 BLACKWELL = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
 # Arguments that are no tensors of activations
 FLOATS = (
-    "u state last kept dlast du dstate states inverses sums mixes v0 dv0 k_k k_a a0 parts r_k weight bias dmixes dlast"
+    "u state last kept maps found dlast du dstate states inverses sums "
+    "mixes v0 dv0 k_k k_a a0 parts r_k weight bias dmixes dlast"
 )
-TYPES = dict.fromkeys(FLOATS.split(), "*fp32") | dict.fromkeys(("starts", "targets", "argmax"), "*i64")
+TYPES = dict.fromkeys(FLOATS.split(), "*fp32") | dict.fromkeys(("starts", "pieces", "targets", "argmax"), "*i64")
 TYPES |= dict.fromkeys(["lse", "target_logit", "logit_sum", "max_logit", "g_logp", "g_mean", "g_max"], "*fp32")
 TYPES |= dict.fromkeys(("H", "C", "V", "rows", "count"), "i32") | {"stride": "i64", "marks": "*i32"}
 MIXES = 6  # of RWKV-7's attention
@@ -66,6 +67,7 @@ class Case(NamedTuple):
     function: Any
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 1
     types: dict[str, Any] = {}  # noqa: RUF012
     cut: recurrences.Tiles | None = None  # of a backward program, whose warps depend on the device
 
@@ -80,13 +82,21 @@ def cases() -> Iterator[Case]:
             vectors = {"w": "*fp32", "dw": "*fp32"} if version == 5 else {}
             parts = dict.fromkeys(("dr", "dw", "dk", "da", "db"), "*fp32") if cut.values < size else {}
             forward = base | {"KEEP": True}
-            yield Case(f"wkv{version} forward, {label}", matrix_state.forward, forward, cut.warps, vectors)
-            yield Case(f"wkv{version} backward, {label}", matrix_state.backward, base, cut.warps, parts | vectors, cut)
+            yield Case(f"wkv{version} forward, {label}", matrix_state.forward, forward, cut.warps, types=vectors)
+            yield Case(
+                f"wkv{version} backward, {label}",
+                matrix_state.backward,
+                base,
+                cut.warps,
+                types=parts | vectors,
+                cut=cut,
+            )
+            yield from piece_cases(version, size, cut, vectors)
     floats = dict.fromkeys(("w", "dw"), "*fp32")
     channels = {"BLOCK": recurrences.CHANNELS, "GROUP": recurrences.CHANNEL_GROUP}
     warps = recurrences.CHANNELS // 32
-    yield Case("wkv4 forward", channel_state.forward, channels | {"KEEP": True}, warps, floats)
-    yield Case("wkv4 backward", channel_state.backward, channels, warps, floats)
+    yield Case("wkv4 forward", channel_state.forward, channels | {"KEEP": True}, warps, types=floats)
+    yield Case("wkv4 backward", channel_state.backward, channels, warps, types=floats)
     tile = {"ROWS": elementwise.ROWS, "BLOCK": elementwise.BLOCK}
     mix = tile | {"M": MIXES, "HAS_LAST": True}
     grads = {"last": "*bf16", "dlast": "*bf16"}
@@ -110,13 +120,31 @@ def cases() -> Iterator[Case]:
     yield Case("row_grad", rows.row_grad, {"BLOCK": logprob.BLOCK})
 
 
+def piece_cases(version: int, size: int, cut: recurrences.Tiles, vectors: dict[str, Any]) -> Iterator[Case]:
+    """The kernels of rows in pieces. WKV-7's are the same for all tiles, and `join` is for those of all versions."""
+    narrow = cut.values < min(size, 64)
+    values = recurrences.HALF_TILE if version == 7 else cut.values
+    for way, back in (("forward", False), ("backward", True)):
+        base = {"VERSION": version, "N": size, "VB": values, "BACK": back}
+        if version != 7 or not narrow:
+            name = f"wkv{version} sweep {way}, N {size}, values {values}"
+            yield Case(name, pieces.sweep, base | {"L": cut.chunk}, cut.warps, types=vectors)
+        if not narrow:
+            join = recurrences.join_tiles(size)
+            name = f"wkv{version} join {way}, N {size}, values {join['VB']}"
+            how = join.pop("num_warps"), join.pop("num_stages")
+            yield Case(name, pieces.join, base | join, *how)
+
+
 def compiled(case: Case, architecture: str) -> Any:
     """The kernel for an architecture, its pointers multiples of 16 bytes as torch's are."""
     hip = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture), 32)
     constants, names = dict(case.constants), case.function.arg_names
-    if "FINE" in names:
+    if "COARSE" in names:
         constants |= {"COARSE": tl.bfloat16, "FINE": "ieee" if hip else "tf32"}
+    elif "FINE" in names:
+        constants["FINE"] = "ieee" if hip else "tf32x3"
     signature = {
         name: "constexpr" if name in constants else case.types.get(name, TYPES.get(name, "*bf16")) for name in names
     }
@@ -129,7 +157,7 @@ def compiled(case: Case, architecture: str) -> Any:
     fixed = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=case.function, signature=signature, constexprs=fixed, attrs=attrs)
     warps = case.warps if case.cut is None else recurrences.backward_warps(case.cut, 0 if hip else int(architecture))
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": case.stages})
 
 
 def report(kernel: Any) -> tuple[str, int, int, str]:

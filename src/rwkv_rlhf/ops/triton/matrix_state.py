@@ -1,9 +1,10 @@
 """The recurrences with a matrix state, WKV-5.2, WKV-6 and WKV-7, in chunks of L tokens by matrix products.
 
-One program runs one head of one row (packed segment) and VB of its N value channels, from the first chunk to the last,
-or back. The formulas are those of ops/wkv5.py, wkv6.py and wkv7.py, summed over a chunk ("UT transform": Yang et al.,
-arXiv 2406.06484; with a decay: RWKV-7, arXiv 2503.14456). With g the cumulative log decay from the beginning of the
-chunk, e = g without the own token's, S the state before the chunk, and pairs of tokens i, j of the chunk:
+One program runs one head of one row (packed segment), or of a piece of it, and VB of its N value channels, from the
+first chunk to the last, or back. The formulas are those of ops/wkv5.py, wkv6.py and wkv7.py, summed over a chunk ("UT
+transform": Yang et al., arXiv 2406.06484; with a decay: RWKV-7, arXiv 2503.14456). With g the cumulative log decay from
+the beginning of the chunk, e = g without the own token's, S the state before the chunk, and pairs of tokens i, j of the
+chunk:
 
     A_rk[i,j] = sum_n r_i k_j exp(g_i - g_j), j <= i; A_rb likewise with b; A_ak, A_ab with a_i exp(e_i - g_j), j < i
     U = (I - A_ab)^-1 (A_ak V + (a exp e) S^T)                         row i is S_{i-1} a_i
@@ -14,7 +15,10 @@ WKV-5 and 6 have no a and b, read the state before the token (exp(e_i - g_j), j 
 exponents are taken from the middle c = g_L / 2 of the chunk's decay, which keeps both factors of a product finite: for
 WKV-7 log decays lie above -0.61, for the others they are cut at -10, where a decay is 5e-5 of what was there.
 
-r, w, k, v, a, b, y: (tokens, H, N); states: (rows, H, N value, N key), float32. kept: the state each GROUP tokens.
+r, w, k, v, a, b, y: (tokens, H, N); states: (rows, H, N value, N key), float32. kept: the state each GROUP tokens of a
+row. A long row may run as several pieces, of a multiple of GROUP tokens each, as if they were rows: pieces.py finds
+the state before each of them. `pieces`, int64 (pieces + 1, 4): the token where piece p begins, its row, the first piece
+of row p, and the p-th piece that another of its row follows.
 """
 
 import math
@@ -71,6 +75,56 @@ def decays(w, fixed, place, inside, VERSION: tl.constexpr):
 
 
 @triton.jit
+def borders(pieces, piece):
+    """Where a piece begins and ends among the tokens, and its row."""
+    at = pieces + 4 * piece
+    return tl.load(at), tl.load(at + 4), tl.load(at + 1)
+
+
+@triton.jit
+def first_piece(pieces, row):
+    """That of a row; of the row after the last one, the number of pieces."""
+    return tl.load(pieces + 4 * row + 2)
+
+
+@triton.jit
+def solver(a_up, b_down, lower, L: tl.constexpr, FINE: tl.constexpr):
+    """(I - A_ab)^-1 of a chunk. lower: (L, L), whether j < i."""
+    return inverse(tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0), L, FINE)
+
+
+@triton.jit
+def solved(X, S, V, a_up, k_down, half, lower, COARSE: tl.constexpr, FINE: tl.constexpr):
+    """U of a chunk, from its `solver` X and the state before it."""
+    A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
+    Z = coarse(A_ak, V, COARSE, FINE) + coarse(a_up * half, tl.trans(S), COARSE, FINE)
+    return fine(X, Z, FINE)
+
+
+@triton.jit
+def state_after(S, V, U, k_down, b_down, middle, VERSION: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr):
+    """The state after a chunk. U, b_down: whatever but for WKV-7."""
+    half = tl.exp(middle)
+    S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+    if VERSION == 7:
+        S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
+    return S
+
+
+@triton.jit
+def solved_grad(dS, dY, r_up, b_down, half, upto, COARSE: tl.constexpr, FINE: tl.constexpr):
+    """The gradient of U in a chunk; dS: that of the state after it; upto: (L, L), whether j <= i."""
+    A_rb = tl.where(upto, fine(r_up, tl.trans(b_down), FINE), 0.0)
+    return coarse(tl.trans(A_rb), dY, COARSE, FINE) + coarse(b_down * half, tl.trans(dS), COARSE, FINE)
+
+
+@triton.jit
+def grad_before(dS, dY, r_up, half, COARSE: tl.constexpr, FINE: tl.constexpr):
+    """The gradient of the state before a chunk, without WKV-7's part of Z."""
+    return dS * (half * half) + coarse(tl.trans(dY), r_up * half, COARSE, FINE)
+
+
+@triton.jit
 def forward(
     r,
     w,
@@ -80,7 +134,7 @@ def forward(
     b,
     u,
     state,
-    starts,
+    pieces,
     y,
     last,
     kept,
@@ -94,11 +148,13 @@ def forward(
     COARSE: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """y, the final state, and with KEEP the state before each GROUP tokens. Grid: (rows * H, N / VB)."""
-    row = (tl.program_id(0) // H).to(tl.int64)
+    """y, the final state of rows, and with KEEP the state before each GROUP tokens. Grid: (pieces * H, N / VB).
+
+    state: before each piece.
+    """
+    piece = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
-    begin = tl.load(starts + row)
-    end = tl.load(starts + row + 1)
+    begin, end, row = borders(pieces, piece)
     token = tl.arange(0, L)
     key = tl.arange(0, N)[None, :]
     value = (tl.program_id(1) * VB + tl.arange(0, VB))[None, :]
@@ -107,7 +163,7 @@ def forward(
     values = token[:, None] * (H * N) + value
     lower = token[:, None] > token[None, :]
     diagonal = token[:, None] == token[None, :]
-    S = tl.load(state + (row * H + head) * N * N + square)
+    S = tl.load(state + (piece * H + head) * N * N + square)
     slot = begin // GROUP + row  # groups of all rows before this one fill fewer slots
     fixed = tl.zeros([1, N], tl.float32)
     if VERSION == 5:
@@ -138,16 +194,16 @@ def forward(
             U = fine(inverse(A_ab, L, FINE), Z, FINE)
             Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE)
             Y += coarse(A_rb, U, COARSE, FINE)
-            S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
-            S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
+            S = state_after(S, V, U, k_down, b_down, middle, VERSION, COARSE, FINE)
         else:
             r_up = R * tl.exp(g - logs)
             A_rk = tl.where(lower, fine(r_up, tl.trans(k_down), FINE), 0.0)
             own = tl.sum(R * bonus * K, axis=1)[:, None]
             Y = coarse(r_up * half, tl.trans(S), COARSE, FINE) + coarse(A_rk, V, COARSE, FINE) + own * V
-            S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+            S = state_after(S, V, V, k_down, k_down, middle, VERSION, COARSE, FINE)
         tl.store(y + base + values, Y.to(y.dtype.element_ty), mask=inside)
-    tl.store(last + (row * H + head) * N * N + square, S)
+    if piece + 1 == first_piece(pieces, row + 1):
+        tl.store(last + (row * H + head) * N * N + square, S)
 
 
 @triton.jit
@@ -160,7 +216,7 @@ def backward(
     b,
     u,
     kept,
-    starts,
+    pieces,
     dy,
     dlast,
     dr,
@@ -184,19 +240,19 @@ def backward(
     COARSE: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """Gradients, in one sweep from the last group of tokens to the first. Grid: (rows * H, N / VB).
+    """Gradients, in one sweep from the last group of tokens to the first. Grid: (pieces * H, N / VB).
 
+    dlast: of the state after each piece; dstate: of the one before each row.
     Gradients by key channel are sums over value channels: each of the N / VB programs of a head writes its part,
-    `stride` numbers after the part before. du and (WKV-5) dw: (rows * H, N / VB, N), float32, to be summed over rows.
-    states, inverses, sums: memory of each program for what is computed again within a group, (programs, GROUP / L, ...)
-    of (VB, N), (L, L) and (L, VB) float32.
+    `stride` numbers after the part before. du and (WKV-5) dw: (pieces * H, N / VB, N), float32, to be summed over all
+    pieces. states, inverses, sums: memory of each program for what is computed again within a group, (programs,
+    GROUP / L, ...) of (VB, N), (L, L) and (L, VB) float32.
     """
-    row = (tl.program_id(0) // H).to(tl.int64)
+    piece = (tl.program_id(0) // H).to(tl.int64)
     head = (tl.program_id(0) % H).to(tl.int64)
     part = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0).to(tl.int64) * (N // VB) + part
-    begin = tl.load(starts + row)
-    end = tl.load(starts + row + 1)
+    begin, end, row = borders(pieces, piece)
     token = tl.arange(0, L)
     key = tl.arange(0, N)[None, :]
     local = tl.arange(0, VB)[None, :]
@@ -212,7 +268,7 @@ def backward(
     states += program * (GROUP // L) * VB * N
     inverses += program * (GROUP // L) * L * L
     sums += program * (GROUP // L) * L * VB
-    dS = tl.load(dlast + (row * H + head) * N * N + square)
+    dS = tl.load(dlast + (piece * H + head) * N * N + square)
     slot = begin // GROUP + row
     fixed = tl.zeros([1, N], tl.float32)
     if VERSION == 5:
@@ -239,16 +295,13 @@ def backward(
             if VERSION == 7:
                 a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
                 b_down = tile(b + base, keys, inside) * tl.exp(-g)
-                X = inverse(tl.where(lower, fine(a_up, tl.trans(b_down), FINE), 0.0), L, FINE)
-                A_ak = tl.where(lower, fine(a_up, tl.trans(k_down), FINE), 0.0)
-                Z = coarse(A_ak, V, COARSE, FINE) + coarse(a_up * half, tl.trans(S), COARSE, FINE)
-                U = fine(X, Z, FINE)
+                X = solver(a_up, b_down, lower, L, FINE)
+                U = solved(X, S, V, a_up, k_down, half, lower, COARSE, FINE)
                 tl.store(inverses + chunk * L * L + pairs, X)
                 tl.store(sums + chunk * L * VB + own_values, U)
-                S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
-                S += coarse(tl.trans(U), b_down * half, COARSE, FINE)
+                S = state_after(S, V, U, k_down, b_down, middle, VERSION, COARSE, FINE)
             else:
-                S = S * tl.exp(2.0 * middle) + coarse(tl.trans(V), k_down * half, COARSE, FINE)
+                S = state_after(S, V, V, k_down, k_down, middle, VERSION, COARSE, FINE)
         tl.debug_barrier()  # what other threads of the program have stored is read now
         # And back; S is the state before a chunk, dS the gradient of the one after it. Inputs are read again after each
         # barrier rather than held, for which the registers do not suffice.
@@ -266,8 +319,7 @@ def backward(
             if VERSION == 7:
                 r_up = R * tl.exp(g)
                 b_down = tile(b + base, keys, inside) * tl.exp(-g)
-                A_rb = tl.where(lower | diagonal, fine(r_up, tl.trans(b_down), FINE), 0.0)
-                dU = coarse(tl.trans(A_rb), dY, COARSE, FINE) + coarse(b_down * half, tl.trans(dS), COARSE, FINE)
+                dU = solved_grad(dS, dY, r_up, b_down, half, lower | diagonal, COARSE, FINE)
                 dZ = fine(tl.trans(tl.load(inverses + chunk * L * L + pairs)), dU, FINE)
                 A_rk = tl.where(lower | diagonal, fine(r_up, tl.trans(k_down), FINE), 0.0)
                 a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
@@ -355,15 +407,15 @@ def backward(
             logs, g, middle = decays(w + base, fixed, keys, inside, VERSION)
             half = tl.exp(middle)
             R = tile(r + base, keys, inside)
-            dS = dS * (half * half)
             if VERSION == 7:
-                dS += coarse(tl.trans(dY), R * tl.exp(g) * half, COARSE, FINE)
+                dS = grad_before(dS, dY, R * tl.exp(g), half, COARSE, FINE)
                 a_up = tile(a + base, keys, inside) * tl.exp(g - logs)
                 dS += coarse(tl.trans(dZ), a_up * half, COARSE, FINE)
             else:
-                dS += coarse(tl.trans(dY), R * tl.exp(g - logs) * half, COARSE, FINE)
+                dS = grad_before(dS, dY, R * tl.exp(g - logs), half, COARSE, FINE)
         tl.debug_barrier()  # all have read before the next group overwrites
-    tl.store(dstate + (row * H + head) * N * N + square, dS)
+    if piece == first_piece(pieces, row):
+        tl.store(dstate + (row * H + head) * N * N + square, dS)
     if VERSION == 5:
         tl.store(dw + program * N + key, dw_sum * log_decay_slope(fixed_raw, VERSION))
     if VERSION != 7:
