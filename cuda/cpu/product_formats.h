@@ -55,9 +55,9 @@ struct BFloat16 {
         INLINE vec get(int j) const { return bit_copy<vec>(j == 0 ? pairs << 16 : pairs & 0xffff0000u); }
     };
     INLINE Columns block(int64_t o, int64_t i) const {
-        Columns columns;
-        std::memcpy(&columns, values + o * n + i, sizeof(columns));
-        return columns;
+        uvec pairs;
+        std::memcpy(&pairs, values + o * n + i, sizeof(pairs));
+        return {pairs};
     }
     INLINE const void* place(int64_t o, int64_t i) const { return values + o * n + i; }
     template <typename Lanes>

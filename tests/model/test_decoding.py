@@ -6,6 +6,7 @@ import torch
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
 from rwkv_rlhf.layers.adaptation import Adaptation
 from rwkv_rlhf.layers.placing import Layout, matrices
+from rwkv_rlhf.layers.stores import STORES
 from rwkv_rlhf.model import VERSIONS
 from rwkv_rlhf.model.decoding import Decoder
 from rwkv_rlhf.model.state import State
@@ -120,13 +121,24 @@ def test_adapters_and_packed_matrices_run_inside(version):
                 assert error(found, hidden[:, -1].double()) < 2e-6
 
 
-def test_a_plain_model_is_one_call_a_token():
-    """Each native call and each pause of the threads costs as much as a small matrix."""
+@pytest.mark.parametrize("store", ["none", *STORES])
+def test_a_plain_model_is_one_call_a_token(store):
+    """Each native call and each pause of the threads costs as much as a small matrix, packed or not."""
+    if store in ("nf4", "fp4"):
+        pytest.importorskip("bitsandbytes")
     for version in ("x040", "x052", "x060", "x070"):
-        model = build(random_tensors(version)).eval()
-        decoder = Decoder(model)
-        decoder(torch.tensor([3, 4]), begun(model, 2))
+        tensors = random_tensors(version, n_embd=128)
+        names = [name for name, _ in matrices(build(tensors)) if name.startswith("blocks.")]
+        options = BuildOptions(
+            torch.float32, layout=Layout({}, frozenset(names if store != "none" else ()), store=store)
+        )
+        model = build_model(tensors, options)[0].eval()
+        decoder, state = Decoder(model), begun(model, 2)
+        tokens, own = torch.tensor([3, 4]), state.map(torch.clone)
+        found, _ = decoder(tokens, own)
         assert decoder._program.calls == 1
+        with torch.no_grad():
+            assert error(found, model(tokens[:, None], state=state)[0][:, -1].double()) < 2e-6
 
 
 def test_what_a_program_does_not_know_takes_the_forward_pass():
