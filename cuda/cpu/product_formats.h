@@ -1,7 +1,8 @@
 // Matrices by the way in which they are stored, and how registers are filled with their weights. Letters as in
 // products.cpp.
 //
-// A matrix hands out blocks: WIDTH columns of one row, as WIDTH / W registers; `place` is where one begins. Where
+// A matrix hands out blocks: WIDTH columns of one row, as WIDTH / W registers; `place` is where one begins. `get` is a
+// register of weights, `raw` one without the scale that SCALES tells of. Where
 // several registers come of one load (UNIT of them), register u has the columns u, UNIT + u, 2 UNIT + u ...: it is x
 // that is laid out to fit, once a call.
 #pragma once
@@ -16,6 +17,9 @@ namespace {
 
 constexpr int BLOCK = 64;  // weights of one scale
 
+// Where the scales of weights come in: none that are not in the registers, one for a block, one for a row.
+enum Scales { NO_SCALES, BLOCK_SCALES, ROW_SCALES };
+
 // How a matrix is stored, by the numbers of ops/products.py; the first two are those of `Dtype`.
 enum Stored { STORED_FLOAT32, STORED_BFLOAT16, STORED_INT8, STORED_FOUR_BIT, STORED_FP8 };
 
@@ -29,6 +33,7 @@ INLINE int64_t column(int64_t i, int64_t n) {
 // A matrix of float32.
 struct Float32 {
     static constexpr int UNIT = 1, WIDTH = W;
+    static constexpr Scales SCALES = NO_SCALES;
     const float* values;
     int64_t n;
 
@@ -47,6 +52,7 @@ struct Float32 {
 // A matrix of bfloat16: the upper halves of float32. Each word of 32 bits has two, the even column below.
 struct BFloat16 {
     static constexpr int UNIT = 2, WIDTH = 2 * W;
+    static constexpr Scales SCALES = NO_SCALES;
     const bf16* values;
     int64_t n;
 
@@ -69,6 +75,7 @@ struct BFloat16 {
 // Blocks of 64 integers along a row, each with a scale. n is a multiple of 64, here and below.
 struct Int8 {
     static constexpr int UNIT = 1, WIDTH = BLOCK;
+    static constexpr Scales SCALES = W == 16 ? NO_SCALES : BLOCK_SCALES;  // with what registers there are
     const int8_t* values;
     const float* scales;
     int64_t n;
@@ -100,6 +107,7 @@ struct Int8 {
 // a scale.
 struct FourBit {
     static constexpr int UNIT = BLOCK / W, WIDTH = BLOCK;
+    static constexpr Scales SCALES = NO_SCALES;
     const uint8_t* values;
     const float *scales, *levels;
     int64_t n;
@@ -165,6 +173,7 @@ struct FourBit {
 // exponent counts from -15 instead of -7, so the numbers come out 2^-8 times as large, also the subnormal ones.
 struct Fp8 {
     static constexpr int UNIT = 1, WIDTH = BLOCK;
+    static constexpr Scales SCALES = ROW_SCALES;
     const uint8_t* values;
     const float* scales;
     int64_t n;

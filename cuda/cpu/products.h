@@ -9,10 +9,10 @@
 namespace rwkv {
 namespace {
 
-constexpr int64_t TILE = 16;           // rows of W that stay in the cache for all rows of x
-constexpr int TOGETHER = 4;            // rows of x whose sums fill the registers, with GROUP1 rows of W
-constexpr int SIDE = W == 16 ? 4 : 2;  // rows of W beside TOGETHER rows of x
-constexpr int SIDE_OF_ONE = 4;         // the same beside one row of x
+constexpr int64_t TILE = 16;  // rows of W that stay in the cache for all rows of x
+constexpr int TOGETHER = 4;   // rows of x whose sums fill the registers, with SIDE rows of W
+constexpr int SIDE = W == 16 ? 4 : 2;
+constexpr int SIDE_OF_ONE = 4;  // rows of W beside one row of x
 
 // y[o * R + r] = row `first + o` of W times row r of x, for O rows of W, of which there are `count`, and R rows of x,
 // of which there are `rows`; what goes beyond them is nothing.
@@ -20,6 +20,7 @@ template <int O, int R, typename Matrix>
 __attribute__((noinline)) void times(const Matrix& of, int64_t first, int64_t count, const float* x, int64_t rows,
                                      float* y) {
     const Matrix matrix = of;
+    constexpr bool blockwise = Matrix::SCALES == BLOCK_SCALES;
     const int64_t n = matrix.n;
     int64_t own[O];
     const float* inputs[R];
@@ -29,6 +30,7 @@ __attribute__((noinline)) void times(const Matrix& of, int64_t first, int64_t co
     int64_t i = 0;
     for (; i + Matrix::WIDTH <= n; i += Matrix::WIDTH) {
         typename Matrix::Columns columns[O];
+        vec parts[O * R] = {};  // sums of a block before its scale
         for (int o = 0; o < O; ++o) {
             columns[o] = matrix.block(own[o], i);
             __builtin_prefetch(matrix.place(own[o] + O, i));  // the rows that come next
@@ -38,11 +40,21 @@ __attribute__((noinline)) void times(const Matrix& of, int64_t first, int64_t co
             vec part[R];
             for (int r = 0; r < R; ++r) part[r] = load(inputs[r] + i + j * W);
             for (int o = 0; o < O; ++o) {
-                const vec weight = columns[o].get(j);
-                for (int r = 0; r < R; ++r) sums[o * R + r] += weight * part[r];
+                vec weight;
+                if constexpr (Matrix::SCALES == NO_SCALES)
+                    weight = columns[o].get(j);
+                else
+                    weight = columns[o].raw(j);
+                for (int r = 0; r < R; ++r) (blockwise ? parts : sums)[o * R + r] += weight * part[r];
             }
         }
+        if constexpr (blockwise)
+            for (int o = 0; o < O; ++o)
+                for (int r = 0; r < R; ++r) sums[o * R + r] += matrix.scale(own[o], i) * parts[o * R + r];
     }
+    if constexpr (Matrix::SCALES == ROW_SCALES)
+        for (int o = 0; o < O; ++o)
+            for (int r = 0; r < R; ++r) sums[o * R + r] *= matrix.scale(own[o], 0);
     if constexpr (Matrix::WIDTH < BLOCK)
         each(n - i, [&](int64_t j, auto lanes) {
             for (int o = 0; o < O; ++o) {
