@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from rwkv_rlhf.ops import judge, recurrence
+from rwkv_rlhf.ops import in_graph, judge, recurrence
 from rwkv_rlhf.ops.judge import RECURRENCES, make_inputs, make_state, results
 from rwkv_rlhf.ops.starts import Starts
 from tests.support.lasting import lasting
@@ -42,7 +42,8 @@ def pieces(monkeypatch):
     """pieces(length): rows of the test are cut at each `length` tokens, 0: not at all."""
 
     def use(length, tiles=NARROW):
-        monkeypatch.setattr(recurrence, "kernel", lambda op, *_: MatrixKernel(op, tiles, length))
+        for module in (recurrence, in_graph):
+            monkeypatch.setattr(module, "kernel", lambda op, *_: MatrixKernel(op, tiles, length))
 
     return use
 
@@ -134,6 +135,22 @@ def test_kept_states_are_those_of_whole_rows():
     found = run.backward(inputs, kept, y, last)
     again = run.backward(inputs, run.from_graph(held, starts), y, last)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_graph_has_the_pieces_of_a_plain_step(pieces):
+    """If this breaks, `--compile 1` loses the pieces of long rows, or trains on other gradients than a plain step."""
+    pieces(64)
+    starts = starts_of([0, 5, 70])
+    inputs, state = lasting("wkv6", make_inputs("wkv6", (1, 75, 1, 32))), make_state("wkv6", 3, 1, 32)
+
+    def run(*x):
+        return RECURRENCES["wkv6"].function(*x, state=state, starts=starts, backend="triton")
+
+    found = []
+    for step in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        y, last = step(*inputs)
+        found.append([y, last, *torch.autograd.grad(y.square().sum() + last.square().sum(), [*inputs, state])])
+    assert all(torch.equal(plain, compiled) for plain, compiled in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

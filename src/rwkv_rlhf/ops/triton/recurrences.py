@@ -35,7 +35,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(size: int, programs: int, processors: int) -> Tiles:
-    """Tiles for a head size and a number of rows times heads, on a device of so many processors.
+    """Tiles for a head size and a number of rows (or pieces) times heads, on a device of so many processors.
 
     A chunk of WKV-5 and 6 has 16 tokens, because their decays may be e^-10 and two factors of e^80 must be finite.
     Value channels are halved, until 32, while two programs do not fall to each processor; 64 is the most of a program.
@@ -63,6 +63,7 @@ def piece_length(lengths: Sequence[int], heads: int, processors: int) -> int:
 
 def piece_table(starts: Starts, length: int) -> Tensor:
     """(P+1, 4) int64 on the host, as matrix_state.py has it, for rows cut at each `length` tokens (0: not at all)."""
+    assert length % GROUP == 0, "kept states lie at multiples of GROUP"
     counts = [max(1, -(-n // length)) if length else 1 for n in starts.lengths]
     firsts = list(itertools.accumulate(counts, initial=0))
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
