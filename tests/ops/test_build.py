@@ -60,6 +60,19 @@ def test_forced_kernel_that_cannot_be_built_is_an_error_with_the_reason(sources)
         wkv7(*small_inputs(), backend="cpu")
 
 
+def test_a_compiler_that_does_not_know_the_matrix_unit_makes_the_other_kernel(sources, monkeypatch, tmp_path):
+    """If this breaks, a new processor with an older compiler (GCC 10) runs plain PyTorch, fifty times as slow."""
+    old = tmp_path / "old"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mamx*) echo "error: unrecognized option -mamx-tile" >&2; exit 1;; esac\n')
+    old.write_text(old.read_text() + f'exec {os.environ.get("CXX", "c++")} "$@"\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setattr(cpu, "instruction_set", lambda: "AMX")
+    monkeypatch.setitem(build.ISA_FLAGS, "AVX512", ())  # that this processor can run it
+    (sources / "good.cpp").write_text(GOOD + "// __AMX_BF16__\n")
+    assert cpu.library("good").answer() == 42
+
+
 def test_missing_compiler_is_named(sources, monkeypatch):
     """If this breaks, a user does not hear what to install."""
     (sources / "good.cpp").write_text(GOOD)

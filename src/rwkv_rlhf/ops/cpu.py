@@ -165,10 +165,13 @@ def _library(name: str, head_size: int, sources: Path) -> ctypes.CDLL | BuildErr
             return ctypes.CDLL(str(path))
         except OSError as error:
             logger.warning("the compiled kernel %s of this installation does not load: %s", path, error)
-    try:
-        return build.load(build.host_recipe(name, isa, head_size), ctypes.CDLL)
-    except BuildError as error:
-        return error
+    failure = BuildError(name)
+    for kind in (isa, "AVX512") if isa == "AMX" else (isa,):  # compilers before GCC 11 do not know AMX
+        try:
+            return build.load(build.host_recipe(name, kind, head_size), ctypes.CDLL)
+        except BuildError as error:
+            failure = error
+    return failure
 
 
 @functools.cache
