@@ -1,6 +1,6 @@
 """Sampling on a CPU: tokens/s of 1 to 128 answers at once, and prefill, beside the `rwkv` package in the same run.
 
-python benchmarks/sampling.py                     # fp32, bf16, int8; some minutes for RWKV-7 L12-D768
+python benchmarks/sampling.py                     # fp32, bf16, int8, nf4; some minutes for RWKV-7 L12-D768
 python benchmarks/sampling.py --only fp32,1       # one row, and the package beside it
 python benchmarks/sampling.py --layers 2 --width 128 --vocab 1000 --repeats 1      # seconds: does it run?
 
@@ -14,6 +14,7 @@ are left out with a line.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -35,19 +36,20 @@ import torch  # noqa: E402
 
 from rwkv_rlhf.ops import cpu  # noqa: E402
 
-KINDS, SIZES, PREFILL, PROMPT = ("fp32", "bf16", "int8"), (1, 8, 32, 128), 512, 16
+PACKED = ("int8", "nf4")  # with fp32 activations
+KINDS, SIZES, PREFILL, PROMPT = ("fp32", "bf16", *PACKED), (1, 8, 32, 128), 512, 16
 FEWER = 8  # tokens of each answer where many run at once
 READ = 1 << 27  # numbers that are summed to know how fast memory is read
 BF16 = {"avx512_bf16", "amx_bf16"}  # what Linux calls instructions for bf16 products
 
 
 def model_of(tensors: dict[str, torch.Tensor], kind: str) -> Any:
-    """The model in fp32, bf16, or int8 with fp32 activations."""
+    """The model in fp32, bf16, or packed with fp32 activations."""
     from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
     from rwkv_rlhf.precision import DTYPES
 
-    quant = "int8" if kind == "int8" else "none"
-    dtype = DTYPES["fp32" if kind == "int8" else kind]
+    quant = kind if kind in PACKED else "none"
+    dtype = DTYPES["fp32" if kind in PACKED else kind]
     return build_model(tensors, BuildOptions(dtype, quant=quant))[0].eval()
 
 
@@ -214,11 +216,14 @@ def main() -> None:
         if words.peer == "1":
             torch.save(tensors, f"{path}.pth")
         for kind in (only,) if only else KINDS:
+            if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+                print("(nf4: left out, bitsandbytes is not installed)")
+                continue
             sizes = [int(size)] if size else [0, *SIZES]
             if kind == "bf16" and not fast_bf16 and not size:
                 sizes = [size for size in sizes if size in (1, 8)]
                 print("(bf16 prefill, 32, 128 and the package: left out, no bf16 products here)")
-            if words.peer == "1" and kind != "int8" and (kind == "fp32" or fast_bf16):
+            if words.peer == "1" and kind not in PACKED and (kind == "fp32" or fast_bf16):
                 peer = Peer(path, kind, words.vocab)
             rows += measured(kind, sizes, tensors, peer, words)
             if peer is not None:
