@@ -26,7 +26,7 @@ SPLIT = [  # (strategy, case): each strategy once, and what its kind of split co
     # moments that come back are the others' business too: tests/runs/test_resume_ranks.py
     *((strategy, "forgetful") for strategy in ("deepspeed_stage_2_offload", "fsdp")),
     *((strategy, "packed") for strategy in ("deepspeed_stage_1", "deepspeed_stage_3", "fsdp")),
-    *((strategy, "compiled") for strategy in ("ddp", "deepspeed_stage_2")),
+    *((strategy, "compiled") for strategy in ("ddp", "deepspeed_stage_2", "fsdp")),
 ]
 
 

@@ -198,7 +198,7 @@ MISTAKES = {
     TEXT + "--precision int4": "--precision int4: must be one of bf16, fp16, fp32, fp64",
     TEXT + "--optim muon --strategy deepspeed_stage_1": "--optim muon needs whole matrices, and --strategy deepspeed_s",
     TEXT + "--optim lion --strategy fsdp": "--optim lion cannot take the parts that --strategy fsdp splits",
-    TEXT + "--compile 1 --strategy fsdp": "--strategy fsdp puts the weights of a block together as it runs",
+    TEXT + "--compile 1 --strategy deepspeed_stage_3": "--strategy deepspeed_stage_3 puts each matrix of a block",
     TEXT + "--compile 1 --train_tables 1": "--train_tables 1 has gradients for the rows of some tokens only",
     TEXT + "--optim adamw8bit --precision fp64": "--optim adamw8bit computes in float32, so --precision fp64 would be",
     TEXT + "--precision fp16 --strategy deepspeed_stage_2": "--precision fp16 needs a scaled loss, and --strategy deep",

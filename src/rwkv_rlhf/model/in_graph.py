@@ -7,6 +7,7 @@ fuses what lies between them: norms, casts of float32 masters, low-rank vectors,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,18 +37,22 @@ def compiled_blocks(backend: str) -> BlockCall:
     compiled = torch.compile(run, backend=backend, fullgraph=True, options=options)
 
     def call(block: Block, *arguments: Any) -> tuple[Tensor, Any, LayerState | None]:
+        # not compiled(block, ...) alone: hooks, as those of fsdp, stay outside of the graph
+        block.forward = partial(compiled, block)  # type: ignore[method-assign]
         try:
-            found: tuple[Tensor, Any, LayerState | None] = compiled(block, *arguments)
+            found: tuple[Tensor, Any, LayerState | None] = block(*arguments)
         except TorchDynamoException as error:
             raise Failure(f"--compile 1: {first_line(error)}; leave it 0") from error
+        finally:
+            del block.forward
         return found
 
     return call
 
 
 def run(block: Block, *arguments: Any) -> tuple[Tensor, Any, LayerState | None]:
-    """One block; a function, so that the graph of one serves all that are alike."""
-    found: tuple[Tensor, Any, LayerState | None] = block(*arguments)
+    """One block without its hooks; a function, so that the graph of one serves all that are alike."""
+    found: tuple[Tensor, Any, LayerState | None] = type(block).forward(block, *arguments)
     return found
 
 

@@ -390,10 +390,10 @@ STRATEGY_CONSTRAINTS = (
         "{strategy} ddp, or leave out {train_tables}",
     ),
     Constraint(
-        "whole_blocks_and_compile",
-        lambda c: trains(c) and tables.STRATEGIES[c.strategy].whole_blocks and c.compile,
-        "{strategy=} puts the weights of a block together as it runs, which a compiled block does not see; use "
-        "{strategy} ddp, deepspeed_stage_1 or deepspeed_stage_2, or {compile} 0",
+        "stage_3_and_compile",
+        lambda c: trains(c) and tables.STRATEGIES[c.strategy].stage == 3 and c.compile,
+        "{strategy=} puts each matrix of a block together as it runs, and DeepSpeed lets no compiler see that; use "
+        "{strategy} ddp, fsdp, deepspeed_stage_1 or deepspeed_stage_2, or {compile} 0",
     ),
     Constraint(
         "rows_of_tables_and_compile",
