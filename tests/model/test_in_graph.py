@@ -7,9 +7,10 @@
 import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from rwkv_rlhf.checkpoints.loading import BuildOptions, build_model
-from rwkv_rlhf.model.in_graph import compiled_blocks
+from rwkv_rlhf.model.in_graph import compiled_blocks, what_to_do
 from rwkv_rlhf.plan import make_plan
 from rwkv_rlhf.settings.exit_status import Failure
 from tests.support.models import build, random_tensors
@@ -76,8 +77,9 @@ def gradients(model):
     return {"hidden": hidden.detach().double(), **grads}
 
 
-def test_inductor_is_as_exact_as_the_blocks():
+def test_inductor_is_as_exact_as_the_blocks(monkeypatch, tmp_path):
     """If this breaks, `--compile 1` stops where it makes code, or computes less exactly than a plain step does."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     tensors = random_tensors(n_layer=1)
     plain, compiled = build(tensors), build(tensors)
     compiled.compile_blocks()
@@ -87,6 +89,13 @@ def test_inductor_is_as_exact_as_the_blocks():
     ):
         off, allowed = (found - wanted).norm(), 2 * (x - wanted).norm() + 1e-7 * wanted.norm()
         assert off <= allowed, (name, float(off / wanted.norm()), float(allowed / wanted.norm()))
+
+
+def test_half_a_file_of_a_killed_run_is_named():
+    """If this breaks, who stopped a run while it compiled has no compiled one again and does not know why."""
+    folder = cache_dir()
+    said = what_to_do(f"InductorError: ImportError: {folder}/7p/c7.main.so: file too short")
+    assert said.endswith(f"remove {folder}, where a run that was stopped may have left half a file, or leave it 0")
 
 
 def test_a_look_is_not_compiled():

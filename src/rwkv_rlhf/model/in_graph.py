@@ -42,7 +42,7 @@ def compiled_blocks(backend: str) -> BlockCall:
         try:
             found: tuple[Tensor, Any, LayerState | None] = block(*arguments)
         except TorchDynamoException as error:
-            raise Failure(f"--compile 1: {first_line(error)}; leave it 0") from error
+            raise Failure(f"--compile 1: {what_to_do(first_line(error))}") from error
         finally:
             del block.forward
         return found
@@ -54,6 +54,15 @@ def run(block: Block, *arguments: Any) -> tuple[Tensor, Any, LayerState | None]:
     """One block without its hooks; a function, so that the graph of one serves all that are alike."""
     found: tuple[Tensor, Any, LayerState | None] = type(block).forward(block, *arguments)
     return found
+
+
+def what_to_do(said: str) -> str:
+    """What PyTorch says, and how to go on. inductor takes up its files again, half ones of a killed run too."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = cache_dir()
+    half = f"remove {folder}, where a run that was stopped may have left half a file, or " if folder in said else ""
+    return f"{said}; {half}leave it 0"
 
 
 def first_line(error: Exception) -> str:
