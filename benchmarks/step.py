@@ -9,9 +9,9 @@ python benchmarks/step.py --peers 1                 # full fp32 steps of ctx 512
 
 Random weights, L12-D768, 65536 tokens, the trainer's own model, losses, optimizer and clipping. Every row runs in a
 process of its own, so that the peak is its own: VmHWM, which counts the interpreter and the libraries. The machine's
-rate is the best 2048-cube product of the row's type in the same process. Model FLOPs: 6N per token (4N + 6N_adapter for
-LoRA), N without the embedding. `cp` recomputes blocks (--grad_cp 1). Beside others: RWKV-7 and rwkv7-hf, RWKV-4 and
-transformers' model of it, each in a process of its own (stepping.py).
+rate is the best 2048-cube product of the row's type in the same process, by any way of ops/product_ways.py. Model
+FLOPs: 6N per token (4N + 6N_adapter for LoRA), N without the embedding. `cp` recomputes blocks (--grad_cp 1). Beside
+others: RWKV-7 and rwkv7-hf, RWKV-4 and transformers' model of it, each in a process of its own (stepping.py).
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def rate(dtype) -> float:
     """Best product of two 2048 x 2048 matrices of this type, FLOP/s."""
     import torch
 
+    from rwkv_rlhf.ops.product_ways import WAYS, refusal
+
     x, w = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    best = min(_timed(lambda: x @ w.T) for _ in range(12))
+    ways = [way for name, way in WAYS.items() if not refusal(name, dtype)]
+    best = min(_timed(lambda: way(x, w)) for _ in range(12) for way in ways)
     return 2 * 2048**3 / best
 
 
