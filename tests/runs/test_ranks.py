@@ -82,7 +82,7 @@ def same_run(one, two):
     """The same metrics, weights and files."""
     assert not list(two.glob("error*")), [path.read_text() for path in two.glob("error*")]
     rounded = one.name == "packed"  # in bf16 a difference in the last bit grows
-    near = {"rel": 0.01, "abs": 0.002} if rounded else {"rel": 1e-5, "abs": 1e-6}
+    near = {"rel": 0.03, "abs": 0.005} if rounded else {"rel": 1e-5, "abs": 1e-6}
     for event in ("train", "val"):
         first, second = (read_jsonl(folder / "metrics.jsonl", event) for folder in (one, two))
         assert len(first) == len(second)
