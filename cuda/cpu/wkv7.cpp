@@ -244,6 +244,8 @@ void open_interval(Interval<N>& m, const Inputs<T>& x, const Run& run, int64_t f
     for (int t = 1; t <= n; ++t)
         for (int i = 0; i < N; i += W) {
             const int64_t at = run.first + (first + t - 1) * run.stride + i;
+            __builtin_prefetch(dy + at - INTERVAL * run.stride);
+            __builtin_prefetch(sa + at - INTERVAL * run.stride);
             store(m.v + t * N + i, load(x.v + at));
             store(m.dy + t * N + i, load(dy + at));
             store(m.sa + t * N + i, load(sa + at));

@@ -32,13 +32,16 @@ struct Prepared {
     float *P, *inverse, *slope;  // backward only: P_t, 1 / P_t, d(log decay)/dw
 };
 
-// Fill `out` for tokens first .. first + n of a run; returns P after them in P_end.
+// Fill `out` for tokens first .. first + n of a run; returns P after them in P_end. Asks for the tokens that come next,
+// which lie far from each other: no hardware foresees them.
 template <int N, bool BACKWARD, typename T>
 INLINE void prepare(const Inputs<T>& x, const Run& run, int64_t first, int n, const Prepared<N>& out, float* P_end) {
+    const int64_t ahead = (BACKWARD ? -INTERVAL : BLOCK) * run.stride;
     for (int j = 0; j < N; j += W) {
         vec P = splat(1.f), inverse = splat(1.f);
         int64_t at = run.first + first * run.stride + j;
         for (int t = 0; t < n; ++t, at += run.stride) {
+            for (const T* input : {x.r, x.w, x.k, x.v, x.a, x.b}) __builtin_prefetch(input + at + ahead);
             const vec s = sigmoid(load(x.w + at));
             P *= exp_small(-DECAY_RATE * s);
             inverse *= exp_small(DECAY_RATE * s);
