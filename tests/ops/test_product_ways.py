@@ -85,6 +85,7 @@ def test_small_matrices_are_left_to_pytorch():
     """The first steps of a toy must not wait for a measurement that gains nothing."""
     x = torch.randn(9, K)
     assert not EVERYWHERE.takes(x, torch.randn(SMALLEST - 1, K)) and EVERYWHERE.takes(x, torch.randn(SMALLEST, K))
+    assert not EVERYWHERE.takes(x.double(), torch.randn(SMALLEST, K).double())
     assert not PLAIN.takes(x, torch.randn(SMALLEST, K)) and not EVERYWHERE.takes(x[:0], torch.randn(SMALLEST, K))
 
 

@@ -89,7 +89,9 @@ class Ways:
     def takes(self, x: Tensor, weight: Tensor, *products: str) -> bool:
         """Whether one of `products` (none named: of all) of `weight` (N, K) and so many rows as x or its gradient has
         (..., any) goes another way than PyTorch's own."""
-        if self is PLAIN or not x.is_cpu or min(weight.shape) < SMALLEST or torch.compiler.is_compiling():
+        if self is PLAIN or not x.is_cpu or x.dtype not in LIMITS or torch.compiler.is_compiling():
+            return False
+        if min(weight.shape) < SMALLEST:
             return False
         rows = x.numel() // x.shape[-1]
         return rows > 0 and any(self.way(product, rows) != TORCH for product in products or PRODUCTS)
