@@ -12,11 +12,11 @@ namespace {
 
 constexpr int64_t MOST = 128;  // rows of x that one task takes, where it takes several
 constexpr int64_t STRIP = 16;  // rows of W, or of x, of one tile
+// rows of W of a block of tiles: their sums take turns, as one takes its time to arrive
+constexpr int64_t TILED_TALL = 3 * STRIP;
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t TILED_TALL =
-    3 * STRIP;                          // rows of W of a block: their sums take turns, as one takes its time to arrive
 constexpr int64_t STEP = 32;            // columns of one tile
 constexpr int64_t PARTS = 3;            // of x
 constexpr int64_t PART = STEP * STRIP;  // numbers of a tile of x

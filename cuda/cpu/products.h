@@ -94,11 +94,10 @@ void product_tile(const Matrix& matrix, const float* x, int64_t rows, int64_t be
 
 // Products of more rows: PANEL rows of x lie beside each other, so that a register holds one column of several rows and
 // a weight meets all of them. Weights are widened a block at a time, for all rows.
-constexpr int64_t PANEL = 2 * W;   // rows of x, of which MOST is a multiple
-constexpr int64_t TALL = 24;       // rows of W of a tile, a multiple of GROUP
-constexpr int64_t MOST_TALL = 48;  // where they lie in tiles instead
-constexpr int64_t DEEP = 256;      // columns that are summed by themselves; a multiple of 64
-constexpr int GROUP = 6;           // rows of W whose sums fill the registers
+constexpr int64_t PANEL = 2 * W;  // rows of x, of which MOST is a multiple
+constexpr int64_t TALL = 24;      // rows of W of a tile, a multiple of GROUP
+constexpr int64_t DEEP = 256;     // columns that are summed by themselves; a multiple of 64
+constexpr int GROUP = 6;          // rows of W whose sums fill the registers
 
 inline int64_t panels(int64_t rows) { return (rows + PANEL - 1) / PANEL; }
 
@@ -244,7 +243,7 @@ void product_task(const Matrix& matrix, const float* x, int64_t rows, int64_t ou
     const int64_t height = task_height<Matrix>(many), chunks = many ? (rows + MOST - 1) / MOST : 1;
     const int64_t row = task % chunks * MOST, begin = task / chunks * height, end = std::min(out, begin + height);
     if (!many) return product_tile(matrix, x, rows, begin, end, put);
-    alignas(64) float y[MOST_TALL * MOST];
+    alignas(64) float y[std::max(TALL, TILED_TALL) * MOST];
     const int64_t count = std::min(MOST, rows - row);
     many_rows(matrix, x, row, count, begin, end, y);
     for (int64_t r = 0; r < count; ++r)

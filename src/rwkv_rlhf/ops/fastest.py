@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.files import read_json_object, write_json
-from rwkv_rlhf.ops.build import BuildError, cache_folder
+from rwkv_rlhf.ops.build import cache_folder
 from rwkv_rlhf.ops.cpu import instruction_set
+from rwkv_rlhf.ops.timing import kept, one_thread
 from rwkv_rlhf.precision import DTYPES
-
-log = logging.getLogger(__name__)
 
 KEPT = "products.json"  # machine -> precision -> seconds
 SHAPE = (64, 512, 512)  # (M, K) by (K, N)
@@ -28,10 +24,7 @@ SLOWER = 1.2  # times as slow as float32, from which a typed precision is worth 
 
 
 def product_seconds(name: str) -> float:
-    """The best time of one product in the precision `name` on one core, as forward and backward make it, in seconds.
-
-    On one, because others may be busy: waiting for each other would hide what the product costs.
-    """
+    """The best time of one product in the precision `name` on one core, as forward and backward make it, in seconds."""
     m, k, n = SHAPE
     x, w = torch.ones(m, k, dtype=DTYPES[name]), torch.ones(n, k, dtype=DTYPES[name])
 
@@ -40,35 +33,21 @@ def product_seconds(name: str) -> float:
         (x @ w.T) @ w
         return time.perf_counter() - begin
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return min(once() for _ in range(REPEATS))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def kept_seconds(measure: Callable[[str], float] = product_seconds) -> dict[str, float]:
     """Seconds of a product in bf16 and in fp32 on this machine's CPU, measured the first time that somebody asks."""
     machine = f"{platform.node()} {instruction_set()} {torch.__version__}"
-    try:
-        path: Path | None = cache_folder() / KEPT
-    except BuildError:
-        path = None
-    known = {}
-    if path is not None and path.exists():
-        try:
-            known = read_json_object(path)
-            return {name: float(known[machine][name]) for name in ("bf16", "fp32")}
-        except (ValueError, KeyError, TypeError):
-            pass  # another machine's, or damaged
-    seconds = {name: measure(name) for name in ("bf16", "fp32")}
-    if path is not None:
-        try:
-            write_json(path, known | {machine: seconds})
-        except ValueError as error:
-            log.debug("%s", error)
-    return seconds
+    names = "bf16", "fp32"
+    return kept(
+        cache_folder,
+        KEPT,
+        machine,
+        lambda found: {name: float(found[name]) for name in names},
+        lambda: {name: measure(name) for name in names},
+    )
 
 
 def fastest_precision(device: str) -> str:

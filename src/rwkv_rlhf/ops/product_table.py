@@ -7,26 +7,22 @@ less than three seconds, and what was found is kept beside the kernels.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import platform
 import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rwkv_rlhf.files import read_json_object, write_json
-from rwkv_rlhf.ops.build import BuildError, cache_folder
+from rwkv_rlhf.ops.build import cache_folder
 from rwkv_rlhf.ops.cpu import CPU_INFO
 from rwkv_rlhf.ops.product_ways import CLASSES, ONEDNN, PLAIN, PRODUCTS, TORCH, WAYS, Ways, matters, refusal
+from rwkv_rlhf.ops.timing import kept, one_thread
 from rwkv_rlhf.precision import NAMES
 
-log = logging.getLogger(__name__)
-
-KEPT = "product_ways.json"  # machine -> precision -> product -> class -> way -> seconds
+KEPT = "product_ways.json"  # machine and precision -> product -> class -> way -> seconds
 SHAPE = (1536, 768)  # outputs and inputs of the matrix that is timed
 ROWS = (1, 3, 12, 48, 192, 512)  # of each class
 ADVANTAGE = 1.1  # times as fast, from which another way than PyTorch's own is taken
@@ -83,41 +79,24 @@ def machine() -> str:
 
 def kept_seconds(dtype: torch.dtype, measure: Callable[[torch.dtype], Seconds] | None = None) -> Seconds:
     """Seconds of each way on this machine, measured the first time that somebody asks."""
-    try:
-        path: Path | None = cache_folder() / KEPT
-    except BuildError:
-        path = None
-    here, name, known = machine(), NAMES[dtype], {}
-    if path is not None and path.exists():
-        try:
-            known = read_json_object(path)
-            kept: Seconds = known[here][name]
-            fastest(kept)  # as a check of its form
-            return kept
-        except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # another machine's, or damaged
-    seconds = (measure or measured)(dtype)
-    if path is not None:
-        of_machine = known.get(here)
-        try:
-            write_json(path, known | {here: (of_machine if isinstance(of_machine, dict) else {}) | {name: seconds}})
-        except ValueError as error:
-            log.debug("%s", error)
-    return seconds
+    return kept(cache_folder, KEPT, f"{machine()}, {NAMES[dtype]}", checked, lambda: (measure or measured)(dtype))
+
+
+def checked(found: Seconds) -> Seconds:
+    """What was kept. Raises TypeError, ValueError or AttributeError where it has another form."""
+    fastest(found)
+    return found
 
 
 def measured(dtype: torch.dtype) -> Seconds:
     """The best time of each way that can be taken, in seconds of one core; the ways take turns. What there was no time
     for is not there.
 
-    On one core and by its own clock, because others may be busy: waiting for each other would hide what it costs.
+    By that core's own clock: others may be busy.
     """
-    threads, began = torch.get_num_threads(), time.perf_counter()
-    torch.set_num_threads(1)
-    try:
-        return _measured(dtype, began + ALL)
-    finally:
-        torch.set_num_threads(threads)
+    end = time.perf_counter() + ALL
+    with one_thread():
+        return _measured(dtype, end)
 
 
 def _measured(dtype: torch.dtype, end: float) -> Seconds:

@@ -42,10 +42,7 @@ def open_reward_model(
         model, _ = load_combined(named.base, named.adapter, options)
     else:
         layout = as_trained(named.base, "none")
-        model, _ = load_model(
-            named.base,
-            dataclasses.replace(options, layout=layout),
-        )
+        model, _ = load_model(named.base, dataclasses.replace(options, layout=layout))
     if model.scalar_head(SCORE_HEAD) is None:
         raise ValueError(
             f"{{reward_model}} {path} is no reward model: it has no {SCORE_HEAD}.weight (train with {{rm}} 1)"
